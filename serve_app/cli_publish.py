@@ -1,0 +1,44 @@
+"""Progress of ``edgeserve publish`` on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from serve_app.core.catalog import ModelEntry
+from serve_app.errors import StoreError
+from serve_app.models.store import ModelStore
+
+
+def publish_with_progress(
+    root: Path, entries: Sequence[ModelEntry], *, force: bool, out: Console, err: Console
+) -> None:
+    """Publish ``entries`` into the store at ``root`` and say what happens.
+
+    Raises:
+        StoreError: at least one model could not be published.
+    """
+    # torch takes seconds to import, and not even --help should wait for it.
+    from serve_app.models.publish import PublishEvent, publish
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=out, transient=True) as progress:
+        task = progress.add_task(f"publishing to {root}", total=len(entries))
+
+        def show(event: PublishEvent) -> None:
+            if event.stage == "published" and not out.is_terminal:
+                out.print(f"published {event.model_id} ({event.index + 1}/{event.total})")
+            done = event.index + (event.stage in ("published", "skipped", "failed"))
+            progress.update(task, description=f"{event.stage} {event.model_id}", completed=done, total=event.total)
+
+        report = publish(ModelStore(root), entries, on_progress=show, force=force)
+    out.print(f"{len(report.published)} models published, {len(report.skipped)} were in the store at {root}")
+    if report.warning:
+        err.print(f"warning: {report.warning}", style="yellow")
+    for failure in report.failures:
+        err.print(f"failed: {failure.model_id}: {failure.message}", style="red")
+    if report.failures:
+        raise StoreError(f"{len(report.failures)} of {len(entries)} models could not be published; see above")

@@ -1,0 +1,185 @@
+"""What a model is: as the catalogue asks for it, and as the store has published it."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from serve_app.errors import InvalidRequest
+
+MODEL_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageInput:
+    """How an image becomes the input tensor of a classifier.
+
+    The shorter side is resized to ``resize_px`` (antialiased), the centre ``crop_px`` square is cut out, values are
+    scaled to 0..1 and normalised per RGB channel: torchvision's ``ImageClassification`` preset.
+    """
+
+    resize_px: int = 256
+    crop_px: int = 224
+    interpolation: Interpolation = "bilinear"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        _require(self.crop_px > 0, f"crop_px must be positive, not {self.crop_px}")
+        _require(self.resize_px > 0, f"resize_px must be positive, not {self.resize_px}")
+        _require(self.interpolation in ("bilinear", "bicubic"), f"unknown interpolation {self.interpolation!r}")
+        _require(all(value > 0 for value in self.std), f"std must be positive, not {self.std}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """Name, Open Inference Protocol datatype and shape of one tensor; -1 is the batch dimension."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelEntry:
+    """One line of the catalogue: what to build, from which weights, for which family.
+
+    ``builder`` is ``torchvision:NAME``, ``timm:NAME`` or ``package.module:factory``; ``weights`` is ``pretrained``,
+    ``random:SEED`` or ``file:PATH`` (a safetensors file). ``accuracy`` (0..1) and ``input`` may be left to the
+    metadata of the weights.
+    """
+
+    model_id: str
+    builder: str
+    weights: str = "pretrained"
+    family: str | None = None
+    accuracy: float | None = None
+    input: ImageInput | None = None
+    dtype: Literal["float32"] = "float32"
+    pinned: bool = False
+
+    def __post_init__(self) -> None:
+        _require(
+            MODEL_ID_PATTERN.fullmatch(self.model_id) is not None,
+            f"model name {self.model_id!r} must be letters, digits, '.', '_' or '-'",
+        )
+        _require(":" in self.builder, f"builder {self.builder!r} must look like 'torchvision:resnet50'")
+        _require(
+            self.weights == "pretrained" or re.fullmatch(r"random:\d{1,9}|file:.+", self.weights) is not None,
+            f"weights {self.weights!r} must be 'pretrained', 'random:SEED' or 'file:PATH'",
+        )
+        _require(self.accuracy is None or 0 <= self.accuracy <= 1, f"accuracy must lie in 0..1, not {self.accuracy}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelProfile:
+    """The numbers that decisions are made from.
+
+    ``size_bytes`` is what one resident copy costs in memory: weights, buffers and the workspace of one inference.
+    """
+
+    model_id: str
+    size_bytes: int
+    load_s: float
+    exec_s: float
+    accuracy: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.size_bytes > 0, f"size_bytes of {self.model_id} must be positive, not {self.size_bytes}")
+        for name in ("load_s", "exec_s"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, f"{name} of {self.model_id} must be >= 0, not {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedModel:
+    """A model that the store holds: everything a router needs to know, without torch.
+
+    ``weights_requested`` and ``weights_actual`` differ when pretrained weights could not be fetched.
+    """
+
+    model_id: str
+    builder: str
+    family: str | None
+    weights_requested: str
+    weights_actual: str
+    dtype: str
+    pinned: bool
+    image: ImageInput
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    labels: tuple[str, ...] = field(repr=False)
+    weights_bytes: int
+    workspace_bytes: int
+    profile: ModelProfile
+
+    @property
+    def fallback(self) -> bool:
+        """Whether the weights are not the ones that the catalogue asks for."""
+        return self.weights_requested != self.weights_actual
+
+
+class Catalog:
+    """The published models of one deployment, by name and by family."""
+
+    def __init__(self, models: tuple[PublishedModel, ...]) -> None:
+        self._models = {model.model_id: model for model in models}
+        self._families: dict[str, tuple[PublishedModel, ...]] = {}
+        for model in models:
+            if model.family is not None:
+                self._families[model.family] = (*self._families.get(model.family, ()), model)
+        clash = self._models.keys() & self._families.keys()
+        _require(not clash, f"{sorted(clash)} name both a model and a family")
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def __contains__(self, model_id: str) -> bool:
+        return model_id in self._models
+
+    def __getitem__(self, model_id: str) -> PublishedModel:
+        return self._models[model_id]
+
+    @property
+    def models(self) -> tuple[PublishedModel, ...]:
+        """All published models, in catalogue order."""
+        return tuple(self._models.values())
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The names of all families."""
+        return tuple(self._families)
+
+    def members(self, family: str) -> tuple[PublishedModel, ...]:
+        """The functionally equivalent models of a family; empty if there is no such family."""
+        return self._families.get(family, ())
+
+    def profiles(self) -> dict[str, ModelProfile]:
+        """Profile of every model, by name."""
+        return {model_id: model.profile for model_id, model in self._models.items()}
+
+
+def most_accurate_first(models: tuple[PublishedModel, ...], min_accuracy: float | None) -> tuple[PublishedModel, ...]:
+    """The members of a family that are accurate enough, best first.
+
+    Raises:
+        InvalidRequest: no member reaches ``min_accuracy``.
+    """
+    enough = [
+        model
+        for model in models
+        if min_accuracy is None or (model.profile.accuracy is not None and model.profile.accuracy >= min_accuracy)
+    ]
+    if not enough:
+        best = max((model.profile.accuracy or 0.0 for model in models), default=0.0)
+        raise InvalidRequest(f"no model of the family reaches min_accuracy {min_accuracy}; the best has {best:.3f}")
+    return tuple(sorted(enough, key=lambda model: -(model.profile.accuracy or 0.0)))

@@ -1,0 +1,108 @@
+"""The coordinator's state machine: reports in, versioned view out. No I/O, no clock."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from serve_app.core.popularity import Popularity
+from serve_app.core.reports import ViewDelta, WorkerReport
+
+
+class CoordinatorState:
+    """Knows every live worker's last report and how popular each model is at each location.
+
+    | event                          | effect                                                          |
+    |--------------------------------|-----------------------------------------------------------------|
+    | first report of a replica      | it joins the directory                                          |
+    | report with a higher sequence  | replaces the last one; its demand counts towards popularity     |
+    | report with no higher sequence | ignored: it was overtaken on the way                            |
+    | no report for ``stale_after_s``| the replica leaves the directory                                |
+
+    A coordinator that starts anew has an empty directory under a new ``epoch``; the next round of reports fills it.
+
+    Args:
+        epoch: differs for every life of the coordinator; readers drop what they knew when it changes.
+        half_life_s: after how long a request counts half towards popularity.
+        stale_after_s: after how long a silent replica is taken for dead.
+    """
+
+    #: Dead replicas that are remembered for readers that lag behind; whoever lags further reads everything anew.
+    MAX_DEPARTED = 1000
+
+    def __init__(self, *, epoch: str, half_life_s: float, stale_after_s: float) -> None:
+        self._epoch = epoch
+        self._stale_after_s = stale_after_s
+        self._popularity = Popularity(half_life_s)
+        self._version = 0
+        self._reports: dict[str, WorkerReport] = {}
+        self._heard_s: dict[str, float] = {}
+        self._changed: dict[str, int] = {}
+        self._departed: dict[str, int] = {}
+        self._complete_since = 0
+        self._demanded: dict[str, int] = {}
+
+    def handle(self, report: WorkerReport, now: float) -> None:
+        """Take in one worker's report (``now`` in seconds)."""
+        self.expire(now)
+        known = self._reports.get(report.replica)
+        if known is not None and report.sequence <= known.sequence:
+            return
+        self._version += 1
+        self._reports[report.replica] = dataclasses.replace(report, demand=())
+        self._heard_s[report.replica] = now
+        self._changed[report.replica] = self._version
+        self._departed.pop(report.replica, None)
+        self._demanded[report.location] = self._version
+        for demand in report.demand:
+            self._popularity.add(demand.location, demand.model_id, demand.count, now)
+            self._demanded[demand.location] = self._version
+
+    def expire(self, now: float) -> None:
+        """Drop the replicas that have been silent for too long."""
+        for replica, heard_s in list(self._heard_s.items()):
+            if now - heard_s > self._stale_after_s:
+                self.depart(replica)
+
+    def depart(self, replica: str) -> None:
+        """Drop a replica that is known to be gone; unknown ones are ignored."""
+        if replica not in self._reports:
+            return
+        self._version += 1
+        del self._reports[replica], self._heard_s[replica], self._changed[replica]
+        self._departed[replica] = self._version
+        if len(self._departed) > self.MAX_DEPARTED:
+            self._complete_since = self._departed.pop(next(iter(self._departed)))
+
+    def view(self, epoch: str, version: int, now: float) -> ViewDelta:
+        """What a reader that last saw ``version`` of ``epoch`` does not know yet."""
+        self.expire(now)
+        full = epoch != self._epoch or not self._complete_since <= version <= self._version
+        since = -1 if full else version
+        return ViewDelta(
+            epoch=self._epoch,
+            version=self._version,
+            full=full,
+            workers=tuple(self._reports[replica] for replica, changed in self._changed.items() if changed > since),
+            gone=() if full else tuple(replica for replica, changed in self._departed.items() if changed > since),
+            rates={
+                location: self._popularity.rates(location, now)
+                for location, changed in self._demanded.items()
+                if changed > since
+            },
+        )
+
+    def holders(self, model_id: str) -> tuple[str, ...]:
+        """The live replicas that hold a model or are loading it."""
+        return tuple(replica for replica, report in self._reports.items() if model_id in report.models)
+
+    def holder_counts(self) -> dict[str, int]:
+        """How many live replicas hold each model."""
+        counts: dict[str, int] = {}
+        for report in self._reports.values():
+            for model_id in report.models:
+                counts[model_id] = counts.get(model_id, 0) + 1
+        return counts
+
+    def rates(self, now: float) -> dict[str, dict[str, float]]:
+        """Requests per second of every model at every location."""
+        return {location: self._popularity.rates(location, now) for location in self._demanded}

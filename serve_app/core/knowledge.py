@@ -1,0 +1,124 @@
+"""What a router believes of the cluster: the coordinator's view, corrected by what it has seen since."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from serve_app.core.cache import ModelState
+from serve_app.core.reports import ViewDelta, WorkerReport
+
+
+@dataclass(slots=True)
+class View:
+    """One participant's copy of the cluster, kept current by deltas. A hint, never the truth."""
+
+    epoch: str = ""
+    version: int = 0
+    updated_s: float | None = None
+    workers: dict[str, WorkerReport] = field(default_factory=dict)
+    rates: dict[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def apply(self, delta: ViewDelta, now: float) -> None:
+        """Bring this copy up to date."""
+        if delta.full:
+            self.workers.clear()
+            self.rates.clear()
+        for replica in delta.gone:
+            self.workers.pop(replica, None)
+        for report in delta.workers:
+            self.workers[report.replica] = report
+        self.rates.update(delta.rates)
+        self.epoch, self.version, self.updated_s = delta.epoch, delta.version, now
+
+    def rate(self, location: str, model_id: str) -> float:
+        """Requests per second for a model by users of a location."""
+        return self.rates.get(location, {}).get(model_id, 0.0)
+
+    def age_s(self, now: float) -> float | None:
+        """Seconds since the last word of the coordinator; None before the first."""
+        return None if self.updated_s is None else max(0.0, now - self.updated_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sighting:
+    state: ModelState | None
+    sequence: int
+
+
+class Knowledge:
+    """The view, and on top of it what this router's own requests have shown and caused since the last reports.
+
+    A report is up to half a second old when it gets here. What a reply says of a worker counts until a report that is
+    younger than the reply; a replica that has just failed is avoided until it reports again.
+    """
+
+    def __init__(self) -> None:
+        self.view = View()
+        self._sightings: dict[str, dict[str, _Sighting]] = {}
+        self._backlog_s: dict[str, float] = {}
+        self._suspects: dict[str, int] = {}
+
+    def apply(self, delta: ViewDelta, now: float) -> None:
+        """Take in news from the coordinator; ``now`` in seconds."""
+        self.view.apply(delta, now)
+        for replica in list(self._sightings):
+            report = self.view.workers.get(replica)
+            if report is None:
+                del self._sightings[replica]
+                continue
+            sightings = self._sightings[replica]
+            for model_id in [m for m, sighting in sightings.items() if sighting.sequence <= report.sequence]:
+                del sightings[model_id]
+        for replica, sequence in list(self._suspects.items()):
+            report = self.view.workers.get(replica)
+            if report is None or report.sequence > sequence:
+                del self._suspects[replica]
+
+    def workers(self) -> list[WorkerReport]:
+        """The last reports of all replicas that are not under suspicion."""
+        if not self._suspects:
+            return list(self.view.workers.values())
+        return [report for replica, report in self.view.workers.items() if replica not in self._suspects]
+
+    def state(self, report: WorkerReport, model_id: str) -> ModelState | None:
+        """The state of a model at a worker, as far as known."""
+        sighting = self._sightings.get(report.replica, {}).get(model_id)
+        if sighting is not None:
+            return sighting.state
+        resident = report.models.get(model_id)
+        return resident.state if resident else None
+
+    def see(self, replica: str, model_id: str, state: ModelState | None, sequence: int) -> None:
+        """A model was in ``state`` at ``replica`` after its report number ``sequence - 1``."""
+        self._sightings.setdefault(replica, {})[model_id] = _Sighting(state, sequence)
+
+    def expect_load(self, replica: str, model_id: str) -> None:
+        """A request that will load a model is on its way to ``replica``: later ones can join it."""
+        report = self.view.workers.get(replica)
+        if report is not None:
+            # The next report may have been taken before the request gets there.
+            self.see(replica, model_id, ModelState.LOADING, report.sequence + 2)
+
+    def suspect(self, replica: str) -> None:
+        """A call to ``replica`` has failed: avoid it until it reports again."""
+        report = self.view.workers.get(replica)
+        if report is not None:
+            self._suspects[replica] = report.sequence
+            self._sightings.pop(replica, None)
+
+    def sent(self, replica: str, exec_s: float) -> None:
+        """A request of about ``exec_s`` seconds was sent to ``replica``."""
+        self._backlog_s[replica] = self._backlog_s.get(replica, 0.0) + exec_s
+
+    def returned(self, replica: str, exec_s: float) -> None:
+        """It came back, well or not."""
+        left_s = self._backlog_s.get(replica, 0.0) - exec_s
+        if left_s > 1e-9:
+            self._backlog_s[replica] = left_s
+        else:
+            self._backlog_s.pop(replica, None)
+
+    def queue_s(self, report: WorkerReport) -> float:
+        """Seconds until a request sent to a worker now begins to execute."""
+        return max(report.queue_s, self._backlog_s.get(report.replica, 0.0) / report.exec_slots)

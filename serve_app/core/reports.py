@@ -1,0 +1,80 @@
+"""What workers tell the coordinator, and what the coordinator tells everyone: immutable values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from serve_app.core.cache import ResidentModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """``count`` requests for ``model_id`` by users of ``location`` since the last report."""
+
+    location: str
+    model_id: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutcomeCounts:
+    """How the requests of one location ended up, since the reporting worker started."""
+
+    requests: int = 0
+    hits: int = 0
+    joins: int = 0
+    loads: int = 0
+    forwards: int = 0
+
+    def __add__(self, other: OutcomeCounts) -> OutcomeCounts:
+        return OutcomeCounts(
+            requests=self.requests + other.requests,
+            hits=self.hits + other.hits,
+            joins=self.joins + other.joins,
+            loads=self.loads + other.loads,
+            forwards=self.forwards + other.forwards,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerReport:
+    """The state of one worker replica; sent about four times a second.
+
+    ``queue_s`` is the time until a request that arrives now begins to execute. ``exec_s`` and ``load_s`` are smoothed
+    measurements per model, absent where nothing was measured yet. ``outcomes`` is keyed by the location whose users
+    sent the requests: another one's are forwards.
+    """
+
+    location: str
+    replica: str
+    sequence: int
+    capacity_bytes: int
+    used_bytes: int
+    rss_bytes: int
+    models: Mapping[str, ResidentModel]
+    exec_slots: int
+    queue_s: float
+    inflight: int
+    exec_s: Mapping[str, float]
+    load_s: Mapping[str, float]
+    loads: int
+    load_failures: int
+    evictions: int
+    outcomes: Mapping[str, OutcomeCounts]
+    demand: tuple[Demand, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewDelta:
+    """What has changed in the cluster since a version; ``full`` replaces everything that was known before.
+
+    ``rates`` holds requests per second for every location in ``rates`` that changed.
+    """
+
+    epoch: str
+    version: int
+    full: bool
+    workers: tuple[WorkerReport, ...]
+    gone: tuple[str, ...]
+    rates: Mapping[str, Mapping[str, float]]

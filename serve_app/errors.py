@@ -1,0 +1,124 @@
+"""One tree for every failure a user can meet; the HTTP status is part of the class.
+
+Every constructor hands exactly its own arguments to ``super().__init__``: that is what lets an error
+cross process boundaries by pickle and arrive unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class EdgeServeError(Exception):
+    """A failure with one sentence for the user: what happened, and what to do."""
+
+    status: ClassVar[int] = 500
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
+    @property
+    def message(self) -> str:
+        """The sentence shown to the user."""
+        return str(self)
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """Seconds after which the same request is worth sending again, if it ever is."""
+        return None
+
+
+class InvalidRequest(EdgeServeError):
+    """The request itself is wrong: malformed JSON, shape, dtype, name, image or number."""
+
+    status = 400
+
+
+class Unauthenticated(EdgeServeError):
+    """The request carries no token although one is required."""
+
+    status = 401
+
+
+class Forbidden(EdgeServeError):
+    """The request carries a token that is not the right one."""
+
+    status = 403
+
+
+class NotFound(EdgeServeError):
+    """The model, family, version, location or path does not exist."""
+
+    status = 404
+
+
+class MethodNotAllowed(EdgeServeError):
+    """The path exists, but not for this HTTP method."""
+
+    status = 405
+
+
+class Conflict(EdgeServeError):
+    """The operation contradicts the present state, such as unloading a model in use."""
+
+    status = 409
+
+
+class PayloadTooLarge(EdgeServeError):
+    """The body is larger than the configured limit."""
+
+    status = 413
+
+
+class UnsupportedMediaType(EdgeServeError):
+    """The content type is not one that this endpoint takes."""
+
+    status = 415
+
+
+class Unavailable(EdgeServeError):
+    """Nothing is wrong with the request, but it cannot be served at this moment."""
+
+    status = 503
+
+    def __init__(self, message: str, retry_s: float = 1.0) -> None:
+        super(EdgeServeError, self).__init__(message, retry_s)
+        self._retry_s = retry_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """Seconds after which the same request is worth sending again."""
+        return self._retry_s
+
+
+class DeadlineExceeded(EdgeServeError):
+    """The deadline of the request cannot be, or was not, met."""
+
+    status = 504
+
+
+class DoesNotFit(EdgeServeError):
+    """The model is larger than the memory of any worker that could hold it."""
+
+    status = 507
+
+
+class InternalError(EdgeServeError):
+    """A fault of ours; the message carries the request id that the log has too."""
+
+    status = 500
+
+
+class StoreError(EdgeServeError):
+    """A model in the store is missing, truncated, corrupt or not usable."""
+
+    status = 500
+
+
+class ConfigError(EdgeServeError):
+    """A configuration file or value is wrong; the command line exits with code 2."""
+
+    status = 400

@@ -1,0 +1,265 @@
+"""Loads models in milliseconds: a module without weights is kept ready, and its tensors point into mapped files.
+
+Nothing is copied and nothing is initialised. Building the module, naming its tensors and looking up their places is
+done once per process by ``prepare``; ``load`` maps the files (private, copy on write) and puts one tensor into every
+slot. The page cache of the kernel holds the weights once per machine, whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from serve_app.errors import InvalidRequest, StoreError
+from serve_app.models.builders import skeleton
+from serve_app.models.manifest import BlobFile, Manifest, TensorPlace
+from serve_app.models.store import ModelStore
+
+#: torch's names for the element types of safetensors.
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+}
+
+
+def named_slots(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Every parameter and buffer, non-persistent ones included, as (full name, table that owns it, key in it).
+
+    A tensor that is tied to another appears under each of its names.
+    """
+    for prefix, owner in module.named_modules():
+        for table in (owner._parameters, owner._buffers):
+            for key, tensor in table.items():
+                if tensor is not None:
+                    yield f"{prefix}.{key}" if prefix else key, table, key
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """One name in the module: the table that owns it, what fills it when loaded and what when not."""
+
+    table: dict[str, Any]
+    key: str
+    place: int
+    empty: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """One distinct tensor of the files; tied slots share it."""
+
+    file: int
+    offset: int
+    count: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    is_parameter: bool
+    aligned: bool
+
+
+class Skeleton:
+    """A module without weights, ready to be filled with the tensors of one manifest.
+
+    Raises:
+        StoreError: the module does not have the tensors that the manifest lists.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.module = skeleton(manifest.model.builder, manifest.model.weights_actual)
+        self._places: list[_Place] = []
+        self._slots: list[_Slot] = []
+        self._files = [file.name for file in manifest.files]
+        self._match_slots({place.name: place for place in manifest.tensors})
+
+    def fill(self, files: list[mmap.mmap]) -> None:
+        """Points every slot at its bytes in the mapped ``files``, which are in the manifest's order."""
+        tensors = [_tensor(place, files[place.file]) for place in self._places]
+        for slot in self._slots:
+            slot.table[slot.key] = tensors[slot.place]
+
+    def empty(self) -> None:
+        """Puts meta tensors back into every slot; this drops the last references to the mapped files."""
+        for slot in self._slots:
+            slot.table[slot.key] = slot.empty
+
+    def _match_slots(self, by_name: dict[str, TensorPlace]) -> None:
+        distinct: dict[tuple[object, ...], int] = {}
+        model = self.manifest.model
+        for name, table, key in named_slots(self.module):
+            place, empty = by_name.pop(name, None), table[key]
+            if place is None or place.shape != tuple(empty.shape) or TORCH_DTYPES[place.dtype] != empty.dtype:
+                raise StoreError(
+                    f"tensor {name!r} of model {model.model_id!r} is not in the store as {model.builder} builds it "
+                    "now; publish the model again"
+                )
+            identity = (place.file, place.offset, place.dtype, place.shape, place.kind)
+            if identity not in distinct:
+                distinct[identity] = len(self._places)
+                self._places.append(self._place(place))
+            self._slots.append(_Slot(table, key, distinct[identity], empty))
+        if by_name:
+            raise StoreError(
+                f"{model.builder} does not have the tensors {sorted(by_name)[:3]} of model {model.model_id!r} "
+                "any more; publish the model again"
+            )
+
+    def _place(self, place: TensorPlace) -> _Place:
+        dtype = TORCH_DTYPES[place.dtype]
+        return _Place(
+            file=self._files.index(place.file),
+            offset=place.offset,
+            count=math.prod(place.shape),
+            dtype=dtype,
+            shape=place.shape,
+            is_parameter=place.kind == "parameter",
+            aligned=place.offset % dtype.itemsize == 0,
+        )
+
+
+class LoadedModel:
+    """A model in memory; made by ``ModelLoader.load``."""
+
+    def __init__(self, filled: Skeleton) -> None:
+        self.model_id = filled.manifest.model.model_id
+        self.weights_bytes = filled.manifest.model.weights_bytes
+        self._input_shape = filled.manifest.model.inputs[0].shape[1:]
+        self._skeleton: Skeleton | None = filled
+
+    def infer(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Runs the model.
+
+        Args:
+            batch: float32 of shape (N, 3, H, W), N >= 1; may be read-only and of any memory layout.
+
+        Returns:
+            Logits, float32 of shape (N, classes), in memory of their own.
+
+        Raises:
+            InvalidRequest: the batch has another shape.
+            StoreError: the model was unloaded.
+        """
+        loaded = self._skeleton
+        if loaded is None:
+            raise StoreError(f"model {self.model_id!r} was unloaded; load it before running it")
+        if batch.ndim != 1 + len(self._input_shape) or batch.shape[1:] != self._input_shape or not len(batch):
+            expected = ("N", *self._input_shape)
+            raise InvalidRequest(f"input of {self.model_id!r} must have shape {expected}, not {batch.shape}")
+        # torch takes neither read-only nor negatively strided arrays without complaint.
+        images = torch.from_numpy(np.require(batch, dtype=np.float32, requirements=["C", "W"]))
+        with torch.inference_mode():
+            logits = loaded.module(images)
+            return np.array(logits.float().numpy(), dtype=np.float32)
+
+    def unload(self) -> None:
+        """Gives the memory back at once; the caller makes sure that no inference runs. Twice is harmless."""
+        if self._skeleton is not None:
+            self._skeleton.empty()
+            self._skeleton = None
+
+
+class ModelLoader:
+    """Loads the models of a store, several at a time from several threads.
+
+    The caller makes sure that a model is loaded at most once at a time: the loaded model *is* the prepared module.
+    """
+
+    def __init__(self, store: ModelStore) -> None:
+        self._store = store
+        self._skeletons: dict[str, Skeleton] = {}
+        self._locks: dict[str, threading.Lock] = {}
+
+    def prepare(self, model_id: str) -> None:
+        """Builds the module without weights, once per process; ``load`` does it if nobody has.
+
+        Raises:
+            StoreError: the model is not published, or it was published from another version of its builder.
+        """
+        self._prepared(model_id)
+
+    def load(self, model_id: str) -> LoadedModel:
+        """Maps the weights of a model into its module.
+
+        Raises:
+            StoreError: the model is not published, or a file is missing or truncated.
+        """
+        prepared = self._prepared(model_id)
+        try:
+            return fill(self._store, prepared)
+        except StoreError:
+            # The model may have been published again, and the files of before swept.
+            newer = self._store.manifest(model_id)
+            if newer.files == prepared.manifest.files:
+                raise
+            self._skeletons[model_id] = replaced = Skeleton(newer)
+            return fill(self._store, replaced)
+
+    def _prepared(self, model_id: str) -> Skeleton:
+        ready = self._skeletons.get(model_id)
+        if ready is not None:
+            return ready
+        with self._locks.setdefault(model_id, threading.Lock()):
+            if model_id not in self._skeletons:
+                self._skeletons[model_id] = Skeleton(self._store.manifest(model_id))
+            return self._skeletons[model_id]
+
+
+def fill(store: ModelStore, empty: Skeleton) -> LoadedModel:
+    """Maps the files of a prepared model and fills it.
+
+    Raises:
+        StoreError: a file is missing or truncated; the module stays empty.
+    """
+    model_id = empty.manifest.model.model_id
+    empty.fill([_map(store, file, model_id) for file in empty.manifest.files])
+    return LoadedModel(empty)
+
+
+def _map(store: ModelStore, file: BlobFile, model_id: str) -> mmap.mmap:
+    """Maps a blob whole; a truncated one is refused, because touching its missing pages would kill the process."""
+    path = store.blob_path(file.name)
+    try:
+        with path.open("rb", buffering=0) as blob:
+            size_bytes = os.fstat(blob.fileno()).st_size
+            if size_bytes == file.size_bytes:
+                return mmap.mmap(blob.fileno(), size_bytes, access=mmap.ACCESS_COPY)
+    except OSError as error:
+        raise StoreError(
+            f"weights {path} of model {model_id!r} cannot be opened ({error.strerror}); publish it again"
+        ) from error
+    raise StoreError(
+        f"weights {path} of model {model_id!r} have {size_bytes} bytes instead of {file.size_bytes}; publish it again"
+    )
+
+
+def _tensor(place: _Place, file: mmap.mmap) -> torch.Tensor:
+    if place.count == 0:
+        flat = torch.empty(0, dtype=place.dtype)
+    elif place.aligned:
+        flat = torch.frombuffer(file, dtype=place.dtype, count=place.count, offset=place.offset)
+    else:
+        content = file[place.offset : place.offset + place.count * place.dtype.itemsize]
+        flat = torch.frombuffer(bytearray(content), dtype=place.dtype)
+    tensor = flat.view(place.shape)
+    return nn.Parameter(tensor, requires_grad=False) if place.is_parameter else tensor

@@ -1,0 +1,181 @@
+"""What the store knows about one published model: facts about the model, and where every tensor lies.
+
+A manifest says for each tensor in which file and at which byte it starts. Models may therefore share blobs, or
+single tensors, without a change of format. This module does not import torch: routers read manifests too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from serve_app.core.catalog import ImageInput, PublishedModel
+from serve_app.errors import StoreError
+
+FORMAT = 1
+
+BLOB_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
+
+#: Bytes of one element, by the names that safetensors gives to types.
+ITEM_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "I64": 8,
+    "U64": 8,
+    "F64": 8,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPlace:
+    """Where one parameter or buffer lies: ``nbytes`` from byte ``offset`` of the blob ``file``, row-major.
+
+    Tied tensors are two names with the same place.
+    """
+
+    name: str
+    kind: Literal["parameter", "buffer"]
+    file: str
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEM_BYTES:
+            raise ValueError(f"tensor {self.name!r} has the unknown dtype {self.dtype!r}")
+        if self.offset < 0 or any(size < 0 for size in self.shape):
+            raise ValueError(f"tensor {self.name!r} has a negative offset or shape")
+        if self.nbytes != math.prod(self.shape) * ITEM_BYTES[self.dtype]:
+            raise ValueError(f"tensor {self.name!r} has {self.nbytes} bytes, which does not match its shape and dtype")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlobFile:
+    """One immutable file of weights; ``name`` is ``<sha256>.safetensors``."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if BLOB_NAME.fullmatch(self.name) is None or self.name.partition(".")[0] != self.sha256:
+            raise ValueError(f"blob {self.name!r} is not named after its sha256 {self.sha256!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """One published model.
+
+    ``model`` holds what the weights bring along; family, pinning, accuracy and input of the catalogue are laid over
+    it by ``ModelStore.catalog``. ``default_image`` is the preset of the weights, which applies when the catalogue
+    names none.
+    """
+
+    model: PublishedModel
+    default_image: ImageInput
+    tensors: tuple[TensorPlace, ...]
+    files: tuple[BlobFile, ...]
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.format != FORMAT:
+            raise ValueError(f"format {self.format} is not the format {FORMAT} that this version reads")
+        sizes = {file.name: file.size_bytes for file in self.files}
+        names: set[str] = set()
+        for place in self.tensors:
+            if place.name in names:
+                raise ValueError(f"tensor {place.name!r} is listed twice")
+            names.add(place.name)
+            if place.file not in sizes:
+                raise ValueError(f"tensor {place.name!r} lies in {place.file!r}, which is not among the files")
+            if place.offset + place.nbytes > sizes[place.file]:
+                raise ValueError(f"tensor {place.name!r} ends after the end of its file")
+
+    def to_json(self) -> bytes:
+        """The manifest as UTF-8 JSON that ``from_json`` takes back unchanged."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes, source: str) -> Manifest:
+        """Reads a manifest strictly.
+
+        Args:
+            text: UTF-8 JSON.
+            source: the file's name, for messages.
+
+        Raises:
+            StoreError: something is missing, unknown, of the wrong type or contradictory.
+        """
+        try:
+            raw = json.loads(text)
+            if isinstance(raw, dict) and raw.get("format") != FORMAT:
+                raise ValueError(f"format {raw.get('format')!r} is not the format {FORMAT} that this version reads")
+            manifest = _decode(cls, raw, "")
+        except (ValueError, RecursionError) as error:
+            raise StoreError(f"manifest {source} is malformed ({error}); publish the model again") from error
+        assert isinstance(manifest, Manifest)
+        return manifest
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    """Builds a value of type ``kind`` from JSON; ``where`` is the path of keys, for messages."""
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(kind, value, where)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple:
+        return _decode_tuple(arguments, value, where)
+    if origin in (types.UnionType, typing.Union):
+        options = [option for option in arguments if option is not type(None)]
+        return None if value is None else _decode(options[0], value, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{where}: {value!r} is not one of {arguments}")
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{where}: expected {kind.__name__}, found {type(value).__name__}")
+    return value
+
+
+def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where or 'the file'}: expected an object, found {type(value).__name__}")
+    hints = _hints(kind)
+    if hints.keys() != value.keys():
+        missing, unknown = sorted(hints.keys() - value.keys()), sorted(value.keys() - hints.keys())
+        raise ValueError(f"{where or 'the file'}: missing keys {missing}, unknown keys {unknown}")
+    prefix = f"{where}." if where else ""
+    return kind(**{name: _decode(hint, value[name], prefix + name) for name, hint in hints.items()})
+
+
+def _decode_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: expected a list, found {type(value).__name__}")
+    if arguments[-1] is Ellipsis:
+        arguments = (arguments[0],) * len(value)
+    if len(arguments) != len(value):
+        raise ValueError(f"{where}: expected {len(arguments)} values, found {len(value)}")
+    pairs = enumerate(zip(arguments, value, strict=True))
+    return tuple(_decode(kind, item, f"{where}[{index}]") for index, (kind, item) in pairs)
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)

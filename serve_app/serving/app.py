@@ -1,0 +1,204 @@
+"""The Serve applications: one per location, and a gateway. The import path of ``deploy/*.yaml``.
+
+No ``from __future__ import annotations`` here: with it, Serve would hand the builder a plain dict.
+"""
+
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+
+from serve_app.config import EdgeSettings, load_catalog, load_edge, load_token
+from serve_app.core.cache import ModelCache
+from serve_app.core.catalog import Catalog, ModelEntry
+from serve_app.core.policies import make_policy
+from serve_app.core.routing import RoutingRules
+from serve_app.errors import ConfigError
+from serve_app.models.store import ModelStore
+from serve_app.serving.coordinator import CoordinatorLink
+from serve_app.serving.http import HttpSettings, build_http_app
+from serve_app.serving.metrics import RouterMetrics, WorkerMetrics
+from serve_app.serving.model_host import ModelHost
+from serve_app.serving.router import Router
+from serve_app.serving.scrape import MetricsScraper
+from serve_app.serving.worker import Worker, WorkerIdentity
+from serve_app.serving.worker_pool import WORKER, NamedReplicaRouter, ServeWorkerPool
+
+#: Serve's own limit would answer without our error shape, so ours (``limits``) must bind first.
+_SERVE_LIMIT = 100_000
+
+
+class AppArgs(BaseModel):
+    """Arguments of an application in ``deploy/*.yaml``; without ``location`` it is the gateway."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    edge: str = "deploy/edge.yaml"
+    location: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployed:
+    """What a replica is told at birth: everything that was configured. The store is read where the replica runs."""
+
+    settings: EdgeSettings
+    entries: tuple[ModelEntry, ...]
+    token: str | None
+    location: str | None
+
+    def catalog(self) -> Catalog:
+        """The models that the store of this node holds."""
+        return ModelStore(self.settings.store).catalog(self.entries)
+
+    def rules(self, catalog: Catalog) -> RoutingRules:
+        """The rules that routers and workers share."""
+        return RoutingRules(
+            profiles=catalog.profiles(),
+            links=self.settings.core_links(),
+            default_link=self.settings.core_default_link(),
+            horizon_s=self.settings.coordinator.horizon,
+        )
+
+    def link(self) -> CoordinatorLink:
+        """A connection to the coordinator."""
+        coordinator = self.settings.coordinator
+        return CoordinatorLink(half_life_s=coordinator.popularity_half_life, stale_after_s=coordinator.stale_after)
+
+
+class _WorkerReplica:
+    """One worker replica: a ``Worker`` with its parts put together."""
+
+    async def __init__(self, deployed: Deployed) -> None:  # type: ignore[misc]
+        # Here and not above: the router's process must not pay for torch.
+        from serve_app.models.loader import ModelLoader
+        from serve_app.models.runtime import use_threads
+
+        settings, location = deployed.settings, deployed.location
+        assert location is not None
+        use_threads(settings.worker.threads_per_inference)
+        catalog = deployed.catalog()
+        loader = ModelLoader(ModelStore(settings.store))
+        for model in catalog.models:
+            loader.prepare(model.model_id)
+        replica = serve.get_replica_context().replica_id.unique_id
+        metrics = WorkerMetrics(location, replica)
+        cache = ModelCache(
+            capacity_bytes=settings.locations[location].memory,
+            policy=make_policy(settings.policy.name, random.Random(replica), **settings.policy.parameters),
+            max_loads=settings.worker.parallel_loads,
+            max_waiting=settings.limits.waiting,
+            failure_memory_s=settings.worker.failure_memory,
+            pinned=[model.model_id for model in catalog.models if model.pinned],
+        )
+        self._worker = Worker(
+            identity=WorkerIdentity(location=location, replica=replica),
+            catalog=catalog,
+            host=ModelHost(
+                cache=cache,
+                backend=loader,
+                loaders=ThreadPoolExecutor(settings.worker.parallel_loads, thread_name_prefix="load"),
+                clock=time.monotonic,
+                observer=metrics,
+            ),
+            exec_slots=settings.worker.parallel_inferences,
+            link=deployed.link(),
+            rules=deployed.rules(catalog),
+            metrics=metrics,
+            rss_bytes=lambda: psutil.Process().memory_info().rss,
+            max_pixels=settings.limits.image_pixels,
+        )
+        await self._worker.preload_pinned()
+        self._worker.start(settings.coordinator.report_every)
+
+    async def infer(self, work: Any, replica: str | None = None) -> Any:
+        """``Worker.infer``; ``replica`` is for ``NamedReplicaRouter``."""
+        return await self._worker.infer(work)
+
+    async def load(self, model_id: str) -> Any:
+        """``Worker.load``."""
+        return await self._worker.load(model_id)
+
+    async def unload(self, model_id: str, replica: str | None = None) -> Any:
+        """``Worker.unload``; ``replica`` is for ``NamedReplicaRouter``."""
+        return await self._worker.unload(model_id)
+
+    async def __del__(self) -> None:
+        await self._worker.stop()
+
+
+class _RouterReplica:
+    """One router replica: a ``Router`` with its parts put together, behind HTTP."""
+
+    def __init__(self, deployed: Deployed, worker: Any = None) -> None:
+        settings = deployed.settings
+        catalog = deployed.catalog()
+        home = deployed.location or "gateway"
+        self._deployed = deployed
+        self._router = Router(
+            catalog=catalog,
+            locations=tuple(settings.locations),
+            rules=deployed.rules(catalog),
+            pool=ServeWorkerPool({name: name for name in settings.locations}),
+            link=deployed.link(),
+            metrics=RouterMetrics(serve.get_replica_context().replica_id.unique_id),
+            request_time_s=settings.limits.request_time,
+            max_inflight=settings.limits.inflight,
+        )
+        self._home = home
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve on the replica's event loop, after the constructor."""
+        settings = self._deployed.settings
+        self._router.start(settings.coordinator.report_every, self._home)
+        http = HttpSettings(
+            location=self._deployed.location,
+            default_location=settings.gateway_location,
+            limits=settings.limits,
+            token=self._deployed.token,
+        )
+        return build_http_app(self._router, http, MetricsScraper().scrape)
+
+
+_COMMON: dict[str, Any] = {
+    "max_ongoing_requests": _SERVE_LIMIT,
+    "health_check_period_s": 2,
+    "health_check_timeout_s": 10,
+    "graceful_shutdown_timeout_s": 10,
+}
+WorkerDeployment = serve.deployment(
+    name=WORKER, request_router_config=RequestRouterConfig(request_router_class=NamedReplicaRouter), **_COMMON
+)(_WorkerReplica)
+RouterDeployment = serve.deployment(name="Router", **_COMMON)(serve.ingress()(_RouterReplica))
+
+
+def build(args: AppArgs) -> Any:
+    """Build the Serve application of one location, or the gateway's.
+
+    Raises:
+        ConfigError: a configuration file is wrong, or the location is not in it.
+    """
+    settings = load_edge(Path(args.edge))
+    if args.location is not None and args.location not in settings.locations:
+        raise ConfigError(f"{args.edge}: no location {args.location!r}; there are {', '.join(settings.locations)}")
+    deployed = Deployed(
+        settings=settings,
+        entries=load_catalog(settings.catalog),
+        token=load_token(settings),
+        location=args.location,
+    )
+    if args.location is None:
+        return RouterDeployment.options(ray_actor_options={"num_cpus": 0}).bind(deployed)
+    location = settings.locations[args.location]
+    actor: dict[str, Any] = {"num_cpus": 0}
+    if location.pin_to_nodes:
+        actor["label_selector"] = {"location": args.location}
+    worker = WorkerDeployment.options(num_replicas=location.workers, ray_actor_options=actor).bind(deployed)
+    return RouterDeployment.options(ray_actor_options=actor).bind(deployed, worker)

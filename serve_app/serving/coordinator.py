@@ -1,0 +1,132 @@
+"""The coordinator as a Ray actor, and how the others reach it. All rules are in ``core/coordination.py``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import ray
+
+from serve_app.core.coordination import CoordinatorState
+from serve_app.core.reports import ViewDelta, WorkerReport
+from serve_app.serving.metrics import CoordinatorMetrics
+
+logger = logging.getLogger(__name__)
+
+#: Where the actor is found: one for the whole cluster.
+NAMESPACE = "edgeserve"
+NAME = "coordinator"
+
+_METRICS_EVERY_S = 1.0
+_CALL_TIMEOUT_S = 2.0
+
+
+class Coordinator:
+    """Central, but off the request path: takes reports, gives views."""
+
+    def __init__(self, half_life_s: float, stale_after_s: float) -> None:
+        self._state = CoordinatorState(epoch=uuid.uuid4().hex, half_life_s=half_life_s, stale_after_s=stale_after_s)
+        self._metrics = CoordinatorMetrics()
+        self._counted_models: set[str] = set()
+        self._measured_s = 0.0
+
+    def report(self, report: WorkerReport, epoch: str, version: int) -> ViewDelta:
+        """Take a worker's report; answer with what it does not know yet."""
+        self._state.handle(report, time.monotonic())
+        return self.view(epoch, version)
+
+    def depart(self, replica: str) -> None:
+        """A worker says that it is shutting down."""
+        self._state.depart(replica)
+
+    def view(self, epoch: str, version: int) -> ViewDelta:
+        """What a reader at ``version`` of ``epoch`` does not know yet."""
+        now = time.monotonic()
+        delta = self._state.view(epoch, version, now)
+        if now - self._measured_s >= _METRICS_EVERY_S:
+            self._measured_s = now
+            self._measure(now)
+        return delta
+
+    def holders(self, model_id: str) -> tuple[str, ...]:
+        """The live replicas that hold a model."""
+        return self._state.holders(model_id)
+
+    def _measure(self, now: float) -> None:
+        for location, rates in self._state.rates(now).items():
+            for model_id, per_s in rates.items():
+                self._metrics.model_rate.set(per_s, tags={"location": location, "model": model_id})
+        holders = self._state.holder_counts()
+        for model_id in self._counted_models | holders.keys():
+            self._metrics.model_holders.set(holders.get(model_id, 0), tags={"model": model_id})
+        self._counted_models |= holders.keys()
+
+
+class CoordinatorLink:
+    """One participant's connection to the coordinator: finds it, and finds it again after it was lost.
+
+    Args:
+        half_life_s, stale_after_s: for the coordinator, should this participant be the one that starts it.
+    """
+
+    def __init__(self, *, half_life_s: float, stale_after_s: float) -> None:
+        self._half_life_s = half_life_s
+        self._stale_after_s = stale_after_s
+        self._actor: Any = None
+        self.up = False
+
+    async def exchange(self, report: WorkerReport | None, epoch: str, version: int) -> ViewDelta | None:
+        """Send a report, if there is one, and get the news; None while the coordinator cannot be reached."""
+        try:
+            # Finding or making the actor blocks, so it must not happen on the event loop.
+            actor = self._actor or await asyncio.to_thread(self._connect)
+            self._actor = actor
+            call = actor.view.remote(epoch, version) if report is None else actor.report.remote(report, epoch, version)
+            delta: ViewDelta = await asyncio.wait_for(call, _CALL_TIMEOUT_S)
+        except (ray.exceptions.RayError, TimeoutError, ValueError) as error:
+            if self.up:
+                logger.warning("coordinator lost (%s); going on with the last view", type(error).__name__)
+            self.up, self._actor = False, None
+            return None
+        if not self.up:
+            logger.info("coordinator found")
+        self.up = True
+        return delta
+
+    async def depart(self, replica: str) -> None:
+        """Say that a worker is leaving; best effort."""
+        if self._actor is not None:
+            try:
+                await asyncio.wait_for(self._actor.depart.remote(replica), _CALL_TIMEOUT_S)
+            except (ray.exceptions.RayError, TimeoutError):
+                logger.info("the coordinator was not told that %s leaves", replica)
+
+    def _connect(self) -> Any:
+        return (
+            ray.remote(Coordinator)
+            .options(
+                name=NAME,
+                namespace=NAMESPACE,
+                lifetime="detached",
+                get_if_exists=True,
+                max_restarts=-1,
+                num_cpus=0,
+                resources={"node:__internal_head__": 0.001},
+            )
+            .remote(self._half_life_s, self._stale_after_s)
+        )
+
+
+async def every(period_s: float, act: Callable[[], Awaitable[None]]) -> None:
+    """Run ``act`` again and again until cancelled; a failure is logged and does not end it."""
+    while True:
+        began_s = time.monotonic()
+        try:
+            await act()
+        except Exception:
+            logger.exception("a periodic task failed; trying again")
+        await asyncio.sleep(max(0.0, period_s - (time.monotonic() - began_s)))

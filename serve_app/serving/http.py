@@ -1,0 +1,379 @@
+"""HTTP at the rim of a router: reads requests, calls ``Router``, writes answers and errors."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import math
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.responses import PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serve_app import __version__
+from serve_app.config import LimitSettings
+from serve_app.core.catalog import PublishedModel
+from serve_app.errors import (
+    EdgeServeError,
+    Forbidden,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    PayloadTooLarge,
+    Unauthenticated,
+    UnsupportedMediaType,
+)
+from serve_app.models.images import top_k
+from serve_app.serving import oip
+from serve_app.serving.router import Query, Router, Served
+from serve_app.serving.status import cluster_status
+
+logger = logging.getLogger(__name__)
+
+#: JSON bodies above this size are parsed in a thread: numbers as text take milliseconds.
+_LARGE_JSON_BYTES = 32 * 1024
+
+_INFER_TYPES = frozenset({"", "application/json", "application/octet-stream"})
+_IMAGE_TYPES = frozenset({"image/jpeg", "image/png", "image/webp", "application/octet-stream"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpSettings:
+    """What HTTP needs to know. ``location`` is None for the gateway, which serves all of them."""
+
+    location: str | None
+    default_location: str
+    limits: LimitSettings
+    token: str | None
+
+
+class JsonResponse(Response):
+    """JSON written by orjson."""
+
+    media_type = "application/json"
+
+    def render(self, content: object) -> bytes:
+        """The bytes of ``content``."""
+        return orjson.dumps(content)
+
+
+class Endpoints:
+    """The handlers of one router's HTTP interface."""
+
+    def __init__(self, router: Router, settings: HttpSettings, scrape: Callable[[], Awaitable[str]]) -> None:
+        self._router = router
+        self._settings = settings
+        self._scrape = scrape
+
+    async def server(self, request: Request) -> Response:
+        """Open Inference Protocol: the server and its extensions."""
+        extensions = (*oip.EXTENSIONS, "model_repository")
+        return JsonResponse(oip.server_metadata("edgeserve", __version__, extensions))
+
+    async def live(self, request: Request) -> Response:
+        """Open Inference Protocol: whether the process runs."""
+        return JsonResponse({"live": True})
+
+    async def ready(self, request: Request) -> Response:
+        """Open Inference Protocol: whether a worker is there to serve."""
+        location = self._location(request)
+        workers = [report for report in self._router.known.workers() if report.location == location]
+        is_ready = bool(workers) and len(self._router.catalog) > 0
+        return JsonResponse({"ready": is_ready}, HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE)
+
+    async def model(self, request: Request) -> Response:
+        """Open Inference Protocol: one model's tensors, family, accuracy and weights."""
+        return JsonResponse(oip.model_metadata(self._named(request)[0]))
+
+    async def model_ready(self, request: Request) -> Response:
+        """Open Inference Protocol: whether a model can be served, from memory or after a load."""
+        model = self._named(request)[0]
+        return JsonResponse({"name": model.model_id, "ready": True})
+
+    async def infer(self, request: Request) -> Response:
+        """Open Inference Protocol: inference on a tensor."""
+        models = self._named(request)
+        _check_type(request, _INFER_TYPES, "application/json or application/octet-stream")
+        json_length = oip.parse_json_length(request.headers.get(oip.JSON_LENGTH_HEADER))
+        body = await self._body(request)
+        if (len(body) if json_length is None else json_length) > _LARGE_JSON_BYTES:
+            parsed, batch = await asyncio.to_thread(self._parse, body, json_length, models)
+        else:
+            parsed, batch = self._parse(body, json_length, models)
+        options = parsed.options
+        served = await self._router.serve(
+            Query(
+                name=request.path_params["model"],
+                location=self._location(request),
+                payload=batch,
+                deadline_s=_seconds(options.deadline_ms),
+                min_accuracy=options.min_accuracy,
+                may_forward=options.forward == "auto",
+                fits=lambda model: oip.fits(parsed, model),
+            )
+        )
+        encoded = oip.encode_infer(
+            parsed,
+            model_name=served.model.model_id,
+            outputs={served.model.outputs[0].name: served.logits},
+            labels=served.model.labels,
+        )
+        return Response(encoded.body, headers={**encoded.headers, **_headers(served)})
+
+    async def classify(self, request: Request) -> Response:
+        """The best labels for one JPEG, PNG or WebP image."""
+        _check_type(request, _IMAGE_TYPES, "image/jpeg, image/png, image/webp or application/octet-stream")
+        name = request.query_params.get("model")
+        if not name:
+            raise InvalidRequest(
+                "query parameter model is missing; name a model or a family: /v1/classify?model=resnet50"
+            )
+        count = _top_k(request.query_params.get("top_k", "5"))
+        options = oip.RequestOptions.from_query(dict(request.query_params))
+        body = await self._body(request)
+        if not body:
+            raise InvalidRequest("the body is empty; send the bytes of a JPEG, PNG or WebP image")
+        served = await self._router.serve(
+            Query(
+                name=name,
+                location=self._location(request),
+                payload=body,
+                deadline_s=_seconds(options.deadline_ms),
+                min_accuracy=options.min_accuracy,
+                may_forward=options.forward == "auto",
+            )
+        )
+        predictions = top_k(served.logits[0], served.model.labels, count)
+        content = {
+            "model": served.model.model_id,
+            "location": served.location,
+            "outcome": served.outcome.value,
+            "predictions": [
+                {"label": best.label, "index": best.index, "probability": best.probability} for best in predictions
+            ],
+            "timing_ms": {name: round(seconds * 1000, 3) for name, seconds in _timings(served).items()},
+        }
+        if served.model.fallback:
+            content["warning"] = f"the weights are {served.model.weights_actual}: the labels mean nothing"
+        return JsonResponse(content, headers=_headers(served))
+
+    async def repository_index(self, request: Request) -> Response:
+        """Model repository extension: every model, and whether this location holds it."""
+        location = self._location(request)
+        held = {
+            model.model_id
+            for report in self._router.known.workers()
+            if report.location == location
+            for model in report.models.values()
+        }
+        return JsonResponse(
+            [
+                {
+                    "name": model.model_id,
+                    "version": oip.VERSION,
+                    "state": "READY" if model.model_id in held else "UNAVAILABLE",
+                }
+                for model in self._router.catalog.models
+            ]
+        )
+
+    async def load(self, request: Request) -> Response:
+        """Model repository extension: bring a model into memory here."""
+        await self._router.load(self._location(request), request.path_params["model"])
+        return JsonResponse({})
+
+    async def unload(self, request: Request) -> Response:
+        """Model repository extension: take a model out of memory here."""
+        await self._router.unload(self._location(request), request.path_params["model"])
+        return JsonResponse({})
+
+    async def locations(self, request: Request) -> Response:
+        """The cluster: memory, resident models, rates and outcomes of every location."""
+        router = self._router
+        return JsonResponse(
+            cluster_status(
+                router.known.view,
+                router.locations,
+                coordinator_up=router.coordinator_up,
+                view_age_s=router.view_age_s(),
+            )
+        )
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus text with the metrics of this node."""
+        return PlainTextResponse(await self._scrape(), media_type="text/plain; version=0.0.4")
+
+    def _parse(
+        self, body: bytes, json_length: int | None, models: tuple[PublishedModel, ...]
+    ) -> tuple[oip.InferRequest, Any]:
+        parsed = oip.parse_infer(body, json_length)
+        model = next((model for model in models if oip.fits(parsed, model)), models[0])
+        oip.check_outputs(parsed, model)
+        return parsed, oip.batch_for(parsed, model, self._settings.limits.batch)
+
+    def _location(self, request: Request) -> str:
+        if self._settings.location is not None:
+            return self._settings.location
+        name: str = request.headers.get("x-edge-location", self._settings.default_location)
+        if name not in self._router.locations:
+            raise NotFound(f"no location is called {name[:64]!r}; there are {', '.join(self._router.locations)}")
+        return name
+
+    def _named(self, request: Request) -> tuple[PublishedModel, ...]:
+        oip.check_version(request.path_params.get("version"))
+        return self._router.models_named(request.path_params["model"])
+
+    async def _body(self, request: Request) -> bytes:
+        limit = self._settings.limits.body
+        message = f"the body is larger than the limit of {limit} bytes; send a smaller one"
+        if int(request.headers.get("content-length") or 0) > limit:
+            raise PayloadTooLarge(message)
+        chunks, size = [], 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                raise PayloadTooLarge(message)
+            chunks.append(chunk)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+class TokenGate:
+    """Lets only requests through that carry the token; health checks need none."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._token = token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and "/v2/health/" not in scope["path"]:
+            error = self._error(dict(scope["headers"]).get(b"authorization"))
+            if error is not None:
+                await _error_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _error(self, header: bytes | None) -> EdgeServeError | None:
+        if header is None:
+            return Unauthenticated("this service asks for a token; send Authorization: Bearer <token>")
+        scheme, _, token = header.partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token):
+            return Forbidden("the token is not the one of this service; ask its operator for it")
+        return None
+
+
+def build_http_app(router: Router, settings: HttpSettings, scrape: Callable[[], Awaitable[str]]) -> FastAPI:
+    """The ASGI application of one router."""
+    app = FastAPI(
+        title="EdgeServe", version=__version__, description="Many models from edge locations with little memory."
+    )
+    ends = Endpoints(router, settings, scrape)
+    routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
+        ("GET", "/v2", ends.server),
+        ("GET", "/v2/health/live", ends.live),
+        ("GET", "/v2/health/ready", ends.ready),
+        ("POST", "/v1/classify", ends.classify),
+        ("GET", "/v1/locations", ends.locations),
+        ("GET", "/metrics", ends.metrics),
+        ("POST", "/v2/repository/index", ends.repository_index),
+        ("POST", "/v2/repository/models/{model}/load", ends.load),
+        ("POST", "/v2/repository/models/{model}/unload", ends.unload),
+    ]
+    for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+        routes += [
+            ("GET", prefix, ends.model),
+            ("GET", f"{prefix}/ready", ends.model_ready),
+            ("POST", f"{prefix}/infer", ends.infer),
+        ]
+    for method, path, handler in routes:
+        app.add_api_route(path, handler, methods=[method], response_class=Response)
+    app.add_exception_handler(EdgeServeError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_fault)
+    if settings.token is not None:
+        app.add_middleware(TokenGate, token=settings.token)
+    return app
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, EdgeServeError)
+    if (
+        error.status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        and error.retry_after_s is None
+        and error.status not in (504, 507)
+    ):
+        return await _on_fault(request, error)
+    return _error_response(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """The framework's own refusals, in our words."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        return _error_response(MethodNotAllowed(f"{path} does not take {request.method}; see /docs for what it takes"))
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        return _error_response(NotFound(f"there is nothing at {path}; see /docs for what there is"))
+    return JsonResponse({"error": str(error.detail)}, error.status_code)
+
+
+async def _on_fault(request: Request, error: Exception) -> Response:
+    request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
+    request_id = request_id[:64]
+    logger.error("request %s failed", request_id, exc_info=error)
+    what = str(error) if isinstance(error, EdgeServeError) else "an unexpected fault"
+    return _error_response(InternalError(f"{what} (request id {request_id}; the log of the router says more)"))
+
+
+def _error_response(error: EdgeServeError) -> Response:
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
+    return JsonResponse({"error": error.message}, error.status, headers)
+
+
+def _check_type(request: Request, accepted: frozenset[str], wording: str) -> None:
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type not in accepted:
+        found = f"{content_type[:64]!r} is" if content_type else "a body without a content type is"
+        raise UnsupportedMediaType(f"{found} not accepted here; send Content-Type: {wording}")
+
+
+def _top_k(value: str) -> int:
+    if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= 1000:  # noqa: PLR2004
+        raise InvalidRequest(f"top_k must be a whole number from 1 to 1000, not {value[:32]!r}")
+    return int(value)
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000
+
+
+def _timings(served: Served) -> dict[str, float]:
+    return {
+        "queue": served.queue_s,
+        "load": served.load_s,
+        "decode": served.decode_s,
+        "exec": served.exec_s,
+        "forward": served.forward_s,
+    }
+
+
+def _headers(served: Served) -> dict[str, str]:
+    timings = ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in _timings(served).items())
+    return {
+        "X-EdgeServe-Outcome": served.outcome.value,
+        "X-EdgeServe-Location": served.location,
+        "X-EdgeServe-Model": served.model.model_id,
+        "Server-Timing": timings,
+    }

@@ -1,0 +1,348 @@
+"""The router: takes a request of one location, decides where it runs, and sees it through.
+
+Everything but HTTP: the wire formats are in ``oip.py`` and ``http.py``, the rules in ``core/routing.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from serve_app.core.cache import ModelState
+from serve_app.core.catalog import Catalog, PublishedModel, most_accurate_first
+from serve_app.core.knowledge import Knowledge
+from serve_app.core.routing import Errand, Outcome, Plan, RoutingRules, choose, exec_s
+from serve_app.errors import DeadlineExceeded, EdgeServeError, NotFound, Unavailable
+from serve_app.serving.coordinator import CoordinatorLink, every
+from serve_app.serving.messages import Done, FloatArray, NotHeld, Refused, Reply, Work
+from serve_app.serving.metrics import RouterMetrics
+
+logger = logging.getLogger(__name__)
+
+#: How often one request is sent to another worker because the one it went to died.
+_MAX_ATTEMPTS = 5
+
+
+class WorkerLost(Exception):  # noqa: N818 - the vocabulary of the field
+    """A worker died, or could not be reached, with our request on its way."""
+
+
+class WorkerPool(Protocol):
+    """The way to the workers of all locations."""
+
+    async def infer(self, location: str, replica: str | None, work: Work) -> Reply:
+        """Run one inference on a replica, on any of the location's if None; raises ``WorkerLost``."""
+
+    async def load(self, location: str, model_id: str) -> Refused | None:
+        """Load a model at a location."""
+
+    async def unload(self, location: str, replica: str, model_id: str) -> Refused | None:
+        """Unload a model from a replica."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Query:
+    """What a user asks of one location: run ``name``, a model or a family, on ``payload``.
+
+    ``fits`` says which members of a family take the payload's shape.
+    """
+
+    name: str
+    location: str
+    payload: FloatArray | bytes
+    deadline_s: float | None = None
+    min_accuracy: float | None = None
+    may_forward: bool = True
+    fits: Callable[[PublishedModel], bool] = field(default=lambda model: True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """The answer to a query: which model ran where, how, and the seconds that each part took."""
+
+    model: PublishedModel
+    location: str
+    outcome: Outcome
+    logits: FloatArray
+    queue_s: float
+    load_s: float
+    decode_s: float
+    exec_s: float
+    forward_s: float
+
+
+class Router:
+    """Routes the requests of one location, or of any for the gateway.
+
+    Args:
+        catalog: published models.
+        locations: all names that exist.
+        rules: for the choice.
+        pool: the workers.
+        link: the coordinator.
+        metrics: counters.
+        request_time_s: the deadline of requests that bring none.
+        max_inflight: requests under way; more are refused.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        catalog: Catalog,
+        locations: tuple[str, ...],
+        rules: RoutingRules,
+        pool: WorkerPool,
+        link: CoordinatorLink,
+        metrics: RouterMetrics,
+        request_time_s: float,
+        max_inflight: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.catalog = catalog
+        self.locations = locations
+        self.known = Knowledge()
+        self._rules = rules
+        self._pool = pool
+        self._link = link
+        self._metrics = metrics
+        self._request_time_s = request_time_s
+        self._max_inflight = max_inflight
+        self._clock = clock
+        self._inflight = 0
+        self._listening: asyncio.Task[None] | None = None
+
+    def start(self, refresh_every_s: float, home: str) -> None:
+        """Begin to follow the coordinator; ``home`` labels this router's gauges."""
+
+        async def refresh() -> None:
+            await self.refresh()
+            self._metrics.inflight.set(self._inflight, tags={"location": home})
+            self._metrics.view_age_seconds.set(self.view_age_s() or 0.0, tags={"location": home})
+
+        self._listening = asyncio.get_running_loop().create_task(every(refresh_every_s, refresh))
+
+    async def refresh(self) -> None:
+        """Ask the coordinator what is new."""
+        delta = await self._link.exchange(None, self.known.view.epoch, self.known.view.version)
+        if delta is not None:
+            self.known.apply(delta, self._clock())
+
+    @property
+    def coordinator_up(self) -> bool:
+        """Whether the coordinator answered last time."""
+        return self._link.up
+
+    def view_age_s(self) -> float | None:
+        """Seconds since the coordinator was last heard."""
+        return self.known.view.age_s(self._clock())
+
+    def candidates(self, query: Query) -> tuple[PublishedModel, ...]:
+        """The models that may serve a query, best first.
+
+        Raises:
+            NotFound: neither a model nor a family has this name.
+            InvalidRequest: no member is accurate enough.
+        """
+        return most_accurate_first(self.models_named(query.name), query.min_accuracy)
+
+    def models_named(self, name: str) -> tuple[PublishedModel, ...]:
+        """The model, or the members of the family, of that name.
+
+        Raises:
+            NotFound: there is neither.
+        """
+        models = (self.catalog[name],) if name in self.catalog else self.catalog.members(name)
+        if not models:
+            raise NotFound(
+                f"no model or family is called {name[:64]!r}; POST /v2/repository/index lists the models, "
+                f"and the families are {', '.join(self.catalog.families) or 'none'}"
+            )
+        return models
+
+    async def load(self, location: str, name: str) -> None:
+        """Load a model by hand at a location; raises the tree of ``errors.py``."""
+        model = self._single(name)
+        refused = await self._by_hand(self._pool.load(location, model.model_id), location)
+        if refused is not None:
+            raise refused.error
+
+    async def unload(self, location: str, name: str) -> None:
+        """Unload a model by hand from every worker of a location; raises the tree of ``errors.py``."""
+        model = self._single(name)
+        holders = [
+            report.replica
+            for report in self.known.workers()
+            if report.location == location and self.known.state(report, model.model_id) is not None
+        ]
+        if not holders:
+            raise NotFound(f"model {model.model_id} is not loaded at {location}; nothing to unload")
+        for replica in holders:
+            refused = await self._by_hand(self._pool.unload(location, replica, model.model_id), location)
+            if refused is not None:
+                raise refused.error
+
+    def _single(self, name: str) -> PublishedModel:
+        if name not in self.catalog:
+            raise NotFound(f"no model is called {name[:64]!r}; POST /v2/repository/index lists them")
+        return self.catalog[name]
+
+    async def _by_hand(self, call: Awaitable[Refused | None], location: str) -> Refused | None:
+        try:
+            async with asyncio.timeout(self._request_time_s):
+                return await call
+        except (WorkerLost, TimeoutError):
+            raise Unavailable(f"no worker of {location} could be reached; try again later", 2.0) from None
+
+    async def serve(self, query: Query) -> Served:
+        """Answer a query; raises the tree of ``errors.py`` only."""
+        if query.location not in self.locations:
+            raise NotFound(f"no location is called {query.location}; there are {', '.join(self.locations)}")
+        if self._inflight >= self._max_inflight:
+            raise Unavailable(f"{self._inflight} requests are under way already; try again later")
+        began_s = self._clock()
+        self._inflight += 1
+        model: PublishedModel | None = None
+        try:
+            model = self._pick(query)
+            served = await self._see_through(query, model, began_s)
+        except EdgeServeError as error:
+            self._count(query, model, "error", error.status)
+            raise
+        finally:
+            self._inflight -= 1
+        self._count(query, model, served.outcome.value, 200)
+        self._metrics.request_seconds.observe(
+            self._clock() - began_s, tags={"location": query.location, "outcome": served.outcome.value}
+        )
+        return served
+
+    def _pick(self, query: Query) -> PublishedModel:
+        """The most accurate model that is expected to meet the deadline."""
+        candidates = self.candidates(query)
+        fitting = tuple(model for model in candidates if query.fits(model)) or candidates
+        if query.deadline_s is None:
+            return fitting[0]
+        if len(candidates) > 1:
+            for model in fitting:
+                if self._choose(query, model).expected_s <= query.deadline_s:
+                    return model
+            raise DeadlineExceeded(
+                f"no model of {query.name} is expected to answer within {query.deadline_s * 1000:g} ms; "
+                "raise deadline_ms or lower min_accuracy"
+            )
+        model = fitting[0]
+        fastest_s = min([exec_s(model.profile, report) for report in self.known.workers()] or [0.0])
+        if fastest_s / 2 > query.deadline_s:
+            # Measured times vary; only what is out of reach by far is refused unseen.
+            raise DeadlineExceeded(
+                f"model {model.model_id} takes about {fastest_s * 1000:.0f} ms, longer than the deadline of "
+                f"{query.deadline_s * 1000:g} ms; raise deadline_ms or ask for a family"
+            )
+        return model
+
+    async def _see_through(self, query: Query, model: PublishedModel, began_s: float) -> Served:
+        """Send the work where it is best done, and elsewhere if that fails, until the deadline."""
+        limit_s = query.deadline_s if query.deadline_s is not None else self._request_time_s
+        avoid: set[str] = set()
+        hints_left = 1
+        for _ in range(_MAX_ATTEMPTS):
+            budget_s = limit_s - (self._clock() - began_s)
+            if budget_s <= 0:
+                break
+            plan = self._choose(query, model, avoid)
+            work = Work(
+                model_id=model.model_id,
+                origin=query.location,
+                payload=query.payload,
+                budget_s=budget_s,
+                must_hold=plan.must_hold and hints_left > 0,
+            )
+            try:
+                reply, call_s = await self._call(plan, model, work)
+            except WorkerLost as lost:
+                logger.warning("worker %s of %s lost: %s", plan.replica, plan.location, lost)
+                if plan.replica is not None:
+                    self.known.suspect(plan.replica)
+                    avoid.add(plan.replica)
+                continue
+            match reply:
+                case Done():
+                    return self._learn(query, model, plan, reply, call_s)
+                case NotHeld(replica=replica, sequence=sequence):
+                    self.known.see(replica, model.model_id, None, sequence)
+                    hints_left -= 1
+                case Refused(error=error):
+                    raise error
+        if self._clock() - began_s >= limit_s:
+            raise DeadlineExceeded(
+                f"model {model.model_id} did not answer within {limit_s * 1000:g} ms; raise deadline_ms"
+            )
+        raise Unavailable(f"no worker could be reached for model {model.model_id}; try again later", 2.0)
+
+    async def _call(self, plan: Plan, model: PublishedModel, work: Work) -> tuple[Reply, float]:
+        sent_s = self._clock()
+        expected_exec_s = model.profile.exec_s
+        if plan.replica is not None:
+            self.known.sent(plan.replica, expected_exec_s)
+            if plan.outcome is Outcome.LOAD or (plan.outcome is Outcome.FORWARD and not plan.must_hold):
+                self.known.expect_load(plan.replica, model.model_id)
+        try:
+            async with asyncio.timeout(work.budget_s):
+                reply = await self._pool.infer(plan.location, plan.replica, work)
+        except TimeoutError:
+            message = f"model {model.model_id} did not answer within its deadline; raise deadline_ms"
+            return Refused(error=DeadlineExceeded(message)), work.budget_s
+        finally:
+            if plan.replica is not None:
+                self.known.returned(plan.replica, expected_exec_s)
+        return reply, self._clock() - sent_s
+
+    def _choose(self, query: Query, model: PublishedModel, avoid: set[str] | frozenset[str] = frozenset()) -> Plan:
+        errand = Errand(
+            model=model.profile,
+            here=query.location,
+            payload_bytes=len(query.payload) if isinstance(query.payload, bytes) else query.payload.nbytes,
+            may_forward=query.may_forward,
+            avoid=avoid,
+        )
+        return choose(errand, self.known, self._rules)
+
+    def _learn(self, query: Query, model: PublishedModel, plan: Plan, done: Done, call_s: float) -> Served:
+        """Remember what the reply says of the worker's memory, and make the answer of it."""
+        self.known.see(done.replica, model.model_id, ModelState.READY, done.sequence)
+        for victim in done.evicted:
+            self.known.see(done.replica, victim, None, done.sequence)
+        outcome, forward_s = done.outcome, 0.0
+        if plan.location != query.location:
+            outcome = Outcome.FORWARD
+            forward_s = max(0.0, call_s - done.queue_s - done.load_s - done.decode_s - done.exec_s)
+            way = {"from_location": query.location, "to_location": plan.location}
+            self._metrics.forwards.inc(tags=way)
+            self._metrics.forward_seconds.observe(forward_s, tags=way)
+        return Served(
+            model=model,
+            location=plan.location,
+            outcome=outcome,
+            logits=done.logits,
+            queue_s=done.queue_s,
+            load_s=done.load_s,
+            decode_s=done.decode_s,
+            exec_s=done.exec_s,
+            forward_s=forward_s,
+        )
+
+    def _count(self, query: Query, model: PublishedModel | None, outcome: str, status: int) -> None:
+        # Names that users made up must not become label values.
+        self._metrics.requests.inc(
+            tags={
+                "location": query.location,
+                "model": model.model_id if model else "none",
+                "outcome": outcome,
+                "code": str(status),
+            }
+        )

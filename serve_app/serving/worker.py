@@ -1,0 +1,262 @@
+"""The worker: owns one memory-bounded model cache, runs inference, reports to the coordinator."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from serve_app.core.catalog import Catalog, PublishedModel
+from serve_app.core.knowledge import View
+from serve_app.core.reports import Demand, OutcomeCounts, WorkerReport
+from serve_app.core.routing import Outcome, RoutingRules, forward_costs
+from serve_app.errors import DeadlineExceeded, EdgeServeError
+from serve_app.models.images import decode_image, preprocess
+from serve_app.serving.coordinator import CoordinatorLink, every
+from serve_app.serving.messages import Done, FloatArray, NotHeld, Refused, Reply, Work
+from serve_app.serving.metrics import WorkerMetrics
+from serve_app.serving.model_host import Lease, ModelHost
+
+logger = logging.getLogger(__name__)
+
+_SMOOTHING = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerIdentity:
+    """Which worker this is."""
+
+    location: str
+    replica: str
+
+
+class Smoothed:
+    """Exponentially smoothed seconds per model, beginning with the first measurement."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def add(self, model_id: str, seconds: float) -> None:
+        """Take in one measurement."""
+        before = self.seconds.get(model_id, seconds)
+        self.seconds[model_id] = before + _SMOOTHING * (seconds - before)
+
+
+class Worker:
+    """Serves inference from its cache; the authority on what that cache holds.
+
+    Args:
+        identity: location and replica.
+        catalog: the models that may be asked for.
+        host: the models in memory.
+        exec_slots: inferences that run at the same time, each in a thread.
+        link: the way to the coordinator.
+        rules: links and horizon, for the price of losing a model.
+        metrics: counters.
+        rss_bytes: resident memory of this process.
+        max_pixels: the largest image that is decoded.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: WorkerIdentity,
+        catalog: Catalog,
+        host: ModelHost,
+        exec_slots: int,
+        link: CoordinatorLink,
+        rules: RoutingRules,
+        metrics: WorkerMetrics,
+        rss_bytes: Callable[[], int],
+        max_pixels: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._identity = identity
+        self._catalog = catalog
+        self._host = host
+        self._exec_slots = exec_slots
+        self._executors = ThreadPoolExecutor(exec_slots, thread_name_prefix="infer")
+        self._link = link
+        self._rules = rules
+        self._metrics = metrics
+        self._rss_bytes = rss_bytes
+        self._max_pixels = max_pixels
+        self._clock = clock
+        self._view = View()
+        self._sequence = 0
+        self._inflight = 0
+        self._backlog_s = 0.0
+        self._exec_s = Smoothed()
+        self._load_s = Smoothed()
+        self._outcomes: dict[str, OutcomeCounts] = {}
+        self._demand: Counter[tuple[str, str]] = Counter()
+        self._reporting: asyncio.Task[None] | None = None
+
+    def start(self, report_every_s: float) -> None:
+        """Begin to report; needs a running event loop."""
+        self._reporting = asyncio.get_running_loop().create_task(every(report_every_s, self._report))
+
+    async def stop(self) -> None:
+        """Leave the directory and give all memory back."""
+        if self._reporting is not None:
+            self._reporting.cancel()
+        await self._link.depart(self._identity.replica)
+        self._host.close()
+        self._executors.shutdown(wait=False)
+
+    async def infer(self, work: Work) -> Reply:
+        """Run one inference; every failure that is not a fault of ours comes back as a value."""
+        model = self._catalog[work.model_id]
+        if work.must_hold and self._host.cache.state(work.model_id) is None:
+            return NotHeld(replica=self._identity.replica, sequence=self._sequence + 1)
+        self._inflight += 1
+        try:
+            async with asyncio.timeout(work.budget_s):
+                return await self._infer(work, model)
+        except TimeoutError:
+            return Refused(error=DeadlineExceeded(f"model {work.model_id} did not answer before its deadline"))
+        except EdgeServeError as error:
+            return Refused(error=error)
+        finally:
+            self._inflight -= 1
+
+    async def load(self, model_id: str) -> Refused | None:
+        """Load a model by hand."""
+        try:
+            await self._host.preload(self._catalog[model_id].profile)
+        except EdgeServeError as error:
+            return Refused(error=error)
+        return None
+
+    async def unload(self, model_id: str) -> Refused | None:
+        """Unload a model by hand."""
+        try:
+            self._host.unload(model_id)
+        except EdgeServeError as error:
+            return Refused(error=error)
+        return None
+
+    async def preload_pinned(self) -> None:
+        """Bring the pinned models in before the first request; one that fails does not keep the worker down."""
+        for model in self._catalog.models:
+            if model.pinned:
+                try:
+                    await self._host.preload(model.profile)
+                except EdgeServeError as error:
+                    logger.error("pinned model %s is not loaded: %s", model.model_id, error)
+
+    def report(self) -> WorkerReport:
+        """The state of this worker now. The demand since the last one goes with it, once."""
+        self._sequence += 1
+        cache = self._host.cache
+        demand = tuple(
+            Demand(location=location, model_id=model_id, count=count)
+            for (location, model_id), count in self._demand.items()
+        )
+        self._demand.clear()
+        return WorkerReport(
+            location=self._identity.location,
+            replica=self._identity.replica,
+            sequence=self._sequence,
+            capacity_bytes=cache.capacity_bytes,
+            used_bytes=cache.used_bytes,
+            rss_bytes=self._rss_bytes(),
+            models={model.model_id: model for model in cache.models()},
+            exec_slots=self._exec_slots,
+            queue_s=self._backlog_s / self._exec_slots,
+            inflight=self._inflight,
+            exec_s=dict(self._exec_s.seconds),
+            load_s=dict(self._load_s.seconds),
+            loads=cache.counters.loads,
+            load_failures=cache.counters.load_failures,
+            evictions=cache.counters.evictions,
+            outcomes=dict(self._outcomes),
+            demand=demand,
+        )
+
+    async def _infer(self, work: Work, model: PublishedModel) -> Done:
+        decode_s = 0.0
+        if isinstance(work.payload, bytes):
+            # Decoded before anything is loaded: a bad image must not displace a good model.
+            began_s = self._clock()
+            batch = await asyncio.to_thread(self._decode, work.payload, model)
+            decode_s = self._clock() - began_s
+        else:
+            batch = work.payload
+        self._demand[work.origin, work.model_id] += 1
+        lease = await self._host.acquire(model.profile)
+        logits, queue_s, exec_s = await self._execute(lease, batch)
+        if lease.outcome is Outcome.LOAD:
+            self._load_s.add(model.model_id, lease.load_s)
+        self._count(work.origin, lease.outcome)
+        self._metrics.executed(model.model_id, lease.wait_s + queue_s, exec_s)
+        return Done(
+            logits=logits,
+            outcome=lease.outcome,
+            queue_s=lease.wait_s + queue_s,
+            load_s=lease.load_s,
+            decode_s=decode_s,
+            exec_s=exec_s,
+            replica=self._identity.replica,
+            sequence=self._sequence + 1,
+            evicted=lease.evicted,
+        )
+
+    def _decode(self, payload: bytes, model: PublishedModel) -> FloatArray:
+        return preprocess(decode_image(payload, self._max_pixels), model.image)[None]
+
+    async def _execute(self, lease: Lease, batch: FloatArray) -> tuple[FloatArray, float, float]:
+        """Logits, seconds in the queue for a thread, seconds of execution; gives the lease back."""
+        expected_s = self._exec_s.seconds.get(lease.model_id, self._catalog[lease.model_id].profile.exec_s)
+        asked_s = self._clock()
+
+        def run() -> tuple[FloatArray, float, float]:
+            began_s = self._clock()
+            return lease.runnable.infer(batch), began_s, self._clock()
+
+        self._backlog_s += expected_s
+        loop = asyncio.get_running_loop()
+        job = self._executors.submit(run)
+        # Not when this coroutine ends: a cancelled request's thread runs on, and its model must stay until it is done.
+        job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._executed, lease, expected_s))
+        logits, began_s, ended_s = await asyncio.wrap_future(job)
+        self._exec_s.add(lease.model_id, (ended_s - began_s) / len(batch))
+        return logits, began_s - asked_s, ended_s - began_s
+
+    def _executed(self, lease: Lease, expected_s: float) -> None:
+        self._backlog_s = max(0.0, self._backlog_s - expected_s)
+        self._host.release(lease)
+
+    def _count(self, origin: str, outcome: Outcome) -> None:
+        if origin != self._identity.location:
+            outcome = Outcome.FORWARD
+        before = self._outcomes.get(origin, OutcomeCounts())
+        self._outcomes[origin] = before + OutcomeCounts(
+            requests=1,
+            hits=int(outcome is Outcome.HIT),
+            joins=int(outcome is Outcome.JOIN),
+            loads=int(outcome is Outcome.LOAD),
+            forwards=int(outcome is Outcome.FORWARD),
+        )
+
+    async def _report(self) -> None:
+        report = self.report()
+        self._measure(report)
+        delta = await self._link.exchange(report, self._view.epoch, self._view.version)
+        if delta is None:
+            for demand in report.demand:
+                self._demand[demand.location, demand.model_id] += demand.count
+            return
+        self._view.apply(delta, self._clock())
+        self._host.cache.forward_costs(forward_costs(self._identity.location, self._view, self._rules))
+
+    def _measure(self, report: WorkerReport) -> None:
+        self._metrics.used_bytes.set(report.used_bytes)
+        self._metrics.capacity_bytes.set(report.capacity_bytes)
+        self._metrics.resident_models.set(len(report.models))
+        self._metrics.rss_bytes.set(report.rss_bytes)

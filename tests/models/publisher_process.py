@@ -1,0 +1,40 @@
+"""A publisher to be killed: ``publisher_process.py STORE MODEL MOMENT`` kills itself when MODEL reaches MOMENT."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from model_support import offline, tiny
+
+from serve_app.models import publication
+from serve_app.models.blob import BlobLayout
+from serve_app.models.publish import PublishEvent, publish
+from serve_app.models.store import ModelStore
+
+ENTRIES = [tiny("first"), tiny("second", weights="random:4"), tiny("third", weights="random:5")]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_half_written(path: Path, layout: BlobLayout, data: Iterable[memoryview]) -> None:
+    path.write_bytes(layout.header)
+    die()
+
+
+def main(root: str, victim: str, moment: str) -> None:
+    def on_progress(event: PublishEvent) -> None:
+        if event.model_id == victim and event.stage == "writing" and moment == "half-written":
+            publication.write_blob = die_half_written
+        if event.model_id == victim and event.stage == moment:
+            die()
+
+    report = publish(ModelStore(Path(root)), ENTRIES, on_progress=on_progress, reachable=offline)
+    assert not report.failures
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
