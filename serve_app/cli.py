@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import logging
 import mimetypes
 import signal
 import sys
@@ -36,6 +37,8 @@ _err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; every error is one line on stderr, exit code 1, or 2 for bad usage."""
+    # What matters of the log is printed by the commands themselves.
+    logging.getLogger("serve_app").setLevel(logging.ERROR)
     try:
         result = cli.main(arguments, prog_name="edgeserve", standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)
@@ -83,6 +86,7 @@ def up(config: Path, detach: bool) -> None:
     """
     # Ray and torch take seconds to import; the other commands need neither.
     from serve_app.serving import cluster
+    from serve_app.serving.serve_file import read_serve_file
 
     began_s = time.monotonic()
 
@@ -90,7 +94,7 @@ def up(config: Path, detach: bool) -> None:
         _out.print(f"[dim]{time.monotonic() - began_s:5.1f} s[/]  {message}")
 
     signal.signal(signal.SIGTERM, _interrupt)
-    serve_file = cluster.read_serve_file(config)
+    serve_file = read_serve_file(config)
     _publish(serve_file.edge_path(), (), force=False, store=None)
     running = cluster.bring_up(serve_file, say)
     _welcome(serve_file.url, serve_file.locations)
@@ -99,14 +103,15 @@ def up(config: Path, detach: bool) -> None:
         return
     _out.print("Ctrl-C stops it")
     try:
-        while cluster.is_alive(running):
-            time.sleep(0.5)
+        while cluster.recall() == running:
+            time.sleep(1.0)
     except KeyboardInterrupt:
         say("stopping")
         cluster.bring_down(running)
         return
-    cluster.bring_down(running)
-    raise EdgeServeError("Ray has stopped by itself; its logs are in /tmp/ray/session_latest/logs")
+    if cluster.forget(running):
+        raise EdgeServeError("Ray has stopped by itself; its logs are in /tmp/ray/session_latest/logs")
+    say("stopped by edgeserve down")
 
 
 def _interrupt(*_: object) -> None:
@@ -148,23 +153,24 @@ def status(url: str, token: str | None, as_json: bool) -> None:
         click.echo(json_module.dumps(content))
         return
     table = Table(box=None, header_style="bold")
-    for column in ("location", "replicas", "memory", "requests", "hit ratio", "loads", "forwards", "evictions"):
-        table.add_column(column, justify="left" if column == "location" else "right")
-    table.add_column("resident models (requests/s)", overflow="fold")
+    for column in ("location", "workers", "memory MiB", "requests", "hit ratio", "loads", "forwards", "evictions"):
+        table.add_column(column, justify="left" if column == "location" else "right", no_wrap=True)
     for row in content["locations"]:
-        resident = sorted(row["resident"], key=lambda model: -model["rate_per_s"])
         table.add_row(
             row["name"],
             str(row["replicas"]),
-            f"{_mib(row['used_bytes'])} / {_mib(row['capacity_bytes'])}",
+            f"{row['used_bytes'] / 2**20:.0f} of {row['capacity_bytes'] / 2**20:.0f}",
             str(row["requests"]),
             f"{(row['hits'] + row['joins']) / row['requests']:.0%}" if row["requests"] else "-",
             str(row["model_loads"]),
             str(row["forwards"]),
             str(row["evictions"]),
-            ", ".join(f"{model['model']} ({model['rate_per_s']:.2g})" for model in resident) or "-",
         )
     _out.print(table)
+    for row in content["locations"]:
+        resident = sorted(row["resident"], key=lambda model: -model["rate_per_s"])
+        listed = ", ".join(f"{model['model']} {model['rate_per_s']:.2g}/s" for model in resident) or "nothing"
+        _out.print(f"{row['name']} holds {listed}")
     coordinator = content["coordinator"]
     age = coordinator["view_age_s"]
     state = "up" if coordinator["up"] else "not reachable: locations go on with what they know"
@@ -281,7 +287,3 @@ def _call(method: str, url: str, token: str | None, **request: Any) -> httpx.Res
     except (ValueError, KeyError, TypeError):
         message = f"{url} answered {response.status_code} {response.reason_phrase}"
     raise EdgeServeError(message)
-
-
-def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**20:.0f} MiB"

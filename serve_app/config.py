@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -13,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from serve_app.core.catalog import MODEL_ID_PATTERN, ImageInput, ModelEntry
-from serve_app.core.policies import make_policy
+from serve_app.core.policies import make_policy, policy_parameters
 from serve_app.core.routing import Link
 from serve_app.errors import ConfigError
 
@@ -23,7 +24,10 @@ _SIZE_UNITS = {
 }  # fmt: skip
 _DURATION_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _Model = TypeVar("_Model", bound=BaseModel)
-_QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_QUANTITY = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)\s*", re.ASCII)
+
+#: First parts of paths that the gateway answers itself, so no location can have them as its prefix.
+_RESERVED_NAMES = ("v1", "v2", "metrics", "console", "docs", "openapi.json")
 
 #: Overrides the store directory of every configuration.
 STORE_VARIABLE = "EDGESERVE_STORE"
@@ -93,6 +97,9 @@ class PolicySettings(_Settings):
 
     @model_validator(mode="after")
     def _makeable(self) -> PolicySettings:
+        taken = [parameter.removesuffix("_s") for parameter in policy_parameters(self.name)]
+        for unknown in sorted(set(self.model_extra or ()) - set(taken)):
+            raise ValueError(f"unknown key {unknown}; policy {self.name} takes {', '.join(taken) or 'no parameters'}")
         make_policy(self.name, random.Random(0), **self.parameters)
         return self
 
@@ -120,6 +127,12 @@ class CoordinatorSettings(_Settings):
     popularity_half_life: Duration = 60.0
     #: How far ahead popularity is trusted when a load is weighed against forwarding.
     horizon: Duration = 10.0
+
+    @model_validator(mode="after")
+    def _heard_in_time(self) -> CoordinatorSettings:
+        if self.stale_after <= self.report_every:
+            raise ValueError("stale_after must be longer than report_every, or every worker is taken for dead")
+        return self
 
 
 class LimitSettings(_Settings):
@@ -155,11 +168,18 @@ class EdgeSettings(_Settings):
     @model_validator(mode="after")
     def _consistent(self) -> EdgeSettings:
         for name in self.locations:
-            if not MODEL_ID_PATTERN.fullmatch(name) or name in ("v1", "v2"):
-                raise ValueError(f"location {name!r} must be letters, digits, '.', '_' or '-', and not v1 or v2")
+            if not MODEL_ID_PATTERN.fullmatch(name) or name in _RESERVED_NAMES:
+                taken = ", ".join(_RESERVED_NAMES)
+                raise ValueError(f"location {name!r} must be letters, digits, '.', '_' or '-', and none of {taken}")
         named = [self.default_location, *(end for link in self.links for end in link.between)]
         for unknown in [name for name in named if name is not None and name not in self.locations]:
             raise ValueError(f"unknown location {unknown!r}; there are {', '.join(self.locations)}")
+        described: set[frozenset[str]] = set()
+        for link in self.links:
+            ends = frozenset(link.between)
+            if len(ends) < 2 or ends in described:
+                raise ValueError(f"links: {' and '.join(link.between)} must be two locations, and stand there once")
+            described.add(ends)
         return self
 
     @property
@@ -197,6 +217,15 @@ class _ModelSettings(_Settings):
 class _CatalogSettings(_Settings):
     models: dict[str, _ModelSettings] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _names_mean_one_thing(self) -> _CatalogSettings:
+        for model_id, model in self.models.items():
+            if model.family in self.models:
+                raise ValueError(
+                    f"models.{model_id}: family {model.family!r} is the name of a model; rename one of them"
+                )
+        return self
+
 
 def load_edge(path: Path) -> EdgeSettings:
     """Read ``edge.yaml``; relative paths in it are relative to its folder.
@@ -210,7 +239,7 @@ def load_edge(path: Path) -> EdgeSettings:
     return settings.model_copy(
         update={
             "catalog": _beside(path, settings.catalog),
-            "store": Path(store).absolute() if store else _beside(path, settings.store),
+            "store": Path(store).expanduser().absolute() if store else _beside(path, settings.store),
             "token_file": _beside(path, settings.token_file) if settings.token_file else None,
         }
     )
@@ -249,7 +278,7 @@ def load_yaml(path: Path) -> Any:
     """
     try:
         return yaml.load(_read(path), Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"{path}: not valid YAML: {problem}") from None
 
@@ -274,9 +303,26 @@ def preset(variables: Mapping[str, str]) -> None:
         os.environ.setdefault(name, value)
 
 
+def environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a process that we start: ours, and ``extra`` where ours says nothing."""
+    return {**extra, **os.environ}
+
+
 def ray_address() -> str | None:
     """The Ray cluster that the user wants to join, if any."""
     return os.environ.get("RAY_ADDRESS") or None
+
+
+def has_ray_token() -> bool:
+    """Whether Ray finds an authentication token for this user."""
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or path.is_file()
+
+
+def ray_temp_dir() -> Path:
+    """Where Ray keeps its files on this machine."""
+    return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
 
 
 def state_dir() -> Path:

@@ -127,8 +127,8 @@ class ModelCache:
     | READY   | victim of a ``Load``          | absent  |
     | READY   | ``unload``                    | absent  |
 
-    A request whose victims are all in use waits in line. The first in line makes way for itself: the models that it will
-    displace take no new requests until it has its place, so that a large model cannot starve.
+    A request whose victims are all in use waits in line. The first in line makes way for itself: the models that it
+    will displace take no new requests until it has its place, so that a large model cannot starve.
 
     Args:
         capacity_bytes: what all models, resident and loading, may take together.
@@ -192,13 +192,14 @@ class ModelCache:
         self._loading -= 1
         self.counters.load_failures += 1
         self._failures[model_id] = _Failure(detail, now + self._failure_memory_s)
-        self._remove(entry, now)
+        self._remove(entry)
+        self._policy.on_unload(entry.model, now)
         return self._advance(now)
 
     def finish(self, model_id: str, now: float) -> tuple[Grant, ...]:
         """One request that was answered ``Hit``, ``Join`` or ``Load`` no longer uses the model."""
-        entry = self._entries[model_id]
-        if entry.uses < 1:
+        entry = self._entries.get(model_id)
+        if entry is None or entry.uses < 1:
             raise ValueError(f"{model_id} is finished more often than it was requested")
         entry.uses -= 1
         return self._advance(now) if self._waiting and entry.uses == 0 else ()
@@ -218,7 +219,8 @@ class ModelCache:
         if entry.state is ModelState.LOADING or entry.uses:
             raise Conflict(f"model {model_id} is in use; unload it when its requests have ended")
         self.counters.unloads += 1
-        self._remove(entry, now)
+        self._remove(entry)
+        self._policy.on_unload(entry.model, now)
         return self._advance(now)
 
     def give_up(self, ticket: int, now: float) -> tuple[Grant, ...]:
@@ -290,7 +292,7 @@ class ModelCache:
         if failure is not None and now < failure.until_s:
             return Reject(RejectReason.LOAD_FAILED, failure.detail, failure.until_s - now)
         pinned_bytes = sum(entry.model.size_bytes for entry in self._entries.values() if entry.pinned)
-        if model.model_id not in self._entries and model.size_bytes > self.capacity_bytes - pinned_bytes:
+        if model.size_bytes > self.capacity_bytes - pinned_bytes:
             return Reject(
                 RejectReason.TOO_LARGE,
                 f"model {model.model_id} needs {model.size_bytes} bytes, but only "
@@ -308,7 +310,8 @@ class ModelCache:
             return None
         for victim in victims:
             self.counters.evictions += 1
-            self._remove(victim, now)
+            self._remove(victim)
+            self._policy.on_evict(victim.model, now)
         self._entries[model.model_id] = _Entry(
             model=model,
             state=ModelState.LOADING,
@@ -355,10 +358,14 @@ class ModelCache:
         return Wait(self._tickets)
 
     def _make_way(self, model: ModelProfile, now: float) -> None:
-        """Let no new request onto the models that ``model``, first in line, will displace."""
+        """Let no new request onto the models that ``model``, first in line, will displace, but onto all others."""
+        if self._loading >= self._max_loads:
+            # It would have to wait with every byte free: nothing is gained by turning hits away meanwhile.
+            return
         candidates = (entry for entry in self._entries.values() if self._evictable(entry))
-        for entry in self._victims(candidates, model, now) or ():
-            entry.draining = True
+        makes_way = {entry.model.model_id for entry in self._victims(candidates, model, now) or ()}
+        for model_id, entry in self._entries.items():
+            entry.draining = model_id in makes_way
 
     def _advance(self, now: float) -> tuple[Grant, ...]:
         """Answer everyone in line who can be answered now, in order of arrival."""
@@ -396,10 +403,9 @@ class ModelCache:
     def _evictable(self, entry: _Entry) -> bool:
         return entry.state is ModelState.READY and not entry.pinned
 
-    def _remove(self, entry: _Entry, now: float) -> None:
+    def _remove(self, entry: _Entry) -> None:
         del self._entries[entry.model.model_id]
         self._used_bytes -= entry.model.size_bytes
-        self._policy.on_evict(entry.model, now)
 
     def _loading_entry(self, model_id: str) -> _Entry:
         entry = self._entries.get(model_id)

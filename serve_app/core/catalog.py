@@ -72,6 +72,10 @@ class ModelEntry:
             MODEL_ID_PATTERN.fullmatch(self.model_id) is not None,
             f"model name {self.model_id!r} must be letters, digits, '.', '_' or '-'",
         )
+        _require(
+            self.family is None or MODEL_ID_PATTERN.fullmatch(self.family) is not None,
+            f"family name {self.family!r} must be letters, digits, '.', '_' or '-'",
+        )
         _require(":" in self.builder, f"builder {self.builder!r} must look like 'torchvision:resnet50'")
         _require(
             self.weights == "pretrained" or re.fullmatch(r"random:\d{1,9}|file:.+", self.weights) is not None,

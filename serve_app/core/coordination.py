@@ -39,7 +39,6 @@ class CoordinatorState:
         self._changed: dict[str, int] = {}
         self._departed: dict[str, int] = {}
         self._complete_since = 0
-        self._demanded: dict[str, int] = {}
 
     def handle(self, report: WorkerReport, now: float) -> None:
         """Take in one worker's report (``now`` in seconds)."""
@@ -52,10 +51,8 @@ class CoordinatorState:
         self._heard_s[report.replica] = now
         self._changed[report.replica] = self._version
         self._departed.pop(report.replica, None)
-        self._demanded[report.location] = self._version
         for demand in report.demand:
             self._popularity.add(demand.location, demand.model_id, demand.count, now)
-            self._demanded[demand.location] = self._version
 
     def expire(self, now: float) -> None:
         """Drop the replicas that have been silent for too long."""
@@ -84,11 +81,7 @@ class CoordinatorState:
             full=full,
             workers=tuple(self._reports[replica] for replica, changed in self._changed.items() if changed > since),
             gone=() if full else tuple(replica for replica, changed in self._departed.items() if changed > since),
-            rates={
-                location: self._popularity.rates(location, now)
-                for location, changed in self._demanded.items()
-                if changed > since
-            },
+            rates=self.rates(now),
         )
 
     def holders(self, model_id: str) -> tuple[str, ...]:
@@ -105,4 +98,4 @@ class CoordinatorState:
 
     def rates(self, now: float) -> dict[str, dict[str, float]]:
         """Requests per second of every model at every location."""
-        return {location: self._popularity.rates(location, now) for location in self._demanded}
+        return self._popularity.rates(now)

@@ -23,12 +23,11 @@ class View:
         """Bring this copy up to date."""
         if delta.full:
             self.workers.clear()
-            self.rates.clear()
         for replica in delta.gone:
             self.workers.pop(replica, None)
         for report in delta.workers:
             self.workers[report.replica] = report
-        self.rates.update(delta.rates)
+        self.rates = dict(delta.rates)
         self.epoch, self.version, self.updated_s = delta.epoch, delta.version, now
 
     def rate(self, location: str, model_id: str) -> float:
@@ -46,6 +45,33 @@ class _Sighting:
     sequence: int
 
 
+class Queue:
+    """Inferences that run or wait at one worker, and how long the next one will wait."""
+
+    __slots__ = ("_backlog_s", "jobs")
+
+    def __init__(self) -> None:
+        self.jobs = 0
+        self._backlog_s = 0.0
+
+    def add(self, exec_s: float) -> None:
+        """One more, of about ``exec_s`` seconds."""
+        self.jobs += 1
+        self._backlog_s += exec_s
+
+    def remove(self, exec_s: float) -> None:
+        """One has ended; ``exec_s`` is what it was added with."""
+        self.jobs -= 1
+        # Sums of floats do not come out even.
+        self._backlog_s = max(0.0, self._backlog_s - exec_s) if self.jobs else 0.0
+
+    def wait_s(self, slots: int) -> float:
+        """Seconds until one of ``slots`` is free for the next; those that run are half done, on average."""
+        if self.jobs < slots:
+            return 0.0
+        return self._backlog_s / self.jobs * (self.jobs - slots + 0.5) / slots
+
+
 class Knowledge:
     """The view, and on top of it what this router's own requests have shown and caused since the last reports.
 
@@ -56,7 +82,7 @@ class Knowledge:
     def __init__(self) -> None:
         self.view = View()
         self._sightings: dict[str, dict[str, _Sighting]] = {}
-        self._backlog_s: dict[str, float] = {}
+        self._queues: dict[str, Queue] = {}
         self._suspects: dict[str, int] = {}
 
     def apply(self, delta: ViewDelta, now: float) -> None:
@@ -91,6 +117,9 @@ class Knowledge:
 
     def see(self, replica: str, model_id: str, state: ModelState | None, sequence: int) -> None:
         """A model was in ``state`` at ``replica`` after its report number ``sequence - 1``."""
+        report = self.view.workers.get(replica)
+        if report is not None and sequence <= report.sequence:
+            return
         self._sightings.setdefault(replica, {})[model_id] = _Sighting(state, sequence)
 
     def expect_load(self, replica: str, model_id: str) -> None:
@@ -109,16 +138,17 @@ class Knowledge:
 
     def sent(self, replica: str, exec_s: float) -> None:
         """A request of about ``exec_s`` seconds was sent to ``replica``."""
-        self._backlog_s[replica] = self._backlog_s.get(replica, 0.0) + exec_s
+        self._queues.setdefault(replica, Queue()).add(exec_s)
 
     def returned(self, replica: str, exec_s: float) -> None:
         """It came back, well or not."""
-        left_s = self._backlog_s.get(replica, 0.0) - exec_s
-        if left_s > 1e-9:
-            self._backlog_s[replica] = left_s
-        else:
-            self._backlog_s.pop(replica, None)
+        queue = self._queues.get(replica)
+        if queue is not None:
+            queue.remove(exec_s)
+            if not queue.jobs:
+                del self._queues[replica]
 
     def queue_s(self, report: WorkerReport) -> float:
         """Seconds until a request sent to a worker now begins to execute."""
-        return max(report.queue_s, self._backlog_s.get(report.replica, 0.0) / report.exec_slots)
+        queue = self._queues.get(report.replica)
+        return max(report.queue_s, queue.wait_s(report.exec_slots)) if queue else report.queue_s

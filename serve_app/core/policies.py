@@ -25,7 +25,10 @@ class EvictionPolicy:
         """``model`` takes up memory from now on."""
 
     def on_evict(self, model: ModelProfile, now: float) -> None:
-        """``model`` no longer takes up memory."""
+        """``model`` was displaced by another one and no longer takes up memory."""
+
+    def on_unload(self, model: ModelProfile, now: float) -> None:
+        """``model`` no longer takes up memory for any other reason: its load failed, or it was unloaded by hand."""
 
     def on_forward_costs(self, forward_s: Mapping[str, float]) -> None:
         """Models that other locations hold, and the extra seconds that a request forwarded there takes."""
@@ -79,7 +82,11 @@ class Gdsf(EvictionPolicy):
         self._utility[model.model_id] = self._age + self._requests[model.model_id] * model.load_s / model.size_bytes
 
     def on_evict(self, model: ModelProfile, now: float) -> None:
-        self._age = max(self._age, self._utility.pop(model.model_id, 0.0))
+        self._age = max(self._age, self.utility(model, now))
+        self.on_unload(model, now)
+
+    def on_unload(self, model: ModelProfile, now: float) -> None:
+        self._utility.pop(model.model_id, None)
         del self._requests[model.model_id]
 
     def utility(self, model: ModelProfile, now: float) -> float:
@@ -118,6 +125,8 @@ class EdgeServe(EvictionPolicy):
     """
 
     def __init__(self, _rng: random.Random, *, half_life_s: float = 600.0) -> None:
+        if half_life_s <= 0:
+            raise ValueError(f"half_life_s must be positive, not {half_life_s}")
         self._half_life_s = half_life_s
         self._rates: dict[str, DecayedRate] = {}
         self._forward_s: Mapping[str, float] = {}
@@ -154,12 +163,18 @@ def make_policy(name: str, rng: random.Random, **parameters: float) -> EvictionP
     Raises:
         ValueError: no such policy, or a parameter that it does not take.
     """
+    taken = policy_parameters(name)
+    for unknown in sorted(parameters.keys() - set(taken)):
+        raise ValueError(f"policy {name!r} does not take {unknown}; it takes {', '.join(taken) or 'no parameters'}")
+    return POLICIES[name](rng, **parameters)
+
+
+def policy_parameters(name: str) -> tuple[str, ...]:
+    """The parameters that a policy takes beside its source of chance.
+
+    Raises:
+        ValueError: no such policy.
+    """
     if name not in POLICIES:
         raise ValueError(f"unknown policy {name!r}; there are {', '.join(POLICIES)}")
-    try:
-        return POLICIES[name](rng, **parameters)
-    except TypeError:
-        taken = [key for key in inspect.signature(POLICIES[name]).parameters if not key.startswith(("_", "rng"))]
-        raise ValueError(
-            f"policy {name!r} does not take {sorted(parameters.keys() - set(taken))}; it takes {taken or 'no parameters'}"
-        ) from None
+    return tuple(inspect.signature(POLICIES[name]).parameters)[1:]

@@ -29,12 +29,16 @@ class DecayedRate:
         """The rate as of ``now``, in requests per second."""
         return self._level * math.exp(-self._decay_per_s * max(0.0, now - self._updated_s))
 
+    def requests(self, now: float) -> float:
+        """How many requests of this very moment the rate as of ``now`` is worth."""
+        return self.per_s(now) / self._decay_per_s
+
 
 class Popularity:
     """Decayed request rate per (location, model)."""
 
-    #: Below one request in about eleven days a pair is forgotten, so that memory stays bounded.
-    FORGET_PER_S = 1e-6
+    #: What is left of one request when a pair is forgotten, 13 half-lives later, so that memory stays bounded.
+    FORGET_REQUESTS = 1e-4
 
     def __init__(self, half_life_s: float) -> None:
         self._half_life_s = half_life_s
@@ -47,11 +51,13 @@ class Popularity:
             rates[model_id] = DecayedRate(self._half_life_s)
         rates[model_id].add(now, count)
 
-    def rates(self, location: str, now: float) -> dict[str, float]:
-        """Requests per second of every model that ``location`` has asked for lately; forgets the rest."""
-        known = self._rates.get(location, {})
-        current = {model_id: rate.per_s(now) for model_id, rate in known.items()}
-        for model_id, per_s in current.items():
-            if per_s < self.FORGET_PER_S:
-                del known[model_id]
-        return {model_id: per_s for model_id, per_s in current.items() if per_s >= self.FORGET_PER_S}
+    def rates(self, now: float) -> dict[str, dict[str, float]]:
+        """Requests per second of every model at every location that has asked for it lately; forgets the rest."""
+        self._rates = {location: kept for location, known in self._rates.items() if (kept := self._lately(known, now))}
+        return {
+            location: {model_id: rate.per_s(now) for model_id, rate in known.items()}
+            for location, known in self._rates.items()
+        }
+
+    def _lately(self, known: dict[str, DecayedRate], now: float) -> dict[str, DecayedRate]:
+        return {model_id: rate for model_id, rate in known.items() if rate.requests(now) >= self.FORGET_REQUESTS}

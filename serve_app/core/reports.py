@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from serve_app.core.cache import ResidentModel
+from serve_app.core.catalog import ModelProfile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +65,19 @@ class WorkerReport:
     outcomes: Mapping[str, OutcomeCounts]
     demand: tuple[Demand, ...] = ()
 
+    def can_hold(self, model: ModelProfile) -> bool:
+        """Whether the model fits once everything that may be evicted has been."""
+        pinned_bytes = sum(
+            other.size_bytes for other in self.models.values() if other.pinned and other.model_id != model.model_id
+        )
+        return model.size_bytes <= self.capacity_bytes - pinned_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewDelta:
     """What has changed in the cluster since a version; ``full`` replaces everything that was known before.
 
-    ``rates`` holds requests per second for every location in ``rates`` that changed.
+    ``rates`` holds requests per second of every model at every location and is always whole: rates fall by themselves.
     """
 
     epoch: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,10 @@ class Outcome(enum.StrEnum):
     FORWARD = "forward"
 
 
+#: What a request becomes at its own location, by the state of its model there.
+_OUTCOMES_HERE = {ModelState.READY: Outcome.HIT, ModelState.LOADING: Outcome.JOIN, None: Outcome.LOAD}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
     """The way from one location to another: round trip in seconds, bandwidth in bytes per second."""
@@ -39,12 +44,15 @@ class RoutingRules:
     """What the choice depends on besides the state of the cluster.
 
     ``horizon_s``: how far ahead today's popularity is trusted when a load is weighed against forwarding every time.
+    ``staleness_s``: how old what is known of other locations may be; a shorter queue there counts only if it is
+    shorter by more than that.
     """
 
     profiles: Mapping[str, ModelProfile]
     links: Mapping[tuple[str, str], Link]
     default_link: Link
     horizon_s: float
+    staleness_s: float = 0.0
 
     def link(self, here: str, there: str) -> Link:
         """The link between two locations, in either direction."""
@@ -90,25 +98,36 @@ class Errand:
 def choose(errand: Errand, known: Knowledge, rules: RoutingRules) -> Plan:
     """The best way to serve one request.
 
-    | option  | expected latency                                           | costs later requests                |
-    |---------|------------------------------------------------------------|-------------------------------------|
-    | hit     | queue + exec                                               | nothing                             |
-    | join    | rest of the load + queue + exec                            | nothing                             |
-    | load    | load + queue + exec                                        | the absence of the victims          |
-    | forward | link + queue there + exec, + load there if nobody holds it | being forwarded as well             |
+    | option  | expected latency                | costs later requests    |
+    |---------|---------------------------------|-------------------------|
+    | hit     | queue + exec                    | nothing                 |
+    | join    | rest of the load + queue + exec | nothing                 |
+    | load    | load + queue + exec             | the absence of victims  |
+    | forward | link + queue there + exec       | being forwarded as well |
 
-    What later requests pay is counted over ``rules.horizon_s`` at today's rates. Where no live worker is known, the
-    request goes to its own location: Serve may have a replica that has not reported yet, or will have one soon.
+    What later requests pay is counted over ``rules.horizon_s`` at today's rates; where the model can never fit, that
+    is without end. Only holders are forwarded to, as long as a worker here can take the model: a second copy elsewhere
+    would displace others there. Where no live worker is known, the request goes to its own location: Serve may have a
+    replica that has not reported yet, or will have one soon.
     """
     workers = [report for report in known.workers() if report.replica not in errand.avoid]
-    workers = [report for report in workers if report.capacity_bytes >= errand.model.size_bytes] or workers
-    local = [report for report in workers if report.location == errand.here]
-    options = [_plan_here(errand.model, report, known, rules) for report in local]
-    best = min(options, key=lambda plan: plan.cost_s, default=None)
-    if best is not None and best.outcome is Outcome.HIT and best.wait_s <= rules.least_rtt_s:
+    here = [report for report in workers if report.location == errand.here]
+    run_s = max((exec_s(errand.model, report) for report in here), default=None)
+    best, local = min(
+        ((_plan_here(errand.model, run_s, report, known, rules), report) for report in here if run_s is not None),
+        key=lambda option: option[0].cost_s,
+        default=(None, None),
+    )
+    if best is not None and best.outcome is Outcome.HIT and best.wait_s <= rules.least_rtt_s + rules.staleness_s:
         return best
-    if errand.may_forward or best is None:
-        options += [_plan_there(errand, report, known, rules) for report in workers if report.location != errand.here]
+    options = [best] if best is not None else []
+    if errand.may_forward:
+        must_hold = best is not None and best.cost_s < math.inf
+        options += [
+            _plan_there(errand, report, local, run_s, known, rules)
+            for report in workers
+            if report.location != errand.here and not (must_hold and known.state(report, errand.model.model_id) is None)
+        ]
     return min(options, key=lambda plan: plan.cost_s, default=_plan_blindly(errand))
 
 
@@ -124,22 +143,13 @@ def forward_costs(here: str, view: View, rules: RoutingRules) -> dict[str, float
     return costs
 
 
-def _plan_here(model: ModelProfile, report: WorkerReport, known: Knowledge, rules: RoutingRules) -> Plan:
-    wait_s, loss_s = known.queue_s(report), 0.0
-    match known.state(report, model.model_id):
-        case ModelState.READY:
-            outcome = Outcome.HIT
-        case ModelState.LOADING:
-            outcome = Outcome.JOIN
-            # A load seen under way is half done, on average.
-            wait_s += load_s(model, report) / 2
-        case None:
-            outcome = Outcome.LOAD
-            wait_s += load_s(model, report)
-            loss_s = _victims_loss_s(model, report, known.view, rules)
-    expected_s = wait_s + exec_s(model, report)
+def _plan_here(model: ModelProfile, run_s: float, report: WorkerReport, known: Knowledge, rules: RoutingRules) -> Plan:
+    state = known.state(report, model.model_id)
+    load_wait_s, loss_s = _until_ready(state, model, report, known, rules)
+    wait_s = known.queue_s(report) + load_wait_s
+    expected_s = wait_s + run_s
     return Plan(
-        outcome=outcome,
+        outcome=_OUTCOMES_HERE[state],
         location=report.location,
         replica=report.replica,
         wait_s=wait_s,
@@ -148,25 +158,58 @@ def _plan_here(model: ModelProfile, report: WorkerReport, known: Knowledge, rule
     )
 
 
-def _plan_there(errand: Errand, report: WorkerReport, known: Knowledge, rules: RoutingRules) -> Plan:
+def _plan_there(
+    errand: Errand,
+    report: WorkerReport,
+    local: WorkerReport | None,
+    run_here_s: float | None,
+    known: Knowledge,
+    rules: RoutingRules,
+) -> Plan:
     model = errand.model
+    state = known.state(report, model.model_id)
+    load_wait_s, loss_s = _until_ready(state, model, report, known, rules)
+    queue_s, run_s = known.queue_s(report), exec_s(model, report)
+    if local is not None and run_here_s is not None:
+        queue_here_s = known.queue_s(local)
+        queue_s = _believed(queue_s, queue_here_s, queue_here_s - rules.staleness_s)
+        # Execution times are noisy: only twice as fast is faster, and only if it was measured.
+        measured = model.model_id in report.exec_s
+        run_s = _believed(run_s, run_here_s, run_here_s / 2) if measured else run_here_s
     link_s = rules.link(errand.here, report.location).seconds(errand.payload_bytes)
-    wait_s = link_s + known.queue_s(report)
-    loss_s = rules.horizon_s * known.view.rate(errand.here, model.model_id) * link_s
-    held = known.state(report, model.model_id) is not None
-    if not held:
-        wait_s += load_s(model, report)
-        loss_s += _victims_loss_s(model, report, known.view, rules)
-    expected_s = wait_s + exec_s(model, report)
+    wait_s = link_s + queue_s + load_wait_s
+    later_s = rules.horizon_s * known.view.rate(errand.here, model.model_id) * link_s
     return Plan(
         outcome=Outcome.FORWARD,
         location=report.location,
         replica=report.replica,
         wait_s=wait_s,
-        expected_s=expected_s,
-        cost_s=expected_s + loss_s,
-        must_hold=held,
+        expected_s=wait_s + run_s,
+        cost_s=wait_s + run_s + loss_s + later_s,
+        must_hold=state is not None,
     )
+
+
+def _believed(there_s: float, here_s: float, threshold_s: float) -> float:
+    """What is known from afar is better than what is here only if it is so by a clear margin.
+
+    Otherwise all routers would send everything to whichever location looked best half a second ago.
+    """
+    return there_s if there_s < threshold_s else max(there_s, here_s)
+
+
+def _until_ready(
+    state: ModelState | None, model: ModelProfile, report: WorkerReport, known: Knowledge, rules: RoutingRules
+) -> tuple[float, float]:
+    """Seconds until the model is in memory there, and seconds that later requests lose by its victims' absence."""
+    match state:
+        case ModelState.READY:
+            return 0.0, 0.0
+        case ModelState.LOADING:
+            # A load seen under way is half done, on average.
+            return load_s(model, report) / 2, 0.0
+        case None:
+            return load_s(model, report), _victims_loss_s(model, report, known.view, rules)
 
 
 def _plan_blindly(errand: Errand) -> Plan:
@@ -177,7 +220,7 @@ def _plan_blindly(errand: Errand) -> Plan:
         replica=None,
         wait_s=wait_s,
         expected_s=wait_s + errand.model.exec_s,
-        cost_s=float("inf"),
+        cost_s=math.inf,
     )
 
 
@@ -186,6 +229,8 @@ def _victims_loss_s(model: ModelProfile, report: WorkerReport, view: View, rules
     missing_bytes = report.used_bytes + model.size_bytes - report.capacity_bytes
     if missing_bytes <= 0:
         return 0.0
+    if not report.can_hold(model):
+        return math.inf
     elsewhere_s = forward_costs(report.location, view, rules)
     losses: list[tuple[float, int]] = []
     for resident in report.models.values():

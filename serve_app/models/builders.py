@@ -50,7 +50,11 @@ def build(entry: ModelEntry, weights: str) -> nn.Module:
     if weights.startswith("file:"):
         path = Path(weights.removeprefix("file:"))
         unused = tuple(f"{name}." for name in builder.unused)
-        state = {key: value for key, value in read_safetensors(path).items() if not key.startswith(unused)}
+        tensors = {key: value for key, value in read_safetensors(path).items() if not key.startswith(unused)}
+        # Some modules refuse a state dict that does not tell their version, and safetensors files cannot.
+        state = module.state_dict()
+        state.clear()
+        state.update(tensors)
         load_strictly(module, state, str(path))
     return module.requires_grad_(False).eval()
 

@@ -135,6 +135,8 @@ class Manifest:
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
     """Builds a value of type ``kind`` from JSON; ``where`` is the path of keys, for messages."""
+    if type(value) is kind:
+        return value
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, value, where)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -149,9 +151,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         return value
     if kind is float and type(value) is int:
         return float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{where}: expected {kind.__name__}, found {type(value).__name__}")
-    return value
+    raise ValueError(f"{where}: expected {kind.__name__}, found {type(value).__name__}")
 
 
 def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
@@ -169,6 +169,8 @@ def _decode_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[A
     if not isinstance(value, list):
         raise ValueError(f"{where}: expected a list, found {type(value).__name__}")
     if arguments[-1] is Ellipsis:
+        if all(type(item) is arguments[0] for item in value):  # plain values, such as labels: nothing to convert
+            return tuple(value)
         arguments = (arguments[0],) * len(value)
     if len(arguments) != len(value):
         raise ValueError(f"{where}: expected {len(arguments)} values, found {len(value)}")

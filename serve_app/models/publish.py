@@ -65,9 +65,10 @@ class PublishReport:
         """One sentence about fallback weights that the user must see; None if there is nothing to say."""
         if not self.fallbacks:
             return None
+        total = len(self.published) + len(self.skipped) + len(self.failures)
         return (
-            f"{len(self.fallbacks)} models serve seeded random weights ({FALLBACK}) because their pretrained weights "
-            "cannot be downloaded: their predictions mean nothing; publish again once the network is there"
+            f"pretrained weights cannot be downloaded: {len(self.fallbacks)} of {total} models serve seeded random "
+            f"weights ({FALLBACK}), whose predictions mean nothing; publish again once the network is there"
         )
 
 
@@ -156,8 +157,9 @@ class _Run:
             tell("building", 0)
             publish_module(self._store, entry, *self._build(entry), tell)
         except Exception as error:
-            message = error.message if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
-            logger.error("model %s is not published: %s", entry.model_id, message, exc_info=error)
+            foreseen = isinstance(error, StoreError)
+            message = str(error) if foreseen else f"{type(error).__name__}: {error}"
+            logger.error("model %s is not published: %s", entry.model_id, message, exc_info=not foreseen)
             self._failures.append(PublishFailure(model_id=entry.model_id, message=message))
             tell("failed", 0)
         else:

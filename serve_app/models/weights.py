@@ -109,7 +109,7 @@ def url_reachable(url: str, timeout_s: float = PROBE_TIMEOUT_S) -> bool:
     return answers == [True]
 
 
-def download_torchvision(weights: Any) -> Mapping[str, torch.Tensor]:
+def download_torchvision(weights: Any) -> dict[str, torch.Tensor]:
     """The state dict of a torchvision weights enum member: from torch hub's cache, else downloaded and checked.
 
     Unpickling is limited to tensors (``weights_only``).
@@ -120,7 +120,7 @@ def download_torchvision(weights: Any) -> Mapping[str, torch.Tensor]:
     """
     try:
         with _stall_timeout(STALL_TIMEOUT_S):
-            state: Mapping[str, torch.Tensor] = weights.get_state_dict(
+            state: dict[str, torch.Tensor] = weights.get_state_dict(
                 progress=False, check_hash=True, map_location="cpu", weights_only=True
             )
         return state
@@ -131,14 +131,14 @@ def download_torchvision(weights: Any) -> Mapping[str, torch.Tensor]:
         raise StoreError(f"cannot read the weights {path}: {error}; delete that file and publish again") from error
 
 
-def read_safetensors(path: Path) -> Mapping[str, torch.Tensor]:
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, by name.
 
     Raises:
         StoreError: the file is missing or is not a safetensors file.
     """
     try:
-        state: Mapping[str, torch.Tensor] = load_file(path)
+        state: dict[str, torch.Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise StoreError(f"cannot read the weights {path}: {error}; name a safetensors file") from error
     return state

@@ -10,7 +10,7 @@ import difflib
 import importlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -75,7 +75,9 @@ class TorchvisionBuilder:
         self._explicit = bool(member)
         enum = models.get_model_weights(self._name)
         if member and member not in enum.__members__:
-            raise StoreError(f"torchvision:{self._name} has no weights {member!r}; it has {list(enum.__members__)}")
+            raise StoreError(
+                f"torchvision:{self._name} has no weights {member!r}; it has {[weights.name for weights in enum]}"
+            )
         self._weights = enum[member] if member else enum.DEFAULT
         self.unused = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}.get(self._name, ())
 
@@ -104,7 +106,8 @@ class TorchvisionBuilder:
         """The module with the weights of the enum, from torch hub's cache or downloaded."""
         module = self.construct(PRETRAINED)
         state = download_torchvision(self._weights)
-        load_strictly(module, _modern_keys(state), f"torchvision:{self._name}@{self._weights.name}")
+        _rename_old_keys(state)
+        load_strictly(module, state, f"torchvision:{self._name}@{self._weights.name}")
         return module
 
     def metadata(self) -> Metadata:
@@ -225,10 +228,15 @@ class FactoryBuilder:
         return Metadata()
 
 
-def _modern_keys(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    """Renames the keys of torchvision's old DenseNet checkpoints ('norm.1' is now 'norm1'), as torchvision does."""
+def _rename_old_keys(state: dict[str, torch.Tensor]) -> None:
+    """Renames the keys of torchvision's old DenseNet checkpoints ('norm.1' is now 'norm1'), as torchvision does.
+
+    In place, because the dictionary carries the versions of its modules as an attribute.
+    """
     old = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_mean|running_var))$")
-    return {old.sub(r"\1\2", key): value for key, value in state.items()}
+    for key in list(state):
+        if old.match(key):
+            state[old.sub(r"\1\2", key)] = state.pop(key)
 
 
 def _interpolation(name: str) -> Interpolation:

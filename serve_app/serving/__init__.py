@@ -1,0 +1,1 @@
+"""Router, worker and coordinator on Ray Serve, and the protocols that they speak."""

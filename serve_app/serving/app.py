@@ -3,6 +3,7 @@
 No ``from __future__ import annotations`` here: with it, Serve would hand the builder a plain dict.
 """
 
+import logging
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from serve_app.core.cache import ModelCache
 from serve_app.core.catalog import Catalog, ModelEntry
 from serve_app.core.policies import make_policy
 from serve_app.core.routing import RoutingRules
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, StoreError
 from serve_app.models.store import ModelStore
 from serve_app.serving.coordinator import CoordinatorLink
 from serve_app.serving.http import HttpSettings, build_http_app
@@ -31,6 +32,8 @@ from serve_app.serving.router import Router
 from serve_app.serving.scrape import MetricsScraper
 from serve_app.serving.worker import Worker, WorkerIdentity
 from serve_app.serving.worker_pool import WORKER, NamedReplicaRouter, ServeWorkerPool
+
+logger = logging.getLogger(__name__)
 
 #: Serve's own limit would answer without our error shape, so ours (``limits``) must bind first.
 _SERVE_LIMIT = 100_000
@@ -65,6 +68,8 @@ class Deployed:
             links=self.settings.core_links(),
             default_link=self.settings.core_default_link(),
             horizon_s=self.settings.coordinator.horizon,
+            # A report waits for its turn, and so does the view that brings it.
+            staleness_s=2 * self.settings.coordinator.report_every,
         )
 
     def link(self) -> CoordinatorLink:
@@ -87,7 +92,11 @@ class _WorkerReplica:
         catalog = deployed.catalog()
         loader = ModelLoader(ModelStore(settings.store))
         for model in catalog.models:
-            loader.prepare(model.model_id)
+            try:
+                loader.prepare(model.model_id)
+            except StoreError as error:
+                # One unusable model must not keep the others from being served; its own requests say what is wrong.
+                logger.error("model %s cannot be served: %s", model.model_id, error)
         replica = serve.get_replica_context().replica_id.unique_id
         metrics = WorkerMetrics(location, replica)
         cache = ModelCache(

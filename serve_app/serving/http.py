@@ -254,6 +254,7 @@ class TokenGate:
         self._token = token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 401 or 403."""
         if scope["type"] == "http" and "/v2/health/" not in scope["path"]:
             error = self._error(dict(scope["headers"]).get(b"authorization"))
             if error is not None:
@@ -350,7 +351,7 @@ def _check_type(request: Request, accepted: frozenset[str], wording: str) -> Non
 
 
 def _top_k(value: str) -> int:
-    if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= 1000:  # noqa: PLR2004
+    if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= 1000:
         raise InvalidRequest(f"top_k must be a whole number from 1 to 1000, not {value[:32]!r}")
     return int(value)
 

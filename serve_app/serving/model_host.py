@@ -212,8 +212,6 @@ class ModelHost:
         for victim in load.victims:
             self._drop(victim, "capacity")
         task = asyncio.get_running_loop().create_task(self._load(model_id), name=f"load {model_id}")
-        # A load whose requests have all been cancelled may fail with nobody looking.
-        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         self._loads[model_id] = task
 
     async def _load(self, model_id: str) -> RunnableModel:
@@ -232,7 +230,11 @@ class ModelHost:
         return runnable
 
     def _drop(self, model_id: str, reason: str) -> None:
-        self._runnables.pop(model_id).unload()
+        try:
+            self._runnables.pop(model_id).unload()
+        except Exception:
+            # It is out of the books already, and the load or the requests that need its place must go on.
+            logger.exception("unloading %s failed", model_id)
         self._loads.pop(model_id, None)
         self._observer.evicted(model_id, reason)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _MAX_ATTEMPTS = 5
 
 
-class WorkerLost(Exception):  # noqa: N818 - the vocabulary of the field
+class WorkerLost(Exception):
     """A worker died, or could not be reached, with our request on its way."""
 
 
@@ -119,10 +119,14 @@ class Router:
     def start(self, refresh_every_s: float, home: str) -> None:
         """Begin to follow the coordinator; ``home`` labels this router's gauges."""
 
+        began_s = self._clock()
+
         async def refresh() -> None:
             await self.refresh()
             self._metrics.inflight.set(self._inflight, tags={"location": home})
-            self._metrics.view_age_seconds.set(self.view_age_s() or 0.0, tags={"location": home})
+            age_s = self.view_age_s()
+            never_s = self._clock() - began_s
+            self._metrics.view_age_seconds.set(never_s if age_s is None else age_s, tags={"location": home})
 
         self._listening = asyncio.get_running_loop().create_task(every(refresh_every_s, refresh))
 
@@ -141,7 +145,7 @@ class Router:
         """Seconds since the coordinator was last heard."""
         return self.known.view.age_s(self._clock())
 
-    def candidates(self, query: Query) -> tuple[PublishedModel, ...]:
+    def candidates(self, query: Query) -> Sequence[PublishedModel]:
         """The models that may serve a query, best first.
 
         Raises:
@@ -224,10 +228,12 @@ class Router:
     def _pick(self, query: Query) -> PublishedModel:
         """The most accurate model that is expected to meet the deadline."""
         candidates = self.candidates(query)
-        fitting = tuple(model for model in candidates if query.fits(model)) or candidates
+        workers = self.known.workers()
+        fitting = [model for model in candidates if query.fits(model)] or candidates
+        fitting = [model for model in fitting if any(report.can_hold(model.profile) for report in workers)] or fitting
         if query.deadline_s is None:
             return fitting[0]
-        if len(candidates) > 1:
+        if query.name not in self.catalog:
             for model in fitting:
                 if self._choose(query, model).expected_s <= query.deadline_s:
                     return model
@@ -236,7 +242,7 @@ class Router:
                 "raise deadline_ms or lower min_accuracy"
             )
         model = fitting[0]
-        fastest_s = min([exec_s(model.profile, report) for report in self.known.workers()] or [0.0])
+        fastest_s = min([exec_s(model.profile, report) for report in workers] or [0.0])
         if fastest_s / 2 > query.deadline_s:
             # Measured times vary; only what is out of reach by far is refused unseen.
             raise DeadlineExceeded(

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from serve_app.core.catalog import Catalog, PublishedModel
-from serve_app.core.knowledge import View
+from serve_app.core.knowledge import Queue, View
 from serve_app.core.reports import Demand, OutcomeCounts, WorkerReport
 from serve_app.core.routing import Outcome, RoutingRules, forward_costs
 from serve_app.errors import DeadlineExceeded, EdgeServeError
@@ -90,7 +90,7 @@ class Worker:
         self._view = View()
         self._sequence = 0
         self._inflight = 0
-        self._backlog_s = 0.0
+        self._queue = Queue()
         self._exec_s = Smoothed()
         self._load_s = Smoothed()
         self._outcomes: dict[str, OutcomeCounts] = {}
@@ -168,7 +168,7 @@ class Worker:
             rss_bytes=self._rss_bytes(),
             models={model.model_id: model for model in cache.models()},
             exec_slots=self._exec_slots,
-            queue_s=self._backlog_s / self._exec_slots,
+            queue_s=self._queue.wait_s(self._exec_slots),
             inflight=self._inflight,
             exec_s=dict(self._exec_s.seconds),
             load_s=dict(self._load_s.seconds),
@@ -219,7 +219,7 @@ class Worker:
             began_s = self._clock()
             return lease.runnable.infer(batch), began_s, self._clock()
 
-        self._backlog_s += expected_s
+        self._queue.add(expected_s)
         loop = asyncio.get_running_loop()
         job = self._executors.submit(run)
         # Not when this coroutine ends: a cancelled request's thread runs on, and its model must stay until it is done.
@@ -229,7 +229,7 @@ class Worker:
         return logits, began_s - asked_s, ended_s - began_s
 
     def _executed(self, lease: Lease, expected_s: float) -> None:
-        self._backlog_s = max(0.0, self._backlog_s - expected_s)
+        self._queue.remove(expected_s)
         self._host.release(lease)
 
     def _count(self, origin: str, outcome: Outcome) -> None:

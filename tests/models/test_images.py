@@ -52,10 +52,9 @@ def test_preprocessing_is_that_of_torchvision(name: str, size: tuple[int, int]) 
 def test_crop_larger_than_the_resized_image_is_padded_as_torchvision_does(
     resize_px: int, size: tuple[int, int]
 ) -> None:
-    from torchvision.transforms._presets import ImageClassification
-
     image = picture(*size)
-    expected = ImageClassification(crop_size=50, resize_size=resize_px)(image).numpy()
+    preset = import_torchvision().transforms._presets.ImageClassification
+    expected = preset(crop_size=50, resize_size=resize_px)(image).numpy()
     actual = preprocess(image, ImageInput(resize_px=resize_px, crop_px=50))
     assert np.max(np.abs(actual - expected)) < 1e-6
 

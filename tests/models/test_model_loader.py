@@ -5,6 +5,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -53,7 +54,8 @@ def test_weights_are_mapped_and_not_copied(shared: ModelStore) -> None:
     model = loader.load("squeezenet1_1")
     blob = shared.blob_path(shared.manifest("squeezenet1_1").files[0].name)
     assert mapped(blob)
-    starts = [int(line.split("-")[0], 16) for line in open("/proc/self/maps") if blob.name in line]  # noqa: SIM115, PTH123
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    starts = [int(line.split("-")[0], 16) for line in lines if blob.name in line]
     tensors = [table[key] for _, table, key in named_slots(loader._prepared("squeezenet1_1").module)]
     assert all(starts[0] < tensor.data_ptr() < starts[0] + blob.stat().st_size for tensor in tensors)
     model.unload()
@@ -61,7 +63,8 @@ def test_weights_are_mapped_and_not_copied(shared: ModelStore) -> None:
 
 def test_unload_gives_the_mapping_back_at_once(shared: ModelStore) -> None:
     blob = shared.blob_path(shared.manifest("squeezenet1_1").files[0].name)
-    model = ModelLoader(shared).load("squeezenet1_1")
+    loader = ModelLoader(shared)  # kept: the prepared module stays, only its tensors go
+    model = loader.load("squeezenet1_1")
     logits = model.infer(images())
     gc.disable()
     try:
@@ -92,6 +95,7 @@ def test_tied_weights_are_stored_and_loaded_once(shared: ModelStore) -> None:
     assert dataclasses.replace(places["third.weight"], name="second.weight") == places["second.weight"]
     distinct = {(place.offset, place.nbytes) for place in manifest.tensors if place.nbytes}
     assert manifest.model.weights_bytes == sum(nbytes for _, nbytes in distinct)
+    assert manifest.files[0].size_bytes < manifest.model.weights_bytes + 4096, "no room for a second copy"
     loader = ModelLoader(shared)
     model = loader.load("tied")
     module = loader._prepared("tied").module
@@ -181,7 +185,10 @@ def test_misaligned_tensors_are_copied_instead_of_mapped(small: ModelStore) -> N
             dataclasses.replace(place, file=shifted.name, offset=place.offset + 1) for place in manifest.tensors
         )
         small.commit(dataclasses.replace(manifest, tensors=places, files=(shifted,)))
-    model = ModelLoader(small).load("tied")
+    loader = ModelLoader(small)
+    model = loader.load("tied")
+    for _, table, key in named_slots(loader._prepared("tied").module):
+        assert table[key].data_ptr() % table[key].itemsize == 0
     assert np.array_equal(model.infer(images(1, 32)), expected)
 
 

@@ -1,5 +1,6 @@
 import contextlib
 import http.server
+import re
 import signal
 import socket
 import subprocess
@@ -16,7 +17,6 @@ from model_support import VISION, images, offline, tiny, vision
 from publisher_process import ENTRIES
 
 from serve_app.core.catalog import ImageInput, TensorSpec
-from serve_app.errors import StoreError
 from serve_app.models import measure, zoo
 from serve_app.models.builders import build, metadata
 from serve_app.models.loader import ModelLoader
@@ -47,7 +47,7 @@ def test_published_model_describes_itself(shared: ModelStore) -> None:
     assert model.outputs == (TensorSpec(name="logits", datatype="FP32", shape=(-1, 1000)),)
     assert len(model.labels) == 1000
     assert profile.accuracy == 0.67668
-    assert model.weights_bytes == 10_198_440 - 8 * 0 or model.weights_bytes > 10_000_000
+    assert 10_000_000 < model.weights_bytes < 10_400_000
     assert profile.size_bytes == model.weights_bytes + model.workspace_bytes
     assert 1_000_000 < model.workspace_bytes < 100_000_000
     assert 0 < profile.load_s < profile.exec_s
@@ -122,9 +122,8 @@ def test_model_that_cannot_be_served_is_reported_and_the_others_are_published(
     report = publish(store, [tiny("odd", factory), tiny("tied")], reachable=offline)
     assert report.published == ("tied",)
     assert [failure.model_id for failure in report.failures] == ["odd"]
-    pytest.raises(StoreError, store.manifest, "odd")
-    with pytest.raises(AssertionError, match=complaint):
-        raise AssertionError(report.failures[0].message)
+    assert re.search(complaint, report.failures[0].message)
+    assert not store.has("odd")
     assert len(list((store.root / "blobs").iterdir())) == 1, "weights of the failed model must be swept"
 
 
@@ -168,7 +167,7 @@ def test_unreachable_weights_fall_back_loudly_after_one_probe(
     assert len(asked) == 1
     assert report.fallbacks == report.published == ("squeezenet1_1", "shufflenet_v2_x0_5")
     assert report.warning is not None
-    assert "2 models serve seeded random weights" in report.warning
+    assert "2 of 2 models serve seeded random weights" in report.warning
     assert report.warning in caplog.text
     model = store.catalog(PRETRAINED)["squeezenet1_1"]
     assert (model.weights_requested, model.weights_actual, model.fallback) == ("pretrained", "random:0", True)

@@ -1,0 +1,167 @@
+"""Stand-ins for what surrounds a router or a worker: workers, coordinator, metrics, models."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from serve_app.core.cache import ModelState, ResidentModel
+from serve_app.core.catalog import Catalog, ImageInput, ModelProfile, PublishedModel, TensorSpec
+from serve_app.core.reports import ViewDelta, WorkerReport
+from serve_app.core.routing import Link, Outcome, RoutingRules
+from serve_app.serving.messages import Done, Work
+from serve_app.serving.router import Router
+
+CLASSES = 10
+
+
+def published(model_id: str, *, size_bytes: int = 100, accuracy: float = 0.5, exec_s: float = 0.01) -> PublishedModel:
+    return PublishedModel(
+        model_id=model_id,
+        builder="tests:factory",
+        family="digits",
+        weights_requested="random:0",
+        weights_actual="random:0",
+        dtype="float32",
+        pinned=False,
+        image=ImageInput(resize_px=8, crop_px=8),
+        inputs=(TensorSpec(name="input", datatype="FP32", shape=(-1, 3, 8, 8)),),
+        outputs=(TensorSpec(name="logits", datatype="FP32", shape=(-1, CLASSES)),),
+        labels=tuple(f"label {index}" for index in range(CLASSES)),
+        weights_bytes=size_bytes,
+        workspace_bytes=0,
+        profile=ModelProfile(model_id=model_id, size_bytes=size_bytes, load_s=0.01, exec_s=exec_s, accuracy=accuracy),
+    )
+
+
+def report(location: str, *held: str, sequence: int = 1, capacity_bytes: int = 1000, **changes: Any) -> WorkerReport:
+    models = {
+        model_id: ResidentModel(model_id=model_id, state=ModelState.READY, size_bytes=100, uses=0, pinned=False)
+        for model_id in held
+    }
+    fields: dict[str, Any] = {
+        "location": location,
+        "replica": f"{location}-1",
+        "sequence": sequence,
+        "capacity_bytes": capacity_bytes,
+        "used_bytes": 100 * len(held),
+        "rss_bytes": 0,
+        "models": models,
+        "exec_slots": 1,
+        "queue_s": 0.0,
+        "inflight": 0,
+        "exec_s": {},
+        "load_s": {},
+        "loads": len(held),
+        "load_failures": 0,
+        "evictions": 0,
+        "outcomes": {},
+    }
+    return WorkerReport(**{**fields, **changes})
+
+
+def view(*reports: WorkerReport) -> ViewDelta:
+    return ViewDelta(epoch="epoch", version=1, full=True, workers=reports, gone=(), rates={})
+
+
+def done(replica: str, **changes: Any) -> Done:
+    fields: dict[str, Any] = {
+        "logits": np.zeros((1, CLASSES), np.float32),
+        "outcome": Outcome.HIT,
+        "queue_s": 0.0,
+        "load_s": 0.0,
+        "decode_s": 0.0,
+        "exec_s": 0.01,
+        "replica": replica,
+        "sequence": 2,
+    }
+    return Done(**{**fields, **changes})
+
+
+class FakeLink:
+    """A coordinator that answers with what the test has put in."""
+
+    def __init__(self, delta: ViewDelta | None = None) -> None:
+        self.delta = delta
+        self.reports: list[WorkerReport] = []
+        self.departed: list[str] = []
+
+    @property
+    def up(self) -> bool:
+        return self.delta is not None
+
+    async def exchange(self, sent: WorkerReport | None, epoch: str, version: int) -> ViewDelta | None:
+        if sent is not None:
+            self.reports.append(sent)
+        return self.delta
+
+    async def depart(self, replica: str) -> None:
+        self.departed.append(replica)
+
+
+class FakePool:
+    """Workers that answer as the test scripts it: a list of replies, or errors to raise, per location."""
+
+    def __init__(self, **script: list[Any]) -> None:
+        self._script = {location: iter(replies) for location, replies in script.items()}
+        self.calls: list[tuple[str, str | None, Work]] = []
+        self.called = asyncio.Event()
+
+    async def infer(self, location: str, replica: str | None, work: Work) -> Any:
+        self.calls.append((location, replica, work))
+        self.called.set()
+        reply = next(self._script[location])
+        if isinstance(reply, Exception):
+            raise reply
+        if isinstance(reply, asyncio.Event):
+            await reply.wait()
+            return done(f"{location}-1")
+        return reply
+
+    async def load(self, location: str, model_id: str) -> Any:
+        return None
+
+    async def unload(self, location: str, replica: str, model_id: str) -> Any:
+        return None
+
+
+class FakeMetrics:
+    """Takes every measurement and keeps none."""
+
+    def __getattr__(self, name: str) -> Any:
+        return FakeMetrics()
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> None:
+        return None
+
+
+class ManualClock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_router(pool: Any, *reports: WorkerReport, clock: Callable[[], float] | None = None, **changes: Any) -> Router:
+    catalog = Catalog((published("small", accuracy=0.5, exec_s=0.01), published("big", accuracy=0.9, exec_s=1.0)))
+    link = Link(rtt_s=0.001, bytes_per_s=1e9)
+    fields: dict[str, Any] = {
+        "catalog": catalog,
+        "locations": ("paris", "tokyo"),
+        "rules": RoutingRules(profiles=catalog.profiles(), links={}, default_link=link, horizon_s=10.0),
+        "pool": pool,
+        "link": FakeLink(),
+        "metrics": FakeMetrics(),
+        "request_time_s": 5.0,
+        "max_inflight": 10,
+        "clock": clock or ManualClock(),
+    }
+    router = Router(**{**fields, **changes})
+    router.known.apply(view(*reports), 0.0)
+    return router

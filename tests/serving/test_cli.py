@@ -1,0 +1,127 @@
+"""The command line as a user meets it: what it prints, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import yaml
+from deployment_support import LOCATIONS, SMALL, run_cli
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    import os
+
+    return {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "RAY_TMPDIR": str(tmp_path)}
+
+
+@pytest.fixture
+def photo_file(tmp_path: Path, photo: bytes) -> Path:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(photo)
+    return path
+
+
+def check_fails(result, code: int, *words: str) -> None:
+    assert result.returncode == code, result.stdout + result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("edgeserve: ")
+    for word in words:
+        assert word in result.stderr
+
+
+def test_infer_prints_labels_and_where_the_model_ran(deployment, photo_file) -> None:
+    result = deployment.cli("infer", "squeezenet1_1", str(photo_file), "--url", deployment.url, "--top-k", "3")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("%") == 3
+    assert "squeezenet1_1 at " in result.stdout
+
+
+def test_infer_as_json_names_the_location_that_was_asked(deployment, photo_file) -> None:
+    result = deployment.cli(
+        "infer", "squeezenet1_1", str(photo_file), "--url", deployment.url, "--location", "tokyo", "--json"
+    )
+    answer = json.loads(result.stdout)
+    assert answer["model"] == "squeezenet1_1"
+    assert len(answer["predictions"]) == 5
+    assert answer["location"] in LOCATIONS
+
+
+def test_status_shows_every_location_and_the_coordinator(deployment) -> None:
+    shown = deployment.cli("status", "--url", deployment.url).stdout
+    content = json.loads(deployment.cli("status", "--url", deployment.url, "--json").stdout)
+    assert [row["name"] for row in content["locations"]] == list(LOCATIONS)
+    for row in content["locations"]:
+        assert row["name"] in shown
+        assert row["used_bytes"] == sum(model["bytes"] for model in row["resident"])
+        assert row["used_bytes"] <= row["capacity_bytes"]
+        assert row["requests"] == row["hits"] + row["joins"] + row["loads"] + row["forwards"]
+    assert content["coordinator"]["up"] is True
+
+
+def test_models_load_and_unload_change_what_a_location_holds(deployment) -> None:
+    at = ("--location", "virginia", "--url", deployment.url)
+    assert deployment.cli("load", "mnasnet0_5", *at).returncode == 0
+    listed = deployment.cli("models", "--url", deployment.url).stdout
+    assert all(model in listed for model in SMALL)
+    assert deployment.cli("unload", "mnasnet0_5", *at).returncode == 0
+    check_fails(deployment.cli("unload", "mnasnet0_5", *at), 1, "mnasnet0_5", "virginia")
+
+
+def test_what_the_server_refuses_is_one_line_and_exit_code_1(deployment, photo_file) -> None:
+    check_fails(deployment.cli("infer", "nobody", str(photo_file), "--url", deployment.url), 1, "nobody")
+
+
+def test_a_second_up_says_that_it_is_up_already(deployment) -> None:
+    result = deployment.cli("up", str(deployment.folder / "local.yaml"), "--detach")
+    check_fails(result, 1, "edgeserve down")
+
+
+@pytest.mark.parametrize("command", [("status",), ("models",), ("load", "x", "--location", "y")])
+def test_commands_say_so_when_nothing_answers(environment, command) -> None:
+    check_fails(run_cli((*command, "--url", "http://127.0.0.1:1"), environment), 1, "edgeserve up")
+
+
+def test_down_says_so_when_nothing_is_up(environment) -> None:
+    check_fails(run_cli(("down",), environment), 1, "nothing is up")
+
+
+@pytest.mark.parametrize("command", [("infer",), ("nonsense",), ("status", "--nonsense"), ("infer", "m", "no.jpg")])
+def test_bad_usage_is_one_line_and_exit_code_2(environment, command) -> None:
+    check_fails(run_cli(command, environment), 2, "--help")
+
+
+def test_help_names_every_command(environment) -> None:
+    shown = run_cli(("--help",), environment).stdout
+    for command in ("up", "down", "status", "infer", "models", "publish", "load", "unload"):
+        assert f"\n  {command} " in shown
+
+
+def test_a_wrong_key_in_a_configuration_names_file_key_and_keys(environment, tmp_path) -> None:
+    edge = tmp_path / "edge.yaml"
+    edge.write_text(yaml.safe_dump({"locations": {"paris": {"memroy": "1GiB"}}}))
+    check_fails(run_cli(("publish", "--edge", str(edge)), environment), 2, str(edge), "memroy", "memory")
+
+
+def test_up_says_which_port_is_taken(environment, tmp_path) -> None:
+    (tmp_path / "catalog.yaml").write_text(yaml.safe_dump({"models": {"tiny": _TINY}}))
+    (tmp_path / "edge.yaml").write_text(yaml.safe_dump({"store": "store", "locations": {"paris": {"memory": "64MiB"}}}))
+    application = {
+        "name": "paris",
+        "route_prefix": "/paris",
+        "import_path": "serve_app.serving.app:build",
+        "args": {"location": "paris", "edge": str(tmp_path / "edge.yaml")},
+    }
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        local = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
+        (tmp_path / "local.yaml").write_text(yaml.safe_dump(local))
+        check_fails(run_cli(("up", str(tmp_path / "local.yaml")), environment), 1, str(port))
+
+
+_TINY = {"builder": "torchvision:squeezenet1_1", "weights": "random:1"}

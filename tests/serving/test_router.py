@@ -1,0 +1,175 @@
+"""The router alone, with scripted workers: where it sends work, and what it does when that fails."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import numpy as np
+import pytest
+from fakes import FakePool, done, make_router, published, report
+
+from serve_app.config import LimitSettings
+from serve_app.core.catalog import Catalog
+from serve_app.core.routing import Outcome
+from serve_app.errors import DeadlineExceeded, InvalidRequest, NotFound, Unavailable
+from serve_app.serving.http import HttpSettings, build_http_app
+from serve_app.serving.messages import NotHeld, Refused
+from serve_app.serving.router import Query, WorkerLost
+
+BATCH = np.zeros((1, 3, 8, 8), np.float32)
+
+
+def query(name: str = "small", **changes) -> Query:
+    return Query(**{"name": name, "location": "paris", "payload": BATCH, **changes})
+
+
+async def test_a_held_model_runs_here_with_one_call() -> None:
+    pool = FakePool(paris=[done("paris-1")])
+    served = await make_router(pool, report("paris", "small"), report("tokyo")).serve(query())
+    assert (served.outcome, served.location) == (Outcome.HIT, "paris")
+    assert len(pool.calls) == 1
+
+
+async def test_a_model_held_elsewhere_is_forwarded_and_asked_for_only_if_held() -> None:
+    pool = FakePool(tokyo=[done("tokyo-1")])
+    served = await make_router(pool, report("paris"), report("tokyo", "small")).serve(query())
+    assert (served.outcome, served.location) == (Outcome.FORWARD, "tokyo")
+    assert pool.calls[0][2].must_hold
+
+
+async def test_a_stale_hint_costs_one_more_call_and_is_not_believed_again() -> None:
+    pool = FakePool(tokyo=[NotHeld(replica="tokyo-1", sequence=5)], paris=[done("paris-1", outcome=Outcome.LOAD)] * 2)
+    router = make_router(pool, report("paris"), report("tokyo", "small"))
+    served = await router.serve(query())
+    assert (served.outcome, served.location) == (Outcome.LOAD, "paris")
+    assert [location for location, *_ in pool.calls] == ["tokyo", "paris"]
+    await router.serve(query())
+    assert [location for location, *_ in pool.calls] == ["tokyo", "paris", "paris"]
+
+
+async def test_a_request_whose_worker_dies_is_served_by_another() -> None:
+    pool = FakePool(paris=[WorkerLost("gone")], tokyo=[done("tokyo-1", outcome=Outcome.LOAD)])
+    served = await make_router(pool, report("paris", "small"), report("tokyo")).serve(query())
+    assert (served.outcome, served.location) == (Outcome.FORWARD, "tokyo")
+
+
+async def test_a_request_with_no_worker_left_goes_to_whatever_serve_finds_at_its_location() -> None:
+    pool = FakePool(paris=[WorkerLost("gone"), done("paris-2")])
+    served = await make_router(pool, report("paris", "small")).serve(query())
+    assert served.location == "paris"
+    assert [replica for _, replica, _ in pool.calls] == ["paris-1", None]
+
+
+async def test_a_request_that_must_not_be_forwarded_stays_when_its_worker_dies() -> None:
+    pool = FakePool(paris=[WorkerLost("gone"), done("paris-2")])
+    router = make_router(pool, report("paris", "small"), report("tokyo", "small"))
+    assert (await router.serve(query(may_forward=False))).location == "paris"
+
+
+async def test_workers_that_die_one_after_another_end_in_503() -> None:
+    pool = FakePool(paris=[WorkerLost("gone")] * 9, tokyo=[WorkerLost("gone")] * 9)
+    with pytest.raises(Unavailable, match="no worker"):
+        await make_router(pool, report("paris"), report("tokyo")).serve(query())
+
+
+async def test_a_refusal_is_passed_on_and_not_tried_elsewhere() -> None:
+    pool = FakePool(paris=[Refused(error=InvalidRequest("the image is no image"))])
+    with pytest.raises(InvalidRequest, match="no image"):
+        await make_router(pool, report("paris", "small"), report("tokyo", "small")).serve(query())
+
+
+async def test_a_load_under_way_is_joined_by_the_next_request() -> None:
+    under_way = asyncio.Event()
+    pool = FakePool(paris=[under_way, done("paris-1", outcome=Outcome.JOIN)])
+    router = make_router(pool, report("paris", load_s={"small": 0.0005}), report("tokyo"))
+    first = asyncio.create_task(router.serve(query()))
+    await pool.called.wait()
+    second = await router.serve(query())
+    assert (second.outcome, second.location) == (Outcome.JOIN, "paris")
+    under_way.set()
+    await first
+
+
+async def test_a_worker_that_does_not_answer_is_given_up_at_the_deadline() -> None:
+    pool = FakePool(paris=[asyncio.Event()])
+    with pytest.raises(DeadlineExceeded, match="deadline"):
+        await make_router(pool, report("paris", "small")).serve(query(deadline_s=0.05))
+
+
+async def test_a_deadline_far_below_the_execution_time_is_refused_unseen() -> None:
+    pool = FakePool()
+    with pytest.raises(DeadlineExceeded, match="1000 ms"):
+        await make_router(pool, report("paris", "big")).serve(query("big", deadline_s=0.1))
+    assert not pool.calls
+
+
+async def test_a_family_is_served_by_the_most_accurate_member_in_time() -> None:
+    pool = FakePool(paris=[done("paris-1")] * 3)
+    router = make_router(pool, report("paris", "small", "big"))
+    assert (await router.serve(query("digits"))).model.model_id == "big"
+    assert (await router.serve(query("digits", deadline_s=3.0))).model.model_id == "big"
+    assert (await router.serve(query("digits", deadline_s=0.5))).model.model_id == "small"
+    with pytest.raises(DeadlineExceeded, match="min_accuracy"):
+        await router.serve(query("digits", deadline_s=0.5, min_accuracy=0.8))
+
+
+async def test_a_member_that_no_worker_can_hold_is_passed_over() -> None:
+    pool = FakePool(paris=[done("paris-1")])
+    catalog = Catalog((published("small", accuracy=0.5), published("huge", accuracy=0.9, size_bytes=5000)))
+    router = make_router(pool, report("paris", capacity_bytes=1000), catalog=catalog)
+    assert (await router.serve(query("digits"))).model.model_id == "small"
+
+
+async def test_unknown_names_are_not_found() -> None:
+    router = make_router(FakePool(), report("paris"))
+    with pytest.raises(NotFound, match="nobody"):
+        await router.serve(query("nobody"))
+    with pytest.raises(NotFound, match="atlantis"):
+        await router.serve(query(location="atlantis"))
+
+
+def client(router, token: str | None = None) -> httpx.AsyncClient:
+    settings = HttpSettings(location="paris", default_location="paris", limits=LimitSettings(), token=token)
+
+    async def scrape() -> str:
+        return ""
+
+    app = build_http_app(router, settings, scrape)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://edge")
+
+
+IMAGE = {"Content-Type": "image/png"}
+
+
+async def test_a_full_router_answers_503_and_says_when_to_come_back() -> None:
+    router = make_router(FakePool(), report("paris"), max_inflight=0)
+    async with client(router) as http:
+        response = await http.post("/v1/classify?model=small", content=b"x", headers=IMAGE)
+    assert response.status_code == 503
+    assert int(response.headers["Retry-After"]) >= 1
+    assert "try again" in response.json()["error"]
+
+
+async def test_a_token_is_asked_for_and_checked_where_one_is_configured() -> None:
+    router = make_router(FakePool(), report("paris"))
+    async with client(router, token="secret") as http:
+        assert (await http.get("/v2")).status_code == 401
+        assert (await http.get("/v2")).headers["WWW-Authenticate"] == "Bearer"
+        assert (await http.get("/v2", headers={"Authorization": "Bearer wrong"})).status_code == 403
+        assert (await http.get("/v2", headers={"Authorization": "Basic secret"})).status_code == 403
+        assert (await http.get("/v2", headers={"Authorization": "Bearer secret"})).status_code == 200
+        assert (await http.get("/v2/health/live")).status_code == 200
+        assert "token" in (await http.get("/v2")).json()["error"]
+
+
+async def test_a_fault_of_ours_is_500_with_an_id_and_without_details(caplog) -> None:
+    pool = FakePool(paris=[ZeroDivisionError("inner detail")])
+    async with client(make_router(pool, report("paris", "small"))) as http:
+        response = await http.post(
+            "/v1/classify?model=small", content=b"x", headers={**IMAGE, "X-Request-Id": "request-7"}
+        )
+    assert response.status_code == 500
+    assert "request-7" in response.json()["error"]
+    assert "inner detail" not in response.text
+    assert "request-7" in caplog.text

@@ -1,0 +1,216 @@
+"""The worker alone, with models that do as the test says: what it loads, counts, reports and gives back."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+from deployment_support import encoded
+from fakes import CLASSES, FakeLink, FakeMetrics, published, view
+from PIL import Image
+
+from serve_app.core.cache import ModelCache
+from serve_app.core.catalog import Catalog
+from serve_app.core.policies import make_policy
+from serve_app.core.routing import Link, Outcome, RoutingRules
+from serve_app.errors import DeadlineExceeded, DoesNotFit, InvalidRequest, StoreError
+from serve_app.serving.messages import Done, NotHeld, Refused, Work
+from serve_app.serving.model_host import ModelHost
+from serve_app.serving.worker import Worker, WorkerIdentity
+
+BATCH = np.zeros((2, 3, 8, 8), np.float32)
+
+
+class FakeModel:
+    def __init__(self, gate: threading.Event) -> None:
+        self._gate = gate
+        self.unloaded = False
+
+    def infer(self, batch: np.ndarray) -> np.ndarray:
+        assert not self.unloaded, "a model in use was unloaded"
+        self._gate.wait(10)
+        assert not self.unloaded, "a model in use was unloaded"
+        return np.zeros((len(batch), CLASSES), np.float32)
+
+    def unload(self) -> None:
+        self.unloaded = True
+
+
+class FakeBackend:
+    """Loads at once; ``broken`` models fail; inference waits for ``gate``."""
+
+    def __init__(self) -> None:
+        self.loads: list[str] = []
+        self.broken: set[str] = set()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def load(self, model_id: str) -> FakeModel:
+        self.loads.append(model_id)
+        if model_id in self.broken:
+            raise StoreError(f"{model_id} is corrupt")
+        return FakeModel(self.gate)
+
+
+@asynccontextmanager
+async def running(backend: FakeBackend, link: FakeLink | None = None, capacity: int = 250) -> AsyncIterator[Worker]:
+    """A worker with memory for two of its models; at the end every pin must be back and the bytes add up."""
+    catalog = Catalog((*map(published, "abc"), published("huge", size_bytes=9999)))
+    cache = ModelCache(capacity_bytes=capacity, policy=make_policy("lru", random.Random(0)), failure_memory_s=60)
+    metrics = FakeMetrics()
+    loop = asyncio.get_running_loop()
+    with ThreadPoolExecutor(2) as loaders:
+        worker = Worker(
+            identity=WorkerIdentity(location="paris", replica="paris-1"),
+            catalog=catalog,
+            host=ModelHost(cache=cache, backend=backend, loaders=loaders, clock=loop.time, observer=metrics),
+            exec_slots=1,
+            link=link or FakeLink(),
+            rules=RoutingRules(
+                profiles=catalog.profiles(), links={}, default_link=Link(rtt_s=0.001, bytes_per_s=1e9), horizon_s=10
+            ),
+            metrics=metrics,
+            rss_bytes=lambda: 7,
+            max_pixels=10_000,
+        )
+        yield worker
+        backend.gate.set()
+        await _idle(cache)
+        assert cache.used_bytes == sum(model.size_bytes for model in cache.models()) <= capacity
+        await worker.stop()
+
+
+async def _idle(cache: ModelCache) -> None:
+    async with asyncio.timeout(10):
+        while any(model.uses for model in cache.models()) or cache.waiting:  # noqa: ASYNC110 - the cache has no events
+            await asyncio.sleep(0)
+
+
+def work(model_id: str = "a", **changes) -> Work:
+    return Work(**{"model_id": model_id, "origin": "paris", "payload": BATCH, "budget_s": 10.0, **changes})
+
+
+async def test_the_first_request_loads_and_the_second_hits() -> None:
+    backend = FakeBackend()
+    async with running(backend) as worker:
+        first, second = await worker.infer(work()), await worker.infer(work())
+    assert (first.outcome, second.outcome) == (Outcome.LOAD, Outcome.HIT)
+    assert second.logits.shape == (2, CLASSES)
+    assert backend.loads == ["a"]
+
+
+async def test_a_third_model_evicts_and_says_whom() -> None:
+    async with running(FakeBackend()) as worker:
+        for model_id in ("a", "b", "c"):
+            reply = await worker.infer(work(model_id))
+    assert isinstance(reply, Done)
+    assert reply.evicted == ("a",)
+
+
+async def test_a_model_that_must_be_held_and_is_not_is_not_loaded() -> None:
+    backend = FakeBackend()
+    async with running(backend) as worker:
+        assert isinstance(await worker.infer(work(must_hold=True)), NotHeld)
+        await worker.infer(work())
+        assert isinstance(await worker.infer(work(must_hold=True)), Done)
+    assert backend.loads == ["a"]
+
+
+@pytest.mark.parametrize("payload", [b"not an image", encoded(Image.new("RGB", (101, 100)), "PNG")])
+async def test_a_bad_image_is_refused_before_anything_is_loaded(payload) -> None:
+    backend = FakeBackend()
+    async with running(backend) as worker:
+        reply = await worker.infer(work(payload=payload))
+    assert isinstance(reply, Refused)
+    assert isinstance(reply.error, InvalidRequest)
+    assert backend.loads == []
+
+
+async def test_an_image_is_decoded_for_the_models_input() -> None:
+    async with running(FakeBackend()) as worker:
+        reply = await worker.infer(work(payload=encoded(Image.new("RGB", (20, 10)), "JPEG")))
+    assert isinstance(reply, Done)
+    assert reply.logits.shape == (1, CLASSES)
+    assert reply.decode_s > 0
+
+
+async def test_a_model_that_never_fits_is_refused() -> None:
+    async with running(FakeBackend()) as worker:
+        reply = await worker.infer(work("huge"))
+    assert isinstance(reply, Refused)
+    assert isinstance(reply.error, DoesNotFit)
+
+
+async def test_a_model_that_cannot_be_loaded_is_refused_and_not_tried_at_once_again() -> None:
+    backend = FakeBackend()
+    backend.broken.add("a")
+    async with running(backend) as worker:
+        replies = [await worker.infer(work()) for _ in range(2)]
+        assert all(isinstance(reply, Refused) and "corrupt" in reply.error.message for reply in replies)
+        assert isinstance(await worker.infer(work("b")), Done)
+    assert backend.loads == ["a", "b"]
+
+
+async def test_a_request_past_its_deadline_is_refused_and_its_model_stays_until_the_thread_is_done() -> None:
+    backend = FakeBackend()
+    async with running(backend) as worker:
+        await worker.infer(work())
+        backend.gate.clear()
+        reply = await worker.infer(work(budget_s=0.01))
+        assert isinstance(reply, Refused)
+        assert isinstance(reply.error, DeadlineExceeded)
+        refused = await worker.unload("a")
+        assert refused is not None
+        assert refused.error.status == 409
+
+
+async def test_loading_and_unloading_by_hand() -> None:
+    backend = FakeBackend()
+    async with running(backend) as worker:
+        assert await worker.load("a") is None
+        assert await worker.load("a") is None
+        assert (await worker.infer(work())).outcome is Outcome.HIT
+        assert await worker.unload("a") is None
+        refused = await worker.unload("a")
+        assert refused is not None
+        assert refused.error.status == 404
+    assert backend.loads == ["a"]
+
+
+async def test_a_report_says_what_is_held_and_how_users_were_served() -> None:
+    async with running(FakeBackend()) as worker:
+        for origin in ("paris", "paris", "tokyo"):
+            await worker.infer(work(origin=origin))
+        report = worker.report()
+        assert set(report.models) == {"a"}
+        assert report.used_bytes == 100
+        assert report.rss_bytes == 7
+        own, others = report.outcomes["paris"], report.outcomes["tokyo"]
+        assert (own.requests, own.loads, own.hits, own.forwards) == (2, 1, 1, 0)
+        assert (others.requests, others.forwards) == (1, 1)
+        assert {(demand.location, demand.count) for demand in report.demand} == {("paris", 2), ("tokyo", 1)}
+        assert worker.report().demand == ()
+        assert worker.report().sequence == report.sequence + 2
+
+
+async def test_demand_that_the_coordinator_missed_is_reported_again() -> None:
+    link = FakeLink()
+    async with running(FakeBackend(), link) as worker:
+        await worker.infer(work())
+        await worker._report()
+        link.delta = view()
+        await worker._report()
+        assert [sum(demand.count for demand in report.demand) for report in link.reports] == [1, 1]
+
+
+async def test_a_worker_that_stops_leaves_the_directory() -> None:
+    link = FakeLink()
+    async with running(FakeBackend(), link):
+        pass
+    assert link.departed == ["paris-1"]

@@ -1,0 +1,98 @@
+"""Small values for the tests of ``core``: every default is chosen so that sums can be done in the head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from serve_app.core.cache import ModelCache, ModelState, ResidentModel
+from serve_app.core.catalog import ModelProfile
+from serve_app.core.policies import EvictionPolicy
+from serve_app.core.reports import Demand, OutcomeCounts, WorkerReport
+
+
+class Ranked(EvictionPolicy):
+    """A policy that does what the test says: ``worth`` is the utility of each model, 0 where it says nothing."""
+
+    def __init__(self, **worth: float) -> None:
+        self.worth = dict(worth)
+        self.told: list[tuple[str, str]] = []
+        self.forward_s: Mapping[str, float] = {}
+
+    def on_request(self, model: ModelProfile, now: float) -> None:
+        self.told.append(("request", model.model_id))
+
+    def on_load(self, model: ModelProfile, now: float) -> None:
+        self.told.append(("load", model.model_id))
+
+    def on_evict(self, model: ModelProfile, now: float) -> None:
+        self.told.append(("evict", model.model_id))
+
+    def on_unload(self, model: ModelProfile, now: float) -> None:
+        self.told.append(("unload", model.model_id))
+
+    def on_forward_costs(self, forward_s: Mapping[str, float]) -> None:
+        self.forward_s = forward_s
+
+    def utility(self, model: ModelProfile, now: float) -> float:
+        return self.worth.get(model.model_id, 0.0)
+
+
+def profile(
+    model_id: str, size: int = 10, *, load_s: float = 1.0, exec_s: float = 0.1, accuracy: float | None = None
+) -> ModelProfile:
+    return ModelProfile(model_id=model_id, size_bytes=size, load_s=load_s, exec_s=exec_s, accuracy=accuracy)
+
+
+def resident(
+    model_id: str, size: int = 10, *, state: ModelState = ModelState.READY, uses: int = 0, pinned: bool = False
+) -> ResidentModel:
+    return ResidentModel(model_id=model_id, state=state, size_bytes=size, uses=uses, pinned=pinned)
+
+
+def report(
+    location: str = "paris",
+    replica: str | None = None,
+    *,
+    sequence: int = 1,
+    capacity: int = 100,
+    models: Iterable[ResidentModel] = (),
+    exec_slots: int = 1,
+    queue_s: float = 0.0,
+    exec_s: Mapping[str, float] | None = None,
+    load_s: Mapping[str, float] | None = None,
+    demand: Mapping[str, int] | None = None,
+    origin: str | None = None,
+) -> WorkerReport:
+    """A report of the worker ``<location>-1``; ``demand`` is of users of ``origin``, else of its own location."""
+    held = {model.model_id: model for model in models}
+    return WorkerReport(
+        location=location,
+        replica=replica or f"{location}-1",
+        sequence=sequence,
+        capacity_bytes=capacity,
+        used_bytes=sum(model.size_bytes for model in held.values()),
+        rss_bytes=0,
+        models=held,
+        exec_slots=exec_slots,
+        queue_s=queue_s,
+        inflight=0,
+        exec_s=exec_s or {},
+        load_s=load_s or {},
+        loads=0,
+        load_failures=0,
+        evictions=0,
+        outcomes={location: OutcomeCounts()},
+        demand=tuple(
+            Demand(location=origin or location, model_id=model_id, count=count)
+            for model_id, count in (demand or {}).items()
+        ),
+    )
+
+
+def assert_books_balance(cache: ModelCache) -> None:
+    """What holds of every cache at every moment, whatever has happened to it."""
+    models = cache.models()
+    assert cache.used_bytes == sum(model.size_bytes for model in models) <= cache.capacity_bytes
+    gone = cache.counters.load_failures + cache.counters.evictions + cache.counters.unloads
+    assert cache.counters.loads - gone == len(models)
+    assert all(model.uses >= 0 for model in models)

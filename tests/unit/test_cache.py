@@ -1,0 +1,570 @@
+"""The rules of ``ModelCache``, one by one. Capacity is 100 bytes unless a test says otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from core_support import Ranked, assert_books_balance, profile
+
+from serve_app.core.cache import (
+    Answer,
+    Grant,
+    Hit,
+    Join,
+    Load,
+    ModelCache,
+    ModelState,
+    Reject,
+    RejectReason,
+    ResidentModel,
+    Wait,
+)
+from serve_app.errors import Conflict, NotFound
+
+MakeCache = Callable[..., ModelCache]
+
+
+@pytest.fixture
+def make_cache() -> Iterator[MakeCache]:
+    """Makes caches whose books must balance when the test ends."""
+    made: list[ModelCache] = []
+
+    def make(**changed: Any) -> ModelCache:
+        cache = ModelCache(**{"capacity_bytes": 100, "policy": Ranked(), "max_loads": 8} | changed)
+        made.append(cache)
+        return cache
+
+    yield make
+    for cache in made:
+        assert_books_balance(cache)
+
+
+def hold(cache: ModelCache, model_id: str, size: int, *, in_use: bool = False) -> None:
+    """Bring a model in without displacing any."""
+    assert cache.request(profile(model_id, size), 0.0) == Load(())
+    assert cache.loaded(model_id, 0.0) == ()
+    if not in_use:
+        assert cache.finish(model_id, 0.0) == ()
+
+
+def resident(cache: ModelCache) -> set[str]:
+    return {model.model_id for model in cache.models()}
+
+
+def uses(cache: ModelCache, model_id: str) -> int:
+    return next(model.uses for model in cache.models() if model.model_id == model_id)
+
+
+def ticket_of(answer: Answer | Wait) -> int:
+    assert isinstance(answer, Wait)
+    return answer.ticket
+
+
+# Hit, join, load
+
+
+def test_an_absent_model_is_loaded_and_its_bytes_are_reserved_at_once(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    assert cache.request(profile("a", 60), 5.0) == Load(())
+    assert cache.used_bytes == 60
+    assert cache.state("a") is ModelState.LOADING
+    assert cache.load_ends_s("a") == 6.0
+
+
+def test_the_second_request_joins_the_first_load(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    cache.request(profile("a"), 0.0)
+    assert cache.request(profile("a"), 0.5) == Join()
+    assert cache.used_bytes == 10
+    assert cache.counters.loads == 1
+
+
+def test_a_resident_model_is_hit(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    hold(cache, "a", 10)
+    assert cache.request(profile("a"), 1.0) == Hit()
+    assert cache.counters.requests == 2
+    assert cache.counters.loads == 1
+
+
+def test_every_request_pins_its_model_until_it_has_finished(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    cache.request(profile("a"), 0.0)
+    cache.request(profile("a"), 0.0)
+    cache.loaded("a", 1.0)
+    cache.request(profile("a"), 1.0)
+    assert uses(cache, "a") == 3
+    for left in (2, 1, 0):
+        cache.finish("a", 2.0)
+        assert uses(cache, "a") == left
+
+
+@pytest.mark.parametrize("model_id", ["a", "absent"])
+def test_a_request_cannot_finish_twice(make_cache: MakeCache, model_id: str) -> None:
+    cache = make_cache()
+    hold(cache, "a", 10)
+    with pytest.raises(ValueError, match="more often than it was requested"):
+        cache.finish(model_id, 1.0)
+
+
+def test_only_a_load_under_way_can_end(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    hold(cache, "a", 10)
+    for model_id in ("a", "absent"):
+        with pytest.raises(ValueError, match="is not loading"):
+            cache.loaded(model_id, 1.0)
+        with pytest.raises(ValueError, match="is not loading"):
+            cache.failed(model_id, "oops", 1.0)
+        with pytest.raises(ValueError, match="is not loading"):
+            cache.load_ends_s(model_id)
+
+
+def test_a_preload_is_no_demand_but_pins_like_a_request(make_cache: MakeCache) -> None:
+    policy = Ranked()
+    cache = make_cache(policy=policy)
+    assert cache.preload(profile("a"), 0.0) == Load(())
+    assert cache.preload(profile("a"), 0.0) == Join()
+    assert uses(cache, "a") == 2
+    assert cache.counters.requests == 0
+    assert policy.told == [("load", "a")]
+
+
+def test_the_books_list_every_model(make_cache: MakeCache) -> None:
+    cache = make_cache(pinned=["p"])
+    hold(cache, "p", 10)
+    cache.request(profile("a", 20), 0.0)
+    assert cache.models() == (
+        ResidentModel(model_id="p", state=ModelState.READY, size_bytes=10, uses=0, pinned=True),
+        ResidentModel(model_id="a", state=ModelState.LOADING, size_bytes=20, uses=1, pinned=False),
+    )
+    assert cache.state("b") is None
+
+
+@pytest.mark.parametrize("wrong", [{"capacity_bytes": 0}, {"capacity_bytes": -1}, {"max_loads": 0}])
+def test_a_senseless_cache_is_refused(make_cache: MakeCache, wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be .*not {next(iter(wrong.values()))}"):
+        make_cache(**wrong)
+
+
+# Victims
+
+
+def test_the_lowest_utilities_go_first(make_cache: MakeCache) -> None:
+    cache = make_cache(policy=Ranked(a=3, b=1, c=2))
+    for model_id in "abc":
+        hold(cache, model_id, 30)
+    assert cache.request(profile("d", 50), 1.0) == Load(("b", "c"))
+    assert resident(cache) == {"a", "d"}
+    assert cache.counters.evictions == 2
+
+
+def test_nothing_goes_while_there_is_room(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    hold(cache, "a", 60)
+    assert cache.request(profile("b", 40), 1.0) == Load(())
+    assert cache.used_bytes == 100
+
+
+def test_only_the_largest_that_suffice_go(make_cache: MakeCache) -> None:
+    cache = make_cache(policy=Ranked(small=1, large=2, dear=3))
+    hold(cache, "small", 10)
+    hold(cache, "large", 50)
+    hold(cache, "dear", 40)
+    # By utility small and large would go; large alone is enough.
+    assert cache.request(profile("new", 45), 1.0) == Load(("large",))
+    assert resident(cache) == {"small", "dear", "new"}
+
+
+def test_a_larger_model_of_more_worth_is_not_taken_in_their_place(make_cache: MakeCache) -> None:
+    cache = make_cache(policy=Ranked(a=1, b=2, dear=3))
+    hold(cache, "a", 20)
+    hold(cache, "b", 20)
+    hold(cache, "dear", 60)
+    assert cache.request(profile("new", 40), 1.0) == Load(("a", "b"))
+
+
+def test_models_of_equal_worth_go_in_the_order_in_which_they_came(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    for model_id in "abc":
+        hold(cache, model_id, 30)
+    assert cache.request(profile("d", 30), 1.0) == Load(("a",))
+
+
+def test_a_model_in_use_is_never_a_victim(make_cache: MakeCache) -> None:
+    cache = make_cache(policy=Ranked(used=1, idle=2))
+    hold(cache, "used", 50, in_use=True)
+    hold(cache, "idle", 50)
+    assert cache.request(profile("new", 50), 1.0) == Load(("idle",))
+
+
+def test_a_loading_model_is_never_a_victim(make_cache: MakeCache) -> None:
+    cache = make_cache(policy=Ranked(loading=1, idle=2))
+    hold(cache, "idle", 50)
+    cache.request(profile("loading", 50), 0.0)
+    assert cache.finish("loading", 0.0) == ()
+    assert cache.request(profile("new", 50), 1.0) == Load(("idle",))
+
+
+def test_a_pinned_model_is_never_a_victim(make_cache: MakeCache) -> None:
+    cache = make_cache(policy=Ranked(p=1, a=2), pinned=["p"])
+    hold(cache, "p", 50)
+    hold(cache, "a", 50)
+    assert cache.request(profile("new", 50), 1.0) == Load(("a",))
+
+
+def test_nothing_is_evicted_unless_everything_needed_can_be(make_cache: MakeCache) -> None:
+    cache = make_cache(policy=Ranked(idle=1, used=2))
+    hold(cache, "idle", 40)
+    hold(cache, "used", 60, in_use=True)
+    assert isinstance(cache.request(profile("new", 80), 1.0), Wait)
+    assert resident(cache) == {"idle", "used"}
+    assert cache.counters.evictions == 0
+
+
+def test_a_model_that_can_never_fit_is_refused(make_cache: MakeCache) -> None:
+    policy = Ranked()
+    cache = make_cache(policy=policy)
+    hold(cache, "a", 50)
+    answer = cache.request(profile("new", 101), 1.0)
+    assert isinstance(answer, Reject)
+    assert answer.reason is RejectReason.TOO_LARGE
+    assert "101 bytes" in answer.detail
+    assert resident(cache) == {"a"}
+    assert cache.request(profile("whole", 100), 1.0) == Load(("a",))
+
+
+def test_pinned_models_count_as_taken_for_ever(make_cache: MakeCache) -> None:
+    cache = make_cache(pinned=["p"])
+    hold(cache, "p", 40)
+    answer = cache.request(profile("new", 61), 1.0)
+    assert isinstance(answer, Reject)
+    assert answer.reason is RejectReason.TOO_LARGE
+    assert cache.request(profile("p", 40), 1.0) == Hit()
+    assert cache.request(profile("fits", 60), 1.0) == Load(())
+
+
+def test_the_policy_is_told_of_every_request_and_every_change(make_cache: MakeCache) -> None:
+    policy = Ranked()
+    cache = make_cache(policy=policy)
+    hold(cache, "a", 60)
+    cache.request(profile("b", 60), 1.0)
+    cache.request(profile("b", 60), 1.0)
+    assert policy.told == [
+        ("request", "a"), ("load", "a"), ("request", "b"), ("evict", "a"), ("load", "b"), ("request", "b"),
+    ]  # fmt: skip
+
+
+def test_forward_costs_reach_the_policy(make_cache: MakeCache) -> None:
+    policy = Ranked()
+    make_cache(policy=policy).forward_costs({"a": 0.25})
+    assert policy.forward_s == {"a": 0.25}
+
+
+# Failed loads
+
+
+def test_a_failed_load_gives_its_bytes_and_all_pins_back(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    hold(cache, "good", 40)
+    cache.request(profile("bad", 60), 0.0)
+    cache.request(profile("bad", 60), 0.0)
+    assert cache.failed("bad", "checksum", 1.0) == ()
+    assert cache.used_bytes == 40
+    assert resident(cache) == {"good"}
+    assert cache.counters.load_failures == 1
+    with pytest.raises(ValueError, match="more often"):
+        cache.finish("bad", 1.0)
+
+
+def test_a_failed_load_is_remembered_and_then_forgotten(make_cache: MakeCache) -> None:
+    cache = make_cache(failure_memory_s=5.0)
+    cache.request(profile("bad"), 0.0)
+    cache.failed("bad", "checksum", 1.0)
+    assert cache.request(profile("bad"), 2.0) == Reject(RejectReason.LOAD_FAILED, "checksum", 4.0)
+    assert cache.request(profile("bad"), 6.0) == Load(())
+
+
+def test_a_remembered_failure_takes_no_good_model_down(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    cache.request(profile("bad", 100), 0.0)
+    cache.failed("bad", "checksum", 0.0)
+    hold(cache, "good", 100)
+    assert isinstance(cache.request(profile("bad", 100), 1.0), Reject)
+    assert resident(cache) == {"good"}
+
+
+def test_a_failure_can_be_forgotten_by_hand(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    cache.request(profile("bad"), 0.0)
+    cache.failed("bad", "checksum", 0.0)
+    cache.forget_failure("bad")
+    cache.forget_failure("never failed")
+    assert cache.request(profile("bad"), 0.0) == Load(())
+
+
+def test_a_failed_load_is_no_eviction_to_the_policy(make_cache: MakeCache) -> None:
+    policy = Ranked()
+    cache = make_cache(policy=policy)
+    cache.request(profile("bad"), 0.0)
+    cache.failed("bad", "checksum", 0.0)
+    assert policy.told[-1] == ("unload", "bad")
+    assert cache.counters.evictions == 0
+
+
+def test_those_in_line_for_a_model_that_fails_are_told(make_cache: MakeCache) -> None:
+    """Two requests for one model wait for a load slot; when its load fails, both hear of it exactly once."""
+    cache = make_cache(max_loads=1)
+    cache.request(profile("first"), 0.0)
+    load = ticket_of(cache.request(profile("bad"), 0.0))
+    join = ticket_of(cache.request(profile("bad"), 0.0))
+    assert cache.loaded("first", 1.0) == (Grant(load, "bad", Load(())), Grant(join, "bad", Join()))
+    late = ticket_of(cache.request(profile("other"), 1.0))
+    assert cache.failed("bad", "checksum", 2.0) == (Grant(late, "other", Load(())),)
+    assert isinstance(cache.request(profile("bad"), 2.0), Reject)
+
+
+def test_one_in_line_whose_model_failed_meanwhile_is_rejected(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    hold(cache, "a", 100, in_use=True)
+    large = ticket_of(cache.request(profile("large", 100), 0.0))
+    bad = ticket_of(cache.request(profile("bad", 50), 0.0))
+    again = ticket_of(cache.request(profile("bad", 50), 0.0))
+    assert cache.finish("a", 1.0) == (Grant(large, "large", Load(("a",))),)
+    cache.loaded("large", 2.0)
+    assert cache.finish("large", 3.0) == (Grant(bad, "bad", Load(("large",))), Grant(again, "bad", Join()))
+    cache.failed("bad", "checksum", 4.0)
+    assert cache.waiting == 0
+
+
+# Limits
+
+
+def test_no_more_loads_than_allowed_are_under_way(make_cache: MakeCache) -> None:
+    cache = make_cache(max_loads=2)
+    cache.request(profile("a"), 0.0)
+    cache.request(profile("b"), 0.0)
+    third, fourth = (ticket_of(cache.request(profile(model_id), 0.0)) for model_id in "cd")
+    assert cache.loaded("a", 1.0) == (Grant(third, "c", Load(())),)
+    assert cache.failed("b", "checksum", 1.0) == (Grant(fourth, "d", Load(())),)
+
+
+def test_a_request_that_waits_for_a_load_slot_turns_no_hit_away(make_cache: MakeCache) -> None:
+    cache = make_cache(max_loads=1)
+    hold(cache, "popular", 60)
+    cache.request(profile("slow", 40), 0.0)
+    ticket = ticket_of(cache.request(profile("new", 50), 0.0))
+    assert cache.request(profile("popular", 60), 0.0) == Hit()
+    # The slot is free, but not the memory: from now on the first in line comes first.
+    assert cache.loaded("slow", 1.0) == ()
+    assert isinstance(cache.request(profile("popular", 60), 1.0), Wait)
+    assert cache.finish("popular", 2.0)[0] == Grant(ticket, "new", Load(("popular",)))
+
+
+def test_the_line_is_bounded(make_cache: MakeCache) -> None:
+    cache = make_cache(max_waiting=1)
+    hold(cache, "a", 100, in_use=True)
+    cache.request(profile("b", 50), 0.0)
+    answer = cache.request(profile("c", 50), 0.0)
+    assert isinstance(answer, Reject)
+    assert answer.reason is RejectReason.QUEUE_FULL
+    assert answer.retry_s > 0
+    assert cache.waiting == 1
+
+
+def test_the_line_may_be_closed(make_cache: MakeCache) -> None:
+    cache = make_cache(max_waiting=0)
+    hold(cache, "a", 100, in_use=True)
+    assert isinstance(cache.request(profile("b", 50), 0.0), Reject)
+
+
+# The line
+
+
+def test_requests_in_line_are_answered_in_order_of_arrival(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    hold(cache, "a", 100, in_use=True)
+    tickets = [ticket_of(cache.request(profile(model_id, 30), 0.0)) for model_id in "bcd"]
+    assert [grant.ticket for grant in cache.finish("a", 1.0)] == tickets
+    assert resident(cache) == {"b", "c", "d"}
+
+
+def test_nobody_overtakes_the_first_in_line(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    hold(cache, "a", 90, in_use=True)
+    large = ticket_of(cache.request(profile("large", 50), 0.0))
+    # There is room for the small one, but taking it would make the large one wait longer.
+    small = ticket_of(cache.request(profile("small", 10), 0.0))
+    assert [grant.ticket for grant in cache.finish("a", 1.0)] == [large, small]
+
+
+def test_a_hit_need_not_stand_in_line(make_cache: MakeCache) -> None:
+    cache = make_cache(policy=Ranked(a=1, b=2))
+    hold(cache, "a", 50, in_use=True)
+    hold(cache, "b", 50, in_use=True)
+    cache.request(profile("new", 50), 0.0)
+    assert cache.request(profile("b", 50), 0.0) == Hit()
+
+
+def test_a_join_need_not_stand_in_line(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    hold(cache, "a", 50, in_use=True)
+    cache.request(profile("b", 50), 0.0)
+    cache.request(profile("new", 50), 0.0)
+    assert cache.request(profile("b", 50), 0.0) == Join()
+
+
+def test_those_in_line_for_the_same_model_load_it_once(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    hold(cache, "a", 100, in_use=True)
+    tickets = [ticket_of(cache.request(profile("b", 50), 0.0)) for _ in range(3)]
+    grants = cache.finish("a", 1.0)
+    assert [grant.ticket for grant in grants] == tickets
+    assert [grant.answer for grant in grants] == [Load(("a",)), Join(), Join()]
+    assert uses(cache, "b") == 3
+
+
+def test_one_further_back_does_not_wait_for_the_first_if_its_model_stays(make_cache: MakeCache) -> None:
+    cache = make_cache(policy=Ranked(a=1, b=2))
+    hold(cache, "a", 50, in_use=True)
+    hold(cache, "b", 50, in_use=True)
+    first = ticket_of(cache.request(profile("large", 100), 0.0))
+    second = ticket_of(cache.request(profile("c", 50), 0.0))
+    third = ticket_of(cache.request(profile("b", 50), 0.0))
+    # Only a must make way for c.
+    assert cache.give_up(first, 1.0) == (Grant(third, "b", Hit()),)
+    assert cache.finish("a", 2.0) == (Grant(second, "c", Load(("a",))),)
+
+
+def test_a_large_model_does_not_starve(make_cache: MakeCache) -> None:
+    """Two small models are asked for without a pause and never idle together; the large one gets in all the same."""
+    cache = make_cache()
+    hold(cache, "a", 50, in_use=True)
+    hold(cache, "b", 50, in_use=True)
+    large = ticket_of(cache.request(profile("large", 100), 0.0))
+    late = [ticket_of(cache.request(profile(model_id, 50), 1.0)) for model_id in "ab"]
+    assert cache.finish("a", 2.0) == ()
+    assert isinstance(cache.request(profile("a", 50), 2.0), Wait)
+    assert cache.finish("b", 3.0) == (Grant(large, "large", Load(("a", "b"))),)
+    cache.loaded("large", 4.0)
+    grants = cache.finish("large", 5.0)
+    assert [grant.ticket for grant in grants][:2] == late
+    assert resident(cache) == {"a", "b"}
+
+
+def test_only_what_must_make_way_does(make_cache: MakeCache) -> None:
+    cache = make_cache(policy=Ranked(a=1, b=2, c=3))
+    for model_id, size in (("a", 30), ("b", 30), ("c", 40)):
+        hold(cache, model_id, size, in_use=True)
+    cache.request(profile("new", 30), 0.0)
+    assert isinstance(cache.request(profile("a", 30), 0.0), Wait)
+    assert cache.request(profile("b", 30), 0.0) == Hit()
+    assert cache.request(profile("c", 40), 0.0) == Hit()
+
+
+def test_models_that_need_not_make_way_any_more_take_requests_again(make_cache: MakeCache) -> None:
+    cache = make_cache(policy=Ranked(a=1, b=2))
+    hold(cache, "a", 40, in_use=True)
+    hold(cache, "b", 30, in_use=True)
+    cache.request(profile("failing", 30), 0.0)
+    cache.request(profile("new", 70), 0.0)
+    blocked = ticket_of(cache.request(profile("b", 30), 0.0))
+    # With the bytes of the failed load the larger one, a, is enough.
+    assert cache.failed("failing", "checksum", 1.0) == (Grant(blocked, "b", Hit()),)
+    assert cache.request(profile("b", 30), 1.0) == Hit()
+    assert isinstance(cache.request(profile("a", 40), 1.0), Wait)
+
+
+def test_what_was_emptied_to_make_way_goes_whatever_it_is_worth_by_then(make_cache: MakeCache) -> None:
+    policy = Ranked(x=1, d=2, b=3)
+    cache = make_cache(capacity_bytes=140, policy=policy)
+    for model_id, size in (("x", 60), ("d", 40), ("b", 40)):
+        hold(cache, model_id, size, in_use=True)
+    ticket = ticket_of(cache.request(profile("new", 100), 0.0))
+    cache.finish("d", 1.0)
+    cache.finish("b", 1.0)
+    policy.worth["b"] = 0
+    assert cache.finish("x", 2.0) == (Grant(ticket, "new", Load(("x", "d"))),)
+
+
+def test_when_the_first_gives_up_those_it_displaced_are_served_again(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    hold(cache, "a", 100, in_use=True)
+    first = ticket_of(cache.request(profile("new", 50), 0.0))
+    blocked = ticket_of(cache.request(profile("a", 100), 0.0))
+    assert cache.give_up(first, 1.0) == (Grant(blocked, "a", Hit()),)
+    assert uses(cache, "a") == 2
+
+
+def test_when_one_gives_up_the_next_may_go(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    hold(cache, "a", 90, in_use=True)
+    large = ticket_of(cache.request(profile("large", 50), 0.0))
+    small = ticket_of(cache.request(profile("small", 10), 0.0))
+    assert cache.give_up(large, 1.0) == (Grant(small, "small", Load(())),)
+
+
+def test_giving_up_twice_or_too_late_does_nothing(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    hold(cache, "a", 100, in_use=True)
+    ticket = ticket_of(cache.request(profile("b", 50), 0.0))
+    granted = cache.finish("a", 1.0)
+    assert granted == (Grant(ticket, "b", Load(("a",))),)
+    assert cache.give_up(ticket, 1.0) == ()
+    assert cache.give_up(12345, 1.0) == ()
+    assert uses(cache, "b") == 1
+
+
+def test_one_in_line_that_has_become_too_large_is_refused(make_cache: MakeCache) -> None:
+    cache = make_cache(pinned=["p"], max_loads=1)
+    cache.request(profile("p", 40), 0.0)
+    cache.failed("p", "checksum", 0.0)
+    hold(cache, "a", 100, in_use=True)
+    cache.forget_failure("p")
+    pinned = ticket_of(cache.preload(profile("p", 40), 0.0))
+    large = ticket_of(cache.request(profile("large", 80), 0.0))
+    granted, refused = cache.finish("a", 1.0)
+    assert granted == Grant(pinned, "p", Load(("a",)))
+    assert refused.ticket == large
+    assert isinstance(refused.answer, Reject)
+    assert refused.answer.reason is RejectReason.TOO_LARGE
+
+
+# Unloading by hand
+
+
+def test_unloading_by_hand_frees_the_bytes(make_cache: MakeCache) -> None:
+    policy = Ranked()
+    cache = make_cache(policy=policy)
+    hold(cache, "a", 60)
+    assert cache.unload("a", 1.0) == ()
+    assert cache.used_bytes == 0
+    assert (cache.counters.unloads, cache.counters.evictions) == (1, 0)
+    assert policy.told[-1] == ("unload", "a")
+
+
+def test_unloading_by_hand_does_not_disturb_the_line(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    hold(cache, "idle", 40)
+    hold(cache, "busy", 60, in_use=True)
+    ticket = ticket_of(cache.request(profile("large", 100), 0.0))
+    assert cache.unload("idle", 1.0) == ()
+    assert cache.finish("busy", 2.0) == (Grant(ticket, "large", Load(("busy",))),)
+
+
+def test_what_is_not_here_cannot_be_unloaded(make_cache: MakeCache) -> None:
+    with pytest.raises(NotFound, match="a is not loaded here"):
+        make_cache().unload("a", 0.0)
+
+
+def test_models_in_use_loading_or_pinned_cannot_be_unloaded(make_cache: MakeCache) -> None:
+    cache = make_cache(pinned=["pinned"])
+    hold(cache, "pinned", 10)
+    hold(cache, "used", 10, in_use=True)
+    cache.request(profile("loading"), 0.0)
+    cache.finish("loading", 0.0)
+    for model_id, why in (("pinned", "is pinned"), ("used", "in use"), ("loading", "in use")):
+        with pytest.raises(Conflict, match=why):
+            cache.unload(model_id, 1.0)
+    assert resident(cache) == {"pinned", "used", "loading"}

@@ -1,0 +1,291 @@
+"""Whatever happens to a cache, in whatever order: its promises hold after every single step.
+
+The machine keeps its own books, by the words of the docstrings and not by the code, and compares.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+from core_support import assert_books_balance
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from serve_app.core.cache import Answer, Grant, Hit, Join, Load, ModelCache, ModelState, Reject, RejectReason, Wait
+from serve_app.core.catalog import ModelProfile
+from serve_app.core.policies import make_policy
+from serve_app.errors import Conflict, NotFound
+
+MODELS = {
+    model_id: ModelProfile(model_id=model_id, size_bytes=size, load_s=load_s, exec_s=0.1)
+    for model_id, size, load_s in (("a", 10, 1.0), ("b", 20, 0.5), ("c", 40, 3.0), ("d", 50, 1.0), ("e", 100, 9.0))
+}
+#: What a cache promises does not depend on its policy; these differ in what they remember and whether they repeat.
+POLICIES = ["lru", "gdsf", "random", "edgeserve"]
+FAILURE_MEMORY_S = 5.0
+MAX_STEPS = 1000
+
+
+class CacheMachine(RuleBasedStateMachine):
+    policy_name: str
+
+    @initialize(
+        seed=st.integers(0, 3),
+        max_loads=st.integers(1, 3),
+        max_waiting=st.integers(0, 5),
+        pinned=st.sets(st.sampled_from("ac"), max_size=1),
+        capacity=st.sampled_from([60, 100]),
+    )
+    def make(self, seed: int, max_loads: int, max_waiting: int, pinned: set[str], capacity: int) -> None:
+        self.now = 0.0
+        self.max_loads = max_loads
+        self.max_waiting = max_waiting
+        self.pinned = pinned
+        self.capacity = capacity
+        self.cache = ModelCache(
+            capacity_bytes=capacity,
+            policy=make_policy(self.policy_name, random.Random(seed)),
+            max_loads=max_loads,
+            max_waiting=max_waiting,
+            failure_memory_s=FAILURE_MEMORY_S,
+            pinned=pinned,
+        )
+        self.loading: set[str] = set()
+        self.ready: set[str] = set()
+        self.uses: Counter[str] = Counter()
+        self.waiting: dict[int, str] = {}
+        self.tickets: set[int] = set()
+        self.failed_until: dict[str, float] = {}
+        self.requests = self.loads = self.failures = self.evictions = self.unloads = 0
+
+    # What can happen
+
+    @rule(model_id=st.sampled_from(sorted(MODELS)))
+    def request(self, model_id: str) -> None:
+        self.requests += 1
+        self.asked(model_id, self.cache.request(MODELS[model_id], self.now))
+
+    @rule(model_id=st.sampled_from(sorted(MODELS)))
+    def request_and_use_at_once(self, model_id: str) -> None:
+        """What mostly happens: without it the machine would seldom see a full cache."""
+        tickets = len(self.tickets)
+        self.request(model_id)
+        if model_id in self.loading:
+            self.end_load(model_id)
+        if len(self.tickets) == tickets and self.uses[model_id]:
+            self.end_use(model_id)
+
+    @rule(model_id=st.sampled_from(sorted(MODELS)))
+    def preload(self, model_id: str) -> None:
+        self.asked(model_id, self.cache.preload(MODELS[model_id], self.now))
+
+    @precondition(lambda self: self.loading)
+    @rule(choice=st.randoms(use_true_random=False))
+    def load_ends_well(self, choice: random.Random) -> None:
+        self.end_load(choice.choice(sorted(self.loading)))
+
+    @precondition(lambda self: self.loading)
+    @rule(choice=st.randoms(use_true_random=False))
+    def load_fails(self, choice: random.Random) -> None:
+        model_id = choice.choice(sorted(self.loading))
+        self.loading.remove(model_id)
+        del self.uses[model_id]
+        self.failures += 1
+        self.failed_until[model_id] = self.now + FAILURE_MEMORY_S
+        self.granted(self.cache.failed(model_id, "the disk says no", self.now))
+
+    @precondition(lambda self: self.uses.total())
+    @rule(choice=st.randoms(use_true_random=False))
+    def finish(self, choice: random.Random) -> None:
+        self.end_use(choice.choice(sorted(self.uses.elements())))
+
+    @precondition(lambda self: self.waiting)
+    @rule(choice=st.randoms(use_true_random=False))
+    def give_up(self, choice: random.Random) -> None:
+        ticket = choice.choice(sorted(self.waiting))
+        del self.waiting[ticket]
+        self.granted(self.cache.give_up(ticket, self.now))
+
+    @rule(model_id=st.sampled_from(sorted(MODELS)))
+    def unload(self, model_id: str) -> None:
+        if model_id not in self.ready | self.loading:
+            with pytest.raises(NotFound):
+                self.cache.unload(model_id, self.now)
+        elif model_id in self.loading or self.uses[model_id] or model_id in self.pinned:
+            with pytest.raises(Conflict):
+                self.cache.unload(model_id, self.now)
+        else:
+            self.ready.remove(model_id)
+            self.unloads += 1
+            self.granted(self.cache.unload(model_id, self.now))
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 6.0, 3600.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(holders=st.dictionaries(st.sampled_from(sorted(MODELS)), st.sampled_from([0.001, 0.1, 5.0])))
+    def others_hold(self, holders: dict[str, float]) -> None:
+        self.cache.forward_costs(holders)
+
+    @rule(model_id=st.sampled_from(sorted(MODELS)))
+    def forget_failure(self, model_id: str) -> None:
+        self.failed_until.pop(model_id, None)
+        self.cache.forget_failure(model_id)
+
+    # What must follow
+
+    def asked(self, model_id: str, answer: Answer | Wait) -> None:
+        if isinstance(answer, Wait):
+            assert answer.ticket not in self.tickets, "a ticket is used twice"
+            assert model_id not in self.loading, "a load under way can be joined at once"
+            if model_id in self.ready:
+                assert self.waiting, "a hit is turned away only in favour of one who came before"
+                assert len(self.loading) < self.max_loads, "and only if that one waits for nothing but memory"
+            assert len(self.waiting) < self.max_waiting
+            self.tickets.add(answer.ticket)
+            self.waiting[answer.ticket] = model_id
+            return
+        if isinstance(answer, Load):
+            assert not self.waiting, "nobody in line is overtaken by a load"
+        self.answered(model_id, answer)
+
+    def granted(self, grants: Iterable[Grant]) -> None:
+        for grant in grants:
+            assert self.waiting.pop(grant.ticket) == grant.model_id, "answered twice, or after giving up"
+            if isinstance(grant.answer, Load):
+                assert all(ticket > grant.ticket for ticket in self.waiting), "nobody in line is overtaken by a load"
+            self.answered(grant.model_id, grant.answer)
+
+    def answered(self, model_id: str, answer: Answer) -> None:
+        match answer:
+            case Hit():
+                assert model_id in self.ready
+                self.uses[model_id] += 1
+            case Join():
+                assert model_id in self.loading
+                self.uses[model_id] += 1
+            case Load(victims=victims):
+                self.load_starts(model_id, victims)
+            case Reject(reason=RejectReason.TOO_LARGE):
+                assert MODELS[model_id].size_bytes > self.capacity - self.pinned_bytes()
+            case Reject(reason=RejectReason.LOAD_FAILED, retry_s=retry_s):
+                assert self.failed_until[model_id] - self.now == pytest.approx(retry_s)
+                assert retry_s > 0
+            case Reject(reason=RejectReason.QUEUE_FULL):
+                assert len(self.waiting) == self.max_waiting
+
+    def load_starts(self, model_id: str, victims: tuple[str, ...]) -> None:
+        assert model_id not in self.ready | self.loading, "single flight"
+        assert self.failed_until.get(model_id, self.now) <= self.now, "a failure is remembered"
+        assert len(set(victims)) == len(victims)
+        missing = self.used_bytes() + MODELS[model_id].size_bytes - self.capacity
+        freed = [MODELS[victim].size_bytes for victim in victims]
+        assert sum(freed) >= missing, "the victims suffice"
+        assert all(sum(freed) - size < missing for size in freed), "and not one goes in vain"
+        for victim in victims:
+            assert victim in self.ready, "a model that is absent or loading is no victim"
+            assert not self.uses[victim], "a model in use is no victim"
+            assert victim not in self.pinned, "a pinned model is no victim"
+            self.ready.remove(victim)
+            self.evictions += 1
+        self.loading.add(model_id)
+        self.uses[model_id] += 1
+        self.loads += 1
+        self.failed_until.pop(model_id, None)
+
+    def end_load(self, model_id: str) -> None:
+        self.loading.remove(model_id)
+        self.ready.add(model_id)
+        self.granted(self.cache.loaded(model_id, self.now))
+
+    def end_use(self, model_id: str) -> None:
+        self.uses[model_id] -= 1
+        self.granted(self.cache.finish(model_id, self.now))
+
+    def used_bytes(self) -> int:
+        return sum(MODELS[model_id].size_bytes for model_id in self.ready | self.loading)
+
+    def pinned_bytes(self) -> int:
+        return sum(MODELS[model_id].size_bytes for model_id in (self.ready | self.loading) & self.pinned)
+
+    @invariant()
+    def books_agree(self) -> None:
+        assert_books_balance(self.cache)
+        assert self.cache.used_bytes == self.used_bytes()
+        assert {model.model_id: (model.state, model.uses, model.pinned) for model in self.cache.models()} == {
+            model_id: (
+                ModelState.LOADING if model_id in self.loading else ModelState.READY,
+                self.uses[model_id],
+                model_id in self.pinned,
+            )
+            for model_id in self.ready | self.loading
+        }
+        assert self.cache.waiting == len(self.waiting) <= self.max_waiting
+
+    @invariant()
+    def loads_are_limited(self) -> None:
+        assert len(self.loading) <= self.max_loads
+
+    @invariant()
+    def counters_add_up(self) -> None:
+        counters = self.cache.counters
+        counted = (
+            counters.requests, counters.loads, counters.load_failures, counters.evictions, counters.unloads,
+        )  # fmt: skip
+        assert counted == (self.requests, self.loads, self.failures, self.evictions, self.unloads)
+
+    @invariant()
+    def nobody_waits_for_nothing(self) -> None:
+        if not self.loading and not self.uses.total():
+            assert not self.waiting
+
+    def teardown(self) -> None:
+        if hasattr(self, "cache"):
+            self.first_in_line_is_served()
+            self.all_in_line_are_answered()
+
+    def first_in_line_is_served(self) -> None:
+        """Although every model in use is asked for again before each of its requests ends, it has its turn."""
+        first = min(self.waiting, default=None)
+        for _ in range(MAX_STEPS):
+            if first not in self.waiting:
+                return
+            if self.loading:
+                self.end_load(min(self.loading))
+                continue
+            for model_id in sorted(set(self.uses.elements())):
+                self.request(model_id)
+                self.end_use(model_id)
+        raise AssertionError("the first in line starves")
+
+    def all_in_line_are_answered(self) -> None:
+        """When all that is under way ends, nobody is left."""
+        for _ in range(MAX_STEPS):
+            if self.loading:
+                self.end_load(min(self.loading))
+            elif self.uses.total():
+                self.end_use(min(self.uses.elements()))
+            else:
+                break
+        self.books_agree()
+        assert not self.loading
+        assert not self.waiting, "somebody is left in line for ever"
+
+
+@pytest.mark.parametrize("policy_name", POLICIES)
+def test_a_cache_keeps_its_promises_whatever_happens(policy_name: str) -> None:
+    machine = type("Machine", (CacheMachine,), {"policy_name": policy_name})
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=100, stateful_step_count=40, deadline=None, derandomize=True)
+    )

@@ -1,0 +1,218 @@
+"""What a router believes: the view, corrected by its own replies, until a report that is younger."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+from core_support import report, resident
+
+from serve_app.core.cache import ModelState
+from serve_app.core.knowledge import Knowledge, View
+from serve_app.core.reports import ViewDelta, WorkerReport
+
+READY, LOADING = ModelState.READY, ModelState.LOADING
+
+
+def delta(
+    *workers: WorkerReport,
+    full: bool = False,
+    gone: tuple[str, ...] = (),
+    version: int = 1,
+    rates: Mapping[str, Mapping[str, float]] | None = None,
+) -> ViewDelta:
+    return ViewDelta(epoch="e", version=version, full=full, workers=workers, gone=gone, rates=rates or {})
+
+
+def knowing(*workers: WorkerReport) -> Knowledge:
+    known = Knowledge()
+    known.apply(delta(*workers, full=True), 0.0)
+    return known
+
+
+def state(known: Knowledge, replica: str, model_id: str) -> ModelState | None:
+    return known.state(known.view.workers[replica], model_id)
+
+
+def replicas(known: Knowledge) -> list[str]:
+    return [worker.replica for worker in known.workers()]
+
+
+# The view
+
+
+def test_a_view_that_was_never_updated_has_no_age() -> None:
+    view = View()
+    assert view.age_s(100.0) is None
+    view.apply(delta(), 100.0)
+    assert view.age_s(100.5) == 0.5
+    assert view.age_s(99.0) == 0.0
+
+
+def test_news_replace_join_and_remove() -> None:
+    view = View()
+    view.apply(delta(report("paris"), report("tokyo"), full=True), 0.0)
+    view.apply(delta(report("paris", sequence=2), report("oslo"), gone=("tokyo-1",), version=2), 1.0)
+    assert {replica: worker.sequence for replica, worker in view.workers.items()} == {"paris-1": 2, "oslo-1": 1}
+    assert (view.version, view.epoch) == (2, "e")
+
+
+def test_a_full_view_replaces_everything() -> None:
+    view = View()
+    view.apply(delta(report("paris"), full=True, rates={"paris": {"a": 1.0}}), 0.0)
+    view.apply(delta(report("tokyo"), full=True, rates={"tokyo": {"b": 2.0}}), 1.0)
+    assert set(view.workers) == {"tokyo-1"}
+    assert view.rate("paris", "a") == 0.0
+    assert view.rate("tokyo", "b") == 2.0
+
+
+def test_what_is_not_in_the_rates_has_none() -> None:
+    assert View().rate("paris", "a") == 0.0
+
+
+# Sightings
+
+
+def test_the_last_report_tells_what_a_worker_holds() -> None:
+    known = knowing(report("paris", models=[resident("a"), resident("b", state=LOADING)]))
+    assert [state(known, "paris-1", model_id) for model_id in "abc"] == [READY, LOADING, None]
+
+
+def test_a_reply_counts_until_a_younger_report() -> None:
+    known = knowing(report("paris", sequence=4, models=[resident("victim")]))
+    known.see("paris-1", "new", READY, 5)
+    known.see("paris-1", "victim", None, 5)
+    assert (state(known, "paris-1", "new"), state(known, "paris-1", "victim")) == (READY, None)
+    known.apply(delta(report("tokyo"), version=2), 1.0)
+    assert (state(known, "paris-1", "new"), state(known, "paris-1", "victim")) == (READY, None)
+    known.apply(delta(report("paris", sequence=5, models=[resident("victim")]), version=3), 2.0)
+    assert (state(known, "paris-1", "new"), state(known, "paris-1", "victim")) == (None, READY)
+
+
+def test_a_reply_that_is_older_than_the_last_report_counts_nothing() -> None:
+    known = knowing(report("paris", sequence=6, models=[resident("b")]))
+    known.see("paris-1", "a", READY, 6)
+    known.see("paris-1", "b", None, 3)
+    assert (state(known, "paris-1", "a"), state(known, "paris-1", "b")) == (None, READY)
+
+
+def test_the_latest_of_two_replies_counts() -> None:
+    known = knowing(report("paris"))
+    known.see("paris-1", "a", READY, 2)
+    known.see("paris-1", "a", None, 2)
+    assert state(known, "paris-1", "a") is None
+
+
+def test_a_sighting_is_of_one_replica() -> None:
+    known = knowing(report("paris"), report("paris", "paris-2"))
+    known.see("paris-1", "a", READY, 2)
+    assert state(known, "paris-2", "a") is None
+
+
+def test_an_expected_load_can_be_joined_until_the_report_after_the_next() -> None:
+    known = knowing(report("paris", sequence=4))
+    known.expect_load("paris-1", "a")
+    assert state(known, "paris-1", "a") is LOADING
+    known.apply(delta(report("paris", sequence=5), version=2), 1.0)
+    assert state(known, "paris-1", "a") is LOADING
+    known.apply(delta(report("paris", sequence=6), version=3), 2.0)
+    assert state(known, "paris-1", "a") is None
+
+
+def test_the_reply_to_an_expected_load_replaces_the_expectation() -> None:
+    known = knowing(report("paris", sequence=4))
+    known.expect_load("paris-1", "a")
+    known.see("paris-1", "a", READY, 5)
+    assert state(known, "paris-1", "a") is READY
+
+
+def test_nothing_is_expected_of_an_unknown_replica() -> None:
+    known = knowing(report("paris"))
+    known.expect_load("nobody", "a")
+    known.apply(delta(report("paris", "nobody", sequence=1), version=2), 1.0)
+    assert state(known, "nobody", "a") is None
+
+
+def test_what_was_seen_of_a_replica_goes_with_it() -> None:
+    known = knowing(report("paris", sequence=1))
+    known.see("paris-1", "a", READY, 9)
+    known.apply(delta(gone=("paris-1",), version=2), 1.0)
+    known.apply(delta(report("paris", sequence=2), version=3), 2.0)
+    assert state(known, "paris-1", "a") is None
+
+
+# Suspects
+
+
+def test_a_replica_that_has_failed_is_avoided_until_it_reports_again() -> None:
+    known = knowing(report("paris", sequence=4), report("tokyo"))
+    known.suspect("paris-1")
+    assert replicas(known) == ["tokyo-1"]
+    known.apply(delta(report("tokyo", sequence=2), version=2), 1.0)
+    assert replicas(known) == ["tokyo-1"]
+    known.apply(delta(report("paris", sequence=5), version=3), 2.0)
+    assert sorted(replicas(known)) == ["paris-1", "tokyo-1"]
+
+
+def test_a_full_view_with_the_same_old_report_clears_nobody() -> None:
+    known = knowing(report("paris", sequence=4))
+    known.suspect("paris-1")
+    known.apply(delta(report("paris", sequence=4), full=True, version=9), 1.0)
+    assert replicas(known) == []
+
+
+def test_what_was_seen_of_a_suspect_counts_no_more() -> None:
+    known = knowing(report("paris", sequence=1))
+    known.see("paris-1", "a", READY, 9)
+    known.suspect("paris-1")
+    known.apply(delta(report("paris", sequence=2), version=2), 1.0)
+    assert state(known, "paris-1", "a") is None
+
+
+def test_a_suspect_that_has_left_may_come_back_unsuspected() -> None:
+    known = knowing(report("paris", sequence=4))
+    known.suspect("paris-1")
+    known.apply(delta(gone=("paris-1",), version=2), 1.0)
+    known.apply(delta(report("paris", sequence=1), version=3), 2.0)
+    assert replicas(known) == ["paris-1"]
+
+
+def test_an_unknown_replica_cannot_be_suspected() -> None:
+    known = knowing(report("paris"))
+    known.suspect("nobody")
+    assert replicas(known) == ["paris-1"]
+
+
+# Backlog
+
+
+def test_the_queue_is_what_the_worker_says_or_what_was_sent_there_whichever_is_more() -> None:
+    worker = report("paris", queue_s=0.3, exec_slots=2)
+    known = knowing(worker)
+    assert known.queue_s(worker) == 0.3
+    known.sent("paris-1", 0.4)
+    assert known.queue_s(worker) == 0.3
+    known.sent("paris-1", 3.6)
+    # Two run, 2 s each on average; with half of that left, one of the two slots is free after half a second.
+    assert known.queue_s(worker) == pytest.approx(0.5)
+    known.returned("paris-1", 3.6)
+    known.returned("paris-1", 0.4)
+    assert known.queue_s(worker) == 0.3
+
+
+def test_a_backlog_is_of_one_replica() -> None:
+    known = knowing(report("paris"), report("tokyo"))
+    known.sent("paris-1", 1.0)
+    assert known.queue_s(report("tokyo")) == 0.0
+
+
+def test_no_backlog_is_left_when_everything_came_back() -> None:
+    known, worker = knowing(report("paris")), report("paris")
+    for exec_s in (0.1, 0.2, 0.3):
+        known.sent("paris-1", exec_s)
+    for exec_s in (0.3, 0.2, 0.1):
+        known.returned("paris-1", exec_s)
+    # In floating point the difference is 2.8e-17.
+    assert known.queue_s(worker) == 0.0
+    known.returned("paris-1", 0.1)
+    assert known.queue_s(worker) == 0.0

@@ -1,0 +1,603 @@
+"""``ModelHost`` carries out what the cache decides: one load per model, no pin lost, nobody forgotten.
+
+The backend's loads end when the test says so; between two steps of a test the event loop runs until nothing moves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import Executor, Future
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from core_support import Ranked, assert_books_balance, profile
+
+from serve_app.core.cache import ModelCache, ModelState
+from serve_app.core.catalog import ModelProfile
+from serve_app.core.routing import Outcome
+from serve_app.errors import Conflict, DoesNotFit, NotFound, StoreError, Unavailable
+from serve_app.serving.messages import FloatArray
+from serve_app.serving.model_host import Lease, ModelHost
+
+A, B, C = profile("a", 50), profile("b", 50), profile("c", 50)
+LARGE = profile("large", 100)
+#: Rounds of the event loop after which nothing moves any more: the longest chain of wake-ups here has about ten links.
+ROUNDS = 50
+
+
+class FakeModel:
+    """A model in memory, which cannot be used or unloaded once it is gone."""
+
+    def __init__(self, model_id: str, events: list[str]) -> None:
+        self.model_id = model_id
+        self.in_memory = True
+        self._events = events
+
+    def infer(self, batch: FloatArray) -> FloatArray:
+        assert self.in_memory
+        return batch
+
+    def unload(self) -> None:
+        assert self.in_memory, f"{self.model_id} is unloaded twice"
+        self.in_memory = False
+        self._events.append(f"unload {self.model_id}")
+
+
+class Loads(Executor):
+    """An executor and a backend in one: each load runs until ``end`` or ``fail``, in no thread at all."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self._under_way: dict[str, Future[Any]] = {}
+
+    def load(self, model_id: str) -> FakeModel:
+        raise AssertionError("loads belong into the executor, off the event loop")
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        assert function == self.load
+        (model_id,) = args
+        assert model_id not in self._under_way, f"{model_id} is loaded twice at a time"
+        self.events.append(f"load {model_id}")
+        self._under_way[model_id] = Future()
+        return self._under_way[model_id]
+
+    @property
+    def under_way(self) -> list[str]:
+        return list(self._under_way)
+
+    def end(self, model_id: str) -> FakeModel:
+        model = FakeModel(model_id, self.events)
+        self._under_way.pop(model_id).set_result(model)
+        return model
+
+    def fail(self, model_id: str, error: Exception) -> None:
+        self._under_way.pop(model_id).set_exception(error)
+
+    def loaded(self) -> list[str]:
+        return [event.removeprefix("load ") for event in self.events if event.startswith("load ")]
+
+
+class Observer:
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, ...]] = []
+
+    def loaded(self, model_id: str, seconds: float) -> None:
+        self.seen.append(("loaded", model_id, f"{seconds:g}"))
+
+    def load_failed(self, model_id: str) -> None:
+        self.seen.append(("failed", model_id))
+
+    def evicted(self, model_id: str, reason: str) -> None:
+        self.seen.append(("evicted", model_id, reason))
+
+
+class Bench:
+    """A host of 100 bytes with all its parts within reach, and the requests that the test has under way."""
+
+    def __init__(self, **changed: Any) -> None:
+        self.now = 0.0
+        self.loads = Loads()
+        self.observer = Observer()
+        self.policy = Ranked(a=1, b=2, c=3)
+        self.cache = ModelCache(**{"capacity_bytes": 100, "policy": self.policy, "max_loads": 4} | changed)
+        self.host = ModelHost(
+            cache=self.cache,
+            backend=self.loads,
+            loaders=self.loads,
+            clock=lambda: self.now,
+            observer=self.observer,
+        )
+        self.requests: list[asyncio.Task[Any]] = []
+        self.faults: list[dict[str, Any]] = []
+
+    async def settle(self) -> None:
+        for _ in range(ROUNDS):
+            await asyncio.sleep(0)
+
+    async def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self.requests.append(task)
+        await self.settle()
+        return task
+
+    async def acquire(self, model: ModelProfile) -> asyncio.Task[Lease]:
+        return await self.start(self.host.acquire(model))
+
+    async def hold(self, model: ModelProfile) -> FakeModel:
+        """Bring a model in, unused."""
+        request = await self.acquire(model)
+        runnable = await self.end(model)
+        self.release(request)
+        return runnable
+
+    async def end(self, model: ModelProfile) -> FakeModel:
+        runnable = self.loads.end(model.model_id)
+        await self.settle()
+        return runnable
+
+    async def fail(self, model: ModelProfile, error: Exception) -> None:
+        self.loads.fail(model.model_id, error)
+        await self.settle()
+
+    async def cancel(self, *requests: asyncio.Task[Any]) -> None:
+        for request in requests:
+            request.cancel()
+        await self.settle()
+        assert all(request.cancelled() for request in requests)
+
+    def release(self, *requests: asyncio.Task[Lease]) -> None:
+        for request in requests:
+            self.host.release(request.result())
+
+    def uses(self) -> dict[str, int]:
+        return {model.model_id: model.uses for model in self.cache.models()}
+
+
+@pytest_asyncio.fixture
+async def make_bench() -> AsyncIterator[Callable[..., Bench]]:
+    """Makes benches; when the test ends, nothing may be in use, in line, under way or unheard."""
+    benches: list[Bench] = []
+    loop = asyncio.get_running_loop()
+
+    def make(**changed: Any) -> Bench:
+        bench = Bench(**changed)
+        loop.set_exception_handler(lambda _, context: bench.faults.append(context))
+        benches.append(bench)
+        return bench
+
+    yield make
+    for bench in benches:
+        await bench.settle()
+        assert all(request.done() for request in bench.requests), "a request is left waiting"
+        assert not any(bench.uses().values()), "a pin is left"
+        assert bench.cache.waiting == 0
+        assert bench.loads.under_way == []
+        assert all(model.state is ModelState.READY for model in bench.cache.models())
+        assert_books_balance(bench.cache)
+        kept = dict(bench.host._runnables)
+        assert kept.keys() == bench.uses().keys(), "what is in memory is what the books say"
+        assert all(runnable.in_memory for runnable in kept.values())
+        assert not bench.host._waiters
+    assert asyncio.all_tasks() == {asyncio.current_task()}, "a task is pending"
+    assert [fault for bench in benches for fault in bench.faults] == []
+
+
+@pytest.fixture
+def bench(make_bench: Callable[..., Bench]) -> Bench:
+    return make_bench()
+
+
+# Hit, join, load
+
+
+async def test_twenty_requests_at_once_cause_one_load(bench: Bench) -> None:
+    requests = [await bench.acquire(A) for _ in range(20)]
+    assert bench.loads.under_way == ["a"]
+    runnable = await bench.end(A)
+    assert [request.result().outcome for request in requests] == [Outcome.LOAD] + [Outcome.JOIN] * 19
+    assert all(request.result().runnable is runnable for request in requests)
+    assert bench.uses() == {"a": 20}
+    assert bench.loads.loaded() == ["a"]
+    bench.release(*requests)
+
+
+async def test_a_hit_is_served_without_giving_way_to_anyone(bench: Bench) -> None:
+    runnable = await bench.hold(A)
+    acquiring = bench.host.acquire(A)
+    # No suspension: the first step of the coroutine is the last.
+    with pytest.raises(StopIteration) as ended:
+        acquiring.send(None)
+    lease = ended.value.value
+    assert (lease.outcome, lease.runnable, lease.wait_s, lease.load_s) == (Outcome.HIT, runnable, 0.0, 0.0)
+    bench.host.release(lease)
+
+
+async def test_a_lease_says_how_long_its_request_waited_and_loaded(bench: Bench) -> None:
+    in_use = await bench.acquire(LARGE)
+    await bench.end(LARGE)
+    waiting = await bench.acquire(A)
+    bench.now = 2.0
+    bench.release(in_use)
+    await bench.settle()
+    bench.now = 5.0
+    joining = await bench.acquire(A)
+    bench.now = 6.0
+    await bench.end(A)
+    lease = waiting.result()
+    assert (lease.outcome, lease.wait_s, lease.load_s, lease.evicted) == (Outcome.LOAD, 2.0, 4.0, ("large",))
+    lease = joining.result()
+    assert (lease.outcome, lease.wait_s, lease.load_s, lease.evicted) == (Outcome.JOIN, 0.0, 1.0, ())
+    bench.release(waiting, joining)
+    assert bench.observer.seen == [("loaded", "large", "0"), ("evicted", "large", "capacity"), ("loaded", "a", "4")]
+
+
+async def test_different_models_load_at_the_same_time(bench: Bench) -> None:
+    requests = [await bench.acquire(A), await bench.acquire(B)]
+    assert bench.loads.under_way == ["a", "b"]
+    await bench.end(B)
+    assert [request.done() for request in requests] == [False, True]
+    await bench.end(A)
+    bench.release(*requests)
+
+
+async def test_victims_are_out_of_memory_before_the_load_begins(bench: Bench) -> None:
+    await bench.hold(A)
+    await bench.hold(B)
+    request = await bench.acquire(LARGE)
+    assert bench.loads.events == ["load a", "load b", "unload a", "unload b", "load large"]
+    await bench.end(LARGE)
+    bench.release(request)
+
+
+async def test_a_model_in_use_stays_in_memory(bench: Bench) -> None:
+    using = await bench.acquire(A)
+    runnable = await bench.end(A)
+    await bench.hold(B)
+    other = await bench.acquire(C)
+    await bench.end(C)
+    assert runnable.in_memory
+    assert bench.uses() == {"a": 1, "c": 1}
+    bench.release(using, other)
+
+
+async def test_a_preloaded_model_is_in_memory_and_in_nobodys_use(bench: Bench) -> None:
+    preload = await bench.start(bench.host.preload(A))
+    await bench.end(A)
+    assert preload.done()
+    assert bench.uses() == {"a": 0}
+    request = await bench.acquire(A)
+    assert request.result().outcome is Outcome.HIT
+    bench.release(request)
+
+
+async def test_a_model_that_cannot_fit_is_refused_with_advice(bench: Bench) -> None:
+    request = await bench.acquire(profile("huge", 101))
+    with pytest.raises(DoesNotFit, match=r"huge needs 101 bytes.*more memory"):
+        request.result()
+
+
+async def test_a_full_line_is_refused_with_the_time_to_come_back(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(max_waiting=0)
+    using = await bench.acquire(LARGE)
+    await bench.end(LARGE)
+    request = await bench.acquire(A)
+    with pytest.raises(Unavailable, match="try again later") as caught:
+        request.result()
+    assert caught.value.retry_after_s == 1.0
+    bench.release(using)
+
+
+# Failed loads
+
+
+@pytest.mark.parametrize("error", [OSError("disk gone"), MemoryError("no memory"), StoreError("checksum")])
+async def test_a_failed_load_reaches_everyone_who_waits_for_it(bench: Bench, error: Exception) -> None:
+    requests = [await bench.acquire(A) for _ in range(5)]
+    await bench.fail(A, error)
+    for request in requests:
+        with pytest.raises(StoreError, match=f"model a cannot be loaded: .*{error}"):
+            request.result()
+    assert bench.cache.used_bytes == 0
+    assert bench.observer.seen == [("failed", "a")]
+
+
+async def test_a_failed_load_is_remembered_for_a_while_and_then_tried_again(bench: Bench) -> None:
+    await bench.acquire(A)
+    await bench.fail(A, OSError("disk gone"))
+    bench.now = 2.0
+    remembered = await bench.acquire(A)
+    with pytest.raises(StoreError, match=r"3\.0 s before the next try: OSError: disk gone"):
+        remembered.result()
+    assert bench.loads.loaded() == ["a"]
+    bench.now = 5.0
+    again = await bench.acquire(A)
+    await bench.end(A)
+    bench.release(again)
+
+
+async def test_a_load_by_hand_is_tried_at_once_whatever_failed_before(bench: Bench) -> None:
+    await bench.acquire(A)
+    await bench.fail(A, OSError("disk gone"))
+    preload = await bench.start(bench.host.preload(A))
+    await bench.end(A)
+    assert preload.exception() is None
+
+
+async def test_a_failed_load_lets_the_next_in_line_in(bench: Bench) -> None:
+    failing = await bench.acquire(LARGE)
+    waiting = await bench.acquire(A)
+    await bench.fail(LARGE, OSError("disk gone"))
+    assert isinstance(failing.exception(), StoreError)
+    await bench.end(A)
+    bench.release(waiting)
+
+
+async def test_a_failed_load_takes_down_no_model_that_it_did_not_displace(bench: Bench) -> None:
+    runnable = await bench.hold(A)
+    await bench.acquire(B)
+    await bench.fail(B, OSError("disk gone"))
+    assert runnable.in_memory
+    assert bench.uses() == {"a": 0}
+
+
+async def test_a_model_that_cannot_be_unloaded_cleanly_does_not_stop_the_load(bench: Bench) -> None:
+    runnable = await bench.hold(LARGE)
+    runnable.in_memory = False  # its unload will raise
+    request = await bench.acquire(A)
+    await bench.end(A)
+    assert request.result().evicted == ("large",)
+    bench.release(request)
+
+
+# The line
+
+
+async def test_requests_in_line_are_served_in_order_of_arrival(bench: Bench) -> None:
+    using = await bench.acquire(LARGE)
+    await bench.end(LARGE)
+    waiting = [await bench.acquire(model) for model in (B, A, C)]
+    assert bench.loads.under_way == []
+    bench.release(using)
+    await bench.settle()
+    assert bench.loads.under_way == ["b", "a"]
+    await bench.end(B)
+    await bench.end(A)
+    assert [request.done() for request in waiting] == [True, True, False]
+    bench.release(waiting[0])
+    await bench.settle()
+    assert bench.loads.events[-2:] == ["unload b", "load c"]
+    await bench.end(C)
+    bench.release(*waiting[1:])
+
+
+async def test_those_in_line_for_one_model_share_its_load(bench: Bench) -> None:
+    using = await bench.acquire(LARGE)
+    await bench.end(LARGE)
+    waiting = [await bench.acquire(A) for _ in range(3)]
+    bench.release(using)
+    await bench.settle()
+    assert bench.loads.under_way == ["a"]
+    await bench.end(A)
+    assert [request.result().outcome for request in waiting] == [Outcome.LOAD, Outcome.JOIN, Outcome.JOIN]
+    bench.release(*waiting)
+
+
+async def test_one_in_line_may_end_up_with_a_hit(bench: Bench) -> None:
+    using = await bench.acquire(LARGE)
+    await bench.end(LARGE)
+    first = await bench.acquire(A)
+    second = await bench.acquire(LARGE)
+    await bench.cancel(first)
+    assert second.result().outcome is Outcome.HIT
+    bench.release(using, second)
+
+
+async def test_loads_beyond_the_limit_wait_for_their_turn(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(max_loads=1)
+    requests = [await bench.acquire(model) for model in (A, B)]
+    assert bench.loads.under_way == ["a"]
+    await bench.end(A)
+    assert bench.loads.under_way == ["b"]
+    await bench.end(B)
+    bench.release(*requests)
+
+
+# Cancellation
+
+
+async def test_a_cancelled_loader_gives_its_pin_back_and_the_load_goes_on(bench: Bench) -> None:
+    request = await bench.acquire(A)
+    await bench.cancel(request)
+    assert bench.loads.under_way == ["a"]
+    await bench.end(A)
+    assert bench.uses() == {"a": 0}
+
+
+async def test_the_joiners_of_a_cancelled_loader_get_the_model(bench: Bench) -> None:
+    loader = await bench.acquire(A)
+    joiner = await bench.acquire(A)
+    await bench.cancel(loader)
+    await bench.end(A)
+    assert bench.uses() == {"a": 1}
+    bench.release(joiner)
+
+
+async def test_a_cancelled_joiner_gives_its_pin_back(bench: Bench) -> None:
+    loader = await bench.acquire(A)
+    joiners = [await bench.acquire(A) for _ in range(3)]
+    await bench.cancel(*joiners)
+    await bench.end(A)
+    assert bench.uses() == {"a": 1}
+    bench.release(loader)
+
+
+async def test_a_load_that_everyone_has_left_may_fail_unseen(bench: Bench) -> None:
+    requests = [await bench.acquire(A) for _ in range(2)]
+    await bench.cancel(*requests)
+    await bench.fail(A, OSError("disk gone"))
+    bench.now = 100.0
+    await bench.hold(A)
+    # Had nobody looked at the failure, asyncio would say so when the task is collected.
+    gc.collect()
+    assert bench.faults == []
+
+
+async def test_a_request_cancelled_in_the_moment_its_load_ends_gives_its_pin_back(bench: Bench) -> None:
+    """However many rounds of the event loop lie between the end of the load and the cancellation."""
+    for rounds in range(8):
+        request = await bench.acquire(A)
+        bench.loads.end("a")
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+        if request.cancel():
+            await bench.cancel(request)
+        else:
+            bench.release(request)
+        await bench.settle()
+        assert bench.uses() == {"a": 0}
+        bench.host.unload("a")
+
+
+async def test_a_request_cancelled_in_the_moment_its_load_fails_leaves_no_trace(bench: Bench) -> None:
+    for rounds in range(8):
+        bench.now += 100.0
+        request = await bench.acquire(A)
+        bench.loads.fail("a", OSError("disk gone"))
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+        request.cancel()
+        await bench.settle()
+        assert request.cancelled() or isinstance(request.exception(), StoreError)
+        assert bench.uses() == {}
+
+
+async def test_a_cancelled_waiter_leaves_the_line(bench: Bench) -> None:
+    using = await bench.acquire(LARGE)
+    await bench.end(LARGE)
+    first, second = await bench.acquire(A), await bench.acquire(B)
+    await bench.cancel(first)
+    assert bench.cache.waiting == 1
+    bench.release(using)
+    await bench.settle()
+    assert bench.loads.under_way == ["b"]
+    await bench.end(B)
+    bench.release(second)
+
+
+@pytest.mark.parametrize("rounds", range(6))
+async def test_a_waiter_cancelled_in_the_moment_its_load_begins_gives_its_pin_back(bench: Bench, rounds: int) -> None:
+    using = await bench.acquire(LARGE)
+    await bench.end(LARGE)
+    waiter = await bench.acquire(A)
+    joiner = await bench.acquire(A)
+    bench.release(using)
+    for _ in range(rounds):
+        await asyncio.sleep(0)
+    await bench.cancel(waiter)
+    await bench.end(A)
+    assert bench.uses() == {"a": 1}
+    bench.release(joiner)
+
+
+@pytest.mark.parametrize("rounds", range(6))
+async def test_a_waiter_cancelled_in_the_moment_of_its_hit_gives_its_pin_back(bench: Bench, rounds: int) -> None:
+    using = await bench.acquire(LARGE)
+    await bench.end(LARGE)
+    first = await bench.acquire(A)
+    waiter = await bench.acquire(LARGE)
+    first.cancel()
+    for _ in range(rounds):
+        await asyncio.sleep(0)
+    if waiter.cancel():
+        await bench.cancel(waiter)
+    else:
+        bench.release(waiter)
+    assert bench.uses() == {"large": 1}
+    bench.release(using)
+
+
+async def test_a_waiter_cancelled_just_before_its_turn_gives_its_pin_back(bench: Bench) -> None:
+    using = await bench.acquire(LARGE)
+    await bench.end(LARGE)
+    waiter = await bench.acquire(A)
+    waiter.cancel()
+    bench.release(using)
+    await bench.settle()
+    assert waiter.cancelled()
+    # Its load has begun all the same; it is of use to whoever comes next.
+    await bench.end(A)
+    assert bench.uses() == {"a": 0}
+
+
+async def test_when_all_waiters_are_cancelled_at_once_nothing_is_left(bench: Bench) -> None:
+    using = await bench.acquire(LARGE)
+    await bench.end(LARGE)
+    waiters = [await bench.acquire(model) for model in (A, B, A, C, LARGE, profile("other", 100))]
+    await bench.cancel(*waiters)
+    assert bench.cache.waiting == 0
+    assert bench.loads.under_way == []
+    bench.release(using)
+
+
+async def test_a_cancelled_preload_leaves_no_pin(bench: Bench) -> None:
+    preload = await bench.start(bench.host.preload(A))
+    await bench.cancel(preload)
+    await bench.end(A)
+    assert bench.uses() == {"a": 0}
+
+
+# Unloading
+
+
+async def test_unloading_by_hand_gives_the_memory_back(bench: Bench) -> None:
+    runnable = await bench.hold(A)
+    bench.host.unload("a")
+    assert not runnable.in_memory
+    assert bench.cache.used_bytes == 0
+    assert bench.observer.seen[-1] == ("evicted", "a", "unload")
+
+
+async def test_unloading_by_hand_does_not_disturb_the_line(bench: Bench) -> None:
+    idle = await bench.hold(A)
+    using = await bench.acquire(B)
+    await bench.end(B)
+    waiting = await bench.acquire(LARGE)
+    bench.host.unload("a")
+    assert not idle.in_memory
+    assert not waiting.done()
+    bench.release(using)
+    await bench.settle()
+    await bench.end(LARGE)
+    assert waiting.result().evicted == ("b",)
+    bench.release(waiting)
+
+
+async def test_what_is_in_use_or_absent_cannot_be_unloaded(bench: Bench) -> None:
+    request = await bench.acquire(A)
+    with pytest.raises(Conflict):
+        bench.host.unload("a")
+    runnable = await bench.end(A)
+    with pytest.raises(Conflict):
+        bench.host.unload("a")
+    with pytest.raises(NotFound):
+        bench.host.unload("b")
+    assert runnable.in_memory
+    bench.release(request)
+
+
+async def test_a_model_comes_back_after_it_was_unloaded(bench: Bench) -> None:
+    first = await bench.hold(A)
+    bench.host.unload("a")
+    second = await bench.hold(A)
+    assert second is not first
+    assert second.in_memory
+
+
+async def test_closing_unloads_everything() -> None:
+    bench = Bench()
+    runnables = [await bench.hold(A), await bench.hold(B)]
+    bench.host.close()
+    assert not any(runnable.in_memory for runnable in runnables)
