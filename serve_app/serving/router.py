@@ -114,6 +114,7 @@ class Router:
         self._max_inflight = max_inflight
         self._clock = clock
         self._inflight = 0
+        self._calls: dict[str, set[asyncio.Timeout]] = {}
         self._listening: asyncio.Task[None] | None = None
 
     def start(self, refresh_every_s: float, home: str) -> None:
@@ -133,8 +134,14 @@ class Router:
     async def refresh(self) -> None:
         """Ask the coordinator what is new."""
         delta = await self._link.exchange(None, self.known.view.epoch, self.known.view.version)
-        if delta is not None:
-            self.known.apply(delta, self._clock())
+        if delta is None:
+            return
+        self.known.apply(delta, self._clock())
+        now = asyncio.get_running_loop().time()
+        for replica in delta.gone:
+            # A dead or hanging worker: its requests are served elsewhere, not waited for.
+            for timeout in self._calls.get(replica, ()):
+                timeout.reschedule(now)
 
     @property
     def coordinator_up(self) -> bool:
@@ -293,19 +300,29 @@ class Router:
     async def _call(self, plan: Plan, model: PublishedModel, work: Work) -> tuple[Reply, float]:
         sent_s = self._clock()
         expected_exec_s = model.profile.exec_s
+        calls: set[asyncio.Timeout] = set()
         if plan.replica is not None:
+            calls = self._calls.setdefault(plan.replica, calls)
             self.known.sent(plan.replica, expected_exec_s)
             if plan.outcome is Outcome.LOAD or (plan.outcome is Outcome.FORWARD and not plan.must_hold):
                 self.known.expect_load(plan.replica, model.model_id)
+        deadline = asyncio.get_running_loop().time() + work.budget_s
+        timeout = asyncio.timeout_at(deadline)
+        calls.add(timeout)
         try:
-            async with asyncio.timeout(work.budget_s):
+            async with timeout:
                 reply = await self._pool.infer(plan.location, plan.replica, work)
         except TimeoutError:
+            if (timeout.when() or 0.0) < deadline:
+                raise WorkerLost("it has left the directory") from None
             message = f"model {model.model_id} did not answer within its deadline; raise deadline_ms"
             return Refused(error=DeadlineExceeded(message)), work.budget_s
         finally:
+            calls.discard(timeout)
             if plan.replica is not None:
                 self.known.returned(plan.replica, expected_exec_s)
+                if not calls:
+                    self._calls.pop(plan.replica, None)
         return reply, self._clock() - sent_s
 
     def _choose(self, query: Query, model: PublishedModel, avoid: set[str] | frozenset[str] = frozenset()) -> Plan:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import random
+import time
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from serve_app.serving.messages import Refused, Reply, Work
 from serve_app.serving.router import WorkerLost
@@ -22,20 +24,58 @@ _Result = TypeVar("_Result")
 
 
 class NamedReplicaRouter(RequestRouter):  # type: ignore[misc]
-    """Sends a call to the replica that it names; to any other only if that one is gone or nobody is named.
+    """Sends a call to the replica that it names, or fails it: ``ReplicaUnavailableError`` once that one is lost.
 
-    EdgeServe's routers know which replica holds which model; Serve's own choice would undo theirs.
+    EdgeServe's routers know which replica holds which model, and what to do when it dies. Serve's own choice would
+    undo theirs, and its own retry would wait for a new replica although other locations could serve.
     """
+
+    #: How long after a failed call the replica is taken for lost.
+    LOST_S = 2.0
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Ranks of replicas: the named one first, then the rest."""
-        wanted = pending_request.kwargs.get("replica") if pending_request is not None else None
+        """The named replica; without a name, all of them in random order."""
+        if pending_request is None:
+            return [candidate_replicas]
+        # Without this, Serve would ask again at once, and again, while no candidate answers.
+        pending_request.routing_context.should_backoff = True
+        wanted = pending_request.kwargs.get("replica")
+        if wanted is None:
+            return [random.sample(candidate_replicas, len(candidate_replicas))]
         named = [replica for replica in candidate_replicas if replica.replica_id.unique_id == wanted]
-        others = [replica for replica in candidate_replicas if replica.replica_id.unique_id != wanted]
-        random.shuffle(others)
-        return [rank for rank in (named, others) if rank]
+        if named and not self._is_lost(wanted):
+            return [named]
+        self._fail(pending_request)
+        # Serve looks whether a request has ended only when it is offered a candidate for it.
+        return [candidate_replicas]
+
+    def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
+        """A call could not be delivered, or its replica died with it."""
+        super().on_replica_actor_unavailable(replica_id)
+        self._lost()[replica_id.unique_id] = time.monotonic()
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        """A replica is gone for good."""
+        super().on_replica_actor_died(replica_id)
+        self._lost()[replica_id.unique_id] = time.monotonic()
+        for pending_request in list(self._pending_requests_by_id.values()):
+            if pending_request.kwargs.get("replica") == replica_id.unique_id:
+                self._fail(pending_request)
+
+    def _fail(self, pending_request: PendingRequest) -> None:
+        if not pending_request.future.done():
+            pending_request.future.set_exception(ReplicaUnavailableError(str(pending_request.kwargs["replica"])))
+        self._remove_pending_request_from_indices(pending_request)
+
+    def _is_lost(self, unique_id: str) -> bool:
+        return time.monotonic() - self._lost().get(unique_id, -math.inf) < self.LOST_S
+
+    def _lost(self) -> dict[str, float]:
+        # Serve makes the object with arguments of its own, so there is no constructor to put this into.
+        lost: dict[str, float] = self.__dict__.setdefault("_lost_replicas", {})
+        return lost
 
 
 class ServeWorkerPool:

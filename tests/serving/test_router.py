@@ -7,10 +7,11 @@ import asyncio
 import httpx
 import numpy as np
 import pytest
-from fakes import FakePool, done, make_router, published, report
+from fakes import FakeLink, FakePool, done, make_router, published, report
 
 from serve_app.config import LimitSettings
 from serve_app.core.catalog import Catalog
+from serve_app.core.reports import ViewDelta
 from serve_app.core.routing import Outcome
 from serve_app.errors import DeadlineExceeded, InvalidRequest, NotFound, Unavailable
 from serve_app.serving.http import HttpSettings, build_http_app
@@ -95,6 +96,30 @@ async def test_a_worker_that_does_not_answer_is_given_up_at_the_deadline() -> No
     pool = FakePool(paris=[asyncio.Event()])
     with pytest.raises(DeadlineExceeded, match="deadline"):
         await make_router(pool, report("paris", "small")).serve(query(deadline_s=0.05))
+
+
+async def test_a_request_at_a_worker_that_leaves_the_directory_is_served_by_another() -> None:
+    pool = FakePool(paris=[asyncio.Event()], tokyo=[done("tokyo-1", outcome=Outcome.LOAD)])
+    link = FakeLink()
+    router = make_router(pool, report("paris", "small"), report("tokyo"), link=link)
+    request = asyncio.create_task(router.serve(query()))
+    await pool.called.wait()
+    link.delta = ViewDelta(epoch="epoch", version=2, full=False, workers=(), gone=("paris-1",), rates={})
+    await router.refresh()
+    assert (await request).location == "tokyo"
+
+
+async def test_a_new_coordinator_that_knows_nobody_yet_calls_no_request_back() -> None:
+    answer = asyncio.Event()
+    pool = FakePool(paris=[answer])
+    link = FakeLink()
+    router = make_router(pool, report("paris", "small"), report("tokyo"), link=link)
+    request = asyncio.create_task(router.serve(query()))
+    await pool.called.wait()
+    link.delta = ViewDelta(epoch="next", version=0, full=True, workers=(), gone=(), rates={})
+    await router.refresh()
+    answer.set()
+    assert (await request).location == "paris"
 
 
 async def test_a_deadline_far_below_the_execution_time_is_refused_unseen() -> None:
