@@ -48,6 +48,14 @@ class AppArgs(BaseModel):
     location: str | None = None
 
 
+def _log_with_serve() -> None:
+    """Let this replica's log take in what we have to say; Serve sets up its own loggers only."""
+    ours = logging.getLogger("serve_app")
+    ours.handlers = logging.getLogger("ray.serve").handlers
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployed:
     """What a replica is told at birth: everything that was configured. The store is read where the replica runs."""
@@ -86,6 +94,7 @@ class _WorkerReplica:
         from serve_app.models.loader import ModelLoader
         from serve_app.models.runtime import use_threads
 
+        _log_with_serve()
         settings, location = deployed.settings, deployed.location
         assert location is not None
         use_threads(settings.worker.threads_per_inference)
@@ -147,6 +156,7 @@ class _RouterReplica:
     """One router replica: a ``Router`` with its parts put together, behind HTTP."""
 
     def __init__(self, deployed: Deployed, worker: Any = None) -> None:
+        _log_with_serve()
         settings = deployed.settings
         catalog = deployed.catalog()
         home = deployed.location or "gateway"

@@ -190,12 +190,15 @@ class Router:
             for report in self.known.workers()
             if report.location == location and self.known.state(report, model.model_id) is not None
         ]
-        if not holders:
-            raise NotFound(f"model {model.model_id} is not loaded at {location}; nothing to unload")
+        unloaded = False
         for replica in holders:
             refused = await self._by_hand(self._pool.unload(location, replica, model.model_id), location)
-            if refused is not None:
+            if refused is None:
+                unloaded = True
+            elif not isinstance(refused.error, NotFound):
                 raise refused.error
+        if not unloaded:
+            raise NotFound(f"model {model.model_id} is not loaded at {location}; nothing to unload")
 
     def _single(self, name: str) -> PublishedModel:
         if name not in self.catalog:

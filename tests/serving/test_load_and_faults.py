@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -209,3 +210,32 @@ def test_killing_a_worker_during_load_loses_no_request(deployment, photo) -> Non
 def _held(deployment, model: str) -> bool:
     status = deployment.status()
     return any(model in {row["model"] for row in status[name]["resident"]} for name in LOCATIONS)
+
+
+def test_a_truncated_weights_file_fails_its_own_model_only_and_the_log_says_why(deployment, photo) -> None:
+    model, url = "shufflenet_v2_x1_0", deployment.location("paris")
+    for location in LOCATIONS:
+        httpx.post(f"{deployment.location(location)}/v2/repository/models/{model}/unload", timeout=60)
+    until(lambda: not _held(deployment, model), "the model is absent everywhere")
+    manifest = json.loads((deployment.folder / "store" / "models" / f"{model}.json").read_text())
+    blob = deployment.folder / "store" / "blobs" / manifest["files"][0]["name"]
+    whole = blob.rename(blob.with_suffix(".whole"))
+    blob.write_bytes(b"cut short")
+    try:
+        broken = httpx.post(
+            f"{url}/v1/classify?model={model}&forward=never",
+            content=photo,
+            headers={**HEADERS, "X-Request-Id": "the-broken-one"},
+            timeout=60,
+        )
+        assert broken.status_code == 500
+        assert "publish it again" in broken.json()["error"]
+        assert "the-broken-one" in broken.json()["error"]
+        other = httpx.post(f"{url}/v1/classify?model=squeezenet1_1", content=photo, headers=HEADERS, timeout=60)
+        assert other.status_code == 200
+        logs = (deployment.folder / "ray").glob("session_2*/logs/serve/replica_paris_Router_*.log")
+        assert any("the-broken-one" in log.read_text() for log in logs)
+    finally:
+        whole.rename(blob)
+    retried = httpx.post(f"{url}/v2/repository/models/{model}/load", timeout=60)
+    assert retried.status_code == 200, retried.text
