@@ -191,7 +191,7 @@ class ModelCache:
         entry = self._loading_entry(model_id)
         self._loading -= 1
         self.counters.load_failures += 1
-        self._failures[model_id] = _Failure(detail, now + self._failure_memory_s)
+        self.cannot_load(model_id, detail, now)
         self._remove(entry)
         self._policy.on_unload(entry.model, now)
         return self._advance(now)
@@ -229,6 +229,10 @@ class ModelCache:
             return ()
         self._leave(ticket)
         return self._advance(now)
+
+    def cannot_load(self, model_id: str, detail: str, now: float) -> None:
+        """Remember that a load would fail, without having displaced anything for it."""
+        self._failures[model_id] = _Failure(detail, now + self._failure_memory_s)
 
     def forget_failure(self, model_id: str) -> None:
         """Let the next request for ``model_id`` try to load it again at once."""

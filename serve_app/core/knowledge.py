@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from serve_app.core.cache import ModelState
 from serve_app.core.reports import ViewDelta, WorkerReport
@@ -18,17 +19,29 @@ class View:
     updated_s: float | None = None
     workers: dict[str, WorkerReport] = field(default_factory=dict)
     rates: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    _carried: dict[str, float] = field(default_factory=dict)
 
-    def apply(self, delta: ViewDelta, now: float) -> None:
-        """Bring this copy up to date."""
-        if delta.full:
-            self.workers.clear()
-        for replica in delta.gone:
-            self.workers.pop(replica, None)
+    #: A coordinator that has just started has heard of every live worker within this many seconds. Until then, what
+    #: its predecessor knew still counts: otherwise everybody would send everything to whoever reported first.
+    CARRY_S: ClassVar[float] = 2.0
+
+    def apply(self, delta: ViewDelta, now: float) -> tuple[str, ...]:
+        """Bring this copy up to date; returns the replicas that are known to be gone since."""
+        gone = set(delta.gone)
+        if delta.full and delta.epoch == self.epoch:
+            gone |= self.workers.keys() - {report.replica for report in delta.workers}
+        elif delta.full:
+            self._carried = dict.fromkeys(self.workers, now + self.CARRY_S)
         for report in delta.workers:
             self.workers[report.replica] = report
+            self._carried.pop(report.replica, None)
+        gone |= {replica for replica, until_s in self._carried.items() if now >= until_s}
+        gone = {replica for replica in gone if self.workers.pop(replica, None) is not None}
+        for replica in gone:
+            self._carried.pop(replica, None)
         self.rates = dict(delta.rates)
         self.epoch, self.version, self.updated_s = delta.epoch, delta.version, now
+        return tuple(sorted(gone))
 
     def rate(self, location: str, model_id: str) -> float:
         """Requests per second for a model by users of a location."""
@@ -85,9 +98,9 @@ class Knowledge:
         self._queues: dict[str, Queue] = {}
         self._suspects: dict[str, int] = {}
 
-    def apply(self, delta: ViewDelta, now: float) -> None:
-        """Take in news from the coordinator; ``now`` in seconds."""
-        self.view.apply(delta, now)
+    def apply(self, delta: ViewDelta, now: float) -> tuple[str, ...]:
+        """Take in news from the coordinator (``now`` in seconds); returns the replicas that are gone since."""
+        gone = self.view.apply(delta, now)
         for replica in list(self._sightings):
             report = self.view.workers.get(replica)
             if report is None:
@@ -100,6 +113,7 @@ class Knowledge:
             report = self.view.workers.get(replica)
             if report is None or report.sequence > sequence:
                 del self._suspects[replica]
+        return gone
 
     def workers(self) -> list[WorkerReport]:
         """The last reports of all replicas that are not under suspicion."""

@@ -23,7 +23,7 @@ from torch import nn
 from serve_app.errors import InvalidRequest, StoreError
 from serve_app.models.builders import skeleton
 from serve_app.models.manifest import BlobFile, Manifest, TensorPlace
-from serve_app.models.store import ModelStore
+from serve_app.models.store import ModelStore, check_size
 
 #: torch's names for the element types of safetensors.
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -197,6 +197,23 @@ class ModelLoader:
             StoreError: the model is not published, or it was published from another version of its builder.
         """
         self._prepared(model_id)
+
+    def check(self, model_id: str) -> None:
+        """Looks, in microseconds, whether the files of a prepared model are there and whole in size.
+
+        Raises:
+            StoreError: a load would fail now.
+        """
+        prepared = self._skeletons.get(model_id)
+        if prepared is None:
+            return
+        try:
+            for file in prepared.manifest.files:
+                check_size(file, self._store.blob_path(file.name), model_id)
+        except StoreError:
+            # Published again since, the model is loaded from other files.
+            if self._store.manifest(model_id).files == prepared.manifest.files:
+                raise
 
     def load(self, model_id: str) -> LoadedModel:
         """Maps the weights of a model into its module.

@@ -34,6 +34,9 @@ class RunnableModel(Protocol):
 class ModelBackend(Protocol):
     """Brings models into memory."""
 
+    def check(self, model_id: str) -> None:
+        """Look, in microseconds, whether a load could work; raises ``StoreError`` if not."""
+
     def load(self, model_id: str) -> RunnableModel:
         """Load one model; called in a thread, for several models at a time."""
 
@@ -100,11 +103,17 @@ class ModelHost:
             Unavailable: too many requests wait for memory already.
             StoreError: it cannot be loaded.
         """
+        self._check(model.model_id)
         return await self._lease(model, self.cache.request(model, self._clock()))
 
-    async def preload(self, model: ModelProfile) -> None:
-        """Bring a model into memory that nobody has asked for yet; raises like ``acquire``."""
+    async def load(self, model: ModelProfile) -> None:
+        """Bring a model into memory by hand, whatever failed before; counts as a request; raises like ``acquire``."""
         self.cache.forget_failure(model.model_id)
+        self.release(await self.acquire(model))
+
+    async def preload(self, model: ModelProfile) -> None:
+        """Bring a model into memory that nobody has asked for; raises like ``acquire``."""
+        self._check(model.model_id)
         self.release(await self._lease(model, self.cache.preload(model, self._clock())))
 
     def release(self, lease: Lease) -> None:
@@ -121,6 +130,14 @@ class ModelHost:
         """Unload everything that is not being loaded."""
         for model_id in list(self._runnables):
             self._runnables.pop(model_id).unload()
+
+    def _check(self, model_id: str) -> None:
+        """Find out that a load cannot work before good models are displaced for it."""
+        if self.cache.state(model_id) is None:
+            try:
+                self._backend.check(model_id)
+            except StoreError as error:
+                self.cache.cannot_load(model_id, str(error), self._clock())
 
     async def _lease(self, model: ModelProfile, answer: Answer | Wait) -> Lease:
         asked_s = self._clock()

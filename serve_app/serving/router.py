@@ -136,9 +136,8 @@ class Router:
         delta = await self._link.exchange(None, self.known.view.epoch, self.known.view.version)
         if delta is None:
             return
-        self.known.apply(delta, self._clock())
         now = asyncio.get_running_loop().time()
-        for replica in delta.gone:
+        for replica in self.known.apply(delta, self._clock()):
             # A dead or hanging worker: its requests are served elsewhere, not waited for.
             for timeout in self._calls.get(replica, ()):
                 timeout.reschedule(now)

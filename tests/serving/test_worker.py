@@ -48,8 +48,13 @@ class FakeBackend:
     def __init__(self) -> None:
         self.loads: list[str] = []
         self.broken: set[str] = set()
+        self.missing: set[str] = set()
         self.gate = threading.Event()
         self.gate.set()
+
+    def check(self, model_id: str) -> None:
+        if model_id in self.missing:
+            raise StoreError(f"the weights of {model_id} are missing")
 
     def load(self, model_id: str) -> FakeModel:
         self.loads.append(model_id)
@@ -155,6 +160,29 @@ async def test_a_model_that_cannot_be_loaded_is_refused_and_not_tried_at_once_ag
         assert all(isinstance(reply, Refused) and "corrupt" in reply.error.message for reply in replies)
         assert isinstance(await worker.infer(work("b")), Done)
     assert backend.loads == ["a", "b"]
+
+
+async def test_a_model_whose_weights_are_missing_displaces_nothing() -> None:
+    backend = FakeBackend()
+    backend.missing.add("c")
+    async with running(backend) as worker:
+        for model_id in ("a", "b"):
+            await worker.infer(work(model_id))
+        reply = await worker.infer(work("c"))
+        assert isinstance(reply, Refused)
+        assert "missing" in reply.error.message
+        assert set(worker.report().models) == {"a", "b"}
+        backend.missing.clear()
+        assert await worker.load("c") is None
+    assert backend.loads == ["a", "b", "c"]
+
+
+async def test_a_model_loaded_by_hand_is_not_the_next_victim() -> None:
+    async with running(FakeBackend()) as worker:
+        await worker.infer(work("a"))
+        await worker.load("b")
+        await worker.infer(work("c"))
+        assert set(worker.report().models) == {"b", "c"}
 
 
 async def test_a_request_past_its_deadline_is_refused_and_its_model_stays_until_the_thread_is_done() -> None:

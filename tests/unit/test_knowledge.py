@@ -216,3 +216,33 @@ def test_no_backlog_is_left_when_everything_came_back() -> None:
     assert known.queue_s(worker) == 0.0
     known.returned("paris-1", 0.1)
     assert known.queue_s(worker) == 0.0
+
+
+def anew(*workers: WorkerReport, version: int = 1, full: bool = True) -> ViewDelta:
+    """News from a coordinator that has started after the one before."""
+    return ViewDelta(epoch="next", version=version, full=full, workers=workers, gone=(), rates={})
+
+
+def test_what_the_last_coordinator_knew_counts_until_the_new_one_has_heard_of_everybody() -> None:
+    view = View()
+    view.apply(delta(report("paris"), report("tokyo")), 0.0)
+    assert view.apply(anew(report("tokyo", sequence=9)), 10.0) == ()
+    assert set(view.workers) == {"paris-1", "tokyo-1"}
+    assert view.workers["tokyo-1"].sequence == 9
+    assert view.apply(anew(report("paris"), version=2, full=False), 10.5) == ()
+    assert view.apply(anew(version=3, full=False), 99.0) == ()
+    assert set(view.workers) == {"paris-1", "tokyo-1"}
+
+
+def test_who_does_not_report_to_the_new_coordinator_is_gone() -> None:
+    view = View()
+    view.apply(delta(report("paris"), report("tokyo")), 0.0)
+    view.apply(anew(report("tokyo")), 10.0)
+    assert view.apply(anew(version=2, full=False), 10.0 + View.CARRY_S) == ("paris-1",)
+    assert set(view.workers) == {"tokyo-1"}
+
+
+def test_everything_anew_from_the_same_coordinator_names_who_is_gone() -> None:
+    view = View()
+    view.apply(delta(report("paris"), report("tokyo")), 0.0)
+    assert view.apply(delta(report("tokyo"), full=True, version=5), 1.0) == ("paris-1",)
