@@ -93,6 +93,8 @@ def up(config: Path, detach: bool) -> None:
     def say(message: str) -> None:
         _out.print(f"[dim]{time.monotonic() - began_s:5.1f} s[/]  {message}")
 
+    # SIGINT as well: whoever starts us in the background of a script has it ignored for us.
+    signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     serve_file = read_serve_file(config)
     _publish(serve_file.edge_path(), (), force=False, store=None)

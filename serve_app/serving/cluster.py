@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from serve_app.serving.local_ray import (
     Say,
     StartFailed,
     agree_on_tokens,
+    connect,
     is_alive,
     join_ray,
     quiet_ray,
@@ -150,7 +150,7 @@ def _delete_applications(running: Running) -> None:
 
     if not ray.is_initialized():
         agree_on_tokens()
-        ray.init(address=running.address, log_to_driver=False, logging_level=logging.ERROR)
+        connect(running.address)
     for name in running.applications:
         # Each takes half a minute to drain, so not one after another.
         serve.delete(name, _blocking=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -70,22 +71,30 @@ def agree_on_tokens() -> None:
     config.preset({"RAY_AUTH_MODE": "token" if has_token else "disabled"})
 
 
+def connect(address: str) -> None:
+    """Connect this process to a Ray cluster, and keep our own signal handlers: Ray would put its in their place."""
+    import ray
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with quiet_ray():
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 def join_ray(serve_file: ServeFile, say: Say) -> Running | None:
     """Connect to the Ray cluster at RAY_ADDRESS, or to the one on this machine; None if there is none.
 
     Raises:
         StartFailed: nothing answers at RAY_ADDRESS.
     """
-    import ray
-
     wanted = config.ray_address()
     address = _local_ray() if wanted in (None, "auto", "local") else wanted
     if wanted is not None and (address is None or not _listens(address)):
         raise StartFailed(f"no Ray cluster answers at RAY_ADDRESS={wanted}; start it, or unset RAY_ADDRESS")
     if address is None:
         return None
-    with quiet_ray():
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    connect(address)
     say(f"joined the Ray cluster at {address}")
     return Running(address=address, url=serve_file.url, applications=serve_file.names, pid=None, run_id=None)
 
@@ -96,8 +105,6 @@ def start_ray(serve_file: ServeFile, say: Say) -> Running:
     Raises:
         StartFailed: the port of ``serve_file`` is taken, or Ray does not start.
     """
-    import ray
-
     _require_free(serve_file)
     port, dashboard_port, stats_port, metrics_port = _free_ports(4)
     address, run_id = f"127.0.0.1:{port}", uuid.uuid4().hex
@@ -131,8 +138,7 @@ def start_ray(serve_file: ServeFile, say: Say) -> Running:
     try:
         if process.poll() is not None:
             raise ConnectionError(f"it ended with code {process.returncode}")
-        with quiet_ray():
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        connect(address)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         stop_ray(running)
         raise StartFailed(f"Ray did not start ({error}); its output is in {log}") from None
@@ -146,17 +152,17 @@ def stop_ray(running: Running) -> None:
 
     with quiet_ray():
         ray.shutdown()
-    processes = _family(running)
-    for process in processes:
+    family = _family(running)
+    for process in family:
         if process.pid == running.pid:
             process.terminate()
-    psutil.wait_procs(processes, timeout=_STOP_S)
+    _, left = psutil.wait_procs(family, timeout=_STOP_S)
     # HAProxy is replaced while it shuts down, so one look is not enough.
-    while stragglers := _family(running):
-        for process in stragglers:
+    while left := [*left, *_family(running)]:
+        for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(stragglers, timeout=1.0)
+        _, left = psutil.wait_procs(left, timeout=1.0)
     # Ray leaves its address behind, and whoever looks for a cluster would wait for the dead one for minutes.
     address_file = _address_file()
     if address_file.is_file() and _port(address_file.read_text()) == _port(running.address):
@@ -164,13 +170,24 @@ def stop_ray(running: Running) -> None:
 
 
 def _family(running: Running) -> list[psutil.Process]:
-    """Every process of our own Ray: they all carry its run id, whoever their parent is by now."""
-    family = []
+    """Every process of our own Ray.
+
+    They all inherit its run id, whoever their parent is by now; but those that change their title may lose what the
+    kernel shows of their environment, so the children of the others count as well.
+    """
+    family: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get(_RUN_VARIABLE) == running.run_id and process.status() != psutil.STATUS_ZOMBIE:
-                family.append(process)
-    return family
+            if process.environ().get(_RUN_VARIABLE) == running.run_id:
+                family |= {member.pid: member for member in (process, *process.children(recursive=True))}
+    return [process for process in family.values() if _runs(process)]
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _local_ray() -> str | None:

@@ -184,13 +184,10 @@ class Router:
     async def unload(self, location: str, name: str) -> None:
         """Unload a model by hand from every worker of a location; raises the tree of ``errors.py``."""
         model = self._single(name)
-        holders = [
-            report.replica
-            for report in self.known.workers()
-            if report.location == location and self.known.state(report, model.model_id) is not None
-        ]
+        # All of them: what is known of who holds it may be older than the load that this undoes.
+        replicas = [report.replica for report in self.known.workers() if report.location == location]
         unloaded = False
-        for replica in holders:
+        for replica in replicas:
             refused = await self._by_hand(self._pool.unload(location, replica, model.model_id), location)
             if refused is None:
                 unloaded = True

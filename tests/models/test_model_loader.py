@@ -139,6 +139,21 @@ def test_truncated_weights_are_refused_before_they_are_mapped(small: ModelStore,
     assert not mapped(blob)
 
 
+def test_a_check_finds_what_a_load_would_fail_on(small: ModelStore) -> None:
+    blob = small.blob_path(small.manifest("tied").files[0].name)
+    loader = ModelLoader(small)
+    loader.check("tied")
+    loader.prepare("tied")
+    loader.check("tied")
+    blob.rename(small.root / "away")
+    with pytest.raises(StoreError, match="publish it again"):
+        loader.check("tied")
+    (small.root / "away").rename(blob)
+    os.truncate(blob, 100)
+    with pytest.raises(StoreError, match="have 100 bytes instead of"):
+        loader.check("tied")
+
+
 def test_missing_weights_are_refused_and_load_again_once_they_are_back(small: ModelStore) -> None:
     blob = small.blob_path(small.manifest("tied").files[0].name)
     loader = ModelLoader(small)

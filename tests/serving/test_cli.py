@@ -6,6 +6,7 @@ import json
 import socket
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 from deployment_support import LOCATIONS, SMALL, run_cli
@@ -64,6 +65,10 @@ def test_status_shows_every_location_and_the_coordinator(deployment) -> None:
 
 def test_models_load_and_unload_change_what_a_location_holds(deployment) -> None:
     at = ("--location", "virginia", "--url", deployment.url)
+    url = f"{deployment.location('virginia')}/v2/repository/models/mnasnet0_5"
+    for action in ("load", "unload"):
+        # At once, before any report has told the router.
+        assert httpx.post(f"{url}/{action}", timeout=60).status_code == 200
     assert deployment.cli("load", "mnasnet0_5", *at).returncode == 0
     listed = deployment.cli("models", "--url", deployment.url).stdout
     assert all(model in listed for model in SMALL)
