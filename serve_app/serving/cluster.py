@@ -12,14 +12,13 @@ import httpx
 
 from serve_app import config
 from serve_app.serving.local_ray import (
-    FAST_INGRESS,
     Running,
     Say,
     StartFailed,
-    agree_on_tokens,
     connect,
     is_alive,
     join_ray,
+    prepare_to_join,
     quiet_ray,
     start_ray,
     stop_ray,
@@ -37,8 +36,6 @@ def bring_up(serve_file: ServeFile, say: Say) -> Running:
     """
     if recall() is not None:
         raise StartFailed("edgeserve is up already; stop it with: edgeserve down")
-    config.preset(FAST_INGRESS)
-    agree_on_tokens()
     running = join_ray(serve_file, say) or start_ray(serve_file, say)
     remember(running)
     try:
@@ -149,7 +146,7 @@ def _delete_applications(running: Running) -> None:
     from serve_app.serving import coordinator
 
     if not ray.is_initialized():
-        agree_on_tokens()
+        prepare_to_join()
         connect(running.address)
     for name in running.applications:
         # Each takes half a minute to drain, so not one after another.

@@ -38,6 +38,7 @@ FAST_INGRESS = {
 _RUN_VARIABLE = "EDGESERVE_RUN_ID"
 _START_S = 60.0
 _STOP_S = 5.0
+_KILL_ROUNDS = 10
 
 
 class StartFailed(EdgeServeError):
@@ -62,13 +63,11 @@ def is_alive(running: Running) -> bool:
     return any(process.pid == running.pid for process in _family(running))
 
 
-def agree_on_tokens() -> None:
-    """Make every Ray process that we start, and ourselves, ask for a token where this user has one, or none do.
-
-    Left alone, ``ray start`` asks for the token that it finds, and a driver does not present it.
-    """
-    has_token = config.has_ray_token()
-    config.preset({"RAY_AUTH_MODE": "token" if has_token else "disabled"})
+def prepare_to_join() -> None:
+    """Set the environment for a cluster that we join: this user's token; one that asks for none does not mind."""
+    config.preset(FAST_INGRESS)
+    if config.has_ray_token():
+        config.preset({"RAY_AUTH_MODE": "token"})
 
 
 def connect(address: str) -> None:
@@ -94,6 +93,7 @@ def join_ray(serve_file: ServeFile, say: Say) -> Running | None:
         raise StartFailed(f"no Ray cluster answers at RAY_ADDRESS={wanted}; start it, or unset RAY_ADDRESS")
     if address is None:
         return None
+    prepare_to_join()
     connect(address)
     say(f"joined the Ray cluster at {address}")
     return Running(address=address, url=serve_file.url, applications=serve_file.names, pid=None, run_id=None)
@@ -106,6 +106,8 @@ def start_ray(serve_file: ServeFile, say: Say) -> Running:
         StartFailed: the port of ``serve_file`` is taken, or Ray does not start.
     """
     _require_free(serve_file)
+    # Left alone, `ray start` asks for a token if this user happens to have one, and drivers do not present it.
+    config.preset({**FAST_INGRESS, "RAY_AUTH_MODE": "disabled"})
     port, dashboard_port, stats_port, metrics_port = _free_ports(4)
     address, run_id = f"127.0.0.1:{port}", uuid.uuid4().hex
     log = Path(tempfile.gettempdir()) / f"edgeserve-ray-{run_id}.log"
@@ -115,7 +117,6 @@ def start_ray(serve_file: ServeFile, say: Say) -> Running:
         "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard_port}",
     ]  # fmt: skip
     variables = {
-        **FAST_INGRESS,
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
     }
@@ -132,16 +133,18 @@ def start_ray(serve_file: ServeFile, say: Say) -> Running:
     running = Running(
         address=address, url=serve_file.url, applications=serve_file.names, pid=process.pid, run_id=run_id
     )
-    deadline_s = time.monotonic() + _START_S
-    while not _listens(address) and process.poll() is None and time.monotonic() < deadline_s:
-        time.sleep(0.1)
     try:
+        deadline_s = time.monotonic() + _START_S
+        while not _listens(address) and process.poll() is None and time.monotonic() < deadline_s:
+            time.sleep(0.1)
         if process.poll() is not None:
             raise ConnectionError(f"it ended with code {process.returncode}")
         connect(address)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except BaseException as error:
         stop_ray(running)
-        raise StartFailed(f"Ray did not start ({error}); its output is in {log}") from None
+        if isinstance(error, Exception):
+            raise StartFailed(f"Ray did not start ({error}); its output is in {log}") from None
+        raise
     log.unlink()
     return running
 
@@ -158,11 +161,14 @@ def stop_ray(running: Running) -> None:
             process.terminate()
     _, left = psutil.wait_procs(family, timeout=_STOP_S)
     # HAProxy is replaced while it shuts down, so one look is not enough.
-    while left := [*left, *_family(running)]:
+    for _ in range(_KILL_ROUNDS):
+        left = [*left, *_family(running)]
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         _, left = psutil.wait_procs(left, timeout=1.0)
+        if not left and not _family(running):
+            break
     # Ray leaves its address behind, and whoever looks for a cluster would wait for the dead one for minutes.
     address_file = _address_file()
     if address_file.is_file() and _port(address_file.read_text()) == _port(running.address):
