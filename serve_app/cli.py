@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json as json_module
 import logging
-import mimetypes
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import click
 import httpx
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from serve_app import __version__
 from serve_app.config import load_catalog, load_edge
-from serve_app.errors import ConfigError, EdgeServeError
+from serve_app.errors import ConfigError, EdgeServeError, StoreError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_CONFIG = "deploy/local.yaml"
@@ -49,7 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except EdgeServeError as error:
         _fail(error.message, _EXIT_FAILED)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted", 130)
+        _fail("interrupted", _EXIT_FAILED)
+    except BrokenPipeError:
+        # Whoever read our output has seen enough.
+        sys.stderr.close()
+        sys.exit(_EXIT_FAILED)
+    except Exception as error:
+        _fail(f"{type(error).__name__}: {error}", _EXIT_FAILED)
 
 
 def _fail(message: str, code: int) -> None:
@@ -70,7 +76,13 @@ def cli() -> None:
 
 
 def _talks_to_server(command: _Command) -> _Command:
-    url = click.option("--url", default=DEFAULT_URL, show_default=True, help="Where EdgeServe answers.")
+    url = click.option(
+        "--url",
+        default=DEFAULT_URL,
+        show_default=True,
+        callback=lambda _context, _option, value: value.rstrip("/"),
+        help="Where EdgeServe answers.",
+    )
     token = click.option("--token", envvar="EDGESERVE_TOKEN", help="Token, if the service asks for one.")
     return url(token(command))
 
@@ -97,7 +109,12 @@ def up(config: Path, detach: bool) -> None:
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     serve_file = read_serve_file(config)
-    _publish(serve_file.edge_path(), (), force=False, store=None)
+    cluster.require_down()
+    try:
+        _publish(serve_file.edge_path(), (), force=False, store=None)
+    except StoreError as error:
+        # What is published can be served all the same.
+        _err.print(f"warning: {error.message}", style="yellow")
     running = cluster.bring_up(serve_file, say)
     _welcome(serve_file.url, serve_file.locations)
     if detach:
@@ -150,7 +167,7 @@ def down() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(url: str, token: str | None, as_json: bool) -> None:
     """Show memory, resident models, rates and hit ratio of every location."""
-    content = _call("GET", f"{url}/v1/locations", token).json()
+    content = _call("GET", f"{url}/v1/locations", token)
     if as_json:
         click.echo(json_module.dumps(content))
         return
@@ -190,12 +207,12 @@ def infer(
     model: str, image: Path, url: str, token: str | None, location: str | None, top_k: int, as_json: bool
 ) -> None:
     """Classify IMAGE (JPEG, PNG or WebP) with MODEL, a model or a family."""
-    headers = {"Content-Type": mimetypes.guess_type(image.name)[0] or "application/octet-stream"}
+    headers = {"Content-Type": "application/octet-stream"}
     if location is not None:
         headers["X-Edge-Location"] = location
     params = {"model": model, "top_k": str(top_k)}
     body = image.read_bytes()
-    answer = _call("POST", f"{url}/v1/classify", token, params=params, content=body, headers=headers).json()
+    answer = _call("POST", f"{url}/v1/classify", token, params=params, content=body, headers=headers)
     if as_json:
         click.echo(json_module.dumps(answer))
         return
@@ -211,8 +228,8 @@ def infer(
 @_talks_to_server
 def models(url: str, token: str | None) -> None:
     """List the catalogue, with the state of every model at every location."""
-    index = _call("POST", f"{url}/v2/repository/index", token).json()
-    locations = _call("GET", f"{url}/v1/locations", token).json()["locations"]
+    index = _call("POST", f"{url}/v2/repository/index", token)
+    locations = _call("GET", f"{url}/v1/locations", token)["locations"]
     states = {(row["name"], resident["model"]): resident["state"] for row in locations for resident in row["resident"]}
     table = Table(box=None, header_style="bold")
     table.add_column("model")
@@ -245,7 +262,7 @@ def unload(model: str, location: str, url: str, token: str | None) -> None:
 
 def _by_hand(action: str, model: str, location: str, url: str, token: str | None) -> None:
     headers = {"X-Edge-Location": location}
-    _call("POST", f"{url}/v2/repository/models/{model}/{action}", token, headers=headers)
+    _call("POST", f"{url}/v2/repository/models/{quote(model, safe='')}/{action}", token, headers=headers)
 
 
 @cli.command()
@@ -274,18 +291,24 @@ def _publish(edge: Path, names: tuple[str, ...], *, force: bool, store: Path | N
     publish_with_progress(store or settings.store, entries, force=force, out=_out, err=_err)
 
 
-def _call(method: str, url: str, token: str | None, **request: Any) -> httpx.Response:
+def _call(method: str, url: str, token: str | None, **request: Any) -> Any:
+    """The JSON that the service answers with."""
     headers = {**request.pop("headers", {}), **({"Authorization": f"Bearer {token}"} if token else {})}
+    encoded = {name: value.encode() for name, value in headers.items()}
     try:
-        response = httpx.request(method, url, headers=headers, timeout=_REQUEST_TIMEOUT_S, **request)
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        # A proxy of the user's is not for servers on this machine.
+        is_here = httpx.URL(url).host in ("127.0.0.1", "localhost", "::1")
+        with httpx.Client(timeout=_REQUEST_TIMEOUT_S, trust_env=not is_here) as client:
+            response = client.request(method, url, headers=encoded, **request)
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError) as error:
         raise ConfigError(f"{url}: not a URL ({error}); write it like {DEFAULT_URL}") from None
     except httpx.HTTPError as error:
         raise EdgeServeError(f"nothing answers at {url} ({error}); start it with: edgeserve up") from None
-    if response.is_success:
-        return response
     try:
-        message = response.json()["error"]
-    except (ValueError, KeyError, TypeError):
-        message = f"{url} answered {response.status_code} {response.reason_phrase}"
-    raise EdgeServeError(message)
+        content = response.json()
+    except ValueError:
+        content = None
+    if response.is_success and content is not None:
+        return content
+    message = content.get("error") if isinstance(content, dict) else None
+    raise EdgeServeError(message or f"{url} is not EdgeServe: it answered {response.status_code} and no JSON of ours")

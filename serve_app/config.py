@@ -61,11 +61,13 @@ Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0)]
 
 
-class _Settings(BaseModel):
+class Settings(BaseModel):
+    """Frozen, and strict about keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class LocationSettings(_Settings):
+class LocationSettings(Settings):
     """One edge location. ``memory`` is the cache of each of its workers, in bytes."""
 
     memory: Size
@@ -74,7 +76,7 @@ class LocationSettings(_Settings):
     pin_to_nodes: bool = False
 
 
-class LinkSettings(_Settings):
+class LinkSettings(Settings):
     """The network between two locations; ``bandwidth`` in bytes per second."""
 
     between: tuple[str, str]
@@ -82,14 +84,14 @@ class LinkSettings(_Settings):
     bandwidth: Size = 125_000_000
 
 
-class DefaultLinkSettings(_Settings):
+class DefaultLinkSettings(Settings):
     """The network between two locations that no entry of ``links`` describes."""
 
     rtt: Duration = 0.002
     bandwidth: Size = 1_250_000_000
 
 
-class PolicySettings(_Settings):
+class PolicySettings(Settings):
     """Which models to keep; the rest of the keys are the policy's own parameters."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -109,7 +111,7 @@ class PolicySettings(_Settings):
         return {f"{key}_s": parse_duration(value) for key, value in (self.model_extra or {}).items()}
 
 
-class WorkerSettings(_Settings):
+class WorkerSettings(Settings):
     """How a worker runs models."""
 
     threads_per_inference: int = Field(default=1, ge=1)
@@ -119,7 +121,7 @@ class WorkerSettings(_Settings):
     failure_memory: Duration = 5.0
 
 
-class CoordinatorSettings(_Settings):
+class CoordinatorSettings(Settings):
     """How workers, coordinator and routers keep each other informed."""
 
     report_every: Duration = 0.25
@@ -135,7 +137,7 @@ class CoordinatorSettings(_Settings):
         return self
 
 
-class LimitSettings(_Settings):
+class LimitSettings(Settings):
     """What one request, and all of them together, may ask for."""
 
     body: Size = 32 * 2**20
@@ -149,7 +151,7 @@ class LimitSettings(_Settings):
     request_time: Duration = 60.0
 
 
-class EdgeSettings(_Settings):
+class EdgeSettings(Settings):
     """``edge.yaml``: everything but the models."""
 
     catalog: Path = Path("catalog.yaml")
@@ -196,7 +198,7 @@ class EdgeSettings(_Settings):
         return Link(rtt_s=self.default_link.rtt, bytes_per_s=self.default_link.bandwidth)
 
 
-class _ImageSettings(_Settings):
+class _ImageSettings(Settings):
     resize_px: int = Field(gt=0)
     crop_px: int = Field(gt=0)
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
@@ -204,7 +206,7 @@ class _ImageSettings(_Settings):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
-class _ModelSettings(_Settings):
+class _ModelSettings(Settings):
     builder: str
     weights: str = "pretrained"
     family: str | None = None
@@ -214,7 +216,7 @@ class _ModelSettings(_Settings):
     pinned: bool = False
 
 
-class _CatalogSettings(_Settings):
+class _CatalogSettings(Settings):
     models: dict[str, _ModelSettings] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -234,7 +236,7 @@ def load_edge(path: Path) -> EdgeSettings:
         ConfigError: the file is missing, not YAML, or has a wrong key or value.
     """
     path = find(path)
-    settings = _validated(path, EdgeSettings)
+    settings = read_settings(path, EdgeSettings)
     store = os.environ.get(STORE_VARIABLE)
     return settings.model_copy(
         update={
@@ -252,7 +254,7 @@ def load_catalog(path: Path) -> tuple[ModelEntry, ...]:
         ConfigError: the file is missing, not YAML, or has a wrong key or value.
     """
     path = find(path)
-    models = _validated(path, _CatalogSettings).models
+    models = read_settings(path, _CatalogSettings).models
     return tuple(_entry(path, model_id, model) for model_id, model in models.items())
 
 
@@ -343,7 +345,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _validated(path: Path, kind: type[_Model]) -> _Model:
+def read_settings(path: Path, kind: type[_Model]) -> _Model:
+    """Read any YAML file as the settings ``kind``.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, or has a wrong key or value.
+    """
     content = load_yaml(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must be a mapping with the keys {', '.join(kind.model_fields)}")

@@ -93,7 +93,6 @@ class _Entry:
     state: ModelState
     uses: int
     pinned: bool
-    load_ends_s: float
     draining: bool = False
 
 
@@ -259,10 +258,6 @@ class ModelCache:
         entry = self._entries.get(model_id)
         return entry.state if entry else None
 
-    def load_ends_s(self, model_id: str) -> float:
-        """When the load under way is expected to end, as a ``now``."""
-        return self._loading_entry(model_id).load_ends_s
-
     def models(self) -> tuple[ResidentModel, ...]:
         """The books: every model that takes up memory."""
         return tuple(
@@ -321,7 +316,6 @@ class ModelCache:
             state=ModelState.LOADING,
             uses=1,
             pinned=model.model_id in self._pinned,
-            load_ends_s=now + model.load_s,
         )
         self._used_bytes += model.size_bytes
         self._loading += 1

@@ -185,5 +185,7 @@ def most_accurate_first(models: tuple[PublishedModel, ...], min_accuracy: float 
     ]
     if not enough:
         best = max((model.profile.accuracy or 0.0 for model in models), default=0.0)
-        raise InvalidRequest(f"no model of the family reaches min_accuracy {min_accuracy}; the best has {best:.3f}")
+        raise InvalidRequest(
+            f"min_accuracy {min_accuracy} is out of reach: the most accurate model of that name has {best:.3f}"
+        )
     return tuple(sorted(enough, key=lambda model: -(model.profile.accuracy or 0.0)))

@@ -22,7 +22,7 @@ from serve_app.core.cache import ModelCache
 from serve_app.core.catalog import Catalog, ModelEntry
 from serve_app.core.policies import make_policy
 from serve_app.core.routing import RoutingRules
-from serve_app.errors import ConfigError, StoreError
+from serve_app.errors import ConfigError
 from serve_app.models.store import ModelStore
 from serve_app.serving.coordinator import CoordinatorLink
 from serve_app.serving.http import HttpSettings, build_http_app
@@ -96,17 +96,19 @@ class _WorkerReplica:
 
         _log_with_serve()
         settings, location = deployed.settings, deployed.location
-        assert location is not None
+        context = serve.get_replica_context()
+        if location is None or location != context.app_name:
+            raise ConfigError(f"application {context.app_name!r} must have the name of its location, {location!r}")
         use_threads(settings.worker.threads_per_inference)
         catalog = deployed.catalog()
         loader = ModelLoader(ModelStore(settings.store))
         for model in catalog.models:
             try:
                 loader.prepare(model.model_id)
-            except StoreError as error:
-                # One unusable model must not keep the others from being served; its own requests say what is wrong.
-                logger.error("model %s cannot be served: %s", model.model_id, error)
-        replica = serve.get_replica_context().replica_id.unique_id
+            except Exception:
+                # A factory may fail in any way, and one unusable model must not keep the others from being served.
+                logger.exception("model %s cannot be served", model.model_id)
+        replica = context.replica_id.unique_id
         metrics = WorkerMetrics(location, replica)
         cache = ModelCache(
             capacity_bytes=settings.locations[location].memory,

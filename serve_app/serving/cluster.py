@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -34,17 +35,31 @@ def bring_up(serve_file: ServeFile, say: Say) -> Running:
     Raises:
         StartFailed: something did not come up; what this call had started is stopped again.
     """
-    if recall() is not None:
-        raise StartFailed("edgeserve is up already; stop it with: edgeserve down")
     running = join_ray(serve_file, say) or start_ray(serve_file, say)
-    remember(running)
     try:
+        remember(running)
         deploy(serve_file, say)
     except BaseException:
         say("stopping what was started")
         bring_down(running)
         raise
     return running
+
+
+def require_down() -> None:
+    """Make sure that nothing is up yet, and that what will be can be remembered.
+
+    Raises:
+        StartFailed: something is, or the state directory cannot be written.
+    """
+    if recall() is not None:
+        raise StartFailed("edgeserve is up already; stop it with: edgeserve down")
+    try:
+        _state_file().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=_state_file().parent):
+            pass
+    except OSError as error:
+        raise StartFailed(f"cannot write to {_state_file().parent} ({error.strerror}); set XDG_CACHE_HOME") from None
 
 
 def bring_down(running: Running) -> None:
@@ -58,9 +73,7 @@ def bring_down(running: Running) -> None:
 
 def remember(running: Running) -> None:
     """Keep what was started for a later ``edgeserve down``."""
-    path = _state_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(running)))
+    _state_file().write_text(json.dumps(asdict(running)))
 
 
 def recall() -> Running | None:
@@ -98,7 +111,7 @@ def deploy(serve_file: ServeFile, say: Say) -> None:
         serve.run_many(
             [
                 serve.RunTarget(
-                    build(AppArgs(edge=edge, location=app.args.get("location"))),
+                    build(AppArgs(edge=edge, location=app.location)),
                     name=app.name,
                     route_prefix=app.route_prefix,
                     logging_config={"enable_access_log": serve_file.access_log},
@@ -116,7 +129,7 @@ def _await_ready(serve_file: ServeFile, say: Say) -> None:
 
     deadline_s = time.monotonic() + _READY_S
     waiting = {app.name for app in serve_file.applications}
-    with httpx.Client(timeout=2.0) as client:
+    with httpx.Client(timeout=2.0, trust_env=False) as client:
         while waiting:
             if time.monotonic() > deadline_s:
                 raise StartFailed(f"{', '.join(sorted(waiting))} did not get ready within {_READY_S:.0f} s")
@@ -153,6 +166,9 @@ def _delete_applications(running: Running) -> None:
         serve.delete(name, _blocking=False)
     while serve.status().applications.keys() & set(running.applications):
         time.sleep(0.5)
+    if not serve.status().applications:
+        # Its proxies would hold the port.
+        serve.shutdown()
     with contextlib.suppress(ValueError):
         ray.kill(ray.get_actor(coordinator.NAME, namespace=coordinator.NAMESPACE))
 

@@ -52,10 +52,6 @@ class Coordinator:
             self._measure(now)
         return delta
 
-    def holders(self, model_id: str) -> tuple[str, ...]:
-        """The live replicas that hold a model."""
-        return self._state.holders(model_id)
-
     def _measure(self, now: float) -> None:
         for location, rates in self._state.rates(now).items():
             for model_id, per_s in rates.items():

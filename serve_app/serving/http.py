@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import math
+import re
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -16,10 +18,12 @@ import orjson
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app import __version__
 from serve_app.config import LimitSettings
+from serve_app.core.cache import ModelState
 from serve_app.core.catalog import PublishedModel
 from serve_app.errors import (
     EdgeServeError,
@@ -41,6 +45,11 @@ logger = logging.getLogger(__name__)
 
 #: JSON bodies above this size are parsed in a thread: numbers as text take milliseconds.
 _LARGE_JSON_BYTES = 32 * 1024
+
+_MAX_TOP_K = 1000
+
+#: Bodies above this size are checked in a thread: looking at every number takes milliseconds.
+_LARGE_BODY_BYTES = 2 * 2**20
 
 _INFER_TYPES = frozenset({"", "application/json", "application/octet-stream"})
 _IMAGE_TYPES = frozenset({"image/jpeg", "image/png", "image/webp", "application/octet-stream"})
@@ -96,16 +105,25 @@ class Endpoints:
 
     async def model_ready(self, request: Request) -> Response:
         """Open Inference Protocol: whether a model can be served, from memory or after a load."""
-        model = self._named(request)[0]
-        return JsonResponse({"name": model.model_id, "ready": True})
+        models = self._named(request)
+        workers = self._router.known.workers()
+        is_ready = any(report.can_hold(model.profile) for model in models for report in workers)
+        status = HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE
+        return JsonResponse({"name": request.path_params["model"], "ready": is_ready}, status)
 
     async def infer(self, request: Request) -> Response:
         """Open Inference Protocol: inference on a tensor."""
+        with self._counting_errors(request, request.path_params["model"]):
+            return await self._infer(request)
+
+    async def _infer(self, request: Request) -> Response:
         models = self._named(request)
+        self._router.require_room()
         _check_type(request, _INFER_TYPES, "application/json or application/octet-stream")
         json_length = oip.parse_json_length(request.headers.get(oip.JSON_LENGTH_HEADER))
         body = await self._body(request)
-        if (len(body) if json_length is None else json_length) > _LARGE_JSON_BYTES:
+        json_bytes = len(body) if json_length is None else json_length
+        if json_bytes > _LARGE_JSON_BYTES or len(body) > _LARGE_BODY_BYTES:
             parsed, batch = await asyncio.to_thread(self._parse, body, json_length, models)
         else:
             parsed, batch = self._parse(body, json_length, models)
@@ -131,6 +149,11 @@ class Endpoints:
 
     async def classify(self, request: Request) -> Response:
         """The best labels for one JPEG, PNG or WebP image."""
+        with self._counting_errors(request, request.query_params.get("model", "")):
+            return await self._classify(request)
+
+    async def _classify(self, request: Request) -> Response:
+        self._router.require_room()
         _check_type(request, _IMAGE_TYPES, "image/jpeg, image/png, image/webp or application/octet-stream")
         name = request.query_params.get("model")
         if not name:
@@ -169,22 +192,22 @@ class Endpoints:
     async def repository_index(self, request: Request) -> Response:
         """Model repository extension: every model, and whether this location holds it."""
         location = self._location(request)
-        held = {
+        ready = {
             model.model_id
             for report in self._router.known.workers()
             if report.location == location
             for model in report.models.values()
+            if model.state is ModelState.READY
         }
-        return JsonResponse(
-            [
-                {
-                    "name": model.model_id,
-                    "version": oip.VERSION,
-                    "state": "READY" if model.model_id in held else "UNAVAILABLE",
-                }
-                for model in self._router.catalog.models
-            ]
-        )
+        index = [
+            {
+                "name": model.model_id,
+                "version": oip.VERSION,
+                "state": "READY" if model.model_id in ready else "UNAVAILABLE",
+            }
+            for model in self._router.catalog.models
+        ]
+        return JsonResponse(index)
 
     async def load(self, request: Request) -> Response:
         """Model repository extension: bring a model into memory here."""
@@ -220,10 +243,25 @@ class Endpoints:
         oip.check_outputs(parsed, model)
         return parsed, oip.batch_for(parsed, model, self._settings.limits.batch)
 
+    @contextlib.contextmanager
+    def _counting_errors(self, request: Request, name: str) -> Iterator[None]:
+        """Count a request that fails; one that is served is counted by the router, with its outcome."""
+        try:
+            yield
+        except ClientDisconnect:
+            raise
+        except Exception as error:
+            status = error.status if isinstance(error, EdgeServeError) else HTTPStatus.INTERNAL_SERVER_ERROR
+            location = request.headers.get("x-edge-location", self._settings.default_location)
+            location = self._settings.location or (location if location in self._router.locations else "none")
+            self._router.count(location, name, "error", status)
+            raise
+
     def _location(self, request: Request) -> str:
-        if self._settings.location is not None:
-            return self._settings.location
-        name: str = request.headers.get("x-edge-location", self._settings.default_location)
+        here = self._settings.location
+        name: str = request.headers.get("x-edge-location", here or self._settings.default_location)
+        if here is not None and name != here:
+            raise NotFound(f"this address serves {here} only; ask the address without a location for {name[:64]!r}")
         if name not in self._router.locations:
             raise NotFound(f"no location is called {name[:64]!r}; there are {', '.join(self._router.locations)}")
         return name
@@ -298,6 +336,7 @@ def build_http_app(router: Router, settings: HttpSettings, scrape: Callable[[], 
         app.add_api_route(path, handler, methods=[method], response_class=Response)
     app.add_exception_handler(EdgeServeError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_fault)
     if settings.token is not None:
         app.add_middleware(TokenGate, token=settings.token)
@@ -318,12 +357,19 @@ async def _on_error(request: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     """The framework's own refusals, in our words."""
     assert isinstance(error, HTTPException)
-    path = request.url.path
+    path = request.url.path[:200]
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        return _error_response(MethodNotAllowed(f"{path} does not take {request.method}; see /docs for what it takes"))
+        return _error_response(
+            MethodNotAllowed(f"{path} does not take {request.method}; see /docs for what it takes"), error.headers
+        )
     if error.status_code == HTTPStatus.NOT_FOUND:
         return _error_response(NotFound(f"there is nothing at {path}; see /docs for what there is"))
     return JsonResponse({"error": str(error.detail)}, error.status_code)
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    """The client has gone away in the middle of its request; nobody reads this."""
+    return Response(status_code=HTTPStatus.BAD_REQUEST)
 
 
 async def _on_fault(request: Request, error: Exception) -> Response:
@@ -334,8 +380,8 @@ async def _on_fault(request: Request, error: Exception) -> Response:
     return _error_response(InternalError(f"{what} (request id {request_id}; the log of the router says more)"))
 
 
-def _error_response(error: EdgeServeError) -> Response:
-    headers = {}
+def _error_response(error: EdgeServeError, more_headers: Mapping[str, str] | None = None) -> Response:
+    headers = dict(more_headers or {})
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, Unauthenticated):
@@ -344,6 +390,9 @@ def _error_response(error: EdgeServeError) -> Response:
 
 
 def _check_type(request: Request, accepted: frozenset[str], wording: str) -> None:
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise UnsupportedMediaType(f"Content-Encoding {encoding[:32]!r} is not accepted here; send the body as it is")
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type not in accepted:
         found = f"{content_type[:64]!r} is" if content_type else "a body without a content type is"
@@ -351,8 +400,8 @@ def _check_type(request: Request, accepted: frozenset[str], wording: str) -> Non
 
 
 def _top_k(value: str) -> int:
-    if not value.isascii() or not value.isdigit() or not 1 <= int(value) <= 1000:
-        raise InvalidRequest(f"top_k must be a whole number from 1 to 1000, not {value[:32]!r}")
+    if re.fullmatch("[0-9]{1,4}", value) is None or not 1 <= int(value) <= _MAX_TOP_K:
+        raise InvalidRequest(f"top_k must be a whole number from 1 to {_MAX_TOP_K}, not {value[:32]!r}")
     return int(value)
 
 

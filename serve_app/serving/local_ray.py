@@ -60,7 +60,11 @@ def is_alive(running: Running) -> bool:
     """Whether the Ray that serves this still runs."""
     if running.pid is None:
         return _listens(running.address)
-    return any(process.pid == running.pid for process in _family(running))
+    try:
+        process = psutil.Process(running.pid)
+        return _runs(process) and process.environ().get(_RUN_VARIABLE) == running.run_id
+    except psutil.Error:
+        return False
 
 
 def prepare_to_join() -> None:
@@ -151,9 +155,10 @@ def start_ray(serve_file: ServeFile, say: Say) -> Running:
 
 def stop_ray(running: Running) -> None:
     """Stop the Ray that ``start_ray`` has started, with everything that came of it."""
-    import ray
+    # Interrupted while it was imported, Ray is not there to be left.
+    with quiet_ray(), contextlib.suppress(ImportError, AttributeError):
+        import ray
 
-    with quiet_ray():
         ray.shutdown()
     family = _family(running)
     for process in family:
@@ -164,7 +169,7 @@ def stop_ray(running: Running) -> None:
     for _ in range(_KILL_ROUNDS):
         left = [*left, *_family(running)]
         for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.Error):
                 process.kill()
         _, left = psutil.wait_procs(left, timeout=1.0)
         if not left and not _family(running):

@@ -263,4 +263,6 @@ def _error(reject: Reject) -> EdgeServeError:
         case RejectReason.QUEUE_FULL:
             return Unavailable(f"{reject.detail}; try again later", reject.retry_s)
         case RejectReason.LOAD_FAILED:
-            return StoreError(f"a model load failed {reject.retry_s:.1f} s before the next try: {reject.detail}")
+            return StoreError(
+                f"the model cannot be loaded, and is not tried for {reject.retry_s:.1f} s: {reject.detail}"
+            )

@@ -22,7 +22,7 @@ class RequestOptions:
     """What a client asks for beside the result; checked at birth, so that every door has the same rules.
 
     ``deadline_ms`` counts from the arrival of the request, ``min_accuracy`` (0..1) limits the members of a family,
-    ``forward="never"`` keeps the request at its location, and a higher ``priority`` goes first.
+    ``forward="never"`` keeps the request at its location. ``priority`` is checked, and has no effect so far.
 
     Raises:
         InvalidRequest: a value has the wrong type or lies out of range.

@@ -6,17 +6,19 @@ Everything but HTTP: the wire formats are in ``oip.py`` and ``http.py``, the rul
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Protocol
 
 from serve_app.core.cache import ModelState
 from serve_app.core.catalog import Catalog, PublishedModel, most_accurate_first
 from serve_app.core.knowledge import Knowledge
 from serve_app.core.routing import Errand, Outcome, Plan, RoutingRules, choose, exec_s
-from serve_app.errors import DeadlineExceeded, EdgeServeError, NotFound, Unavailable
+from serve_app.errors import DeadlineExceeded, EdgeServeError, NotFound, StoreError, Unavailable
 from serve_app.serving.coordinator import CoordinatorLink, every
 from serve_app.serving.messages import Done, FloatArray, NotHeld, Refused, Reply, Work
 from serve_app.serving.metrics import RouterMetrics
@@ -25,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 #: How often one request is sent to another worker because the one it went to died.
 _MAX_ATTEMPTS = 5
+
+#: How long a request waits for a location of which no worker is known.
+_BLIND_S = 15.0
 
 
 class WorkerLost(Exception):
@@ -139,8 +144,10 @@ class Router:
         now = asyncio.get_running_loop().time()
         for replica in self.known.apply(delta, self._clock()):
             # A dead or hanging worker: its requests are served elsewhere, not waited for.
-            for timeout in self._calls.get(replica, ()):
-                timeout.reschedule(now)
+            for timeout in tuple(self._calls.get(replica, ())):
+                # One that is just expiring cannot be changed any more, and need not be.
+                with contextlib.suppress(RuntimeError):
+                    timeout.reschedule(now)
 
     @property
     def coordinator_up(self) -> bool:
@@ -208,24 +215,23 @@ class Router:
         except (WorkerLost, TimeoutError):
             raise Unavailable(f"no worker of {location} could be reached; try again later", 2.0) from None
 
+    def require_room(self) -> None:
+        """Raise ``Unavailable`` while too many requests are under way."""
+        if self._inflight >= self._max_inflight:
+            raise Unavailable(f"{self._inflight} requests are under way already; try again later")
+
     async def serve(self, query: Query) -> Served:
         """Answer a query; raises the tree of ``errors.py`` only."""
         if query.location not in self.locations:
             raise NotFound(f"no location is called {query.location}; there are {', '.join(self.locations)}")
-        if self._inflight >= self._max_inflight:
-            raise Unavailable(f"{self._inflight} requests are under way already; try again later")
+        self.require_room()
         began_s = self._clock()
         self._inflight += 1
-        model: PublishedModel | None = None
         try:
-            model = self._pick(query)
-            served = await self._see_through(query, model, began_s)
-        except EdgeServeError as error:
-            self._count(query, model, "error", error.status)
-            raise
+            served = await self._see_through(query, self._pick(query), began_s)
         finally:
             self._inflight -= 1
-        self._count(query, model, served.outcome.value, 200)
+        self.count(query.location, served.model.model_id, served.outcome.value, HTTPStatus.OK)
         self._metrics.request_seconds.observe(
             self._clock() - began_s, tags={"location": query.location, "outcome": served.outcome.value}
         )
@@ -234,7 +240,7 @@ class Router:
     def _pick(self, query: Query) -> PublishedModel:
         """The most accurate model that is expected to meet the deadline."""
         candidates = self.candidates(query)
-        workers = self.known.workers()
+        workers = [report for report in self.known.workers() if query.may_forward or report.location == query.location]
         fitting = [model for model in candidates if query.fits(model)] or candidates
         fitting = [model for model in fitting if any(report.can_hold(model.profile) for report in workers)] or fitting
         if query.deadline_s is None:
@@ -262,11 +268,14 @@ class Router:
         limit_s = query.deadline_s if query.deadline_s is not None else self._request_time_s
         avoid: set[str] = set()
         hints_left = 1
+        refusal: EdgeServeError | None = None
         for _ in range(_MAX_ATTEMPTS):
             budget_s = limit_s - (self._clock() - began_s)
             if budget_s <= 0:
                 break
             plan = self._choose(query, model, avoid)
+            if refusal is not None and plan.replica is None:
+                raise refusal
             work = Work(
                 model_id=model.model_id,
                 origin=query.location,
@@ -289,7 +298,13 @@ class Router:
                     self.known.see(replica, model.model_id, None, sequence)
                     hints_left -= 1
                 case Refused(error=error):
-                    raise error
+                    if plan.replica is None or not isinstance(error, (Unavailable, StoreError)):
+                        raise error
+                    # That worker is overrun, or its store is broken: another may do better.
+                    refusal = error
+                    avoid.add(plan.replica)
+        if refusal is not None:
+            raise refusal
         if self._clock() - began_s >= limit_s:
             raise DeadlineExceeded(
                 f"model {model.model_id} did not answer within {limit_s * 1000:g} ms; raise deadline_ms"
@@ -305,7 +320,9 @@ class Router:
             self.known.sent(plan.replica, expected_exec_s)
             if plan.outcome is Outcome.LOAD or (plan.outcome is Outcome.FORWARD and not plan.must_hold):
                 self.known.expect_load(plan.replica, model.model_id)
-        deadline = asyncio.get_running_loop().time() + work.budget_s
+        # Nobody is known there; Serve may have a replica soon, or never.
+        limit_s = work.budget_s if plan.replica is not None else min(work.budget_s, _BLIND_S)
+        deadline = asyncio.get_running_loop().time() + limit_s
         timeout = asyncio.timeout_at(deadline)
         calls.add(timeout)
         try:
@@ -314,6 +331,8 @@ class Router:
         except TimeoutError:
             if (timeout.when() or 0.0) < deadline:
                 raise WorkerLost("it has left the directory") from None
+            if limit_s < work.budget_s:
+                raise Unavailable(f"no worker of {plan.location} is running; try again later", 5.0) from None
             message = f"model {model.model_id} did not answer within its deadline; raise deadline_ms"
             return Refused(error=DeadlineExceeded(message)), work.budget_s
         finally:
@@ -358,13 +377,8 @@ class Router:
             forward_s=forward_s,
         )
 
-    def _count(self, query: Query, model: PublishedModel | None, outcome: str, status: int) -> None:
-        # Names that users made up must not become label values.
-        self._metrics.requests.inc(
-            tags={
-                "location": query.location,
-                "model": model.model_id if model else "none",
-                "outcome": outcome,
-                "code": str(status),
-            }
-        )
+    def count(self, location: str, name: str, outcome: str, status: int) -> None:
+        """Count one request that has ended; names that users made up must not become label values."""
+        model_id = name if name in self.catalog or self.catalog.members(name) else "none"
+        tags = {"location": location, "model": model_id, "outcome": outcome, "code": str(int(status))}
+        self._metrics.requests.inc(tags=tags)

@@ -28,7 +28,7 @@ class MetricsScraper:
         try:
             if self._url is None:
                 self._url = await asyncio.to_thread(_agent_url)
-            async with httpx.AsyncClient(timeout=_TIMEOUT_S) as client:
+            async with httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False) as client:
                 text = (await client.get(self._url)).raise_for_status().text
         except (httpx.HTTPError, LookupError) as error:
             self._url = None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
+
+from pydantic import Field, model_validator
 
 from serve_app import config
 from serve_app.errors import ConfigError
@@ -16,7 +18,8 @@ class Application:
 
     name: str
     route_prefix: str
-    args: dict[str, Any]
+    edge: str
+    location: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +47,7 @@ class ServeFile:
     @property
     def locations(self) -> dict[str, str]:
         """URL of every location."""
-        return {app.name: self.url + app.route_prefix for app in self.applications if app.args.get("location")}
+        return {app.name: self.url + app.route_prefix for app in self.applications if app.location}
 
     def edge_path(self) -> Path:
         """The ``edge.yaml`` that the applications share.
@@ -52,34 +55,73 @@ class ServeFile:
         Raises:
             ConfigError: they do not share one.
         """
-        paths = {str(app.args.get("edge", "deploy/edge.yaml")) for app in self.applications}
+        paths = {app.edge for app in self.applications}
         if len(paths) != 1:
             raise ConfigError(f"{self.path}: all applications must name the same edge file, not {sorted(paths)}")
         return Path(paths.pop())
 
 
 def read_serve_file(path: Path) -> ServeFile:
-    """Read a Serve configuration file.
+    """Read a Serve configuration file; what ``edgeserve up`` would not honour is refused.
 
     Raises:
         ConfigError: it is missing, malformed, or deploys something else.
     """
     path = config.find(path)
-    content = config.load_yaml(path)
-    try:
-        http = content.get("http_options") or {}
-        return ServeFile(
-            path=path,
-            applications=tuple(
-                Application(name=app["name"], route_prefix=app["route_prefix"], args=dict(app.get("args") or {}))
-                for app in content["applications"]
-            ),
-            host=str(http.get("host", "127.0.0.1")),
-            port=int(http.get("port", 8000)),
-            proxy_location=str(content.get("proxy_location", "EveryNode")),
-            access_log=bool((content.get("logging_config") or {}).get("enable_access_log", True)),
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: not a Serve configuration file ({type(error).__name__}: {error}); deploy/local.yaml is an example"
-        ) from None
+    content = config.read_settings(path, _ServeSettings)
+    return ServeFile(
+        path=path,
+        applications=tuple(
+            Application(name=app.name, route_prefix=app.route_prefix, edge=app.args.edge, location=app.args.location)
+            for app in content.applications
+        ),
+        host=content.http_options.host,
+        port=content.http_options.port,
+        proxy_location=content.proxy_location,
+        access_log=content.logging_config.enable_access_log,
+    )
+
+
+class _Args(config.Settings):
+    edge: str = "deploy/edge.yaml"
+    location: str | None = None
+
+
+class _Application(config.Settings):
+    name: str = Field(min_length=1)
+    route_prefix: str = Field(pattern="^/")
+    import_path: Literal["serve_app.serving.app:build"]
+    args: _Args = _Args()
+
+    @model_validator(mode="after")
+    def _named_after_its_location(self) -> _Application:
+        if self.args.location not in (None, self.name):
+            raise ValueError(
+                f"the application of location {self.args.location!r} must have its name, not {self.name!r}"
+            )
+        return self
+
+
+class _HttpOptions(config.Settings):
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+
+
+class _LoggingConfig(config.Settings):
+    enable_access_log: bool = True
+
+
+class _ServeSettings(config.Settings):
+    proxy_location: Literal["EveryNode", "HeadOnly"] = "EveryNode"
+    http_options: _HttpOptions = _HttpOptions()
+    logging_config: _LoggingConfig = _LoggingConfig()
+    applications: tuple[_Application, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _different(self) -> _ServeSettings:
+        for field in ("name", "route_prefix"):
+            values = [getattr(app, field) for app in self.applications]
+            twice = sorted({value for value in values if values.count(value) > 1})
+            if twice:
+                raise ValueError(f"{field} {twice[0]!r} stands twice")
+        return self

@@ -14,7 +14,7 @@ from serve_app.core.catalog import Catalog, PublishedModel
 from serve_app.core.knowledge import Queue, View
 from serve_app.core.reports import Demand, OutcomeCounts, WorkerReport
 from serve_app.core.routing import Outcome, RoutingRules, forward_costs
-from serve_app.errors import DeadlineExceeded, EdgeServeError, NotFound
+from serve_app.errors import DeadlineExceeded, EdgeServeError, StoreError
 from serve_app.models.images import decode_image, preprocess
 from serve_app.serving.coordinator import CoordinatorLink, every
 from serve_app.serving.messages import Done, FloatArray, NotHeld, Refused, Reply, Work
@@ -112,7 +112,7 @@ class Worker:
     async def infer(self, work: Work) -> Reply:
         """Run one inference; every failure that is not a fault of ours comes back as a value."""
         if work.model_id not in self._catalog:
-            return Refused(error=NotFound(f"the store of {self._identity.location} has no model {work.model_id}"))
+            return self._not_in_store(work.model_id)
         model = self._catalog[work.model_id]
         if work.must_hold and self._host.cache.state(work.model_id) is None:
             return NotHeld(replica=self._identity.replica, sequence=self._sequence + 1)
@@ -129,6 +129,8 @@ class Worker:
 
     async def load(self, model_id: str) -> Refused | None:
         """Load a model by hand."""
+        if model_id not in self._catalog:
+            return self._not_in_store(model_id)
         try:
             await self._host.load(self._catalog[model_id].profile)
         except EdgeServeError as error:
@@ -151,6 +153,10 @@ class Worker:
                     await self._host.preload(model.profile)
                 except EdgeServeError as error:
                     logger.error("pinned model %s is not loaded: %s", model.model_id, error)
+
+    def _not_in_store(self, model_id: str) -> Refused:
+        here = self._identity.location
+        return Refused(error=StoreError(f"the store at {here} has no model {model_id}; publish it there"))
 
     def report(self) -> WorkerReport:
         """The state of this worker now. The demand since the last one goes with it, once."""

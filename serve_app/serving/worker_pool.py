@@ -9,7 +9,7 @@ from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 from ray import serve
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
@@ -18,7 +18,7 @@ from serve_app.serving.router import WorkerLost
 
 WORKER = "Worker"
 
-_LOST = (ActorDiedError, ActorUnavailableError, DeploymentUnavailableError, ReplicaUnavailableError)
+_LOST = (ActorDiedError, ActorUnavailableError, DeploymentUnavailableError, ObjectLostError, ReplicaUnavailableError)
 
 _Result = TypeVar("_Result")
 

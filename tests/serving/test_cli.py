@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -111,22 +114,83 @@ def test_a_wrong_key_in_a_configuration_names_file_key_and_keys(environment, tmp
     check_fails(run_cli(("publish", "--edge", str(edge)), environment), 2, str(edge), "memroy", "memory")
 
 
-def test_up_says_which_port_is_taken(environment, tmp_path) -> None:
-    (tmp_path / "catalog.yaml").write_text(yaml.safe_dump({"models": {"tiny": _TINY}}))
-    (tmp_path / "edge.yaml").write_text(yaml.safe_dump({"store": "store", "locations": {"paris": {"memory": "64MiB"}}}))
-    application = {
+def configure(folder: Path, port: int = 8000, **application) -> Path:
+    (folder / "catalog.yaml").write_text(yaml.safe_dump({"models": {"tiny": _TINY}}))
+    (folder / "edge.yaml").write_text(yaml.safe_dump({"store": "store", "locations": {"paris": {"memory": "64MiB"}}}))
+    paris = {
         "name": "paris",
         "route_prefix": "/paris",
         "import_path": "serve_app.serving.app:build",
-        "args": {"location": "paris", "edge": str(tmp_path / "edge.yaml")},
+        "args": {"location": "paris", "edge": str(folder / "edge.yaml")},
     }
+    local = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [{**paris, **application}]}
+    path = folder / "local.yaml"
+    path.write_text(yaml.safe_dump(local))
+    return path
+
+
+def test_up_says_which_port_is_taken(environment, tmp_path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        local = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [application]}
-        (tmp_path / "local.yaml").write_text(yaml.safe_dump(local))
-        check_fails(run_cli(("up", str(tmp_path / "local.yaml")), environment), 1, str(port))
+        result = run_cli(("up", str(configure(tmp_path, port))), environment)
+    assert result.returncode == 1
+    assert str(port) in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"args": {"locaton": "paris"}}, "locaton"),
+        ({"name": "lima"}, "lima"),
+        ({"route_prefix": "paris"}, "route_prefix"),
+        ({"import_path": "other:app"}, "import_path"),
+        ({"deployments": []}, "deployments"),
+    ],
+)
+def test_up_refuses_what_it_would_not_honour(environment, tmp_path, change, word) -> None:
+    check_fails(run_cli(("up", str(configure(tmp_path, **change))), environment), 2, word)
+
+
+@pytest.mark.parametrize("port", [0, 99999])
+def test_up_refuses_a_port_that_is_none(environment, tmp_path, port) -> None:
+    check_fails(run_cli(("up", str(configure(tmp_path, port))), environment), 2, "port")
+
+
+def test_up_says_so_when_it_could_not_remember_what_it_started(environment, tmp_path) -> None:
+    blocked = {**environment, "XDG_CACHE_HOME": str(configure(tmp_path))}
+    check_fails(run_cli(("up", str(tmp_path / "local.yaml")), blocked), 1, "XDG_CACHE_HOME")
+
+
+@pytest.fixture
+def stranger() -> Iterator[str]:
+    """A web server that is not EdgeServe."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>hello</html>")
+
+        def log_message(self, *_: object) -> None:
+            """Into no log."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_an_answer_that_is_not_ours_is_one_line(environment, stranger) -> None:
+    check_fails(run_cli(("status", "--url", stranger), environment), 1, "not EdgeServe")
+
+
+def test_a_proxy_of_the_users_is_not_asked_for_servers_on_this_machine(deployment) -> None:
+    proxied = {**deployment.environment, "http_proxy": "http://127.0.0.1:1", "HTTP_PROXY": "http://127.0.0.1:1"}
+    assert run_cli(("status", "--url", deployment.url + "/"), proxied).returncode == 0
 
 
 _TINY = {"builder": "torchvision:squeezenet1_1", "weights": "random:1"}

@@ -123,7 +123,14 @@ def test_a_bad_image_is_400(deployment, photo) -> None:
 
 
 @pytest.mark.parametrize(
-    "query", ["top_k=5", f"model={MODEL}&top_k=0", f"model={MODEL}&top_k=x", f"model={MODEL}&deadline_ms=x"]
+    "query",
+    [
+        "top_k=5",
+        f"model={MODEL}&top_k=0",
+        f"model={MODEL}&top_k=" + "9" * 5000,
+        f"model={MODEL}&top_k=x",
+        f"model={MODEL}&deadline_ms=x",
+    ],
 )
 def test_a_bad_query_parameter_is_400(deployment, photo, query) -> None:
     check(classify(deployment, photo, query), 400)
@@ -142,6 +149,7 @@ def test_what_does_not_exist_is_404(deployment, photo) -> None:
         timeout=60,
     )
     check(gateway, 404, "atlantis", "paris")
+    check(classify(deployment, photo, headers={**JPEG, "X-Edge-Location": "tokyo"}), 404, "paris", "tokyo")
 
 
 def test_a_method_that_a_path_does_not_take_is_405(deployment) -> None:
@@ -175,6 +183,7 @@ def test_an_unexpected_content_type_is_415(deployment, photo) -> None:
     check(classify(deployment, photo, headers={"Content-Type": "text/plain"}), 415, "image/jpeg")
     check(classify(deployment, photo, headers={"Content-Type": "application/x-www-form-urlencoded"}), 415)
     check(infer(deployment, json_request(GOOD), {"Content-Type": "image/jpeg"}), 415, "application/json")
+    check(classify(deployment, photo, headers={**JPEG, "Content-Encoding": "gzip"}), 415, "gzip")
 
 
 def test_a_deadline_that_cannot_be_met_is_504(deployment, photo) -> None:

@@ -13,7 +13,7 @@ from serve_app.config import LimitSettings
 from serve_app.core.catalog import Catalog
 from serve_app.core.reports import ViewDelta
 from serve_app.core.routing import Outcome
-from serve_app.errors import DeadlineExceeded, InvalidRequest, NotFound, Unavailable
+from serve_app.errors import DeadlineExceeded, InvalidRequest, NotFound, StoreError, Unavailable
 from serve_app.serving.http import HttpSettings, build_http_app
 from serve_app.serving.messages import NotHeld, Refused
 from serve_app.serving.router import Query, WorkerLost
@@ -78,6 +78,35 @@ async def test_a_refusal_is_passed_on_and_not_tried_elsewhere() -> None:
     pool = FakePool(paris=[Refused(error=InvalidRequest("the image is no image"))])
     with pytest.raises(InvalidRequest, match="no image"):
         await make_router(pool, report("paris", "small"), report("tokyo", "small")).serve(query())
+
+
+@pytest.mark.parametrize("error", [Unavailable("overrun"), StoreError("its file is cut short")])
+async def test_what_one_worker_cannot_do_another_is_asked_for(error) -> None:
+    pool = FakePool(paris=[Refused(error=error)], tokyo=[done("tokyo-1", outcome=Outcome.LOAD)])
+    served = await make_router(pool, report("paris", "small"), report("tokyo")).serve(query())
+    assert served.location == "tokyo"
+
+
+async def test_what_no_worker_can_do_fails_as_it_failed_there() -> None:
+    pool = FakePool(paris=[Refused(error=StoreError("cut short"))], tokyo=[Refused(error=StoreError("cut short"))])
+    with pytest.raises(StoreError, match="cut short"):
+        await make_router(pool, report("paris", "small"), report("tokyo")).serve(query())
+    assert len(pool.calls) == 2
+
+
+async def test_a_location_without_workers_is_not_waited_for_until_the_deadline(monkeypatch) -> None:
+    monkeypatch.setattr("serve_app.serving.router._BLIND_S", 0.02)
+    router = make_router(FakePool(paris=[asyncio.Event()]), report("tokyo"))
+    with pytest.raises(Unavailable, match="no worker of paris"):
+        await router.serve(query(may_forward=False))
+
+
+async def test_of_a_family_that_must_stay_a_member_is_chosen_that_fits_here() -> None:
+    pool = FakePool(paris=[done("paris-1")])
+    catalog = Catalog((published("small", accuracy=0.5), published("huge", accuracy=0.9, size_bytes=5000)))
+    workers = (report("paris", capacity_bytes=1000), report("tokyo", capacity_bytes=9000))
+    router = make_router(pool, *workers, catalog=catalog)
+    assert (await router.serve(query("digits", may_forward=False))).model.model_id == "small"
 
 
 async def test_a_load_under_way_is_joined_by_the_next_request() -> None:

@@ -70,7 +70,6 @@ def test_an_absent_model_is_loaded_and_its_bytes_are_reserved_at_once(make_cache
     assert cache.request(profile("a", 60), 5.0) == Load(())
     assert cache.used_bytes == 60
     assert cache.state("a") is ModelState.LOADING
-    assert cache.load_ends_s("a") == 6.0
 
 
 def test_the_second_request_joins_the_first_load(make_cache: MakeCache) -> None:
@@ -117,8 +116,6 @@ def test_only_a_load_under_way_can_end(make_cache: MakeCache) -> None:
             cache.loaded(model_id, 1.0)
         with pytest.raises(ValueError, match="is not loading"):
             cache.failed(model_id, "oops", 1.0)
-        with pytest.raises(ValueError, match="is not loading"):
-            cache.load_ends_s(model_id)
 
 
 def test_a_preload_is_no_demand_but_pins_like_a_request(make_cache: MakeCache) -> None:

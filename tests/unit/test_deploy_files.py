@@ -67,7 +67,7 @@ def test_serve_file_names_an_edge_file_and_one_application_for_each_of_its_locat
     assert load_catalog(edge.catalog)
     assert set(serve_file.locations) == set(edge.locations)
     for app in serve_file.applications:
-        location = app.args.get("location")
+        location = app.location
         assert (app.name, app.route_prefix) == ((location, f"/{location}") if location else ("gateway", "/"))
 
 
