@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -36,9 +37,21 @@ def publish_with_progress(
 
         report = publish(ModelStore(root), entries, on_progress=show, force=force)
     out.print(f"{len(report.published)} models published, {len(report.skipped)} were in the store at {root}")
+    if report.published:
+        out.print(_measured(ModelStore(root), [entry for entry in entries if entry.model_id in report.published]))
     if report.warning:
         err.print(f"warning: {report.warning}", style="yellow")
     for failure in report.failures:
         err.print(f"failed: {failure.model_id}: {failure.message}", style="red")
     if report.failures:
         raise StoreError(f"{len(report.failures)} of {len(entries)} models could not be published; see above")
+
+
+def _measured(store: ModelStore, entries: Sequence[ModelEntry]) -> str:
+    """What publishing has found out about its models."""
+    profiles = [model.profile for model in store.catalog(entries).models]
+    loads, runs = (sorted(getattr(profile, name) * 1000 for profile in profiles) for name in ("load_s", "exec_s"))
+    return (
+        f"a load takes {loads[0]:.1f} to {loads[-1]:.1f} ms (median {median(loads):.1f}), "
+        f"an inference {runs[0]:.0f} to {runs[-1]:.0f} ms (median {median(runs):.0f})"
+    )
