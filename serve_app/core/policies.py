@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import random
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
 
@@ -15,7 +16,7 @@ from serve_app.core.catalog import ModelProfile
 from serve_app.core.popularity import DecayedRate
 
 
-class EvictionPolicy:
+class EvictionPolicy(ABC):
     """The hooks that a policy may use; every one but ``utility`` may stay empty. All times are seconds."""
 
     def on_request(self, model: ModelProfile, now: float) -> None:
@@ -33,9 +34,9 @@ class EvictionPolicy:
     def on_forward_costs(self, forward_s: Mapping[str, float]) -> None:
         """Models that other locations hold, and the extra seconds that a request forwarded there takes."""
 
+    @abstractmethod
     def utility(self, model: ModelProfile, now: float) -> float:
         """What keeping ``model`` is worth; only the order of the numbers matters."""
-        raise NotImplementedError(f"{type(self).__name__} must say what a model is worth")
 
 
 class Lru(EvictionPolicy):
