@@ -221,7 +221,7 @@ class Router:
             raise Unavailable(f"{self._inflight} requests are under way already; try again later")
 
     async def serve(self, query: Query) -> Served:
-        """Answer a query; raises the tree of ``errors.py`` only."""
+        """Answer a query; raises the tree of ``errors.py``, and anything else only for a fault of ours."""
         if query.location not in self.locations:
             raise NotFound(f"no location is called {query.location}; there are {', '.join(self.locations)}")
         self.require_room()
