@@ -169,8 +169,10 @@ class LoadedModel:
         # torch takes neither read-only nor negatively strided arrays without complaint.
         images = torch.from_numpy(np.require(batch, dtype=np.float32, requirements=["C", "W"]))
         with torch.inference_mode():
-            logits = loaded.module(images)
-            return np.array(logits.float().numpy(), dtype=np.float32)
+            # One at a time: the workspace of one image is what the model is counted with, and on a CPU a batch is
+            # hardly faster.
+            logits = [loaded.module(image).float() for image in images.unsqueeze(1)]
+            return np.array(torch.cat(logits).numpy(), dtype=np.float32)
 
     def unload(self) -> None:
         """Gives the memory back at once; the caller makes sure that no inference runs. Twice is harmless."""

@@ -285,3 +285,14 @@ def test_catalogue_entry_and_seed_give_the_same_file_every_time(store: ModelStor
     first = store.manifest("squeezenet1_1").files
     publish(store, [vision("squeezenet1_1")], reachable=offline, force=True)
     assert store.manifest("squeezenet1_1").files == first
+
+
+def test_a_batch_takes_the_workspace_of_one_image(small: ModelStore) -> None:
+    loaded = ModelLoader(small).load("tied")
+    seen: list[int] = []
+    loaded._skeleton.module.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    shape = small.manifest("tied").model.inputs[0].shape[1:]
+    batch = np.random.default_rng(0).standard_normal((3, *shape)).astype(np.float32)
+    logits = loaded.infer(batch)
+    assert seen == [1, 1, 1]
+    assert np.array_equal(logits, np.concatenate([loaded.infer(image[None]) for image in batch]))
