@@ -64,6 +64,9 @@ class WorkerMetrics:
         self._evictions = Counter(
             "edgeserve_evictions_total", description="Unloads by reason.", tag_keys=("location", "model", "reason")
         )
+        self._preloads = Counter(
+            "edgeserve_preloads_total", description="Loads that no request asked for.", tag_keys=("location",)
+        )
         self._exec_seconds = Histogram(
             "edgeserve_exec_seconds",
             description="Time of an inference.",
@@ -93,6 +96,10 @@ class WorkerMetrics:
     def evicted(self, model_id: str, reason: str) -> None:
         """A model has been unloaded."""
         self._evictions.inc(tags={**self._location, "model": model_id, "reason": reason})
+
+    def preloaded(self) -> None:
+        """A model was brought in that nobody had asked for."""
+        self._preloads.inc(tags=self._location)
 
     def executed(self, model_id: str, queue_s: float, exec_s: float) -> None:
         """An inference has ended."""

@@ -151,6 +151,7 @@ class Worker:
             if model.pinned:
                 try:
                     await self._host.preload(model.profile)
+                    self._metrics.preloaded()
                 except EdgeServeError as error:
                     logger.error("pinned model %s is not loaded: %s", model.model_id, error)
 
