@@ -293,7 +293,7 @@ class TokenGate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 401 or 403."""
-        if scope["type"] == "http" and "/v2/health/" not in scope["path"]:
+        if scope["type"] == "http" and not scope["path"].endswith(("/v2/health/live", "/v2/health/ready")):
             error = self._error(dict(scope["headers"]).get(b"authorization"))
             if error is not None:
                 await _error_response(error)(scope, receive, send)

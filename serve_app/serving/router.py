@@ -238,30 +238,34 @@ class Router:
         return served
 
     def _pick(self, query: Query) -> PublishedModel:
-        """The most accurate model that is expected to meet the deadline."""
+        """The model of that name; of a family, the most accurate that is expected to meet the deadline."""
         candidates = self.candidates(query)
+        if query.name not in self.catalog:
+            return self._pick_member(query, candidates)
+        (model,) = candidates
+        if query.deadline_s is not None:
+            fastest_s = min([exec_s(model.profile, report) for report in self.known.workers()] or [0.0])
+            # Measured times vary; only what is out of reach by far is refused unseen.
+            if fastest_s / 2 > query.deadline_s:
+                raise DeadlineExceeded(
+                    f"model {model.model_id} takes about {fastest_s * 1000:.0f} ms, longer than the deadline of "
+                    f"{query.deadline_s * 1000:g} ms; raise deadline_ms or ask for a family"
+                )
+        return model
+
+    def _pick_member(self, query: Query, members: Sequence[PublishedModel]) -> PublishedModel:
         workers = [report for report in self.known.workers() if query.may_forward or report.location == query.location]
-        fitting = [model for model in candidates if query.fits(model)] or candidates
+        fitting = [model for model in members if query.fits(model)] or members
         fitting = [model for model in fitting if any(report.can_hold(model.profile) for report in workers)] or fitting
         if query.deadline_s is None:
             return fitting[0]
-        if query.name not in self.catalog:
-            for model in fitting:
-                if self._choose(query, model).expected_s <= query.deadline_s:
-                    return model
-            raise DeadlineExceeded(
-                f"no model of {query.name} is expected to answer within {query.deadline_s * 1000:g} ms; "
-                "raise deadline_ms or lower min_accuracy"
-            )
-        model = fitting[0]
-        fastest_s = min([exec_s(model.profile, report) for report in workers] or [0.0])
-        if fastest_s / 2 > query.deadline_s:
-            # Measured times vary; only what is out of reach by far is refused unseen.
-            raise DeadlineExceeded(
-                f"model {model.model_id} takes about {fastest_s * 1000:.0f} ms, longer than the deadline of "
-                f"{query.deadline_s * 1000:g} ms; raise deadline_ms or ask for a family"
-            )
-        return model
+        for model in fitting:
+            if self._choose(query, model).expected_s <= query.deadline_s:
+                return model
+        raise DeadlineExceeded(
+            f"no model of {query.name} is expected to answer within {query.deadline_s * 1000:g} ms; "
+            "raise deadline_ms or lower min_accuracy"
+        )
 
     async def _see_through(self, query: Query, model: PublishedModel, began_s: float) -> Served:
         """Send the work where it is best done, and elsewhere if that fails, until the deadline."""

@@ -106,8 +106,9 @@ class Worker:
         if self._reporting is not None:
             self._reporting.cancel()
         await self._link.depart(self._identity.replica)
+        # A request that was given up may still run in its thread, on the weights that would be taken away.
+        await asyncio.to_thread(self._executors.shutdown)
         self._host.close()
-        self._executors.shutdown(wait=False)
 
     async def infer(self, work: Work) -> Reply:
         """Run one inference; every failure that is not a fault of ours comes back as a value."""

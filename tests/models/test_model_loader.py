@@ -253,7 +253,9 @@ def test_no_pickle_is_read_when_loading(shared: ModelStore, monkeypatch: pytest.
 
     for owner, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
         monkeypatch.setattr(owner, name, refuse)
-    ModelLoader(shared).load("shufflenet_v2_x0_5").unload()
+    model = ModelLoader(shared).load("shufflenet_v2_x0_5")
+    assert model.infer(images()).shape == (1, 1000)
+    model.unload()
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,9 @@ async def test_a_token_is_asked_for_and_checked_where_one_is_configured() -> Non
         assert (await http.get("/v2", headers={"Authorization": "Basic secret"})).status_code == 403
         assert (await http.get("/v2", headers={"Authorization": "Bearer secret"})).status_code == 200
         assert (await http.get("/v2/health/live")).status_code == 200
+        assert (await http.get("/v2/health/ready")).status_code == 200
+        assert (await http.get("/v2/health/live/../../v1/locations")).status_code == 401
+        assert (await http.get("/v2/models/x%2Fv2%2Fhealth%2Flive/ready")).status_code == 401
         assert "token" in (await http.get("/v2")).json()["error"]
 
 

@@ -30,15 +30,18 @@ BATCH = np.zeros((2, 3, 8, 8), np.float32)
 class FakeModel:
     def __init__(self, gate: threading.Event) -> None:
         self._gate = gate
+        self.running = 0
         self.unloaded = False
 
     def infer(self, batch: np.ndarray) -> np.ndarray:
         assert not self.unloaded, "a model in use was unloaded"
+        self.running += 1
         self._gate.wait(10)
-        assert not self.unloaded, "a model in use was unloaded"
+        self.running -= 1
         return np.zeros((len(batch), CLASSES), np.float32)
 
     def unload(self) -> None:
+        assert not self.running, "a model in use was unloaded"
         self.unloaded = True
 
 
@@ -196,6 +199,19 @@ async def test_a_request_past_its_deadline_is_refused_and_its_model_stays_until_
         refused = await worker.unload("a")
         assert refused is not None
         assert refused.error.status == 409
+
+
+async def test_a_worker_that_stops_lets_a_thread_that_still_runs_end_first() -> None:
+    backend = FakeBackend()
+    async with running(backend) as worker:
+        await worker.infer(work())
+        backend.gate.clear()
+        await worker.infer(work(budget_s=0.01))
+        stopping = asyncio.create_task(worker.stop())
+        await asyncio.wait([stopping], timeout=0.05)
+        assert not stopping.done()
+        backend.gate.set()
+        await stopping
 
 
 async def test_loading_and_unloading_by_hand() -> None:
