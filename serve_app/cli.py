@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from serve_app import __version__
+from serve_app.cli_simulate import simulate
 from serve_app.config import load_catalog, load_edge
-from serve_app.errors import ConfigError, EdgeServeError, StoreError
+from serve_app.errors import ConfigError, EdgeServeError, StoreError, TraceError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_CONFIG = "deploy/local.yaml"
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(result if isinstance(result, int) else 0)
     except click.ClickException as error:
         _fail(f"{error.format_message()} (edgeserve --help says more)", _EXIT_USAGE)
-    except ConfigError as error:
+    except (ConfigError, TraceError) as error:
         _fail(error.message, _EXIT_USAGE)
     except EdgeServeError as error:
         _fail(error.message, _EXIT_FAILED)
@@ -72,7 +73,11 @@ def cli() -> None:
     edgeserve up                          start three locations on this machine
     edgeserve infer resnet50 cat.jpg      classify an image
     edgeserve status                      see what is in memory where
+    edgeserve simulate                    compare eviction policies on a request stream
     """
+
+
+cli.add_command(simulate)
 
 
 def _talks_to_server(command: _Command) -> _Command:

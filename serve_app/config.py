@@ -322,6 +322,12 @@ def has_ray_token() -> bool:
     return bool(os.environ.get("RAY_AUTH_TOKEN")) or path.is_file()
 
 
+def traces_dir() -> Path | None:
+    """The folder of recorded traces that the user has named, if any."""
+    named = os.environ.get("EDGESERVE_TRACES")
+    return Path(named).expanduser() if named else None
+
+
 def ray_temp_dir() -> Path:
     """Where Ray keeps its files on this machine."""
     return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())

@@ -122,3 +122,9 @@ class ConfigError(EdgeServeError):
     """A configuration file or value is wrong; the command line exits with code 2."""
 
     status = 400
+
+
+class TraceError(EdgeServeError):
+    """A request stream or a table of models is wrong: the message names file, line and column, or the parameter."""
+
+    status = 400

@@ -7,12 +7,14 @@ of a ``Load`` first, then loads, then says ``loaded`` or ``failed``.
 from __future__ import annotations
 
 import enum
+import math
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.policies import EvictionPolicy
+from serve_app.core.eviction_policy import EvictionPolicy
+from serve_app.core.ranking import Ranked, Ranking
 from serve_app.errors import Conflict, NotFound
 
 
@@ -66,6 +68,17 @@ class Reject:
 
 Answer = Hit | Join | Load | Reject
 
+#: They carry nothing, so one of each is enough.
+_HIT, _JOIN = Hit(), Join()
+
+
+@dataclass(frozen=True, slots=True)
+class Preload:
+    """Unload ``victims`` (already out of the books), then load ``model`` in the background; its bytes are reserved."""
+
+    model: ModelProfile
+    victims: tuple[str, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Grant:
@@ -94,6 +107,10 @@ class _Entry:
     uses: int
     pinned: bool
     draining: bool = False
+    #: Its load is, or was, on the policy's initiative.
+    preload: bool = False
+    #: And nobody has asked for it since.
+    speculative: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +128,9 @@ class CacheCounters:
     load_failures: int = 0
     evictions: int = 0
     unloads: int = 0
+    #: Loads on the policy's initiative (not in ``loads``), and those of them that left again before any request came.
+    preloads: int = 0
+    wasted_preloads: int = 0
 
 
 class ModelCache:
@@ -125,6 +145,10 @@ class ModelCache:
     | READY   | ``request`` -> ``Hit``        | READY   |
     | READY   | victim of a ``Load``          | absent  |
     | READY   | ``unload``                    | absent  |
+    | absent  | ``next_preload`` -> ``Preload`` | LOADING |
+
+    A preload that nobody has joined yet may be a victim while it is still LOADING, so that no request ever waits for
+    memory that was taken on a guess; ``loaded`` and ``failed`` of a load whose model has gone are to be left out.
 
     A request whose victims are all in use waits in line. The first in line makes way for itself: the models that it
     will displace take no new requests until it has its place, so that a large model cannot starve.
@@ -132,7 +156,8 @@ class ModelCache:
     Args:
         capacity_bytes: what all models, resident and loading, may take together.
         policy: ranks the models; see ``policies.py``.
-        max_loads: loads under way at the same time.
+        max_loads: loads for requests under way at the same time.
+        max_preloads: loads on the policy's initiative under way at the same time, beside the others.
         max_waiting: requests in line; more are rejected.
         failure_memory_s: how long a failed load is answered from memory.
         pinned: models that are never victims.
@@ -144,6 +169,7 @@ class ModelCache:
         capacity_bytes: int,
         policy: EvictionPolicy,
         max_loads: int = 2,
+        max_preloads: int = 1,
         max_waiting: int = 256,
         failure_memory_s: float = 5.0,
         pinned: Collection[str] = (),
@@ -152,16 +178,23 @@ class ModelCache:
             raise ValueError(f"capacity_bytes must be positive, not {capacity_bytes}")
         if max_loads < 1:
             raise ValueError(f"max_loads must be at least 1, not {max_loads}")
+        if max_preloads < 0:
+            raise ValueError(f"max_preloads must not be negative, not {max_preloads}")
         self.capacity_bytes = capacity_bytes
         self.counters = CacheCounters()
         self._policy = policy
+        self._ranking = Ranking(policy.utility)
         self._max_loads = max_loads
+        self._max_preloads = max_preloads
         self._max_waiting = max_waiting
         self._failure_memory_s = failure_memory_s
         self._pinned = frozenset(pinned)
         self._entries: dict[str, _Entry] = {}
         self._used_bytes = 0
+        self._pinned_bytes = 0
         self._loading = 0
+        self._preloading = 0
+        self._draining: list[_Entry] = []
         self._failures: dict[str, _Failure] = {}
         self._waiting: OrderedDict[int, ModelProfile] = OrderedDict()
         self._tickets = 0
@@ -172,23 +205,68 @@ class ModelCache:
         """A user asks for ``model``. ``Hit``, ``Join`` and ``Load`` pin it until ``finish``."""
         self.counters.requests += 1
         self._policy.on_request(model, now)
-        return self._enter(model, now)
+        return self._present(model.model_id) or self._enter(model, now)
 
     def preload(self, model: ModelProfile, now: float) -> Answer | Wait:
         """Like ``request``, for a load that nobody is waiting for: the policy does not count it as demand."""
-        return self._enter(model, now)
+        return self._present(model.model_id) or self._enter(model, now)
+
+    def next_preload(self, now: float) -> Preload | None:
+        """What to load in the background now on the policy's initiative; ask again until None, and at ``review_s``."""
+        if self._preloading >= self._max_preloads or self._waiting:
+            return None
+        for model in self._policy.wishes(now):
+            failure = self._failures.get(model.model_id)
+            if model.model_id in self._entries or (failure is not None and now < failure.until_s):
+                continue
+            chosen = self._choose_victims(model, now, _idle)
+            if chosen is None:
+                continue
+            if not self._policy.worthwhile(model, [ranked.model for ranked in chosen], now):
+                self._put_back(chosen)
+                continue
+            self._preloading += 1
+            self.counters.preloads += 1
+            return Preload(model, self._admit(model, chosen, now, uses=0, speculative=True))
+        return None
+
+    def place(self, model: ModelProfile, now: float) -> Preload | None:
+        """Load ``model`` in the background on the advice of others; None where that is not possible now.
+
+        It may be here already, background loads or requests may be in line before it, or something that is in use, or
+        worth as much to the policy, would have to go. Nothing has changed then.
+        """
+        failure = self._failures.get(model.model_id)
+        if self._preloading >= self._max_preloads or self._waiting or model.model_id in self._entries:
+            return None
+        if failure is not None and now < failure.until_s:
+            return None
+        chosen = self._choose_victims(model, now, _idle)
+        if chosen is None:
+            return None
+        worth = self._policy.utility(model, now)
+        if any(self._policy.utility(ranked.model, now) >= worth for ranked in chosen):
+            self._put_back(chosen)
+            return None
+        self._preloading += 1
+        self.counters.preloads += 1
+        return Preload(model, self._admit(model, chosen, now, uses=0, speculative=True))
+
+    def know(self, models: Iterable[ModelProfile], now: float) -> None:
+        """Tell the policy what can be asked for at all, so that it may preload what nobody has asked for yet."""
+        self._policy.on_catalog(models, now)
 
     def loaded(self, model_id: str, now: float) -> tuple[Grant, ...]:
         """The load of ``model_id`` has ended well."""
         entry = self._loading_entry(model_id)
         entry.state = ModelState.READY
-        self._loading -= 1
+        self._load_ended(entry)
         return self._advance(now)
 
     def failed(self, model_id: str, detail: str, now: float) -> tuple[Grant, ...]:
         """The load of ``model_id`` has failed: its bytes are free and all who waited for it have lost their pin."""
         entry = self._loading_entry(model_id)
-        self._loading -= 1
+        self._load_ended(entry)
         self.counters.load_failures += 1
         self.cannot_load(model_id, detail, now)
         self._remove(entry)
@@ -244,6 +322,11 @@ class ModelCache:
     # Queries
 
     @property
+    def review_s(self) -> float:
+        """When ``next_preload`` should be asked next though nothing else has happened; infinite if never."""
+        return math.inf if self._preloading >= self._max_preloads or self._waiting else self._policy.review_s
+
+    @property
     def used_bytes(self) -> int:
         """Bytes of all models, resident and loading."""
         return self._used_bytes
@@ -274,7 +357,7 @@ class ModelCache:
     # Rules
 
     def _enter(self, model: ModelProfile, now: float) -> Answer | Wait:
-        answer: Answer | None = self._present(model.model_id) or self._refusal(model, now)
+        answer: Answer | None = self._refusal(model, now)
         if answer is None and not self._waiting:
             answer = self._place(model, now)
         return answer or self._queue(model, now)
@@ -284,18 +367,18 @@ class ModelCache:
         if entry is None or entry.draining:
             return None
         entry.uses += 1
-        return Hit() if entry.state is ModelState.READY else Join()
+        entry.speculative = False
+        return _HIT if entry.state is ModelState.READY else _JOIN
 
     def _refusal(self, model: ModelProfile, now: float) -> Reject | None:
         failure = self._failures.get(model.model_id)
         if failure is not None and now < failure.until_s:
             return Reject(RejectReason.LOAD_FAILED, failure.detail, failure.until_s - now)
-        pinned_bytes = sum(entry.model.size_bytes for entry in self._entries.values() if entry.pinned)
-        if model.size_bytes > self.capacity_bytes - pinned_bytes:
+        if model.size_bytes > self.capacity_bytes - self._pinned_bytes:
             return Reject(
                 RejectReason.TOO_LARGE,
                 f"model {model.model_id} needs {model.size_bytes} bytes, but only "
-                f"{self.capacity_bytes - pinned_bytes} of {self.capacity_bytes} can be made free",
+                f"{self.capacity_bytes - self._pinned_bytes} of {self.capacity_bytes} can be made free",
             )
         return None
 
@@ -303,48 +386,74 @@ class ModelCache:
         """Reserve room for ``model`` if there is, or can be, enough of it now."""
         if self._loading >= self._max_loads or model.model_id in self._entries:
             return None
-        idle = (entry for entry in self._entries.values() if self._evictable(entry) and not entry.uses)
-        victims = self._victims(idle, model, now)
-        if victims is None:
+        chosen = self._choose_victims(model, now, _idle)
+        if chosen is None:
             return None
-        for victim in victims:
-            self.counters.evictions += 1
-            self._remove(victim)
-            self._policy.on_evict(victim.model, now)
-        self._entries[model.model_id] = _Entry(
-            model=model,
-            state=ModelState.LOADING,
-            uses=1,
-            pinned=model.model_id in self._pinned,
-        )
-        self._used_bytes += model.size_bytes
         self._loading += 1
         self.counters.loads += 1
+        return Load(self._admit(model, chosen, now, uses=1, speculative=False))
+
+    def _admit(
+        self, model: ModelProfile, victims: list[Ranked], now: float, *, uses: int, speculative: bool
+    ) -> tuple[str, ...]:
+        """Enter ``model`` into the books in the place of ``victims``; returns their names."""
+        for victim in victims:
+            self.counters.evictions += 1
+            entry = self._entries[victim.model.model_id]
+            if entry.state is ModelState.LOADING:
+                self._load_ended(entry)
+            self._remove(entry)
+            self._policy.on_evict(victim.model, now)
+        pinned = model.model_id in self._pinned
+        self._entries[model.model_id] = _Entry(
+            model=model, state=ModelState.LOADING, uses=uses, pinned=pinned, preload=speculative, speculative=speculative
+        )
+        self._used_bytes += model.size_bytes
         self._failures.pop(model.model_id, None)
         self._policy.on_load(model, now)
-        return Load(tuple(victim.model.model_id for victim in victims))
+        if pinned:
+            self._pinned_bytes += model.size_bytes
+        else:
+            self._ranking.add(model, now)
+        return tuple(victim.model.model_id for victim in victims)
 
-    def _victims(self, candidates: Iterable[_Entry], model: ModelProfile, now: float) -> list[_Entry] | None:
-        """The models to unload so that ``model`` fits; None if all candidates together are not enough.
+    def _choose_victims(
+        self, model: ModelProfile, now: float, eligible: Callable[[_Entry], bool]
+    ) -> list[Ranked] | None:
+        """The models to unload so that ``model`` fits, out of the ranking; None if all together are not enough.
 
-        Takes the lowest utilities until enough bytes are free, then keeps only the largest of those that suffice: a
-        small model is spared when its bytes are not needed.
+        Takes the lowest utilities until enough bytes are free. If the policy says so, it then keeps only the largest of
+        those that suffice: a small model is spared when its bytes are not needed.
         """
         missing_bytes = self._used_bytes + model.size_bytes - self.capacity_bytes
         if missing_bytes <= 0:
             return []
         # A model that already makes way goes first: it was ranked lowest a moment ago and has been emptied since.
-        ranked = sorted(candidates, key=lambda entry: (not entry.draining, self._policy.utility(entry.model, now)))
-        taken: list[_Entry] = []
-        freed_bytes = 0
-        for entry in ranked:
-            if freed_bytes >= missing_bytes:
-                break
-            taken.append(entry)
-            freed_bytes += entry.model.size_bytes
-        if freed_bytes < missing_bytes:
-            return None
-        return _largest_that_suffice(taken, missing_bytes)
+        taken = [ranked for entry in self._draining if eligible(entry) and (ranked := self._ranking.take(entry.model.model_id))]
+        freed_bytes = sum(ranked.model.size_bytes for ranked in taken)
+        passed_over: list[Ranked] = []
+        while freed_bytes < missing_bytes and (ranked := self._least_useful(now)) is not None:
+            if eligible(self._entries[ranked.model.model_id]):
+                taken.append(ranked)
+                freed_bytes += ranked.model.size_bytes
+            else:
+                passed_over.append(ranked)
+        chosen = taken if freed_bytes >= missing_bytes else []
+        if len(chosen) > 1 and self._policy.spares_small:
+            chosen = _largest_that_suffice(taken, missing_bytes)
+        self._put_back(passed_over)
+        if chosen is not taken:
+            self._put_back(ranked for ranked in taken if ranked not in chosen)
+        return chosen or None
+
+    def _least_useful(self, now: float) -> Ranked | None:
+        for model_id in self._policy.fallen(now):
+            self._ranking.renew(model_id, now)
+        return self._ranking.pop(now)
+
+    def _put_back(self, several: Iterable[Ranked]) -> None:
+        for ranked in several:
+            self._ranking.put_back(ranked)
 
     def _queue(self, model: ModelProfile, now: float) -> Wait | Reject:
         if len(self._waiting) >= self._max_waiting:
@@ -360,10 +469,16 @@ class ModelCache:
         if self._loading >= self._max_loads:
             # It would have to wait with every byte free: nothing is gained by turning hits away meanwhile.
             return
-        candidates = (entry for entry in self._entries.values() if self._evictable(entry))
-        makes_way = {entry.model.model_id for entry in self._victims(candidates, model, now) or ()}
-        for model_id, entry in self._entries.items():
-            entry.draining = model_id in makes_way
+        chosen = self._choose_victims(model, now, _evictable) or []
+        self._put_back(chosen)
+        self._drain([self._entries[ranked.model.model_id] for ranked in chosen])
+
+    def _drain(self, entries: list[_Entry]) -> None:
+        for entry in self._draining:
+            entry.draining = False
+        for entry in entries:
+            entry.draining = True
+        self._draining = entries
 
     def _advance(self, now: float) -> tuple[Grant, ...]:
         """Answer everyone in line who can be answered now, in order of arrival."""
@@ -394,14 +509,23 @@ class ModelCache:
     def _leave(self, ticket: int) -> None:
         """Take a request out of the line; with the first in line goes what made way for it."""
         if ticket == next(iter(self._waiting)):
-            for entry in self._entries.values():
-                entry.draining = False
+            self._drain([])
         del self._waiting[ticket]
 
-    def _evictable(self, entry: _Entry) -> bool:
-        return entry.state is ModelState.READY and not entry.pinned
+    def _load_ended(self, entry: _Entry) -> None:
+        if entry.preload:
+            self._preloading -= 1
+        else:
+            self._loading -= 1
 
     def _remove(self, entry: _Entry) -> None:
+        if entry.speculative:
+            self.counters.wasted_preloads += 1
+        if entry.pinned:
+            self._pinned_bytes -= entry.model.size_bytes
+        if entry.draining:
+            self._draining.remove(entry)
+        self._ranking.take(entry.model.model_id)
         del self._entries[entry.model.model_id]
         self._used_bytes -= entry.model.size_bytes
 
@@ -412,11 +536,19 @@ class ModelCache:
         return entry
 
 
-def _largest_that_suffice(taken: list[_Entry], missing_bytes: int) -> list[_Entry]:
-    kept: list[_Entry] = []
-    for entry in sorted(taken, key=lambda entry: -entry.model.size_bytes):
+def _evictable(entry: _Entry) -> bool:
+    return entry.state is ModelState.READY or entry.speculative
+
+
+def _idle(entry: _Entry) -> bool:
+    return not entry.uses and _evictable(entry)
+
+
+def _largest_that_suffice(taken: list[Ranked], missing_bytes: int) -> list[Ranked]:
+    kept: list[Ranked] = []
+    for ranked in sorted(taken, key=lambda ranked: -ranked.model.size_bytes):
         if missing_bytes <= 0:
             break
-        kept.append(entry)
-        missing_bytes -= entry.model.size_bytes
+        kept.append(ranked)
+        missing_bytes -= ranked.model.size_bytes
     return kept

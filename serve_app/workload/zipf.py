@@ -7,12 +7,15 @@ import random
 from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, count
+from itertools import accumulate, count, islice
 from typing import Literal, get_args
 
-from serve_app.workload import Request
+import numpy as np
 
-Arrivals = Literal["even", "poisson"]
+from serve_app.workload import Request
+from serve_app.workload.trace import MAX_REQUESTS, Trace, make_trace
+
+Arrivals = Literal["even", "poisson", "gamma"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +33,8 @@ class ZipfWorkload:
             the scores of two locations have the correlation ``1 - location_skew``: with 0 every location has the order
             of ``models``, with 1 the orders are independent permutations.
         rate_per_s: requests per second, all locations together.
-        arrivals: ``even`` spacing, or ``poisson``: independent exponential gaps.
+        arrivals: ``even`` spacing, ``poisson``: independent exponential gaps, or ``gamma``: independent gamma gaps.
+        cv: coefficient of variation of gamma gaps: below 1 more even than Poisson, above 1 burstier; 0.001 to 100.
         seed: the same seed and arguments give the same stream.
 
     Raises:
@@ -43,6 +47,7 @@ class ZipfWorkload:
     location_skew: float = 0.0
     rate_per_s: float = 1.0
     arrivals: Arrivals = "poisson"
+    cv: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -56,6 +61,8 @@ class ZipfWorkload:
             raise ValueError(f"rate_per_s must be finite and positive, not {self.rate_per_s}")
         if self.arrivals not in get_args(Arrivals):
             raise ValueError(f"arrivals must be one of {', '.join(get_args(Arrivals))}, not {self.arrivals!r}")
+        if not 0.001 <= self.cv <= 100:
+            raise ValueError(f"cv must be from 0.001 to 100, not {self.cv}")
 
     def requests(self) -> Iterator[Request]:
         """The stream, from its beginning; it does not end."""
@@ -67,6 +74,31 @@ class ZipfWorkload:
             # The sum may fall short of 1 by a rounding error, hence the bound.
             rank = bisect(cumulative, draws.random(), hi=len(cumulative) - 1)
             yield Request(arrival_s=arrival_s, model_id=rankings[location][rank], location=location)
+
+    def trace(self, requests: int, *, name: str = "zipf") -> Trace:
+        """The first ``requests`` of the stream; every request is a source of its own.
+
+        Raises:
+            ValueError: ``requests`` is out of its range.
+        """
+        if not 1 <= requests <= MAX_REQUESTS:
+            raise ValueError(f"requests must be from 1 to {MAX_REQUESTS}, not {requests}")
+        model_of = {model: index for index, model in enumerate(self.models)}
+        location_of = {location: index for index, location in enumerate(self.locations)}
+        arrival_s, model, location = np.empty(requests), np.empty(requests, np.uintc), np.empty(requests, np.uintc)
+        for place, request in enumerate(islice(self.requests(), requests)):
+            arrival_s[place] = request.arrival_s
+            model[place] = model_of[request.model_id]
+            location[place] = location_of[request.location]
+        return make_trace(
+            name=name,
+            models=self.models,
+            locations=self.locations,
+            arrival_s=arrival_s,
+            model=model,
+            source=np.arange(requests),
+            location=location if len(self.locations) > 1 else None,
+        )
 
     def probabilities(self) -> tuple[float, ...]:
         """What share of a location's requests goes to its most popular model, its second, and so on."""
@@ -89,6 +121,9 @@ class ZipfWorkload:
             case "poisson":
                 gaps = self._rng("arrivals")
                 return accumulate(gaps.expovariate(self.rate_per_s) for _ in count())
+            case "gamma":
+                gaps, shape = self._rng("arrivals"), self.cv**-2
+                return accumulate(gaps.gammavariate(shape, 1 / shape / self.rate_per_s) for _ in count())
 
     def _rng(self, purpose: str) -> random.Random:
         return random.Random(f"{self.seed}: {purpose}")

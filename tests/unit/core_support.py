@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from serve_app.core.cache import ModelCache, ModelState, ResidentModel
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.policies import EvictionPolicy
+from serve_app.core.eviction_policy import EvictionPolicy
 from serve_app.core.reports import Demand, OutcomeCounts, WorkerReport
 
 

@@ -28,6 +28,7 @@ STATUSES = {
     errors.InternalError: 500,
     errors.StoreError: 500,
     errors.ConfigError: 400,
+    errors.TraceError: 400,
 }
 TREE = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, EdgeServeError)]
 SENTENCE = "the model 'été' is not here; ask for {another} one, 100 % sure"

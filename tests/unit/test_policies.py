@@ -13,7 +13,8 @@ from core_support import profile
 
 from serve_app.core.cache import Hit, Load, ModelCache
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.policies import POLICIES, EvictionPolicy, make_policy, policy_parameters
+from serve_app.core.eviction_policy import EvictionPolicy
+from serve_app.core.policies import POLICIES, make_policy, policy_parameters
 
 A = profile("a", 10, load_s=1.0)
 B = profile("b", 20, load_s=4.0)

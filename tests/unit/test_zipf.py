@@ -149,7 +149,8 @@ def test_one_model_is_always_asked_for() -> None:
         ({"location_skew": 1.1}, "location_skew must be from 0 to 1, not 1.1"),
         ({"location_skew": math.nan}, "location_skew must be from 0 to 1"),
         ({"rate_per_s": 0.0}, "rate_per_s must be finite and positive, not 0.0"),
-        ({"arrivals": "bursty"}, "arrivals must be one of even, poisson, not 'bursty'"),
+        ({"arrivals": "bursty"}, "arrivals must be one of even, poisson, gamma, not 'bursty'"),
+        ({"cv": 0.0}, "cv must be from 0.001 to 100, not 0.0"),
     ],
 )
 def test_bad_arguments_are_named(changes: dict[str, Any], complaint: str) -> None:

@@ -1,0 +1,294 @@
+"""``edgeserve simulate``: policies side by side on a request stream."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from serve_app.core.policies import ORACLES
+from serve_app.errors import EdgeServeError
+
+# numpy, matplotlib and the simulator itself are imported when a command runs: --help should not wait for them.
+if TYPE_CHECKING:
+    from serve_app.simulator.rows import Row
+    from serve_app.simulator.runner import Plan, TimeModel
+    from serve_app.simulator.scenario import PolicyChoice
+
+_DEFAULT_TRACE = "azure-like:"
+_DEFAULT_POLICIES = ("lru", "gdsf", "belady-am-online", "edgeserve", "belady-am")
+_DEFAULT_CAPACITIES = ("50%",)
+_PAPER_PLOT = Path("edgeserve-paper.png")
+_PLOT_FORMATS = (".png", ".svg", ".pdf")
+#: Where no terminal says how wide it is, a table is not broken.
+_WIDE = 200
+
+_Parsed = TypeVar("_Parsed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outputs:
+    as_json: bool
+    csv: Path | None
+    plot: Path | None
+
+
+@click.command()
+@click.option("--trace", metavar="T", help=f"The requests; see below.  [default: {_DEFAULT_TRACE}]")
+@click.option("--models", type=click.Path(path_type=Path), help="CSV of models: name,size_mb,load_s,exec_s.")
+@click.option(
+    "--map",
+    "mapping",
+    type=click.Choice(("random", "keep")),
+    default="random",
+    show_default=True,
+    help="Give what is asked for the numbers of a random row of the models, or of the row of that name.",
+)
+@click.option("--policy", "policies", multiple=True, metavar="P", help="Policy, or all; repeat for several.")
+@click.option("--capacity", "capacities", multiple=True, metavar="C", help="2GiB or 25% of all models; repeat.")
+@click.option("--locations", type=click.IntRange(1, 10_000), help="Spread the requests over so many locations.")
+@click.option(
+    "--time",
+    "time_model",
+    type=click.Choice(("load-delay", "full")),
+    default="load-delay",
+    show_default=True,
+    help="Count load delay alone as the paper does, or simulate queues, links and coordination as well.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**63), default=0, show_default=True, help="Of everything random.")
+@click.option("--jobs", type=click.IntRange(1, 1024), help="Replays at the same time.  [default: one per core]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--csv", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the rows there.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Draw a picture.")
+@click.option("--paper", is_flag=True, help="Hold the paper's claims against the reference workload.")
+@click.option("--seeds", type=click.IntRange(1, 1000), default=3, show_default=True, help="With --paper: how many.")
+@click.option("--benchmark", is_flag=True, help="Measure how fast the decisions are.")
+@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Where the reference workload lies.")
+def simulate(
+    trace: str | None,
+    models: Path | None,
+    mapping: str,
+    policies: tuple[str, ...],
+    capacities: tuple[str, ...],
+    locations: int | None,
+    time_model: TimeModel,
+    seed: int,
+    jobs: int | None,
+    as_json: bool,
+    csv: Path | None,
+    plot: Path | None,
+    paper: bool,
+    seeds: int,
+    benchmark: bool,
+    data: Path | None,
+) -> None:
+    """Replay requests through caches with one eviction policy or several, and show what each makes of them.
+
+    \b
+    T is azure:FILE, csv:FILE, zipf:, azure-like: or sessions:, with parameters, for example
+      azure:FILE?minutes=60     the first hour of a file in the format of Azure Functions 2019
+      zipf:models=50&rate=2     independent requests for 50 models, two a second
+    P may carry parameters as in edge.yaml:  --policy lru --policy "modelmesh:churn_age=5min"
+    """
+    outputs = _Outputs(as_json=as_json, csv=csv, plot=plot)
+    workers = jobs or _cores()
+    if paper and benchmark:
+        raise click.UsageError("--paper and --benchmark are two commands; choose one")
+    if (paper or benchmark) and (policies or capacities or time_model != "load-delay"):
+        raise click.UsageError("--paper and --benchmark choose policies, capacities and the model of time themselves")
+    if data is not None and not (paper or benchmark):
+        raise click.UsageError("--data is for --paper and --benchmark")
+    if benchmark:
+        _benchmark(data, seed)
+        return
+    _check_writable(outputs)
+    if paper:
+        _paper(trace, models, mapping, locations, range(seed, seed + seeds), data, workers, outputs)
+        return
+
+    from serve_app.simulator.runner import Cell, Plan
+    from serve_app.simulator.scenario import make_workload, parse_capacities, parse_policies
+
+    chosen = _parsed(parse_policies, policies or _DEFAULT_POLICIES, "--policy")
+    memories = _parsed(parse_capacities, capacities or _DEFAULT_CAPACITIES, "--capacity")
+    workload = make_workload(
+        trace=trace or _DEFAULT_TRACE, models=models, keep=mapping == "keep", locations=locations, seed=seed
+    )
+    if time_model == "full" and len(workload.trace.locations) > 1:
+        chosen = _without_oracles(chosen)
+    cells = tuple(Cell(policy=policy, capacity=memory) for memory in memories for policy in chosen)
+    rows = _run(Plan(workloads=(workload,), cells=cells, time=time_model), workers)
+    _say_what_does_not_fit(rows)
+
+    from serve_app.simulator.report import as_table, summary
+
+    if not as_json:
+        _out().print(summary(rows), markup=False)
+        _out().print(as_table(rows, ORACLES))
+    _write(rows, outputs)
+
+
+def _paper(
+    trace: str | None,
+    models: Path | None,
+    mapping: str,
+    locations: int | None,
+    seeds: Sequence[int],
+    data: Path | None,
+    jobs: int,
+    outputs: _Outputs,
+) -> None:
+    from serve_app.simulator.paper import Results, claims_table, paper_plan, policies_table
+    from serve_app.simulator.reference import Reference, find_reference
+    from serve_app.simulator.scenario import make_workload
+
+    if trace is None and models is None:
+        reference = find_reference(data)
+    else:
+        asked = trace or _DEFAULT_TRACE
+        reference = Reference(label=f"{asked}, as asked for", trace=asked, models=models)
+    if reference.warning:
+        _err().print(reference.warning, style="bold yellow", markup=False)
+    workloads = [
+        make_workload(
+            trace=reference.trace, models=reference.models, keep=mapping == "keep", locations=locations, seed=seed
+        )
+        for seed in seeds
+    ]
+    outputs = _Outputs(as_json=outputs.as_json, csv=outputs.csv, plot=outputs.plot or _PAPER_PLOT)
+    _check_writable(outputs)
+    rows = _run(paper_plan(workloads), jobs)
+    results = Results(rows)
+    # What is for people goes elsewhere when programs read the output.
+    console = _err() if outputs.as_json else _out()
+    first = workloads[0].trace
+    several = f"; seeds {seeds[0]} to {seeds[-1]}, least .. most" if len(seeds) > 1 else ""
+    counts = f"{len(first):,} requests for {len(first.models):,} models"
+    console.print(f"{reference.label}: {counts} (seed {seeds[0]}){several}\n", markup=False)
+    console.print(policies_table(results))
+    console.print()
+    console.print(claims_table(results))
+    _write(rows, outputs, drawn=[row for row in rows if row.seed == seeds[0]])
+
+
+def _benchmark(data: Path | None, seed: int) -> None:
+    from serve_app.simulator.benchmark import benchmark
+    from serve_app.simulator.reference import find_reference
+
+    benchmark(find_reference(data), seed=seed, out=_out(), err=_err())
+
+
+def _run(plan: Plan, jobs: int) -> tuple[Row, ...]:
+    from serve_app.simulator.runner import run
+
+    # Asked to end in any way, it takes its processes along.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with _progress(plan.requests) as on_progress:
+            return run(plan, jobs=jobs, on_progress=on_progress)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _progress(requests: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr where somebody watches, else nothing."""
+    console = _err()
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    columns = (TextColumn("replaying"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=requests)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def _without_oracles(chosen: Sequence[PolicyChoice]) -> tuple[PolicyChoice, ...]:
+    """They know what each location is asked for, but not what others will forward to it."""
+    left = tuple(policy for policy in chosen if not policy.is_oracle)
+    why = "a policy that knows the future cannot know what locations will forward to each other"
+    if not left:
+        raise click.BadParameter(f"{why}; leave out --time full or --locations", param_hint="--policy")
+    if len(left) < len(chosen):
+        out = ", ".join(policy.label for policy in chosen if policy.is_oracle)
+        _err().print(f"warning: {out} left out: {why}", style="yellow")
+    return left
+
+
+def _say_what_does_not_fit(rows: Sequence[Row]) -> None:
+    for row in {row.capacity_bytes: row for row in rows if row.rejected}.values():
+        what = "no model fits" if row.rejected == row.requests else "some models do not fit"
+        _err().print(
+            f"warning: {what} into {row.capacity_bytes} bytes; their requests count as misses that load every time",
+            style="yellow",
+        )
+
+
+def _write(rows: Sequence[Row], outputs: _Outputs, drawn: Sequence[Row] = ()) -> None:
+    from serve_app.simulator.report import as_csv, as_json
+
+    if outputs.as_json:
+        click.echo(as_json(rows))
+    if outputs.csv:
+        with _writing(outputs.csv):
+            outputs.csv.write_text(as_csv(rows), encoding="utf-8")
+    if outputs.plot:
+        # matplotlib takes a second.
+        from serve_app.simulator.plot import plot
+
+        with _writing(outputs.plot):
+            plot(drawn or rows, outputs.plot, oracles=ORACLES)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EdgeServeError(f"{path}: cannot be written ({error.strerror or error})") from None
+    _err().print(f"wrote {path}", markup=False)
+
+
+def _check_writable(outputs: _Outputs) -> None:
+    """Say before a long run what would come to light only after it."""
+    for option, path in (("--csv", outputs.csv), ("--plot", outputs.plot)):
+        if path is None:
+            continue
+        if not path.absolute().parent.is_dir():
+            raise click.BadParameter(f"{path}: there is no folder {path.parent}", param_hint=option)
+        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+            raise click.BadParameter(f"{path}: cannot be written", param_hint=option)
+    if outputs.plot is not None and outputs.plot.suffix.lower() not in _PLOT_FORMATS:
+        raise click.BadParameter(f"{outputs.plot}: must end in {', '.join(_PLOT_FORMATS)}", param_hint="--plot")
+
+
+def _parsed(parse: Callable[[Sequence[str]], _Parsed], texts: Sequence[str], option: str) -> _Parsed:
+    try:
+        return parse(texts)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint=option) from None
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _out() -> Console:
+    return _console(stderr=False)
+
+
+def _err() -> Console:
+    return _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, soft_wrap=True, width=_WIDE)

@@ -1,0 +1,88 @@
+"""Which of many models has the smallest key: found in the logarithm of their number, though keys move all the time."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from typing import NamedTuple
+
+from serve_app.core.catalog import ModelProfile
+
+
+class Ranked(NamedTuple):
+    """A model under the key that it was last seen to have; of equals, the one that was added first goes first."""
+
+    key: float
+    order: int
+    model: ModelProfile
+
+
+class Ranking:
+    """Models on a heap, the smallest key on top.
+
+    A key that grows costs nothing when it does so: the model surfaces with its old key and sinks again. That is what
+    the keys of most eviction policies do, with every request. Only a key that shrinks must be told, by ``renew``.
+
+    Args:
+        key: of a model now, ``key(model, now)`` with ``now`` in seconds.
+    """
+
+    #: The heap is rebuilt when it has this many entries more than twice those that count.
+    SLACK = 64
+
+    def __init__(self, key: Callable[[ModelProfile, float], float]) -> None:
+        self._key = key
+        self._heap: list[Ranked] = []
+        self._live: dict[str, Ranked] = {}
+        self._order = 0
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __contains__(self, model_id: str) -> bool:
+        return model_id in self._live
+
+    def add(self, model: ModelProfile, now: float) -> None:
+        """Rank a model from now on."""
+        self._order += 1
+        self.put_back(Ranked(self._key(model, now), self._order, model))
+
+    def renew(self, model_id: str, now: float) -> None:
+        """The key of a model may have shrunk; unknown models are ignored."""
+        known = self._live.get(model_id)
+        if known is not None:
+            key = self._key(known.model, now)
+            if key < known.key:
+                self.put_back(Ranked(key, known.order, known.model))
+
+    def take(self, model_id: str) -> Ranked | None:
+        """Take out a model by name; None if it is not ranked."""
+        return self._live.pop(model_id, None)
+
+    def pop(self, now: float) -> Ranked | None:
+        """Take out the model with the smallest key as of ``now``; None if there is none."""
+        heap, live = self._heap, self._live
+        while heap:
+            top = heap[0]
+            model = top.model
+            if live.get(model.model_id) is not top:
+                heapq.heappop(heap)
+                continue
+            key = self._key(model, now)
+            if key <= top.key:
+                heapq.heappop(heap)
+                del live[model.model_id]
+                return top
+            sunk = Ranked(key, top.order, model)
+            live[model.model_id] = sunk
+            heapq.heapreplace(heap, sunk)
+        return None
+
+    def put_back(self, ranked: Ranked) -> None:
+        """Undo ``take`` or ``pop``."""
+        self._live[ranked.model.model_id] = ranked
+        if len(self._heap) > 2 * len(self._live) + self.SLACK:
+            self._heap[:] = self._live.values()
+            heapq.heapify(self._heap)
+        else:
+            heapq.heappush(self._heap, ranked)

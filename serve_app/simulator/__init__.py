@@ -1,0 +1,1 @@
+"""Replays of request streams in virtual time, over the same ``core`` that serves."""

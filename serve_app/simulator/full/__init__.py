@@ -1,0 +1,22 @@
+"""The full model of time: queues, loads that take their time, links, reports, and views that are as stale as in life.
+
+A discrete-event simulation over the classes that the live system runs on: a ``ModelCache`` per location, ``choose`` and
+``Knowledge`` in its router, one ``CoordinatorState``. Only what carries their decisions out is simulated:
+
+- An execution takes ``exec_s`` in one of ``exec_slots`` places, first come, first served; a load takes ``load_s``, as
+  many at a time as the cache allows. Both take exactly what the profile says, wherever they happen.
+- A forwarded request is at its destination after half a round trip and the transfer of its payload, and its answer is
+  back after another half. Inside a location nothing takes time.
+- Workers report at every multiple of ``report_every_s``; half a period later everybody asks for news, and has it after
+  twice ``coordinator_delay_s``. So news is as old, on average, as where everybody has a rhythm of their own. The router
+  and the worker of a location share one view.
+- Nothing is simulated of what would change nothing: a worker that has nothing new to say is silent, and counts as
+  alive; views are fetched when somebody looks at them, as of the moment when they would have come.
+- There are no deadlines, no failures and no pinned models, and one worker per location.
+"""
+
+from serve_app.simulator.full.settings import Coordination, FullOptions, geographic_links
+from serve_app.simulator.full.simulation import simulate_full
+from serve_app.simulator.full.tally import FullTally
+
+__all__ = ["Coordination", "FullOptions", "FullTally", "geographic_links", "simulate_full"]

@@ -1,0 +1,211 @@
+"""What is replayed: requests with the models they ask for, a policy, and a memory."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from serve_app.config import parse_duration, parse_size
+from serve_app.core.cache import ModelCache
+from serve_app.core.catalog import ModelProfile
+from serve_app.core.eviction_policy import EvictionPolicy
+from serve_app.core.policies import ORACLES, POLICIES, make_policy, policy_parameters
+from serve_app.simulator.oracles import Belady, BeladyAm, next_uses
+from serve_app.workload.locations import split
+from serve_app.workload.profiles import DEFAULT_PROFILES, assign, read_profiles
+from serve_app.workload.spec import parse_trace
+from serve_app.workload.trace import Trace
+
+#: Every policy that can be replayed.
+ALL_POLICIES = (*POLICIES, *ORACLES)
+#: Stands for all of them.
+EVERY_POLICY = "all"
+_ORACLE_CLASSES: dict[str, Callable[[Sequence[float]], EvictionPolicy]] = {"belady": Belady, "belady-am": BeladyAm}
+_PLAIN_NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?", re.ASCII)
+_PERCENT = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*%", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """A request stream, and of each of its models what it costs.
+
+    Attributes:
+        trace: the requests.
+        profiles: of ``trace.models``, in their order.
+        seed: of every draw for this workload, including those of the policies.
+    """
+
+    trace: Trace
+    profiles: tuple[ModelProfile, ...]
+    seed: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory in which all models fit together."""
+        return sum(profile.size_bytes for profile in self.profiles)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyChoice:
+    """A policy with its parameters, under the name that the user gave all of it."""
+
+    label: str
+    name: str
+    parameters: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def is_oracle(self) -> bool:
+        """Whether it knows the future."""
+        return self.name in ORACLES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """Memory of one location: so many bytes, or a share of what all models take. Exactly one of them is given.
+
+    Raises:
+        ValueError: it is not positive.
+    """
+
+    given_bytes: int | None = None
+    given_share: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.given_bytes is None) == (self.given_share is None):
+            raise ValueError("a capacity is given in bytes or as a share")
+        if not (self.given_bytes or self.given_share or 0) > 0:
+            raise ValueError("a capacity must be more than 0 bytes")
+
+    def size_bytes(self, total_bytes: int) -> int:
+        """The memory where all models take ``total_bytes``: whole bytes, and at least one."""
+        return self.given_bytes or max(1, int((self.given_share or 0.0) * total_bytes))
+
+    def share(self, total_bytes: int) -> float:
+        """The memory as a share of ``total_bytes``."""
+        return self.given_share or (self.given_bytes or 0) / total_bytes
+
+
+def make_workload(
+    *, trace: str, models: Path | None = None, keep: bool = False, locations: int | None = None, seed: int = 0
+) -> Workload:
+    """What ``--trace``, ``--models``, ``--map`` and ``--locations`` ask for.
+
+    Args:
+        trace: a specification as ``workload.spec`` describes it.
+        models: the table of models; without, ours.
+        keep: the trace asks for rows of the table; otherwise each of its models gets the numbers of a random row.
+        locations: over how many the requests are spread; without, as the trace has it.
+        seed: of everything that is drawn.
+
+    Raises:
+        TraceError: the trace or the table is wrong, or does not fit the other.
+        ValueError: ``locations`` is below 1.
+    """
+    rows = DEFAULT_PROFILES if models is None else read_profiles(models)
+    stream = split(parse_trace(trace, seed=seed), locations, seed=seed)
+    profile_of = assign(stream.models, rows, seed=seed, keep=keep)
+    return Workload(trace=stream, profiles=tuple(profile_of[model] for model in stream.models), seed=seed)
+
+
+def parse_policies(texts: Sequence[str]) -> tuple[PolicyChoice, ...]:
+    """Policies by name, several with commas between them, or ``all``; each once, in the order of the texts.
+
+    Parameters follow a colon, named and written as in ``edge.yaml``: ``edgeserve:half_life=10min``, further ones after
+    an ampersand.
+
+    Raises:
+        ValueError: no such policy or parameter, or a bad value.
+    """
+    names = [part.strip() for text in texts for part in text.split(",")]
+    listed = [name for part in names for name in (ALL_POLICIES if part == EVERY_POLICY else (part,))]
+    return tuple(_parse_policy(label) for label in dict.fromkeys(listed))
+
+
+def parse_capacities(texts: Sequence[str]) -> tuple[Capacity, ...]:
+    """Sizes such as ``2GiB`` and shares such as ``25%``, several with commas between them, each once and in order.
+
+    Raises:
+        ValueError: neither a size nor a share, or not positive.
+    """
+    return tuple(dict.fromkeys(_parse_capacity(part.strip()) for text in texts for part in text.split(",")))
+
+
+def cache_maker(
+    workload: Workload, policy: PolicyChoice, *, capacity_bytes: int, max_preloads: int
+) -> Callable[[int], ModelCache]:
+    """A function that makes a fresh cache for the location of a number; nothing else knows how caches are made."""
+
+    def make(location: int) -> ModelCache:
+        return ModelCache(
+            capacity_bytes=capacity_bytes,
+            policy=_make_policy(workload, policy, location),
+            max_preloads=max_preloads,
+        )
+
+    return make
+
+
+def _make_policy(workload: Workload, policy: PolicyChoice, location: int) -> EvictionPolicy:
+    if policy.name in _ORACLE_CLASSES:
+        return _ORACLE_CLASSES[policy.name](next_uses(_models_asked_for(workload.trace, location)))
+    rng = random.Random(f"{workload.seed}: policy of location {location}")
+    return make_policy(policy.name, rng, **dict(policy.parameters))
+
+
+def _models_asked_for(trace: Trace, location: int) -> Sequence[int]:
+    if trace.location is None:
+        return trace.model if location == 0 else ()
+    return [model for model, origin in zip(trace.model, trace.location, strict=True) if origin == location]
+
+
+def _parse_policy(label: str) -> PolicyChoice:
+    name, _, text = label.partition(":")
+    if name not in ALL_POLICIES:
+        raise ValueError(f"unknown policy {name!r}; there are {', '.join(ALL_POLICIES)} and {EVERY_POLICY}")
+    if not text:
+        return PolicyChoice(label=name, name=name)
+    if name in ORACLES:
+        raise ValueError(f"policy {name!r} takes no parameters")
+    parameters = _parameters(name, text)
+    # Made once here, so that a bad value is said before anything is replayed.
+    make_policy(name, random.Random(0), **parameters)
+    return PolicyChoice(label=label, name=name, parameters=tuple(sorted(parameters.items())))
+
+
+def _parameters(name: str, text: str) -> dict[str, float]:
+    taken = {key.removesuffix("_s"): key for key in policy_parameters(name)}
+    parameters: dict[str, float] = {}
+    for part in text.split("&"):
+        written, equals, value = part.partition("=")
+        # In code a duration's name ends in _s; what is read there can be typed here, as a number of seconds.
+        is_code = written.endswith("_s") and written in taken.values()
+        key = written if is_code else taken.get(written)
+        if not equals or key is None:
+            raise ValueError(
+                f"policy {name!r} does not take {part!r}; it takes "
+                f"{', '.join(f'{each}=...' for each in taken) or 'no parameters'}"
+            )
+        if key in parameters:
+            raise ValueError(f"policy {name!r}: {written} stands twice")
+        parameters[key] = parse_duration(f"{value}s" if is_code else value) if key.endswith("_s") else _number(value)
+    return parameters
+
+
+def _number(text: str) -> float:
+    if not _PLAIN_NUMBER.fullmatch(text):
+        raise ValueError(f"{text!r} is not a number")
+    return float(text)
+
+
+def _parse_capacity(text: str) -> Capacity:
+    if percent := _PERCENT.fullmatch(text):
+        return Capacity(given_share=float(percent[1]) / 100)
+    try:
+        return Capacity(given_bytes=parse_size(text))
+    except ValueError as error:
+        if "not a size" in str(error):
+            raise ValueError(f"{text!r} is not a capacity; write it like 2GiB or 25%") from None
+        raise

@@ -1,0 +1,50 @@
+"""A trace split over locations by who asks, because a user stays where the user is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from serve_app.workload.chance import Chance
+from serve_app.workload.trace import Trace, column, indices
+
+
+def split(
+    trace: Trace,
+    locations: int | None,
+    *,
+    seed: int,
+    skew: float = 1.0,
+    weights: tuple[float, ...] = (1.0,),
+) -> Trace:
+    """The same requests, spread over the locations ``loc0``, ``loc1`` and so on.
+
+    Args:
+        trace: locations of its own are replaced, unless ``locations`` is ``None``.
+        locations: how many; ``None`` leaves the trace as it is.
+        seed: the same seed gives the same split.
+        skew: how different the locations are, 0..1: the share of the requests that come from the home of their source.
+            The others come from anywhere: with 0 a random split, all locations alike; with 1 a source never moves.
+        weights: relative load of the locations, repeated when there are fewer than locations, e.g. (23, 7, 1, 5, 3).
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    if locations is None:
+        return trace
+    if locations < 1:
+        raise ValueError(f"locations must be at least 1, not {locations}")
+    if not 0 <= skew <= 1:
+        raise ValueError(f"skew must be from 0 to 1, not {skew}")
+    if not weights or not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(f"weights must be positive and finite, not {weights}")
+    load = np.resize(np.array(weights, dtype=np.float64), locations)
+    # Sources are numbered, but their numbers may be far apart.
+    sources, source = np.unique(column(trace.source), return_inverse=True)
+    home = Chance(seed, "homes").pick(load, len(sources))[source]
+    anywhere = Chance(seed, "elsewhere").pick(load, len(trace))
+    at_home = Chance(seed, "away").uniform(len(trace)) < skew
+    names = tuple(f"loc{number}" for number in range(locations))
+    return replace(trace, locations=names, location=indices(np.where(at_home, home, anywhere)))

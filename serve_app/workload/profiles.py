@@ -1,0 +1,123 @@
+"""What models cost: size, load time and execution time, for streams that say only which model is asked for.
+
+A table is a CSV file with the columns ``name``, ``size_bytes`` or ``size_mb`` (10^6 bytes), ``load_s``, ``exec_s`` and,
+if wanted, ``accuracy`` (0..1); others are ignored. ``keras_weights_mb``, ``m5_load_s``, ``m5_exec_s`` and
+``imagenet_top1`` mean the same.
+
+``default_profiles.csv`` is ours: the 26 torchvision models of the catalogue as ``edgeserve publish`` measured them on
+two cores of an x86-64 machine with torch on the CPU. Sizes are weights and the workspace of one inference.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+from serve_app.core.catalog import ModelProfile
+from serve_app.errors import TraceError
+from serve_app.workload.tables import Table, shown
+
+_MB = 10**6
+_LARGEST_BYTES = 10**15
+_SIZE_BYTES, _SIZE_MB = ("size_bytes",), ("size_mb", "keras_weights_mb")
+_LOAD_S, _EXEC_S = ("load_s", "m5_load_s"), ("exec_s", "m5_exec_s")
+_ACCURACY = ("accuracy", "imagenet_top1")
+_SHOWN_NAMES = 5
+
+
+def read_profiles(path: Path) -> tuple[ModelProfile, ...]:
+    """The rows of a table, with the names of the rows as ``model_id``.
+
+    Raises:
+        TraceError: the file cannot be read, is malformed, names a model twice, or has no rows.
+    """
+    table = Table(path)
+    name_at, load_at, exec_at = table.column("name"), _one_of(table, _LOAD_S), _one_of(table, _EXEC_S)
+    size_at = _one_of(table, _SIZE_BYTES + _SIZE_MB)
+    unit = 1 if table.columns[size_at] in _SIZE_BYTES else _MB
+    accuracy_at = _one_of(table, _ACCURACY) if set(_ACCURACY) & set(table.columns) else None
+    line_of: dict[str, int] = {}
+    profiles = []
+    for line, cells in table.rows():
+        name = table.text(line, cells, name_at)
+        if name in line_of:
+            table.fail(f"the same model as in line {line_of[name]}", line=line, column=name_at)
+        line_of[name] = line
+        size_bytes = table.number(line, cells, size_at) * unit
+        if not 1 <= size_bytes <= _LARGEST_BYTES:
+            table.fail(f"{shown(cells[size_at])} is not between 1 byte and 1 PB", line=line, column=size_at)
+        profiles.append(
+            ModelProfile(
+                model_id=name,
+                size_bytes=round(size_bytes),
+                load_s=table.number(line, cells, load_at),
+                exec_s=table.number(line, cells, exec_at),
+                accuracy=_accuracy(table, line, cells, accuracy_at),
+            )
+        )
+    if not profiles:
+        table.fail("has no models")
+    return tuple(profiles)
+
+
+def assign(
+    models: Iterable[str], rows: Sequence[ModelProfile], *, seed: int, keep: bool = False
+) -> dict[str, ModelProfile]:
+    """A profile for every model of a trace, under the model's own name.
+
+    Args:
+        models: of the trace.
+        rows: of the table, at least one.
+        seed: every model has the numbers of a random row, which depends on the seed, its name and the rows alone.
+        keep: the models are rows of the table.
+
+    Raises:
+        TraceError: with ``keep``, the table does not have all of the models.
+    """
+    if keep:
+        return _by_name(tuple(models), rows)
+    return {model: _renamed(_random_row(model, rows, seed), model) for model in models}
+
+
+def _one_of(table: Table, names: Sequence[str]) -> int:
+    there = [name for name in names if name in table.columns]
+    if not there:
+        table.fail(f"there is no column {' or '.join(names)}", line=table.header_line)
+    if len(there) > 1:
+        table.fail(f"the columns {' and '.join(there)} mean the same; leave one", line=table.header_line)
+    return table.columns.index(there[0])
+
+
+def _accuracy(table: Table, line: int, cells: list[str], place: int | None) -> float | None:
+    if place is None or not cells[place].strip():
+        return None
+    accuracy = table.number(line, cells, place)
+    if accuracy > 1:
+        table.fail(f"{shown(cells[place])} is not from 0 to 1", line=line, column=place)
+    return accuracy
+
+
+def _by_name(models: tuple[str, ...], rows: Sequence[ModelProfile]) -> dict[str, ModelProfile]:
+    row_of = {row.model_id: row for row in rows}
+    missing = [model for model in models if model not in row_of]
+    if missing:
+        some = ", ".join(missing[:_SHOWN_NAMES])
+        more = f" and {len(missing) - _SHOWN_NAMES} more" if len(missing) > _SHOWN_NAMES else ""
+        raise TraceError(f"the table of models lacks {some}{more}, which the trace asks for")
+    return {model: row_of[model] for model in models}
+
+
+def _random_row(model: str, rows: Sequence[ModelProfile], seed: int) -> ModelProfile:
+    return rows[int(random.Random(f"{seed}: profile of {model}").random() * len(rows))]
+
+
+def _renamed(row: ModelProfile, model: str) -> ModelProfile:
+    return ModelProfile(
+        model_id=model, size_bytes=row.size_bytes, load_s=row.load_s, exec_s=row.exec_s, accuracy=row.accuracy
+    )
+
+
+#: Used where the user names no table.
+DEFAULT_PROFILES: Final = read_profiles(Path(__file__).with_name("default_profiles.csv"))
