@@ -26,6 +26,8 @@ _DURATION_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "
 _Model = TypeVar("_Model", bound=BaseModel)
 _QUANTITY = re.compile(r"\s*(\d{1,15}(?:\.\d{1,15})?)\s*([A-Za-z]*)\s*", re.ASCII)
 
+_NUMBER = re.compile(r"-?\d{1,15}(?:\.\d{1,15})?", re.ASCII)
+
 #: First parts of paths that the gateway answers itself, so no location can have them as its prefix.
 _RESERVED_NAMES = ("v1", "v2", "metrics", "console", "docs", "openapi.json")
 
@@ -55,6 +57,35 @@ def parse_duration(value: object) -> float:
     if match is None or match[2] not in _DURATION_UNITS:
         raise ValueError(f"{value!r} is not a duration; write it like 250ms")
     return float(match[1]) * _DURATION_UNITS[match[2]]
+
+
+def parse_parameters(policy: str, written: Mapping[str, object]) -> dict[str, float]:
+    """Parameters of a policy as ``make_policy`` wants them.
+
+    What ends in ``_s`` there is a duration: ``short: 100s`` here, or ``short_s: 100`` as in code. All else is a number.
+
+    Raises:
+        ValueError: no such policy or parameter, or a bad value.
+    """
+    taken = {parameter.removesuffix("_s"): parameter for parameter in policy_parameters(policy)}
+    parameters: dict[str, float] = {}
+    for key, value in written.items():
+        in_code = key if key in taken.values() else taken.get(key)
+        if in_code is None:
+            raise ValueError(f"unknown key {key}; policy {policy} takes {', '.join(taken) or 'no parameters'}")
+        if in_code in parameters:
+            raise ValueError(f"{key} stands twice")
+        try:
+            parameters[in_code] = parse_duration(value) if in_code != key else _parse_number(value)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+    return parameters
+
+
+def _parse_number(value: object) -> float:
+    if isinstance(value, bool) or not _NUMBER.fullmatch(str(value)):
+        raise ValueError(f"{value!r} is not a number")
+    return float(str(value))
 
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
@@ -99,16 +130,13 @@ class PolicySettings(Settings):
 
     @model_validator(mode="after")
     def _makeable(self) -> PolicySettings:
-        taken = [parameter.removesuffix("_s") for parameter in policy_parameters(self.name)]
-        for unknown in sorted(set(self.model_extra or ()) - set(taken)):
-            raise ValueError(f"unknown key {unknown}; policy {self.name} takes {', '.join(taken) or 'no parameters'}")
         make_policy(self.name, random.Random(0), **self.parameters)
         return self
 
     @property
     def parameters(self) -> dict[str, float]:
-        """Parameters for ``make_policy``; durations in seconds, under names that end in ``_s``."""
-        return {f"{key}_s": parse_duration(value) for key, value in (self.model_extra or {}).items()}
+        """Parameters for ``make_policy``."""
+        return parse_parameters(self.name, self.model_extra or {})
 
 
 class WorkerSettings(Settings):
@@ -117,6 +145,8 @@ class WorkerSettings(Settings):
     threads_per_inference: int = Field(default=1, ge=1)
     parallel_inferences: int = Field(default=2, ge=1)
     parallel_loads: int = Field(default=2, ge=1)
+    #: Loads in the background of what will probably be asked for, beside the others; 0: none.
+    parallel_preloads: int = Field(default=1, ge=0)
     #: How long a failed load is remembered before it is tried again.
     failure_memory: Duration = 5.0
 

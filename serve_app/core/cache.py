@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from serve_app.core.catalog import ModelProfile
@@ -196,6 +196,8 @@ class ModelCache:
         self._preloading = 0
         self._draining: list[_Entry] = []
         self._failures: dict[str, _Failure] = {}
+        #: Unloaded by hand and not asked for since: the policy may not bring them back.
+        self._put_out: set[str] = set()
         self._waiting: OrderedDict[int, ModelProfile] = OrderedDict()
         self._tickets = 0
 
@@ -215,19 +217,10 @@ class ModelCache:
         """What to load in the background now on the policy's initiative; ask again until None, and at ``review_s``."""
         if self._preloading >= self._max_preloads or self._waiting:
             return None
-        for model in self._policy.wishes(now):
-            failure = self._failures.get(model.model_id)
-            if model.model_id in self._entries or (failure is not None and now < failure.until_s):
-                continue
-            chosen = self._choose_victims(model, now, _idle)
-            if chosen is None:
-                continue
-            if not self._policy.worthwhile(model, [ranked.model for ranked in chosen], now):
-                self._put_back(chosen)
-                continue
-            self._preloading += 1
-            self.counters.preloads += 1
-            return Preload(model, self._admit(model, chosen, now, uses=0, speculative=True))
+        for model in self._policy.wishes(now, self.capacity_bytes - self._used_bytes):
+            preload = self._preload(model, now, self._policy.worthwhile)
+            if preload is not None:
+                return preload
         return None
 
     def place(self, model: ModelProfile, now: float) -> Preload | None:
@@ -236,21 +229,9 @@ class ModelCache:
         It may be here already, background loads or requests may be in line before it, or something that is in use, or
         worth as much to the policy, would have to go. Nothing has changed then.
         """
-        failure = self._failures.get(model.model_id)
-        if self._preloading >= self._max_preloads or self._waiting or model.model_id in self._entries:
+        if self._preloading >= self._max_preloads or self._waiting:
             return None
-        if failure is not None and now < failure.until_s:
-            return None
-        chosen = self._choose_victims(model, now, _idle)
-        if chosen is None:
-            return None
-        worth = self._policy.utility(model, now)
-        if any(self._policy.utility(ranked.model, now) >= worth for ranked in chosen):
-            self._put_back(chosen)
-            return None
-        self._preloading += 1
-        self.counters.preloads += 1
-        return Preload(model, self._admit(model, chosen, now, uses=0, speculative=True))
+        return self._preload(model, now, self._more_useful)
 
     def know(self, models: Iterable[ModelProfile], now: float) -> None:
         """Tell the policy what can be asked for at all, so that it may preload what nobody has asked for yet."""
@@ -282,7 +263,7 @@ class ModelCache:
         return self._advance(now) if self._waiting and entry.uses == 0 else ()
 
     def unload(self, model_id: str, now: float) -> tuple[Grant, ...]:
-        """Take a resident model out by hand.
+        """Take a resident model out by hand; it stays away until a request comes for it.
 
         Raises:
             NotFound: it is not resident.
@@ -296,6 +277,7 @@ class ModelCache:
         if entry.state is ModelState.LOADING or entry.uses:
             raise Conflict(f"model {model_id} is in use; unload it when its requests have ended")
         self.counters.unloads += 1
+        self._put_out.add(model_id)
         self._remove(entry)
         self._policy.on_unload(entry.model, now)
         return self._advance(now)
@@ -382,6 +364,32 @@ class ModelCache:
             )
         return None
 
+    def _preload(
+        self,
+        model: ModelProfile,
+        now: float,
+        worthwhile: Callable[[ModelProfile, Sequence[ModelProfile], float], bool],
+    ) -> Preload | None:
+        """Reserve room for ``model`` in the background, if what must go for it is idle and the load ``worthwhile``."""
+        failure = self._failures.get(model.model_id)
+        if model.model_id in self._entries or model.model_id in self._put_out:
+            return None
+        if failure is not None and now < failure.until_s:
+            return None
+        chosen = self._choose_victims(model, now, _idle)
+        if chosen is None:
+            return None
+        if not worthwhile(model, [ranked.model for ranked in chosen], now):
+            self._put_back(chosen)
+            return None
+        self._preloading += 1
+        self.counters.preloads += 1
+        return Preload(model, self._admit(model, chosen, now, uses=0, speculative=True))
+
+    def _more_useful(self, model: ModelProfile, victims: Sequence[ModelProfile], now: float) -> bool:
+        worth = self._policy.utility(model, now)
+        return all(self._policy.utility(victim, now) < worth for victim in victims)
+
     def _place(self, model: ModelProfile, now: float) -> Load | None:
         """Reserve room for ``model`` if there is, or can be, enough of it now."""
         if self._loading >= self._max_loads or model.model_id in self._entries:
@@ -406,10 +414,16 @@ class ModelCache:
             self._policy.on_evict(victim.model, now)
         pinned = model.model_id in self._pinned
         self._entries[model.model_id] = _Entry(
-            model=model, state=ModelState.LOADING, uses=uses, pinned=pinned, preload=speculative, speculative=speculative
+            model=model,
+            state=ModelState.LOADING,
+            uses=uses,
+            pinned=pinned,
+            preload=speculative,
+            speculative=speculative,
         )
         self._used_bytes += model.size_bytes
         self._failures.pop(model.model_id, None)
+        self._put_out.discard(model.model_id)
         self._policy.on_load(model, now)
         if pinned:
             self._pinned_bytes += model.size_bytes
@@ -429,7 +443,8 @@ class ModelCache:
         if missing_bytes <= 0:
             return []
         # A model that already makes way goes first: it was ranked lowest a moment ago and has been emptied since.
-        taken = [ranked for entry in self._draining if eligible(entry) and (ranked := self._ranking.take(entry.model.model_id))]
+        emptied = [self._ranking.take(entry.model.model_id) for entry in self._draining if eligible(entry)]
+        taken = [ranked for ranked in emptied if ranked is not None]
         freed_bytes = sum(ranked.model.size_bytes for ranked in taken)
         passed_over: list[Ranked] = []
         while freed_bytes < missing_bytes and (ranked := self._least_useful(now)) is not None:

@@ -10,21 +10,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.eviction_policy import EvictionPolicy
 from serve_app.core.next_use import History, NextUse
-from serve_app.core.ranking import Ranking
+from serve_app.core.ranking import Ranked, Ranking
 
 
 class _Known:
     """What the policy keeps of one model; ``worth`` is in seconds saved per second and byte."""
 
-    __slots__ = ("due_s", "history", "model", "resident", "worth")
+    __slots__ = ("due_s", "entry_s", "history", "model", "resident", "worth", "worth_per_rate")
 
     def __init__(self, model: ModelProfile, now: float) -> None:
         self.model = model
         self.history = History(now)
         self.worth = 0.0
+        self.worth_per_rate = model.load_s / model.size_bytes
         self.resident = False
-        #: When the worth is to be looked at again.
+        #: When the worth is to be looked at again, and the time of its entry in the agenda, which may be earlier.
         self.due_s = math.inf
+        self.entry_s = math.inf
 
 
 class EdgeServe(EvictionPolicy):
@@ -46,10 +48,10 @@ class EdgeServe(EvictionPolicy):
         self,
         _rng: random.Random,
         *,
-        short_s: float = 100.0,
+        short_s: float = 60.0,
         long_s: float = 86400.0,
-        margin: float = 1.5,
-        review_every_s: float = 1.0,
+        margin: float = 2.0,
+        review_every_s: float = 2.0,
     ) -> None:
         for name, value in (("short_s", short_s), ("long_s", long_s), ("review_every_s", review_every_s)):
             if value <= 0:
@@ -62,8 +64,15 @@ class EdgeServe(EvictionPolicy):
         self._next_use: NextUse | None = None
         self._known: dict[str, _Known] = {}
         self._forward_s: Mapping[str, float] = {}
+        #: Absent models, the most worthwhile first. A worth that has fallen is seen when the model surfaces.
         self._absent = Ranking(lambda model, now: -self.utility(model, now))
-        #: When to look at which model again. Of several entries for one model, that with its ``due_s`` counts.
+        #: Absent models that are not worth what must go for them, and the most useful of what must go. They are wished
+        #: for again when they rise, or when a resident falls below that.
+        self._refused: dict[str, Ranked] = {}
+        self._refused_above = 0.0
+        #: No resident that can go is worth less, as far as is known: a wish is refused without looking for victims.
+        self._floor = 0.0
+        #: When to look at which model again. Of several entries for one model, that of its ``entry_s`` counts.
         self._agenda: list[tuple[float, str]] = []
         self._fallen: list[str] = []
         self.review_s = math.inf
@@ -72,17 +81,24 @@ class EdgeServe(EvictionPolicy):
 
     def on_catalog(self, models: Iterable[ModelProfile], now: float) -> None:
         for model in models:
-            self._look_at(self._meet(model, now), now)
+            known = self._meet(model, now)
+            self._value(known, now)
+            self._schedule(known, now)
 
     def on_request(self, model: ModelProfile, now: float) -> None:
         known = self._known.get(model.model_id) or self._meet(model, now)
         self._predictor(now).request(known.history, now)
-        self._look_at(known, now)
+        self._value(known, now)
+        self._schedule(known, now)
 
     def on_load(self, model: ModelProfile, now: float) -> None:
         known = self._known.get(model.model_id) or self._meet(model, now)
         known.resident = True
         self._absent.take(model.model_id)
+        self._refused.pop(model.model_id, None)
+        self._floor = min(self._floor, known.worth)
+        self._reconsider()
+        self._schedule(known, now)
 
     def on_evict(self, model: ModelProfile, now: float) -> None:
         self.on_unload(model, now)
@@ -91,6 +107,8 @@ class EdgeServe(EvictionPolicy):
         known = self._known.get(model.model_id) or self._meet(model, now)
         known.resident = False
         self._absent.add(model, now)
+        self._reconsider()
+        self._schedule(known, now)
         self._review_at(now + self._review_every_s)
 
     def on_forward_costs(self, forward_s: Mapping[str, float]) -> None:
@@ -98,34 +116,46 @@ class EdgeServe(EvictionPolicy):
         for model_id in before.keys() | forward_s.keys():
             known = self._known.get(model_id)
             if known is not None and before.get(model_id) != forward_s.get(model_id):
-                self._value(known, known.worth * known.model.size_bytes / max(_cost_s(known.model, before), 1e-12))
+                cost_s = min(known.model.load_s, forward_s.get(model_id, known.model.load_s))
+                known.worth_per_rate = cost_s / known.model.size_bytes
+                self._value(known, known.history.counted_s)
 
     # What it is worth
 
     def utility(self, model: ModelProfile, now: float) -> float:
         known = self._known.get(model.model_id)
-        return known.worth if known else 0.0
+        if known is None:
+            return 0.0
+        if now - known.history.counted_s > self._review_every_s:
+            self._value(known, now)
+        return known.worth
 
     def fallen(self, now: float) -> Iterable[str]:
         self._review(now)
         fallen, self._fallen = self._fallen, []
         return fallen
 
-    def wishes(self, now: float) -> Iterable[ModelProfile]:
+    def wishes(self, now: float, free_bytes: int) -> Iterable[ModelProfile]:
         self._review(now)
-        self.review_s = math.inf
-        if self._agenda:
-            self._review_at(max(now + self._review_every_s, self._agenda[0][0]))
+        self.review_s = max(now + self._review_every_s, self._agenda[0][0]) if self._agenda else math.inf
         best = self._absent.pop(now)
         if best is None:
             return ()
-        self._absent.put_back(best)
-        return (best.model,) if best.key < 0 else ()
+        model, worth = best.model, -best.key
+        if worth <= 0:
+            self._absent.put_back(best)
+            return ()
+        self._refused[model.model_id] = best
+        displaced_bytes = max(0, model.size_bytes - free_bytes)
+        return (model,) if worth * model.size_bytes > self._margin * self._floor * displaced_bytes else ()
 
     def worthwhile(self, model: ModelProfile, victims: Sequence[ModelProfile], now: float) -> bool:
         gain = self.utility(model, now) * model.size_bytes
-        loss = sum(self.utility(victim, now) * victim.size_bytes for victim in victims)
+        worths = [self.utility(victim, now) for victim in victims]
+        loss = sum(worth * victim.size_bytes for worth, victim in zip(worths, victims, strict=True))
         if gain <= self._margin * loss:
+            self._refused_above = max(self._refused_above, *worths)
+            self._floor = min(worths)
             return False
         self.review_s = now
         return True
@@ -138,26 +168,53 @@ class EdgeServe(EvictionPolicy):
         while agenda and agenda[0][0] <= now:
             at_s, model_id = heapq.heappop(agenda)
             known = self._known[model_id]
-            if known.due_s == at_s:
-                self._look_at(known, now)
+            if known.entry_s != at_s:
+                continue
+            known.entry_s = math.inf
+            if known.due_s <= now:
+                self._value(known, now)
+                self._schedule(known, now)
+            elif known.due_s < math.inf:
+                self._enter(known)
 
-    def _look_at(self, known: _Known, now: float) -> None:
+    def _schedule(self, known: _Known, now: float) -> None:
+        """Decide when to look again: when the worth of a resident may fall, or that of an absent model rise."""
+        predictor = self._next_use or self._predictor(now)
+        next_look = predictor.next_fall_s if known.resident else predictor.next_rise_s
+        known.due_s = due_s = next_look(known.history, known.model.load_s, now)
+        # An entry that is too early costs less than one that is out of date: most requests only postpone.
+        if due_s < known.entry_s:
+            self._enter(known)
+
+    def _enter(self, known: _Known) -> None:
+        known.entry_s = due_s = known.due_s
+        heapq.heappush(self._agenda, (due_s, known.model.model_id))
+        if due_s < self.review_s:
+            self.review_s = due_s
+
+    def _value(self, known: _Known, now: float) -> None:
+        before = known.worth
         model = known.model
-        rate, due_s = self._predictor(now).look(known.history, model.load_s, now)
-        self._value(known, rate)
-        known.due_s = due_s
-        if due_s < math.inf:
-            heapq.heappush(self._agenda, (due_s, model.model_id))
-            if due_s < self.review_s:
-                self.review_s = due_s
-
-    def _value(self, known: _Known, rate: float) -> None:
-        before, known.worth = known.worth, rate * _cost_s(known.model, self._forward_s) / known.model.size_bytes
+        rate = (self._next_use or self._predictor(now)).rate(known.history, model.load_s, now)
+        known.worth = worth = rate * known.worth_per_rate
         if known.resident:
-            if known.worth < before:
-                self._fallen.append(known.model.model_id)
-        elif known.worth > before:
-            self._absent.renew(known.model.model_id, known.history.counted_s)
+            if worth < before:
+                self._fallen.append(model.model_id)
+                self._floor = min(self._floor, worth)
+                if worth < self._refused_above:
+                    self._reconsider()
+        elif worth > before:
+            if (refused := self._refused.pop(model.model_id, None)) is not None:
+                self._absent.put_back(refused)
+            self._absent.renew(model.model_id, now)
+
+    def _reconsider(self) -> None:
+        """Wish again for what was refused."""
+        for model_id, ranked in self._refused.items():
+            if not self._known[model_id].resident:
+                self._absent.put_back(ranked)
+        self._refused.clear()
+        self._refused_above = 0.0
 
     def _meet(self, model: ModelProfile, now: float) -> _Known:
         known = self._known.get(model.model_id)
@@ -173,7 +230,3 @@ class EdgeServe(EvictionPolicy):
 
     def _review_at(self, at_s: float) -> None:
         self.review_s = min(self.review_s, at_s)
-
-
-def _cost_s(model: ModelProfile, forward_s: Mapping[str, float]) -> float:
-    return min(model.load_s, forward_s.get(model.model_id, model.load_s))

@@ -48,7 +48,7 @@ class EvictionPolicy(ABC):
     #: When time alone gives ``wishes`` something new to say.
     review_s: float = math.inf
 
-    def wishes(self, now: float) -> Iterable[ModelProfile]:
+    def wishes(self, now: float, free_bytes: int) -> Iterable[ModelProfile]:
         """Absent models that should perhaps be loaded before anybody asks, the most worthwhile first."""
         return ()
 

@@ -18,16 +18,27 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from math import exp
 
 #: Where one age ends and the next begins, in seconds: octaves from 4 s, half octaves from 64 s to 12 days.
 AGE_EDGES_S = (0.0, 4.0, 8.0, 16.0, 32.0, *(64.0 * 2 ** (step / 2) for step in range(29)), math.inf)
 _AGES = len(AGE_EDGES_S) - 1
+#: What the endless memory holds of every model from the beginning: so many requests in so many seconds.
+_PRIOR_REQUESTS = 0.2
+_PRIOR_S = 3600.0
+#: How many requests, seen and expected, a factor starts with; more make it slower to leave 1.
+_FACTOR_PRIOR = 0.5
+#: How much of its gain a model keeps with every request.
+_GAIN_KEPT = math.exp(-1 / 50)
+#: A factor that falls to more than this share of itself is no reason to look at a rate again, for so many ages.
+_NOTICEABLE = 0.7
+_AGES_PASSED_OVER = 2
 
 
 class History:
     """What is remembered of one model."""
 
-    __slots__ = ("age", "counted_s", "expected", "fast", "gain", "last_s", "requests", "seen", "slow")
+    __slots__ = ("age", "counted_s", "expected", "factor", "fast", "gain", "last_s", "requests", "seen", "slow")
 
     def __init__(self, now: float) -> None:
         self.last_s = now
@@ -39,9 +50,10 @@ class History:
         #: Requests that the short and the long memory still hold.
         self.fast = 0.0
         self.slow = 0.0
-        #: Requests that came, and that were expected, at each age.
+        #: Requests that came, and that were expected, at each age, and what follows from them.
         self.seen = [0.0] * _AGES
         self.expected = [0.0] * _AGES
+        self.factor = [1.0] * _AGES
         #: How much better the factors would have predicted the past: a difference of log-likelihoods.
         self.gain = 0.0
 
@@ -55,27 +67,17 @@ class NextUse:
         now: when its endless memory begins.
     """
 
-    #: What the endless memory holds of every model from the beginning: so many requests in so many seconds.
-    PRIOR_REQUESTS = 0.2
-    PRIOR_S = 3600.0
-    #: How many requests, seen and expected, a factor starts with; more make it slower to leave 1.
-    FACTOR_PRIOR = 0.5
-    #: How much of its gain a model keeps with every request.
-    GAIN_KEPT = math.exp(-1 / 50)
     #: No two changes are announced closer together than this.
     STEP_S = 1e-3
 
     def __init__(self, *, short_s: float, long_s: float, now: float) -> None:
         self._fast_decay = math.log(2) / short_s
         self._slow_decay = math.log(2) / long_s
-        self._began_s = now
+        self._endless_since_s = now - _PRIOR_S
         #: For each memory: the requests that it has explained, and those that it has promised.
         self._explained = [1.0, 1.0, 1.0]
         self._promised = [3.0, 3.0, 3.0]
-        #: Rates per request that the memories hold: their weights, in seconds.
-        self._fast_weight = self._fast_decay / 3
-        self._slow_weight = self._slow_decay / 3
-        self._endless_weight = 1 / 3
+        self._weights = (1 / 3, 1 / 3, 1 / 3)
 
     def request(self, known: History, now: float) -> None:
         """The model was asked for."""
@@ -88,77 +90,96 @@ class NextUse:
         known.last_s = now
         known.age = 0
 
-    def look(self, known: History, lead_s: float, now: float) -> tuple[float, float]:
-        """The highest rate between now and ``lead_s`` seconds from now, and when to look again if no request comes."""
+    def rate(self, known: History, lead_s: float, now: float) -> float:
+        """The highest rate, in requests per second, between now and ``lead_s`` seconds from now."""
+        last_s = known.last_s
         if now > known.counted_s:
-            self._count(known, now)
-        base = (
-            self._fast_weight * known.fast
-            + self._slow_weight * known.slow
-            + self._endless_weight * (known.requests + self.PRIOR_REQUESTS) / (now - self._began_s + self.PRIOR_S)
+            if now < last_s + AGE_EDGES_S[known.age + 1]:
+                self._count_until(known, now)
+            else:
+                self._count(known, now)
+        weights, requests = self._weights, known.requests
+        rate = (
+            weights[0] * self._fast_decay * known.fast
+            + weights[1] * self._slow_decay * known.slow
+            + weights[2] * (requests + _PRIOR_REQUESTS) / (now - self._endless_since_s)
         )
+        if not requests:
+            return rate
         age = known.age
-        change_s = known.last_s + AGE_EDGES_S[age + 1]
-        if known.requests:
-            ahead = bisect_right(AGE_EDGES_S, now - known.last_s + lead_s) - 1
-            change_s = min(change_s, known.last_s + AGE_EDGES_S[ahead + 1] - lead_s)
-            seen, expected, prior = known.seen, known.expected, self.FACTOR_PRIOR
-            factor = (seen[age] + prior) / (expected[age] + prior)
-            while age < ahead:
-                age += 1
-                factor = max(factor, (seen[age] + prior) / (expected[age] + prior))
-            base *= 1 + (factor - 1) * _trust(known.gain)
-        # Sums of floats do not come out even: without the floor the same change might be announced for ever.
-        return base, max(change_s, now + self.STEP_S)
+        ahead = bisect_right(AGE_EDGES_S, now - last_s + lead_s)
+        factor = max(known.factor[age:ahead]) if ahead > age + 1 else known.factor[age]
+        return rate * (1 + (factor - 1) * _trust(known.gain))
+
+    def next_fall_s(self, known: History, lead_s: float, now: float) -> float:
+        """When ``rate`` may have fallen noticeably, if no request comes."""
+        ahead = bisect_right(AGE_EDGES_S, now - known.last_s + lead_s)
+        factor = known.factor
+        still_fine = _NOTICEABLE * max(factor[known.age : ahead])
+        furthest = min(ahead + _AGES_PASSED_OVER, _AGES)
+        while ahead < furthest and factor[ahead] > still_fine:
+            ahead += 1
+        return max(known.last_s + AGE_EDGES_S[ahead] - lead_s, now + self.STEP_S)
+
+    def next_rise_s(self, known: History, lead_s: float, now: float) -> float:
+        """When ``rate`` will rise though no request comes; infinite if never."""
+        ahead = bisect_right(AGE_EDGES_S, now - known.last_s + lead_s)
+        factor = known.factor
+        highest = max(factor[known.age : ahead])
+        for age in range(ahead, _AGES):
+            if factor[age] > highest:
+                # Sums of floats do not come out even: without the floor the same rise might be announced for ever.
+                return max(known.last_s + AGE_EDGES_S[age] - lead_s, now + self.STEP_S)
+        return math.inf
 
     def _learn(self, known: History, now: float) -> None:
-        fast, slow = self._fast_weight * known.fast, self._slow_weight * known.slow
-        endless = (
-            self._endless_weight * (known.requests + self.PRIOR_REQUESTS) / (now - self._began_s + self.PRIOR_S)
-        )
-        base = fast + slow + endless
+        weights, requests = self._weights, known.requests
+        fast = weights[0] * self._fast_decay * known.fast
+        slow = weights[1] * self._slow_decay * known.slow
+        endless = weights[2] * (requests + _PRIOR_REQUESTS) / (now - self._endless_since_s)
+        rate = fast + slow + endless
         explained, promised = self._explained, self._promised
-        explained[0] += fast / base
-        explained[1] += slow / base
-        explained[2] += endless / base
-        self._fast_weight = explained[0] / promised[0] * self._fast_decay
-        self._slow_weight = explained[1] / promised[1] * self._slow_decay
-        self._endless_weight = explained[2] / promised[2]
-        if known.requests:
-            age, prior = known.age, self.FACTOR_PRIOR
-            factor = (known.seen[age] + prior) / (known.expected[age] + prior)
-            known.gain = known.gain * self.GAIN_KEPT + math.log(factor)
-            known.seen[age] += 1
+        explained[0] += fast / rate
+        explained[1] += slow / rate
+        explained[2] += endless / rate
+        self._weights = (explained[0] / promised[0], explained[1] / promised[1], explained[2] / promised[2])
+        if requests:
+            age = known.age
+            known.gain = known.gain * _GAIN_KEPT + math.log(known.factor[age])
+            known.seen[age] = seen = known.seen[age] + 1
+            known.factor[age] = (seen + _FACTOR_PRIOR) / (known.expected[age] + _FACTOR_PRIOR)
 
     def _count(self, known: History, now: float) -> None:
         """Account for the time since ``counted_s``, age by age, in which no request came."""
-        since_s, last_s, promised = known.counted_s, known.last_s, self._promised
-        while since_s < now:
-            edge_s = last_s + AGE_EDGES_S[known.age + 1]
-            until_s = min(now, edge_s)
-            passed_s = until_s - since_s
-            if passed_s > 0:
-                fast = known.fast * math.exp(-self._fast_decay * passed_s)
-                slow = known.slow * math.exp(-self._slow_decay * passed_s)
-                endless = (known.requests + self.PRIOR_REQUESTS) * passed_s / (until_s - self._began_s + self.PRIOR_S)
-                promised[0] += known.fast - fast
-                promised[1] += known.slow - slow
-                promised[2] += endless
-                if known.requests:
-                    expected = (
-                        self._fast_weight / self._fast_decay * (known.fast - fast)
-                        + self._slow_weight / self._slow_decay * (known.slow - slow)
-                        + self._endless_weight * endless
-                    )
-                    age, prior = known.age, self.FACTOR_PRIOR
-                    factor = (known.seen[age] + prior) / (known.expected[age] + prior)
-                    known.gain -= (factor - 1) * expected
-                    known.expected[age] += expected
-                known.fast, known.slow = fast, slow
-            since_s = until_s
-            if until_s >= edge_s:
-                known.age += 1
-        known.counted_s = now
+        edge_s = known.last_s + AGE_EDGES_S[known.age + 1]
+        while edge_s <= now:
+            self._count_until(known, edge_s)
+            known.age += 1
+            edge_s = known.last_s + AGE_EDGES_S[known.age + 1]
+        self._count_until(known, now)
+
+    def _count_until(self, known: History, until_s: float) -> None:
+        passed_s = until_s - known.counted_s
+        if passed_s <= 0:
+            return
+        known.counted_s = until_s
+        fast = known.fast * (1 - exp(-self._fast_decay * passed_s))
+        slow = known.slow * (1 - exp(-self._slow_decay * passed_s))
+        requests = known.requests
+        endless = (requests + _PRIOR_REQUESTS) * passed_s / (until_s - self._endless_since_s)
+        known.fast -= fast
+        known.slow -= slow
+        promised = self._promised
+        promised[0] += fast
+        promised[1] += slow
+        promised[2] += endless
+        if requests:
+            age = known.age
+            weights = self._weights
+            news = weights[0] * fast + weights[1] * slow + weights[2] * endless
+            known.gain -= (known.factor[age] - 1) * news
+            known.expected[age] = expected = known.expected[age] + news
+            known.factor[age] = (known.seen[age] + _FACTOR_PRIOR) / (expected + _FACTOR_PRIOR)
 
 
 def _trust(gain: float) -> float:

@@ -62,6 +62,8 @@ class WorkerReport:
     loads: int
     load_failures: int
     evictions: int
+    preloads: int = 0
+    wasted_preloads: int = 0
     outcomes: Mapping[str, OutcomeCounts]
     demand: tuple[Demand, ...] = ()
 

@@ -3,6 +3,7 @@
 No ``from __future__ import annotations`` here: with it, Serve would hand the builder a plain dict.
 """
 
+import asyncio
 import logging
 import random
 import time
@@ -114,6 +115,7 @@ class _WorkerReplica:
             capacity_bytes=settings.locations[location].memory,
             policy=make_policy(settings.policy.name, random.Random(replica), **settings.policy.parameters),
             max_loads=settings.worker.parallel_loads,
+            max_preloads=settings.worker.parallel_preloads,
             max_waiting=settings.limits.waiting,
             failure_memory_s=settings.worker.failure_memory,
             pinned=[model.model_id for model in catalog.models if model.pinned],
@@ -125,7 +127,10 @@ class _WorkerReplica:
                 cache=cache,
                 backend=loader,
                 loaders=ThreadPoolExecutor(settings.worker.parallel_loads, thread_name_prefix="load"),
+                # Without preloads it starts no thread; an executor of none does not exist.
+                preloaders=ThreadPoolExecutor(max(1, settings.worker.parallel_preloads), thread_name_prefix="preload"),
                 clock=time.monotonic,
+                call_at=asyncio.get_running_loop().call_at,
                 observer=metrics,
             ),
             exec_slots=settings.worker.parallel_inferences,

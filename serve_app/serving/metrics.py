@@ -94,11 +94,11 @@ class WorkerMetrics:
         self._loads.inc(tags={**self._location, "model": model_id, "result": "failed"})
 
     def evicted(self, model_id: str, reason: str) -> None:
-        """A model has been unloaded."""
+        """A model has been unloaded, or its background load given up."""
         self._evictions.inc(tags={**self._location, "model": model_id, "reason": reason})
 
-    def preloaded(self) -> None:
-        """A model was brought in that nobody had asked for."""
+    def preloading(self) -> None:
+        """A load that nobody asked for begins."""
         self._preloads.inc(tags=self._location)
 
     def executed(self, model_id: str, queue_s: float, exec_s: float) -> None:

@@ -1,18 +1,20 @@
 """Carries out what ``ModelCache`` decides: loads in threads, unloads, and lets requests wait their turn.
 
-Everything runs on one event loop; only ``ModelBackend.load`` runs in threads.
+Everything runs on one event loop; only ``ModelBackend.load`` runs in threads. Background loads are asked for by a timer
+and have threads of their own, so that no request ever waits for a thread that works on a guess.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
+import math
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
-from serve_app.core.cache import Answer, Grant, Hit, Join, Load, ModelCache, Reject, RejectReason, Wait
+from serve_app.core.cache import Answer, Grant, Hit, Join, Load, ModelCache, ModelState, Reject, RejectReason, Wait
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.routing import Outcome
 from serve_app.errors import DoesNotFit, EdgeServeError, StoreError, Unavailable
@@ -41,8 +43,15 @@ class ModelBackend(Protocol):
         """Load one model; called in a thread, for several models at a time."""
 
 
+#: What made a model leave: room for a request's load, room for a background load, or an order by hand.
+EvictionReason = Literal["capacity", "preload", "unload"]
+
+
 class HostObserver(Protocol):
     """Is told what happened, for metrics."""
+
+    def preloading(self) -> None:
+        """A load that nobody asked for begins."""
 
     def loaded(self, model_id: str, seconds: float) -> None:
         """A load has ended well."""
@@ -50,8 +59,23 @@ class HostObserver(Protocol):
     def load_failed(self, model_id: str) -> None:
         """A load has failed."""
 
-    def evicted(self, model_id: str, reason: str) -> None:
-        """A model has been unloaded."""
+    def evicted(self, model_id: str, reason: EvictionReason) -> None:
+        """A model has been unloaded, or its background load given up."""
+
+
+class Timer(Protocol):
+    """Something that will be done later."""
+
+    def cancel(self) -> None:
+        """Do not do it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Loading:
+    """The load that brings, or has brought, a model in: what runs in the thread, and what then happens here."""
+
+    job: Future[RunnableModel]
+    task: asyncio.Task[None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +96,11 @@ class ModelHost:
     Args:
         cache: the books; nobody else may change them.
         backend: loads models.
-        loaders: threads for loads, at least as many as the cache's ``max_loads``.
+        loaders: threads for loads that requests wait for, at least as many as the cache's ``max_loads``.
+        preloaders: threads for background loads, as many as the cache's ``max_preloads``. One that was given up for a
+            request holds its thread, and memory beyond the books, until it ends; more threads would be more of those.
         clock: monotonic seconds.
+        call_at: calls a function at a time of ``clock``; an event loop's own.
         observer: is told of loads and evictions.
     """
 
@@ -83,17 +110,38 @@ class ModelHost:
         cache: ModelCache,
         backend: ModelBackend,
         loaders: Executor,
+        preloaders: Executor,
         clock: Callable[[], float],
+        call_at: Callable[[float, Callable[[], None]], Timer],
         observer: HostObserver,
     ) -> None:
         self.cache = cache
         self._backend = backend
         self._loaders = loaders
+        self._preloaders = preloaders
         self._clock = clock
+        self._call_at = call_at
         self._observer = observer
         self._runnables: dict[str, RunnableModel] = {}
-        self._loads: dict[str, asyncio.Task[RunnableModel]] = {}
+        self._loads: dict[str, _Loading] = {}
+        #: Background loads that gave way to a request and whose threads still run.
+        self._given_up: dict[str, _Loading] = {}
+        #: Models whose last load failed, which has been logged.
+        self._broken: set[str] = set()
+        self._timer: Timer | None = None
+        self._timer_s = math.inf
+        self._is_closed = False
         self._waiters: dict[int, asyncio.Future[Answer]] = {}
+
+    def know(self, models: Iterable[ModelProfile]) -> None:
+        """These models can be asked for, and preloaded."""
+        self.cache.know(models, self._clock())
+        self._set_timer()
+
+    def forward_costs(self, forward_s: Mapping[str, float]) -> None:
+        """What a forward to the next holder of a model costs; see ``ModelCache.forward_costs``."""
+        self.cache.forward_costs(forward_s)
+        self._set_timer()
 
     async def acquire(self, model: ModelProfile) -> Lease:
         """Bring a user's model into memory and pin it.
@@ -127,7 +175,13 @@ class ModelHost:
         self._carry_out(grants)
 
     def close(self) -> None:
-        """Unload everything that is not being loaded."""
+        """Unload everything that is not being loaded for a request, and preload no more."""
+        self._is_closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for model in self.cache.models():
+            if model.state is ModelState.LOADING and not model.uses:
+                self._give_up(model.model_id)
         for model_id in list(self._runnables):
             self._runnables.pop(model_id).unload()
 
@@ -141,10 +195,11 @@ class ModelHost:
 
     async def _lease(self, model: ModelProfile, answer: Answer | Wait) -> Lease:
         asked_s = self._clock()
+        self._set_timer()
         if isinstance(answer, Wait):
             answer = await self._wait(model.model_id, answer.ticket)
         elif isinstance(answer, Load):
-            self._start_load(model.model_id, answer)
+            self._start(model.model_id, answer.victims, "capacity")
         began_s = self._clock()
         match answer:
             case Hit():
@@ -186,15 +241,15 @@ class ModelHost:
 
     async def _loaded(self, model_id: str) -> None:
         """Wait for the load under way. A request that is cancelled meanwhile gives its pin back when it ends."""
-        task = self._loads[model_id]
+        task = self._loads[model_id].task
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
             self._finish_after(task, model_id)
             raise
 
-    def _finish_after(self, task: asyncio.Task[RunnableModel], model_id: str) -> None:
-        def finish(ended: asyncio.Task[RunnableModel]) -> None:
+    def _finish_after(self, task: asyncio.Task[None], model_id: str) -> None:
+        def finish(ended: asyncio.Task[None]) -> None:
             if not ended.cancelled() and ended.exception() is None:
                 self._finish(model_id)
 
@@ -207,13 +262,14 @@ class ModelHost:
         """Act on the answers of those who waited, and wake them."""
         for grant in grants:
             if isinstance(grant.answer, Load):
-                self._start_load(grant.model_id, grant.answer)
+                self._start(grant.model_id, grant.answer.victims, "capacity")
         for grant in grants:
             waiter = self._waiters.get(grant.ticket)
             if waiter is None or waiter.done():
                 self._abandon(grant.model_id, grant.answer)
             else:
                 waiter.set_result(grant.answer)
+        self._set_timer()
 
     def _abandon(self, model_id: str, answer: Answer) -> None:
         """Nobody wants this answer any more: give its pin back."""
@@ -221,39 +277,97 @@ class ModelHost:
             case Hit():
                 self._finish(model_id)
             case Join() | Load():
-                self._finish_after(self._loads[model_id], model_id)
+                self._finish_after(self._loads[model_id].task, model_id)
             case Reject():
                 pass
 
-    def _start_load(self, model_id: str, load: Load) -> None:
-        for victim in load.victims:
-            self._drop(victim, "capacity")
-        task = asyncio.get_running_loop().create_task(self._load(model_id), name=f"load {model_id}")
-        self._loads[model_id] = task
+    def _set_timer(self) -> None:
+        """Have ``_review`` called when it is due. A timer that goes off too early is left: it sets itself anew."""
+        due_s = self.cache.review_s
+        if due_s < self._timer_s and not self._is_closed:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer, self._timer_s = self._call_at(due_s, self._review), due_s
 
-    async def _load(self, model_id: str) -> RunnableModel:
+    def _review(self) -> None:
+        """Begin the background loads that the cache now wants."""
+        self._timer, self._timer_s = None, math.inf
+        now = self._clock()
+        if self.cache.review_s <= now:
+            while (preload := self.cache.next_preload(now)) is not None:
+                self._observer.preloading()
+                self._start(preload.model.model_id, preload.victims, "preload")
+        self._set_timer()
+
+    def _start(self, model_id: str, victims: Iterable[str], reason: EvictionReason) -> None:
+        for victim in victims:
+            self._drop(victim, reason)
+        # A load of this model that was given up and still runs will do: the backend must not run two at a time.
+        if model_id in self._given_up:
+            self._loads[model_id] = self._given_up.pop(model_id)
+        else:
+            self._loads[model_id] = self._begin(model_id, background=reason == "preload")
+
+    def _begin(self, model_id: str, *, background: bool) -> _Loading:
+        job: Future[RunnableModel]
+        try:
+            job = (self._preloaders if background else self._loaders).submit(self._backend.load, model_id)
+        except RuntimeError as error:
+            # No thread could be started. The model is in the books, so this must come out where failed loads do.
+            job = Future()
+            job.set_exception(error)
+        task = asyncio.get_running_loop().create_task(self._load(model_id, job, background), name=f"load {model_id}")
+        # Nobody may be waiting for it, and then nobody but us looks at its failure.
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        return _Loading(job, task)
+
+    async def _load(self, model_id: str, job: Future[RunnableModel], background: bool) -> None:
         began_s = self._clock()
         try:
-            runnable = await asyncio.get_running_loop().run_in_executor(self._loaders, self._backend.load, model_id)
+            runnable = await asyncio.wrap_future(job)
         except Exception as error:
-            detail = str(error) if isinstance(error, EdgeServeError) else f"{type(error).__name__}: {error}"
-            logger.exception("loading %s failed", model_id)
-            self._observer.load_failed(model_id)
-            self._carry_out(self.cache.failed(model_id, detail, self._clock()))
-            raise StoreError(f"model {model_id} cannot be loaded: {detail}") from error
-        self._runnables[model_id] = runnable
+            raise self._failed(model_id, error, background) from error
+        self._broken.discard(model_id)
         self._observer.loaded(model_id, self._clock() - began_s)
+        if self._given_up.pop(model_id, None) is not None:
+            _unload(model_id, runnable)
+            return
+        self._runnables[model_id] = runnable
         self._carry_out(self.cache.loaded(model_id, self._clock()))
-        return runnable
 
-    def _drop(self, model_id: str, reason: str) -> None:
-        try:
-            self._runnables.pop(model_id).unload()
-        except Exception:
-            # It is out of the books already, and the load or the requests that need its place must go on.
-            logger.exception("unloading %s failed", model_id)
-        self._loads.pop(model_id, None)
+    def _failed(self, model_id: str, error: Exception, background: bool) -> StoreError:
+        detail = str(error) if isinstance(error, EdgeServeError) else f"{type(error).__name__}: {error}"
+        if not background or model_id not in self._broken:
+            # The policy may wish for the same model again and again: one line says it all.
+            logger.error("loading %s failed", model_id, exc_info=error)
+        self._broken.add(model_id)
+        self._observer.load_failed(model_id)
+        if self._given_up.pop(model_id, None) is None:
+            self._carry_out(self.cache.failed(model_id, detail, self._clock()))
+        return StoreError(f"model {model_id} cannot be loaded: {detail}")
+
+    def _drop(self, model_id: str, reason: EvictionReason) -> None:
+        runnable = self._runnables.pop(model_id, None)
+        if runnable is None:
+            self._give_up(model_id)
+        else:
+            del self._loads[model_id]
+            _unload(model_id, runnable)
         self._observer.evicted(model_id, reason)
+
+    def _give_up(self, model_id: str) -> None:
+        """Let a background load that nobody has joined run out, and what it brings in be dropped."""
+        loading = self._loads.pop(model_id)
+        if not loading.job.cancel():
+            self._given_up[model_id] = loading
+
+
+def _unload(model_id: str, runnable: RunnableModel) -> None:
+    try:
+        runnable.unload()
+    except Exception:
+        # It is out of the books already, and the load or the requests that need its place must go on.
+        logger.exception("unloading %s failed", model_id)
 
 
 def _error(reject: Reject) -> EdgeServeError:

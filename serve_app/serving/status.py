@@ -41,6 +41,8 @@ def _location(view: View, name: str) -> dict[str, Any]:
         "loads": counts.loads,
         "forwards": counts.forwards,
         "evictions": sum(report.evictions for report in reports),
+        "preloads": sum(report.preloads for report in reports),
+        "wasted_preloads": sum(report.wasted_preloads for report in reports),
         "model_loads": sum(report.loads for report in reports),
         "load_failures": sum(report.load_failures for report in reports),
     }

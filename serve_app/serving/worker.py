@@ -98,7 +98,8 @@ class Worker:
         self._reporting: asyncio.Task[None] | None = None
 
     def start(self, report_every_s: float) -> None:
-        """Begin to report; needs a running event loop."""
+        """Begin to report, and to preload what is worth it; needs a running event loop."""
+        self._host.know(self._catalog.profiles().values())
         self._reporting = asyncio.get_running_loop().create_task(every(report_every_s, self._report))
 
     async def stop(self) -> None:
@@ -151,8 +152,8 @@ class Worker:
         for model in self._catalog.models:
             if model.pinned:
                 try:
+                    self._metrics.preloading()
                     await self._host.preload(model.profile)
-                    self._metrics.preloaded()
                 except EdgeServeError as error:
                     logger.error("pinned model %s is not loaded: %s", model.model_id, error)
 
@@ -185,6 +186,8 @@ class Worker:
             loads=cache.counters.loads,
             load_failures=cache.counters.load_failures,
             evictions=cache.counters.evictions,
+            preloads=cache.counters.preloads,
+            wasted_preloads=cache.counters.wasted_preloads,
             outcomes=dict(self._outcomes),
             demand=demand,
         )
@@ -263,7 +266,7 @@ class Worker:
                 self._demand[demand.location, demand.model_id] += demand.count
             return
         self._view.apply(delta, self._clock())
-        self._host.cache.forward_costs(forward_costs(self._identity.location, self._view, self._rules))
+        self._host.forward_costs(forward_costs(self._identity.location, self._view, self._rules))
 
     def _measure(self, report: WorkerReport) -> None:
         self._metrics.used_bytes.set(report.used_bytes)

@@ -41,6 +41,7 @@ class Case:
     share: float
     policy: str
     seed: int
+    exec_slots: int = 2
 
     @property
     def capacity_bytes(self) -> int:
@@ -52,6 +53,7 @@ class Case:
         options = FullOptions(
             make_cache=self._cache,
             coordination=mode,
+            exec_slots=self.exec_slots,
             links=geographic_links(self.trace.locations, seed=self.seed),
         )
         return simulate_full(self.trace, self.profiles, options)
@@ -100,6 +102,7 @@ def first_requests(trace: Trace, count: int) -> Trace:
     "--share", type=click.FloatRange(0, min_open=True), multiple=True, default=(0.10, 0.25), show_default=True
 )
 @click.option("--policy", type=click.Choice(list(POLICIES)), multiple=True, default=("lru", "gdsf", "edgeserve"))
+@click.option("--exec-slots", type=click.IntRange(1), default=2, show_default=True, help="Executions at a time.")
 @click.option("--requests", type=click.IntRange(1), default=8_000, show_default=True, help="At most, of each trace.")
 @click.option("--seed", type=click.IntRange(0, 2**63), default=0, show_default=True)
 def main(
@@ -110,6 +113,7 @@ def main(
     locations: Sequence[int],
     share: Sequence[float],
     policy: Sequence[str],
+    exec_slots: int,
     requests: int,
     seed: int,
 ) -> None:
@@ -126,18 +130,23 @@ def main(
             for count in locations:
                 trace = split(whole, count, seed=seed, skew=sticky)
                 click.echo(_heading(spec, trace, sticky))
-                for case in _cases(trace, profiles, share, policy, seed):
+                for case in _cases(trace, profiles, share, policy, seed, exec_slots):
                     click.echo(_line(case, {mode: case.run(mode) for mode in _MODES}))
     except (EdgeServeError, ValueError) as error:
         raise click.ClickException(str(error)) from None
 
 
 def _cases(
-    trace: Trace, profiles: tuple[ModelProfile, ...], shares: Sequence[float], policies: Sequence[str], seed: int
+    trace: Trace,
+    profiles: tuple[ModelProfile, ...],
+    shares: Sequence[float],
+    policies: Sequence[str],
+    seed: int,
+    exec_slots: int,
 ) -> Iterator[Case]:
     for share in shares:
         for policy in policies:
-            yield Case(trace=trace, profiles=profiles, share=share, policy=policy, seed=seed)
+            yield Case(trace=trace, profiles=profiles, share=share, policy=policy, seed=seed, exec_slots=exec_slots)
 
 
 def _heading(spec: str, trace: Trace, skew: float) -> str:

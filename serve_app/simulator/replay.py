@@ -23,7 +23,7 @@ _STRIDE = 20_000
 
 @dataclass(slots=True, kw_only=True)
 class Tally:
-    """What came of a replay. ``rejected`` counts the misses of models that are larger than the memory."""
+    """What came of a replay. ``rejected`` counts the misses of models that memory has no room for: they are not kept."""
 
     requests: int = 0
     hits: int = 0
@@ -81,7 +81,7 @@ class _Location:
     cache: ModelCache
     profiles: Sequence[ModelProfile]
     tally: Tally = field(default_factory=Tally)
-    #: Preloads under way: when each ends, in order, and the same by model.
+    #: Preloads under way, those that gave way to a request included: when each ends, in order, and the same by model.
     _endings: list[tuple[float, str]] = field(default_factory=list)
     _ends_s: dict[str, float] = field(default_factory=dict)
 
@@ -89,13 +89,14 @@ class _Location:
         cache, profiles, tally, endings = self.cache, self.profiles, self.tally, self._endings
         request, finish = cache.request, cache.finish
         cache.know(profiles, 0.0)
-        done = 0
+        done, before_s = 0, 0.0
         for now, number in zip(arrival_s, model, strict=True):
             if now >= cache.review_s or (endings and now >= endings[0][0]):
-                self._until(now)
+                self._until(before_s, now)
+            before_s = now
             profile = profiles[number]
             answer = request(profile, now)
-            if type(answer) is Hit:
+            if isinstance(answer, Hit):
                 tally.hits += 1
                 finish(profile.model_id, now)
             else:
@@ -120,7 +121,8 @@ class _Location:
         match answer:
             case Load():
                 self.tally.misses += 1
-                self._waited(profile, profile.load_s)
+                # A preload of it that gave way and is still under way is taken back.
+                self._waited(profile, self._ends_s.pop(profile.model_id, now + profile.load_s) - now)
                 self.cache.loaded(profile.model_id, now)
                 self.cache.finish(profile.model_id, now)
             case Join():
@@ -128,38 +130,45 @@ class _Location:
                 self._waited(profile, self._ends_s[profile.model_id] - now)
                 self.cache.finish(profile.model_id, now)
             case Reject():
-                self.tally.misses += 1
-                self.tally.rejected += 1
-                self._waited(profile, profile.load_s)
-            case Wait():
-                raise AssertionError("a request waits though nothing is in use")
+                self._rejected(profile)
+            case Wait(ticket=ticket):
+                # Only where a preload that was joined fills the memory; nothing queues in this model of time.
+                self.cache.give_up(ticket, now)
+                self._rejected(profile)
+
+    def _rejected(self, profile: ModelProfile) -> None:
+        self.tally.misses += 1
+        self.tally.rejected += 1
+        self._waited(profile, profile.load_s)
 
     def _waited(self, profile: ModelProfile, wait_s: float) -> None:
         self.tally.load_s += wait_s
         self.tally.waited_latency_s.append(wait_s + profile.exec_s)
         self.tally.at_once[profile.exec_s] -= 1
 
-    def _until(self, now: float) -> None:
-        """Let the background work happen that is due by ``now``, each at its time."""
+    def _until(self, before_s: float, now: float) -> None:
+        """Let the background work happen that is due by ``now``, each at its time, and nothing before ``before_s``."""
         while True:
-            review_s = self.cache.review_s
+            # It may be in the past: a review that was due waits until a preload has ended, or given way to a request.
+            review_s = max(self.cache.review_s, before_s)
             ending_s = self._endings[0][0] if self._endings else math.inf
-            due_s = min(review_s, ending_s)
-            if due_s > now:
+            before_s = min(review_s, ending_s)
+            if before_s > now:
                 return
             if ending_s <= review_s:
                 self._ended(*heapq.heappop(self._endings))
-            while (preload := self.cache.next_preload(due_s)) is not None:
-                self._started(preload.model, preload.victims, due_s)
+                continue
+            while (preload := self.cache.next_preload(review_s)) is not None:
+                self._started(preload.model, review_s)
 
-    def _started(self, model: ModelProfile, victims: Sequence[str], now: float) -> None:
-        for victim in victims:
-            self._ends_s.pop(victim, None)
-        self._ends_s[model.model_id] = now + model.load_s
-        heapq.heappush(self._endings, (now + model.load_s, model.model_id))
-        self.tally.preload_s += model.load_s
+    def _started(self, model: ModelProfile, now: float) -> None:
+        if model.model_id not in self._ends_s:
+            self._ends_s[model.model_id] = now + model.load_s
+            heapq.heappush(self._endings, (now + model.load_s, model.model_id))
+            self.tally.preload_s += model.load_s
 
     def _ended(self, at_s: float, model_id: str) -> None:
-        if self._ends_s.get(model_id) == at_s and self.cache.state(model_id) is ModelState.LOADING:
-            self.cache.loaded(model_id, at_s)
+        if self._ends_s.get(model_id) == at_s:
             del self._ends_s[model_id]
+            if self.cache.state(model_id) is ModelState.LOADING:
+                self.cache.loaded(model_id, at_s)

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve_app.config import parse_duration, parse_size
+from serve_app.config import parse_parameters, parse_size
 from serve_app.core.cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.eviction_policy import EvictionPolicy
-from serve_app.core.policies import ORACLES, POLICIES, make_policy, policy_parameters
+from serve_app.core.policies import ORACLES, POLICIES, make_policy
 from serve_app.simulator.oracles import Belady, BeladyAm, next_uses
 from serve_app.workload.locations import split
 from serve_app.workload.profiles import DEFAULT_PROFILES, assign, read_profiles
@@ -24,7 +24,6 @@ ALL_POLICIES = (*POLICIES, *ORACLES)
 #: Stands for all of them.
 EVERY_POLICY = "all"
 _ORACLE_CLASSES: dict[str, Callable[[Sequence[float]], EvictionPolicy]] = {"belady": Belady, "belady-am": BeladyAm}
-_PLAIN_NUMBER = re.compile(r"-?\d{1,15}(\.\d{1,15})?", re.ASCII)
 _PERCENT = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*%", re.ASCII)
 
 
@@ -176,28 +175,15 @@ def _parse_policy(label: str) -> PolicyChoice:
 
 
 def _parameters(name: str, text: str) -> dict[str, float]:
-    taken = {key.removesuffix("_s"): key for key in policy_parameters(name)}
-    parameters: dict[str, float] = {}
+    written: dict[str, str] = {}
     for part in text.split("&"):
-        written, equals, value = part.partition("=")
-        # In code a duration's name ends in _s; what is read there can be typed here, as a number of seconds.
-        is_code = written.endswith("_s") and written in taken.values()
-        key = written if is_code else taken.get(written)
-        if not equals or key is None:
-            raise ValueError(
-                f"policy {name!r} does not take {part!r}; it takes "
-                f"{', '.join(f'{each}=...' for each in taken) or 'no parameters'}"
-            )
-        if key in parameters:
-            raise ValueError(f"policy {name!r}: {written} stands twice")
-        parameters[key] = parse_duration(f"{value}s" if is_code else value) if key.endswith("_s") else _number(value)
-    return parameters
-
-
-def _number(text: str) -> float:
-    if not _PLAIN_NUMBER.fullmatch(text):
-        raise ValueError(f"{text!r} is not a number")
-    return float(text)
+        key, equals, value = part.partition("=")
+        if key in written:
+            raise ValueError(f"policy {name!r}: {key} stands twice")
+        if not equals:
+            raise ValueError(f"policy {name!r}: {part!r} has no value; write it like {key}=...")
+        written[key] = value
+    return parse_parameters(name, written)
 
 
 def _parse_capacity(text: str) -> Capacity:

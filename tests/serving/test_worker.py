@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -15,8 +15,9 @@ from deployment_support import encoded
 from fakes import CLASSES, FakeLink, FakeMetrics, published, view
 from PIL import Image
 
-from serve_app.core.cache import ModelCache
-from serve_app.core.catalog import Catalog
+from serve_app.core.cache import ModelCache, ModelState
+from serve_app.core.catalog import Catalog, ModelProfile
+from serve_app.core.eviction_policy import EvictionPolicy
 from serve_app.core.policies import make_policy
 from serve_app.core.routing import Link, Outcome, RoutingRules
 from serve_app.errors import DeadlineExceeded, DoesNotFit, InvalidRequest, StoreError
@@ -66,18 +67,55 @@ class FakeBackend:
         return FakeModel(self.gate)
 
 
+class WishesForAll(EvictionPolicy):
+    """Wants everything in memory that fits into it."""
+
+    def __init__(self) -> None:
+        self._models: tuple[ModelProfile, ...] = ()
+
+    def on_catalog(self, models: Iterable[ModelProfile], now: float) -> None:
+        self._models = tuple(models)
+        self.review_s = now
+
+    def utility(self, model: ModelProfile, now: float) -> float:
+        return 1.0
+
+    def wishes(self, now: float, free_bytes: int) -> Iterable[ModelProfile]:
+        self.review_s = now + 3600
+        return [model for model in self._models if model.size_bytes <= free_bytes]
+
+    def worthwhile(self, model: ModelProfile, victims: Sequence[ModelProfile], now: float) -> bool:
+        self.review_s = now
+        return not victims
+
+
 @asynccontextmanager
-async def running(backend: FakeBackend, link: FakeLink | None = None, capacity: int = 250) -> AsyncIterator[Worker]:
+async def running(
+    backend: FakeBackend,
+    link: FakeLink | None = None,
+    capacity: int = 250,
+    policy: EvictionPolicy | None = None,
+) -> AsyncIterator[Worker]:
     """A worker with memory for two of its models; at the end every pin must be back and the bytes add up."""
     catalog = Catalog((*map(published, "abc"), published("huge", size_bytes=9999)))
-    cache = ModelCache(capacity_bytes=capacity, policy=make_policy("lru", random.Random(0)), failure_memory_s=60)
+    cache = ModelCache(
+        capacity_bytes=capacity, policy=policy or make_policy("lru", random.Random(0)), failure_memory_s=60
+    )
     metrics = FakeMetrics()
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(2) as loaders:
         worker = Worker(
             identity=WorkerIdentity(location="paris", replica="paris-1"),
             catalog=catalog,
-            host=ModelHost(cache=cache, backend=backend, loaders=loaders, clock=loop.time, observer=metrics),
+            host=ModelHost(
+                cache=cache,
+                backend=backend,
+                loaders=loaders,
+                preloaders=loaders,
+                clock=loop.time,
+                call_at=loop.call_at,
+                observer=metrics,
+            ),
             exec_slots=1,
             link=link or FakeLink(),
             rules=RoutingRules(
@@ -251,6 +289,25 @@ async def test_demand_that_the_coordinator_missed_is_reported_again() -> None:
         link.delta = view()
         await worker._report()
         assert [sum(demand.count for demand in report.demand) for report in link.reports] == [1, 1]
+
+
+async def test_a_worker_that_starts_preloads_what_its_policy_wishes_for() -> None:
+    backend = FakeBackend()
+    backend.broken.add("b")
+    async with running(backend, policy=WishesForAll()) as worker:
+        assert worker.report().models == {}
+        worker.start(report_every_s=60.0)
+        async with asyncio.timeout(10):
+            while not _are_ready(worker, "a", "c"):  # noqa: ASYNC110 - the cache has no events
+                await asyncio.sleep(0)
+        assert isinstance(await worker.infer(work("b")), Refused)
+        assert (await worker.infer(work("c"))).outcome is Outcome.HIT
+    assert backend.loads == ["a", "b", "c"]
+
+
+def _are_ready(worker: Worker, *model_ids: str) -> bool:
+    models = worker.report().models
+    return all(model_id in models and models[model_id].state is ModelState.READY for model_id in model_ids)
 
 
 async def test_a_worker_that_stops_leaves_the_directory() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from serve_app.core.cache import ModelCache, ModelState, ResidentModel
 from serve_app.core.catalog import ModelProfile
@@ -11,10 +11,14 @@ from serve_app.core.reports import Demand, OutcomeCounts, WorkerReport
 
 
 class Ranked(EvictionPolicy):
-    """A policy that does what the test says: ``worth`` is the utility of each model, 0 where it says nothing."""
+    """A policy that does what the test says: ``worth`` is the utility of each model, 0 where it says nothing.
+
+    It wishes for the models in ``wanted``, and finds what is worth more than all victims together worthwhile.
+    """
 
     def __init__(self, **worth: float) -> None:
         self.worth = dict(worth)
+        self.wanted: list[ModelProfile] = []
         self.told: list[tuple[str, str]] = []
         self.forward_s: Mapping[str, float] = {}
 
@@ -33,8 +37,26 @@ class Ranked(EvictionPolicy):
     def on_forward_costs(self, forward_s: Mapping[str, float]) -> None:
         self.forward_s = forward_s
 
+    def on_catalog(self, models: Iterable[ModelProfile], now: float) -> None:
+        self.told += [("know", model.model_id) for model in models]
+
     def utility(self, model: ModelProfile, now: float) -> float:
         return self.worth.get(model.model_id, 0.0)
+
+    def fallen(self, now: float) -> Iterable[str]:
+        return tuple(self.worth)
+
+    def wishes(self, now: float, free_bytes: int) -> Iterable[ModelProfile]:
+        return tuple(self.wanted)
+
+    def worthwhile(self, model: ModelProfile, victims: Sequence[ModelProfile], now: float) -> bool:
+        return self.utility(model, now) > sum(self.utility(victim, now) for victim in victims)
+
+
+class Sparing(Ranked):
+    """The same, but of several victims only the largest that suffice go."""
+
+    spares_small = True
 
 
 def profile(
@@ -94,5 +116,5 @@ def assert_books_balance(cache: ModelCache) -> None:
     models = cache.models()
     assert cache.used_bytes == sum(model.size_bytes for model in models) <= cache.capacity_bytes
     gone = cache.counters.load_failures + cache.counters.evictions + cache.counters.unloads
-    assert cache.counters.loads - gone == len(models)
+    assert cache.counters.loads + cache.counters.preloads - gone == len(models)
     assert all(model.uses >= 0 for model in models)

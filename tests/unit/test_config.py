@@ -20,6 +20,7 @@ from serve_app.config import (
     load_token,
     load_yaml,
     parse_duration,
+    parse_parameters,
     parse_size,
     preset,
     ray_address,
@@ -130,8 +131,8 @@ def test_an_edge_file_is_read_whole(write: Write) -> None:
                 default_location="tokyo",
                 links=[{"between": ["paris", "tokyo"], "rtt": "120ms", "bandwidth": "10MB"}],
                 default_link={"rtt": "5ms", "bandwidth": "1MB"},
-                policy={"name": "edgeserve", "half_life": "2min"},
-                worker={"parallel_loads": 3, "failure_memory": "1s"},
+                policy={"name": "edgeserve", "short": "2min", "margin": 3},
+                worker={"parallel_loads": 3, "parallel_preloads": 0, "failure_memory": "1s"},
                 coordinator={"horizon": "20s"},
                 limits={"body": "1MiB", "batch": 4},
             )
@@ -140,8 +141,9 @@ def test_an_edge_file_is_read_whole(write: Write) -> None:
     assert settings.gateway_location == "tokyo"
     assert settings.core_links() == {("paris", "tokyo"): Link(rtt_s=0.12, bytes_per_s=10_000_000)}
     assert settings.core_default_link() == Link(rtt_s=0.005, bytes_per_s=1_000_000)
-    assert settings.policy.parameters == {"half_life_s": 120.0}
-    assert (settings.worker.parallel_loads, settings.worker.failure_memory) == (3, 1.0)
+    assert settings.policy.parameters == {"short_s": 120.0, "margin": 3.0}
+    worker = settings.worker
+    assert (worker.parallel_loads, worker.parallel_preloads, worker.failure_memory) == (3, 0, 1.0)
     assert settings.coordinator.horizon == 20.0
     assert (settings.limits.body, settings.limits.batch) == (2**20, 4)
 
@@ -188,11 +190,25 @@ def test_an_unknown_key_is_named_with_those_that_exist(
 
 
 def test_an_unknown_key_of_a_policy_is_named_with_those_that_exist(write: Write) -> None:
-    assert refusal(load_edge, write(edge(policy={"name": "edgeserve", "half_live": "1s"}))) == (
-        "policy: unknown key half_live; policy edgeserve takes half_life"
+    assert refusal(load_edge, write(edge(policy={"name": "edgeserve", "shorts": "1s"}))) == (
+        "policy: unknown key shorts; policy edgeserve takes short, long, margin, review_every"
     )
-    assert refusal(load_edge, write(edge(policy={"name": "lru", "half_life": "1s"}))) == (
-        "policy: unknown key half_life; policy lru takes no parameters"
+    assert refusal(load_edge, write(edge(policy={"name": "lru", "short": "1s"}))) == (
+        "policy: unknown key short; policy lru takes no parameters"
+    )
+
+
+@pytest.mark.parametrize(
+    "written",
+    [{"short": "100s", "margin": 1.5}, {"short_s": 100, "margin": "1.5"}, {"short_s": "100.0", "margin": 1.5}],
+)
+def test_what_is_no_duration_of_a_policy_is_a_number(written: dict[str, Any]) -> None:
+    assert parse_parameters("edgeserve", written) == {"short_s": 100.0, "margin": 1.5}
+
+
+def test_a_policy_that_knows_the_future_serves_nobody(write: Write) -> None:
+    assert refusal(load_edge, write(edge(policy={"name": "belady-am"}))) == (
+        "policy: policy 'belady-am' knows the future: it exists in edgeserve simulate only; use edgeserve"
     )
 
 
@@ -223,10 +239,17 @@ def test_an_unknown_key_of_a_policy_is_named_with_those_that_exist(write: Write)
         ),
         ({"default_link": {"rtt": 2}}, "default_link.rtt: 2 is not a duration; write it like 250ms"),
         ({"default_link": {"bandwidth": "0B"}}, "default_link.bandwidth: .*greater than 0"),
-        ({"policy": {"name": "lifo"}}, "policy: unknown policy 'lifo'; there are lru, "),
+        ({"policy": {"name": "lifo"}}, "policy: unknown policy 'lifo'; there are random, "),
         ({"policy": "lru"}, "policy: "),
-        ({"policy": {"name": "edgeserve", "half_life": "soon"}}, "policy: 'soon' is not a duration"),
-        ({"policy": {"name": "edgeserve", "half_life": "0s"}}, "policy: half_life_s must be positive"),
+        ({"policy": {"name": "edgeserve", "short": "soon"}}, "policy: short: 'soon' is not a duration"),
+        ({"policy": {"name": "edgeserve", "short": 100}}, "policy: short: 100 is not a duration"),
+        ({"policy": {"name": "edgeserve", "short": "0s"}}, "policy: short_s must be positive"),
+        ({"policy": {"name": "edgeserve", "short_s": "100s"}}, "policy: short_s: '100s' is not a number"),
+        ({"policy": {"name": "edgeserve", "margin": "2s"}}, "policy: margin: '2s' is not a number"),
+        ({"policy": {"name": "edgeserve", "margin": True}}, "policy: margin: True is not a number"),
+        ({"policy": {"name": "edgeserve", "margin": 0.5}}, "policy: margin must be at least 1"),
+        ({"policy": {"name": "edgeserve", "short": "1s", "short_s": 1}}, "policy: short_s stands twice"),
+        ({"worker": {"parallel_preloads": -1}}, "worker.parallel_preloads: "),
         ({"coordinator": {"report_every": "0s"}}, "coordinator.report_every: .*greater than 0"),
         ({"coordinator": {"report_every": "3s"}}, "coordinator: stale_after must be longer than report_every"),
         ({"limits": {"batch": 0}}, "limits.batch: "),

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Callable, Coroutine
+import logging
+import math
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Executor, Future
 from typing import Any
 
@@ -62,10 +64,18 @@ class Loads(Executor):
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         assert function == self.load
         (model_id,) = args
+        job: Future[Any] = Future()
+        assert self.begin(f"load {model_id}", model_id, job)
+        return job
+
+    def begin(self, event: str, model_id: str, job: Future[Any]) -> bool:
+        """Run ``job``, unless it was cancelled before."""
+        if not job.set_running_or_notify_cancel():
+            return False
         assert model_id not in self._under_way, f"{model_id} is loaded twice at a time"
-        self.events.append(f"load {model_id}")
-        self._under_way[model_id] = Future()
-        return self._under_way[model_id]
+        self.events.append(event)
+        self._under_way[model_id] = job
+        return True
 
     @property
     def under_way(self) -> list[str]:
@@ -83,9 +93,65 @@ class Loads(Executor):
         return [event.removeprefix("load ") for event in self.events if event.startswith("load ")]
 
 
+class Preloads(Executor):
+    """The one thread for background loads. They end like all ``loads``; those behind the first wait."""
+
+    def __init__(self, loads: Loads) -> None:
+        self._loads = loads
+        self._queue: list[tuple[str, Future[Any]]] = []
+        self._running: Future[Any] | None = None
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        assert function == self._loads.load
+        (model_id,) = args
+        job: Future[Any] = Future()
+        self._queue.append((model_id, job))
+        self._go_on()
+        return job
+
+    def _go_on(self) -> None:
+        while self._queue and (self._running is None or self._running.done()):
+            model_id, job = self._queue.pop(0)
+            if self._loads.begin(f"preload {model_id}", model_id, job):
+                self._running = job
+                job.add_done_callback(lambda _: self._go_on())
+
+
+class Wishing(Ranked):
+    """A policy that wishes for each model in ``wanted`` once, whatever must go for it."""
+
+    def on_load(self, model: ModelProfile, now: float) -> None:
+        super().on_load(model, now)
+        self.wanted = [wanted for wanted in self.wanted if wanted != model]
+
+    def wishes(self, now: float, free_bytes: int) -> Iterable[ModelProfile]:
+        self.told.append(("review", f"{now:g}"))
+        self.review_s = math.inf
+        return tuple(self.wanted)
+
+    def worthwhile(self, model: ModelProfile, victims: Sequence[ModelProfile], now: float) -> bool:
+        self.review_s = now
+        return True
+
+
+class ManualTimer:
+    """Goes off when the bench says so."""
+
+    def __init__(self, when_s: float, callback: Callable[[], None]) -> None:
+        self.when_s = when_s
+        self.callback = callback
+        self.is_set = True
+
+    def cancel(self) -> None:
+        self.is_set = False
+
+
 class Observer:
     def __init__(self) -> None:
         self.seen: list[tuple[str, ...]] = []
+
+    def preloading(self) -> None:
+        self.seen.append(("preloading",))
 
     def loaded(self, model_id: str, seconds: float) -> None:
         self.seen.append(("loaded", model_id, f"{seconds:g}"))
@@ -104,17 +170,46 @@ class Bench:
         self.now = 0.0
         self.loads = Loads()
         self.observer = Observer()
-        self.policy = Ranked(a=1, b=2, c=3)
+        self.policy = Wishing(a=1, b=2, c=3)
+        self.timers: list[ManualTimer] = []
         self.cache = ModelCache(**{"capacity_bytes": 100, "policy": self.policy, "max_loads": 4} | changed)
         self.host = ModelHost(
             cache=self.cache,
             backend=self.loads,
             loaders=self.loads,
+            preloaders=Preloads(self.loads),
             clock=lambda: self.now,
+            call_at=self.call_at,
             observer=self.observer,
         )
         self.requests: list[asyncio.Task[Any]] = []
         self.faults: list[dict[str, Any]] = []
+
+    def call_at(self, when_s: float, callback: Callable[[], None]) -> ManualTimer:
+        assert self.timer is None, "there are two timers"
+        self.timers.append(ManualTimer(when_s, callback))
+        return self.timers[-1]
+
+    @property
+    def timer(self) -> ManualTimer | None:
+        """The timer that is set."""
+        return next((timer for timer in self.timers if timer.is_set), None)
+
+    async def until(self, now: float) -> None:
+        """Let time pass, and every timer go off at its time."""
+        while (timer := self.timer) is not None and timer.when_s <= now:
+            self.now = max(self.now, timer.when_s)
+            timer.is_set = False
+            timer.callback()
+            await self.settle()
+        self.now = now
+
+    async def wish(self, *models: ModelProfile) -> None:
+        """Have the policy wish for ``models`` now."""
+        self.policy.wanted = list(models)
+        self.policy.review_s = self.now
+        self.host.know(())
+        await self.until(self.now)
 
     async def settle(self) -> None:
         for _ in range(ROUNDS):
@@ -184,6 +279,7 @@ async def make_bench() -> AsyncIterator[Callable[..., Bench]]:
         assert kept.keys() == bench.uses().keys(), "what is in memory is what the books say"
         assert all(runnable.in_memory for runnable in kept.values())
         assert not bench.host._waiters
+        assert not bench.host._given_up
     assert asyncio.all_tasks() == {asyncio.current_task()}, "a task is pending"
     assert [fault for bench in benches for fault in bench.faults] == []
 
@@ -291,6 +387,259 @@ async def test_a_full_line_is_refused_with_the_time_to_come_back(make_bench: Cal
         request.result()
     assert caught.value.retry_after_s == 1.0
     bench.release(using)
+
+
+# Background loads
+
+
+async def test_a_model_is_preloaded_in_the_background_and_a_later_request_hits(bench: Bench) -> None:
+    await bench.wish(A)
+    assert bench.loads.events == ["preload a"]
+    assert bench.uses() == {"a": 0}
+    bench.now = 2.0
+    runnable = await bench.end(A)
+    request = await bench.acquire(A)
+    assert (request.result().outcome, request.result().runnable) == (Outcome.HIT, runnable)
+    bench.release(request)
+    assert bench.observer.seen == [("preloading",), ("loaded", "a", "2")]
+    assert (bench.cache.counters.preloads, bench.cache.counters.wasted_preloads) == (1, 0)
+
+
+async def test_a_request_joins_a_preload_under_way(bench: Bench) -> None:
+    await bench.wish(A)
+    bench.now = 1.0
+    request = await bench.acquire(A)
+    bench.now = 3.0
+    await bench.end(A)
+    assert (request.result().outcome, request.result().load_s) == (Outcome.JOIN, 2.0)
+    assert bench.loads.events == ["preload a"]
+    bench.release(request)
+
+
+async def test_what_goes_for_a_preload_is_out_of_memory_before_and_counted_as_such(bench: Bench) -> None:
+    await bench.hold(A)
+    await bench.hold(B)
+    await bench.wish(C)
+    assert bench.loads.events[-2:] == ["unload a", "preload c"]
+    assert ("evicted", "a", "preload") in bench.observer.seen
+    await bench.end(C)
+
+
+async def test_a_request_takes_the_place_of_an_unjoined_preload_and_does_not_wait_for_it(bench: Bench) -> None:
+    await bench.wish(LARGE)
+    request = await bench.acquire(A)
+    assert bench.loads.under_way == ["large", "a"]
+    await bench.end(A)
+    assert request.result().evicted == ("large",)
+    bench.release(request)
+    assert bench.observer.seen[1:] == [("evicted", "large", "capacity"), ("loaded", "a", "0")]
+    dropped = await bench.end(LARGE)
+    assert not dropped.in_memory
+    assert bench.uses() == {"a": 0}
+    assert (bench.cache.counters.preloads, bench.cache.counters.wasted_preloads) == (1, 1)
+
+
+async def test_a_request_for_a_model_whose_preload_was_given_up_takes_that_load_back(bench: Bench) -> None:
+    await bench.wish(LARGE)
+    displacing = await bench.acquire(A)
+    await bench.end(A)
+    bench.release(displacing)
+    request = await bench.acquire(LARGE)
+    # One load of a model at a time, and it has begun long ago.
+    assert bench.loads.events == ["preload large", "load a", "unload a"]
+    runnable = await bench.end(LARGE)
+    assert (request.result().outcome, request.result().runnable) == (Outcome.LOAD, runnable)
+    assert runnable.in_memory
+    bench.release(request)
+
+
+async def test_a_load_that_was_taken_back_fails_whoever_asked(bench: Bench) -> None:
+    await bench.wish(LARGE)
+    displacing = await bench.acquire(A)
+    await bench.end(A)
+    bench.release(displacing)
+    requests = [await bench.acquire(LARGE), await bench.acquire(LARGE)]
+    await bench.fail(LARGE, OSError("disk gone"))
+    assert all(isinstance(request.exception(), StoreError) for request in requests)
+    assert bench.uses() == {}
+
+
+@pytest.mark.parametrize("rounds", range(6))
+async def test_a_preload_given_up_in_the_moment_it_ends_leaves_nothing(bench: Bench, rounds: int) -> None:
+    await bench.wish(LARGE)
+    runnable = bench.loads.end("large")
+    for _ in range(rounds):
+        await asyncio.sleep(0)
+    request = await bench.acquire(A)
+    assert not runnable.in_memory
+    await bench.end(A)
+    bench.release(request)
+    assert bench.uses() == {"a": 0}
+
+
+async def test_a_preload_that_was_given_up_may_fail_unseen(bench: Bench) -> None:
+    await bench.wish(LARGE)
+    request = await bench.acquire(A)
+    await bench.end(A)
+    bench.release(request)
+    await bench.fail(LARGE, OSError("disk gone"))
+    assert bench.cache.counters.load_failures == 0
+    again = await bench.acquire(LARGE)
+    await bench.end(LARGE)
+    bench.release(again)
+
+
+async def test_a_preload_behind_one_that_was_given_up_does_not_begin_once_it_is_given_up_too(bench: Bench) -> None:
+    await bench.wish(LARGE)
+    first = await bench.acquire(A)
+    await bench.end(A)
+    await bench.wish(B)
+    assert bench.loads.under_way == ["large"]
+    second = await bench.acquire(C)
+    await bench.end(C)
+    assert second.result().evicted == ("b",)
+    await bench.end(LARGE)
+    assert bench.loads.under_way == []
+    assert "preload b" not in bench.loads.events
+    bench.release(first, second)
+
+
+async def test_a_request_does_not_wait_behind_a_preload_that_was_given_up_before_it_began(bench: Bench) -> None:
+    await bench.wish(LARGE)
+    first = await bench.acquire(A)
+    await bench.end(A)
+    await bench.wish(B)
+    second = await bench.acquire(C)
+    await bench.end(C)
+    bench.release(first, second)
+    third = await bench.acquire(B)
+    assert bench.loads.under_way == ["large", "b"]
+    await bench.end(B)
+    bench.release(third)
+    await bench.end(LARGE)
+
+
+async def test_preloads_leave_all_loaders_to_requests(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(max_loads=2, capacity_bytes=150)
+    await bench.wish(A)
+    requests = [await bench.acquire(B), await bench.acquire(C)]
+    assert bench.loads.events == ["preload a", "load b", "load c"]
+    for model in (A, B, C):
+        await bench.end(model)
+    bench.release(*requests)
+
+
+async def test_a_failed_preload_is_logged_once_and_remembered(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR):
+        for _ in range(3):
+            await bench.wish(A)
+            await bench.fail(A, OSError("disk gone"))
+            await bench.wish(A)
+            assert bench.loads.under_way == [], "it is not tried at once again"
+            bench.now += 5.0
+    assert [record.getMessage() for record in caplog.records] == ["loading a failed"]
+    assert bench.observer.seen.count(("failed", "a")) == 3
+    request = await bench.acquire(A)
+    await bench.end(A)
+    bench.release(request)
+    gc.collect()
+    assert bench.faults == []
+
+
+async def test_a_failed_preload_fails_the_requests_that_joined_it(bench: Bench) -> None:
+    await bench.wish(A)
+    request = await bench.acquire(A)
+    await bench.fail(A, OSError("disk gone"))
+    with pytest.raises(StoreError, match="disk gone"):
+        request.result()
+
+
+async def test_a_preload_for_which_no_thread_starts_is_a_failed_one(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def submit(*_: Any) -> Future[Any]:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Preloads, "submit", submit)
+    await bench.wish(A)
+    assert bench.uses() == {}
+    assert bench.observer.seen == [("preloading",), ("failed", "a")]
+
+
+async def test_the_next_preload_begins_when_one_has_ended(bench: Bench) -> None:
+    await bench.wish(A, B)
+    assert bench.loads.under_way == ["a"]
+    await bench.end(A)
+    await bench.until(bench.now)
+    assert bench.loads.under_way == ["b"]
+    await bench.end(B)
+
+
+async def test_the_policy_knows_what_can_be_asked_for(bench: Bench) -> None:
+    bench.host.know([A, B])
+    assert bench.policy.told == [("know", "a"), ("know", "b")]
+
+
+# The timer
+
+
+async def test_the_timer_is_set_for_the_next_review_and_set_anew_after_it(bench: Bench) -> None:
+    assert bench.timer is None
+    bench.policy.review_s = 7.0
+    bench.host.know([A])
+    assert bench.timer is not None
+    assert bench.timer.when_s == 7.0
+    bench.policy.wanted = [A]
+    await bench.until(6.9)
+    assert bench.loads.under_way == []
+    await bench.until(7.0)
+    assert bench.loads.under_way == ["a"]
+    assert bench.timer is None, "a preload is under way, and there is one at a time"
+    bench.policy.review_s = 9.0
+    await bench.end(A)
+    assert bench.timer is not None
+    assert bench.timer.when_s == 9.0
+
+
+@pytest.mark.parametrize("event", ["request", "release", "unload", "forward costs"])
+async def test_whatever_brings_the_review_forward_brings_the_timer_forward(bench: Bench, event: str) -> None:
+    held = await bench.acquire(A)
+    await bench.end(A)
+    bench.policy.review_s = 9.0
+    bench.host.know([])
+    bench.policy.review_s = 5.0
+    leases = [held]
+    match event:
+        case "request":
+            leases.append(await bench.acquire(A))
+        case "release":
+            bench.release(leases.pop())
+        case "unload":
+            await bench.hold(B)
+            bench.host.unload("b")
+        case "forward costs":
+            bench.host.forward_costs({})
+    assert [timer.when_s for timer in bench.timers if timer.is_set] == [5.0]
+    bench.release(*leases)
+
+
+async def test_a_timer_that_goes_off_too_early_asks_nothing_and_is_set_anew(bench: Bench) -> None:
+    bench.policy.review_s = 5.0
+    bench.host.know([])
+    bench.policy.review_s = 9.0
+    bench.host.know([])
+    assert [timer.when_s for timer in bench.timers] == [5.0]
+    await bench.until(8.0)
+    assert bench.policy.told == []
+    await bench.until(9.0)
+    assert bench.policy.told == [("review", "9")]
+
+
+async def test_no_timer_is_set_where_nothing_may_be_preloaded(make_bench: Callable[..., Bench]) -> None:
+    bench = make_bench(max_preloads=0)
+    await bench.wish(A)
+    assert bench.timers == []
+    assert bench.loads.events == []
 
 
 # Failed loads
@@ -597,6 +946,34 @@ async def test_a_model_comes_back_after_it_was_unloaded(bench: Bench) -> None:
     second = await bench.hold(A)
     assert second is not first
     assert second.in_memory
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_closing_ends_preloading(fails: bool) -> None:
+    bench = Bench()
+    idle = await bench.hold(A)
+    bench.policy.review_s = 5.0
+    await bench.wish(B)
+    bench.policy.review_s = 5.0
+    bench.host.close()
+    assert not idle.in_memory
+    assert bench.timer is None
+    if fails:
+        await bench.fail(B, OSError("disk gone"))
+    else:
+        assert not (await bench.end(B)).in_memory
+    assert bench.timer is None
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_closing_cancels_the_timer() -> None:
+    bench = Bench()
+    bench.policy.review_s = 5.0
+    bench.host.know([A])
+    bench.host.close()
+    assert bench.timer is None
+    bench.host.know([A])
+    assert bench.timer is None
 
 
 async def test_closing_unloads_everything() -> None:

@@ -9,11 +9,11 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 import pytest
-from core_support import profile, report, resident
+from core_support import Ranked, profile, report, resident
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.core.cache import ModelState
+from serve_app.core.cache import Load, ModelCache, ModelState
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.placement import Command, EvictAt, Placement, PlacementRules, PreloadAt
 from serve_app.core.reports import WorkerReport
@@ -160,6 +160,60 @@ def test_what_was_just_placed_is_not_displaced_by_what_is_asked_for_next() -> No
 def test_rules_are_checked_at_birth(wrong: Mapping[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         PlacementRules(**wrong)
+
+
+# How a worker's cache takes advice
+
+
+def holding(*names: str, **worth: float) -> ModelCache:
+    """A cache of two models' size that has loaded some; their utilities are as given."""
+    cache = ModelCache(capacity_bytes=20, policy=Ranked(**worth))
+    for name in names:
+        cache.request(profile(name), 0.0)
+        cache.loaded(name, 0.0)
+        cache.finish(name, 0.0)
+    return cache
+
+
+def test_advice_is_followed_into_free_memory() -> None:
+    cache = holding("a")
+    advised = cache.place(profile("b"), 1.0)
+    assert advised is not None
+    assert (advised.model.model_id, advised.victims) == ("b", ())
+    assert cache.state("b") is ModelState.LOADING
+    assert (cache.counters.preloads, cache.used_bytes) == (1, 20)
+
+
+@pytest.mark.parametrize(("worth", "followed"), [(0.9, False), (1.0, False), (1.1, True)])
+def test_advice_displaces_only_what_is_worth_less_here(worth: float, followed: bool) -> None:
+    cache = holding("a", "b", a=1.0, b=2.0, c=worth)
+    advised = cache.place(profile("c"), 1.0)
+    assert (advised.victims if advised else None) == (("a",) if followed else None)
+    assert cache.used_bytes == 20
+
+
+def test_advice_waits_for_nobody_and_nobody_waits_for_it() -> None:
+    cache = holding("a", "b", c=9.0, d=9.0)
+    cache.request(profile("a"), 1.0)
+    cache.request(profile("b"), 1.0)
+    assert cache.place(profile("c"), 1.0) is None
+    cache.finish("a", 2.0)
+    assert cache.place(profile("c"), 2.0) is not None
+    assert cache.place(profile("d"), 2.0) is None
+    # A request takes the memory of a load that nobody has asked for.
+    answer = cache.request(profile("d"), 2.0)
+    assert isinstance(answer, Load)
+    assert answer.victims == ("c",)
+    assert cache.counters.wasted_preloads == 1
+
+
+def test_advice_to_load_what_is_here_or_has_just_failed_is_ignored() -> None:
+    cache = holding("a")
+    assert cache.place(profile("a"), 1.0) is None
+    cache.cannot_load("b", "broken", 1.0)
+    assert cache.place(profile("b"), 2.0) is None
+    assert cache.place(profile("c", 21), 2.0) is None
+    assert cache.counters.preloads == 0
 
 
 # Whatever the cluster looks like

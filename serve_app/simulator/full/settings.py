@@ -14,7 +14,8 @@ from serve_app.core.cache import ModelCache
 from serve_app.core.placement import PlacementRules
 from serve_app.core.routing import Link
 
-#: ``none``: caches that know nothing of each other; ``forwarding``: reports, views and forwards; ``full``: placement too.
+#: ``none``: caches that know nothing of each other; ``forwarding``: with reports, views and forwards; ``full``: and
+#: with placement.
 Coordination = Literal["none", "forwarding", "full"]
 
 _COORDINATOR, _WORKER = CoordinatorSettings(), WorkerSettings()

@@ -31,7 +31,6 @@ from serve_app.errors import Conflict, NotFound
 from serve_app.simulator.full.agenda import Agenda
 from serve_app.simulator.full.tally import FullTally
 
-
 _NOTHING: Mapping[str, float] = {}
 _NO_OUTCOMES: Mapping[str, OutcomeCounts] = {}
 
@@ -114,7 +113,7 @@ class Worker:
         before: is called before a request of another location, or a review, to catch up with the news.
     """
 
-    #: Advice of placement that could not be followed for so long is forgotten.
+    #: Advice of placement waits for background loads that are under way, but no longer than this.
     ADVICE_S = 10.0
 
     def __init__(
