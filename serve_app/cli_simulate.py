@@ -14,18 +14,21 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from serve_app.core.policies import ORACLES
+from serve_app.config import WorkerSettings
+from serve_app.core.policies import ORACLES, POLICIES
 from serve_app.errors import EdgeServeError
 
 # numpy, matplotlib and the simulator itself are imported when a command runs: --help should not wait for them.
 if TYPE_CHECKING:
+    from serve_app.simulator.full import Coordination
     from serve_app.simulator.rows import Row
     from serve_app.simulator.runner import Plan, TimeModel
-    from serve_app.simulator.scenario import PolicyChoice
+    from serve_app.simulator.scenario import PolicyChoice, Workload
 
 _DEFAULT_TRACE = "azure-like:"
 _DEFAULT_POLICIES = ("lru", "gdsf", "belady-am-online", "edgeserve", "belady-am")
 _DEFAULT_CAPACITIES = ("50%",)
+_DEFAULT_SEEDS = 3
 _PAPER_PLOT = Path("edgeserve-paper.png")
 _PLOT_FORMATS = (".png", ".svg", ".pdf")
 #: Where no terminal says how wide it is, a table is not broken.
@@ -42,18 +45,36 @@ class _Outputs:
 
 
 @click.command()
-@click.option("--trace", metavar="T", help=f"The requests; see below.  [default: {_DEFAULT_TRACE}]")
-@click.option("--models", type=click.Path(path_type=Path), help="CSV of models: name,size_mb,load_s,exec_s.")
+@click.option("--trace", metavar="T", help=f"The requests; see above.  [default: {_DEFAULT_TRACE}]")
+@click.option(
+    "--models",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="What models cost, a CSV table: name,size_mb,load_s,exec_s.  [default: 26 torchvision models on a CPU]",
+)
 @click.option(
     "--map",
     "mapping",
     type=click.Choice(("random", "keep")),
     default="random",
     show_default=True,
-    help="Give what is asked for the numbers of a random row of the models, or of the row of that name.",
+    help="What a model of the trace costs: a random row of the table, or the row that has its name.",
 )
-@click.option("--policy", "policies", multiple=True, metavar="P", help="Policy, or all; repeat for several.")
-@click.option("--capacity", "capacities", multiple=True, metavar="C", help="2GiB or 25% of all models; repeat.")
+@click.option(
+    "--policy",
+    "policies",
+    multiple=True,
+    metavar="P",
+    help=f"{', '.join((*POLICIES, *ORACLES))}, or all; several with commas.  [default: {','.join(_DEFAULT_POLICIES)}]",
+)
+@click.option(
+    "--capacity",
+    "capacities",
+    multiple=True,
+    metavar="C",
+    help="Memory of a location, 2GiB or 25% of what all models take; several with commas.  "
+    f"[default: {','.join(_DEFAULT_CAPACITIES)}]",
+)
 @click.option("--locations", type=click.IntRange(1, 10_000), help="Spread the requests over so many locations.")
 @click.option(
     "--time",
@@ -61,17 +82,23 @@ class _Outputs:
     type=click.Choice(("load-delay", "full")),
     default="load-delay",
     show_default=True,
-    help="Count load delay alone as the paper does, or simulate queues, links and coordination as well.",
+    help="Count waiting for loads alone, or simulate queues, links and coordination as well.",
+)
+@click.option(
+    "--coordination",
+    type=click.Choice(("none", "forwarding", "full")),
+    help="With --time full: locations on their own; that forward to each other; with models placed as well.  "
+    "[default: full]",
 )
 @click.option("--seed", type=click.IntRange(0, 2**63), default=0, show_default=True, help="Of everything random.")
 @click.option("--jobs", type=click.IntRange(1, 1024), help="Replays at the same time.  [default: one per core]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--csv", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the rows there.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Draw a picture.")
-@click.option("--paper", is_flag=True, help="Hold the paper's claims against the reference workload.")
-@click.option("--seeds", type=click.IntRange(1, 1000), default=3, show_default=True, help="With --paper: how many.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Draw a picture (.png, .svg, .pdf).")
+@click.option("--paper", is_flag=True, help=f"Check the paper's claims on the reference workload; draws {_PAPER_PLOT}.")
+@click.option("--seeds", type=click.IntRange(1, 1000), help=f"With --paper: how many.  [default: {_DEFAULT_SEEDS}]")
 @click.option("--benchmark", is_flag=True, help="Measure how fast the decisions are.")
-@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Where the reference workload lies.")
+@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="With --paper, --benchmark: the folder of the reference files.")
 def simulate(
     trace: str | None,
     models: Path | None,
@@ -80,23 +107,36 @@ def simulate(
     capacities: tuple[str, ...],
     locations: int | None,
     time_model: TimeModel,
+    coordination: Coordination | None,
     seed: int,
     jobs: int | None,
     as_json: bool,
     csv: Path | None,
     plot: Path | None,
     paper: bool,
-    seeds: int,
+    seeds: int | None,
     benchmark: bool,
     data: Path | None,
 ) -> None:
     """Replay requests through caches with one eviction policy or several, and show what each makes of them.
 
+    The figure to compare is load/exec: seconds that requests waited for loads, over seconds of execution; less is
+    better. Seconds of background loads, for which nobody waits, stand under preload/exec.
+
     \b
-    T is azure:FILE, csv:FILE, zipf:, azure-like: or sessions:, with parameters, for example
-      azure:FILE?minutes=60     the first hour of a file in the format of Azure Functions 2019
-      zipf:models=50&rate=2     independent requests for 50 models, two a second
-    P may carry parameters as in edge.yaml:  --policy lru --policy "modelmesh:churn_age=5min"
+    edgeserve simulate --policy all --capacity 10%,25%,50% --plot policies.png
+    edgeserve simulate --trace "zipf:models=50&rate=2" --policy lru --policy "modelmesh:churn_age=5min"
+    edgeserve simulate --trace "azure:FILE?minutes=60" --models FILE --json
+    edgeserve simulate --trace sessions:days=2 --capacity 25% --locations 4 --time full --coordination forwarding
+    edgeserve simulate --paper
+
+    \b
+    T is one of these, with parameters KEY=VALUE joined by &; write azure:FILE?KEY=VALUE, zipf:KEY=VALUE
+      azure:FILE    of Azure Functions 2019 (.csv, .csv.gz): minutes (N or A-B), trigger, max_quantile, drop_one_hit
+      csv:FILE      with the columns arrival_s,model[,location][,user]
+      zipf:         independent requests: models, exponent, rate, requests, arrivals, cv, locations, location_skew
+      azure-like:   generated functions: functions, minutes, start_hour, rate_cap, max_quantile, drop_one_hit
+      sessions:     generated users: days, models, sessions_per_day, users
     """
     outputs = _Outputs(as_json=as_json, csv=csv, plot=plot)
     workers = jobs or _cores()
@@ -104,14 +144,22 @@ def simulate(
         raise click.UsageError("--paper and --benchmark are two commands; choose one")
     if (paper or benchmark) and (policies or capacities or time_model != "load-delay"):
         raise click.UsageError("--paper and --benchmark choose policies, capacities and the model of time themselves")
+    if benchmark and (trace or models or locations or as_json or csv or plot):
+        raise click.UsageError("--benchmark takes --data and --seed alone")
     if data is not None and not (paper or benchmark):
         raise click.UsageError("--data is for --paper and --benchmark")
+    if data is not None and (trace or models):
+        raise click.UsageError("--data names the reference files, --trace and --models others; choose one")
+    if seeds is not None and not paper:
+        raise click.UsageError("--seeds is for --paper")
+    if coordination is not None and time_model != "full":
+        raise click.UsageError("--coordination is for --time full")
     if benchmark:
         _benchmark(data, seed)
         return
     _check_writable(outputs)
     if paper:
-        _paper(trace, models, mapping, locations, range(seed, seed + seeds), data, workers, outputs)
+        _paper(trace, models, mapping, locations, range(seed, seed + (seeds or _DEFAULT_SEEDS)), data, workers, outputs)
         return
 
     from serve_app.simulator.runner import Cell, Plan
@@ -122,11 +170,14 @@ def simulate(
     workload = make_workload(
         trace=trace or _DEFAULT_TRACE, models=models, keep=mapping == "keep", locations=locations, seed=seed
     )
-    if time_model == "full" and len(workload.trace.locations) > 1:
-        chosen = _without_oracles(chosen)
+    mode = coordination or "full"
+    if time_model == "full":
+        _say_what_is_too_much(workload)
+        if mode != "none" and len(workload.trace.locations) > 1:
+            chosen = _without_oracles(chosen)
     cells = tuple(Cell(policy=policy, capacity=memory) for memory in memories for policy in chosen)
-    rows = _run(Plan(workloads=(workload,), cells=cells, time=time_model), workers)
-    _say_what_does_not_fit(rows)
+    rows = _run(Plan(workloads=(workload,), cells=cells, time=time_model, coordination=mode), workers)
+    _say_what_is_rejected(rows, workload.largest_bytes)
 
     from serve_app.simulator.report import as_table, summary
 
@@ -146,7 +197,7 @@ def _paper(
     jobs: int,
     outputs: _Outputs,
 ) -> None:
-    from serve_app.simulator.paper import Results, claims_table, paper_plan, policies_table
+    from serve_app.simulator.paper import NOTES, Results, claims_table, paper_plan, policies_table
     from serve_app.simulator.reference import Reference, find_reference
     from serve_app.simulator.scenario import make_workload
 
@@ -176,6 +227,7 @@ def _paper(
     console.print(policies_table(results))
     console.print()
     console.print(claims_table(results))
+    console.print(f"\n{NOTES}", markup=False)
     _write(rows, outputs, drawn=[row for row in rows if row.seed == seeds[0]])
 
 
@@ -216,20 +268,34 @@ def _without_oracles(chosen: Sequence[PolicyChoice]) -> tuple[PolicyChoice, ...]
     left = tuple(policy for policy in chosen if not policy.is_oracle)
     why = "a policy that knows the future cannot know what locations will forward to each other"
     if not left:
-        raise click.BadParameter(f"{why}; leave out --time full or --locations", param_hint="--policy")
+        raise click.BadParameter(f"{why}; try --coordination none", param_hint="--policy")
     if len(left) < len(chosen):
         out = ", ".join(policy.label for policy in chosen if policy.is_oracle)
-        _err().print(f"warning: {out} left out: {why}", style="yellow")
+        _warn(f"{out} left out: {why}")
     return left
 
 
-def _say_what_does_not_fit(rows: Sequence[Row]) -> None:
-    for row in {row.capacity_bytes: row for row in rows if row.rejected}.values():
-        what = "no model fits" if row.rejected == row.requests else "some models do not fit"
-        _err().print(
-            f"warning: {what} into {row.capacity_bytes} bytes; their requests count as misses that load every time",
-            style="yellow",
+def _say_what_is_too_much(workload: Workload) -> None:
+    """Queues that grow to the end of the trace drown what policies do."""
+    at_a_time = WorkerSettings().parallel_inferences * len(workload.trace.locations)
+    if workload.executions_at_a_time > at_a_time:
+        _warn(
+            f"the requests take {workload.executions_at_a_time:.1f} executions at a time, and the locations run "
+            f"{at_a_time}: queues grow to the end, and latencies say little; try more --locations"
         )
+
+
+def _say_what_is_rejected(rows: Sequence[Row], largest_bytes: int) -> None:
+    for row in {row.capacity_bytes: row for row in rows if row.rejected}.values():
+        if row.capacity_bytes >= largest_bytes:
+            _warn(f"{row.policy}: {row.rejected:,} requests found too many others in line; they count as misses")
+            continue
+        what = "no model fits" if row.rejected == row.requests else "some models do not fit"
+        _warn(f"{what} into {row.capacity_bytes} bytes; their requests count as misses that load every time")
+
+
+def _warn(text: str) -> None:
+    _err().print(f"warning: {text}", style="yellow", markup=False)
 
 
 def _write(rows: Sequence[Row], outputs: _Outputs, drawn: Sequence[Row] = ()) -> None:

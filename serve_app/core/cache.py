@@ -380,7 +380,7 @@ class ModelCache:
         if chosen is None:
             return None
         if not worthwhile(model, [ranked.model for ranked in chosen], now):
-            self._put_back(chosen)
+            self._put_back(chosen, now)
             return None
         self._preloading += 1
         self.counters.preloads += 1
@@ -443,9 +443,14 @@ class ModelCache:
         if missing_bytes <= 0:
             return []
         # A model that already makes way goes first: it was ranked lowest a moment ago and has been emptied since.
-        emptied = [self._ranking.take(entry.model.model_id) for entry in self._draining if eligible(entry)]
-        taken = [ranked for ranked in emptied if ranked is not None]
-        freed_bytes = sum(ranked.model.size_bytes for ranked in taken)
+        taken: list[Ranked] = []
+        freed_bytes = 0
+        for entry in self._draining:
+            if freed_bytes < missing_bytes and eligible(entry):
+                ranked = self._ranking.take(entry.model.model_id)
+                if ranked is not None:
+                    taken.append(ranked)
+                    freed_bytes += entry.model.size_bytes
         passed_over: list[Ranked] = []
         while freed_bytes < missing_bytes and (ranked := self._least_useful(now)) is not None:
             if eligible(self._entries[ranked.model.model_id]):
@@ -456,9 +461,9 @@ class ModelCache:
         chosen = taken if freed_bytes >= missing_bytes else []
         if len(chosen) > 1 and self._policy.spares_small:
             chosen = _largest_that_suffice(taken, missing_bytes)
-        self._put_back(passed_over)
+        self._put_back(passed_over, now)
         if chosen is not taken:
-            self._put_back(ranked for ranked in taken if ranked not in chosen)
+            self._put_back((ranked for ranked in taken if ranked not in chosen), now)
         return chosen or None
 
     def _least_useful(self, now: float) -> Ranked | None:
@@ -466,9 +471,11 @@ class ModelCache:
             self._ranking.renew(model_id, now)
         return self._ranking.pop(now)
 
-    def _put_back(self, several: Iterable[Ranked]) -> None:
+    def _put_back(self, several: Iterable[Ranked], now: float) -> None:
         for ranked in several:
             self._ranking.put_back(ranked)
+            # The policy may have told of its fall while it was out.
+            self._ranking.renew(ranked.model.model_id, now)
 
     def _queue(self, model: ModelProfile, now: float) -> Wait | Reject:
         if len(self._waiting) >= self._max_waiting:
@@ -485,7 +492,7 @@ class ModelCache:
             # It would have to wait with every byte free: nothing is gained by turning hits away meanwhile.
             return
         chosen = self._choose_victims(model, now, _evictable) or []
-        self._put_back(chosen)
+        self._put_back(chosen, now)
         self._drain([self._entries[ranked.model.model_id] for ranked in chosen])
 
     def _drain(self, entries: list[_Entry]) -> None:

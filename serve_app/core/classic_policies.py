@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
@@ -98,7 +99,8 @@ class Lfu(EvictionPolicy):
 class Gdsf(EvictionPolicy):
     """GreedyDual-Size-Frequency (Cherkasova, HP Labs 1998): age + frequency x load time / size.
 
-    Frequency counts requests since the model was loaded; age is the utility of the last victim.
+    Frequency counts requests since the model was loaded; age is the utility of the last victim. Victims go before the
+    new model is ranked, with the age that they leave behind: a serving cache cannot refuse what it is asked for.
     """
 
     def __init__(self, _rng: random.Random) -> None:
@@ -130,40 +132,35 @@ class Gdsf(EvictionPolicy):
 
 
 class Random(EvictionPolicy):
-    """Evicts any model, each with the same chance."""
+    """Evicts any model, each with the same chance.
+
+    Every model lives for a time that is drawn from the exponential distribution, and the first to die is evicted. What
+    is left of such a life has the same distribution at every moment, however long it has lasted: all have the same
+    chance, whenever they came.
+    """
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
-        self._resident: list[str] = []
-        self._place: dict[str, int] = {}
-        self._drawn: str | None = None
+        self._clock = 0.0
+        self._dies: dict[str, float] = {}
+
+    def on_request(self, model: ModelProfile, now: float) -> None:
+        # It was spared when its time came because it was in use.
+        if self._dies.get(model.model_id, math.inf) < self._clock:
+            self.on_load(model, now)
 
     def on_load(self, model: ModelProfile, now: float) -> None:
-        if model.model_id not in self._place:
-            self._place[model.model_id] = len(self._resident)
-            self._resident.append(model.model_id)
+        self._dies[model.model_id] = self._clock + self._rng.expovariate(1.0)
 
     def on_evict(self, model: ModelProfile, now: float) -> None:
+        self._clock = max(self._clock, self.utility(model, now))
         self.on_unload(model, now)
 
     def on_unload(self, model: ModelProfile, now: float) -> None:
-        place = self._place.pop(model.model_id, None)
-        if place is None:
-            return
-        # The last one moves into the gap.
-        last = self._resident.pop()
-        if last != model.model_id:
-            self._resident[place] = last
-            self._place[last] = place
+        self._dies.pop(model.model_id, None)
 
     def utility(self, model: ModelProfile, now: float) -> float:
-        return -1.0 if model.model_id == self._drawn else 0.0
-
-    def fallen(self, now: float) -> Iterable[str]:
-        if not self._resident:
-            return ()
-        self._drawn = self._rng.choice(self._resident)
-        return (self._drawn,)
+        return self._dies.get(model.model_id, 0.0)
 
 
 class LoadTime(EvictionPolicy):

@@ -16,13 +16,15 @@ from serve_app.core.ranking import Ranked, Ranking
 class _Known:
     """What the policy keeps of one model; ``worth`` is in seconds saved per second and byte."""
 
-    __slots__ = ("due_s", "entry_s", "history", "model", "resident", "worth", "worth_per_rate")
+    __slots__ = ("due_s", "entry_s", "history", "lead_s", "model", "resident", "worth", "worth_per_rate")
 
     def __init__(self, model: ModelProfile, now: float) -> None:
         self.model = model
         self.history = History(now)
+        #: How far ahead its rate is looked at: it takes this long to bring it in.
+        self.lead_s = model.load_s
         self.worth = 0.0
-        self.worth_per_rate = model.load_s / model.size_bytes
+        self.worth_per_rate = 0.0
         self.resident = False
         #: When the worth is to be looked at again, and the time of its entry in the agenda, which may be earlier.
         self.due_s = math.inf
@@ -72,9 +74,11 @@ class EdgeServe(EvictionPolicy):
         self._refused_above = 0.0
         #: No resident that can go is worth less, as far as is known: a wish is refused without looking for victims.
         self._floor = 0.0
+        self._judged = False
         #: When to look at which model again. Of several entries for one model, that of its ``entry_s`` counts.
         self._agenda: list[tuple[float, str]] = []
-        self._fallen: list[str] = []
+        #: In order; told once, however often they fell.
+        self._fallen: dict[str, None] = {}
         self.review_s = math.inf
 
     # What happens
@@ -84,9 +88,13 @@ class EdgeServe(EvictionPolicy):
             known = self._meet(model, now)
             self._value(known, now)
             self._schedule(known, now)
+        self._review_at(now)
 
     def on_request(self, model: ModelProfile, now: float) -> None:
         known = self._known.get(model.model_id) or self._meet(model, now)
+        if known.model is not model:
+            known.model, known.lead_s = model, model.load_s
+            known.worth_per_rate = self._worth_per_rate(model)
         self._predictor(now).request(known.history, now)
         self._value(known, now)
         self._schedule(known, now)
@@ -116,8 +124,7 @@ class EdgeServe(EvictionPolicy):
         for model_id in before.keys() | forward_s.keys():
             known = self._known.get(model_id)
             if known is not None and before.get(model_id) != forward_s.get(model_id):
-                cost_s = min(known.model.load_s, forward_s.get(model_id, known.model.load_s))
-                known.worth_per_rate = cost_s / known.model.size_bytes
+                known.worth_per_rate = self._worth_per_rate(known.model)
                 self._value(known, known.history.counted_s)
 
     # What it is worth
@@ -132,30 +139,35 @@ class EdgeServe(EvictionPolicy):
 
     def fallen(self, now: float) -> Iterable[str]:
         self._review(now)
-        fallen, self._fallen = self._fallen, []
+        fallen, self._fallen = self._fallen, {}
         return fallen
 
     def wishes(self, now: float, free_bytes: int) -> Iterable[ModelProfile]:
         self._review(now)
         self.review_s = max(now + self._review_every_s, self._agenda[0][0]) if self._agenda else math.inf
-        best = self._absent.pop(now)
-        if best is None:
-            return ()
-        model, worth = best.model, -best.key
-        if worth <= 0:
-            self._absent.put_back(best)
-            return ()
-        self._refused[model.model_id] = best
-        displaced_bytes = max(0, model.size_bytes - free_bytes)
-        return (model,) if worth * model.size_bytes > self._margin * self._floor * displaced_bytes else ()
+        while (best := self._absent.pop(now)) is not None:
+            model, worth = best.model, -best.key
+            if worth <= 0:
+                self._absent.put_back(best)
+                return
+            self._refused[model.model_id] = best
+            displaced_bytes = max(0, model.size_bytes - free_bytes)
+            if worth * model.size_bytes <= self._margin * self._floor * displaced_bytes:
+                return
+            self._judged = False
+            yield model
+            # One judgement a round is enough; a wish that could not even be judged must not hold up the others.
+            if self._judged:
+                return
 
     def worthwhile(self, model: ModelProfile, victims: Sequence[ModelProfile], now: float) -> bool:
         gain = self.utility(model, now) * model.size_bytes
         worths = [self.utility(victim, now) for victim in victims]
         loss = sum(worth * victim.size_bytes for worth, victim in zip(worths, victims, strict=True))
+        self._judged = True
         if gain <= self._margin * loss:
-            self._refused_above = max(self._refused_above, *worths)
-            self._floor = min(worths)
+            self._refused_above = max([self._refused_above, *worths])
+            self._floor = min(worths, default=0.0)
             return False
         self.review_s = now
         return True
@@ -181,7 +193,7 @@ class EdgeServe(EvictionPolicy):
         """Decide when to look again: when the worth of a resident may fall, or that of an absent model rise."""
         predictor = self._next_use or self._predictor(now)
         next_look = predictor.next_fall_s if known.resident else predictor.next_rise_s
-        known.due_s = due_s = next_look(known.history, known.model.load_s, now)
+        known.due_s = due_s = next_look(known.history, known.lead_s, now)
         # An entry that is too early costs less than one that is out of date: most requests only postpone.
         if due_s < known.entry_s:
             self._enter(known)
@@ -195,11 +207,11 @@ class EdgeServe(EvictionPolicy):
     def _value(self, known: _Known, now: float) -> None:
         before = known.worth
         model = known.model
-        rate = (self._next_use or self._predictor(now)).rate(known.history, model.load_s, now)
+        rate = (self._next_use or self._predictor(now)).rate(known.history, known.lead_s, now)
         known.worth = worth = rate * known.worth_per_rate
         if known.resident:
             if worth < before:
-                self._fallen.append(model.model_id)
+                self._fallen[model.model_id] = None
                 self._floor = min(self._floor, worth)
                 if worth < self._refused_above:
                     self._reconsider()
@@ -220,8 +232,13 @@ class EdgeServe(EvictionPolicy):
         known = self._known.get(model.model_id)
         if known is None:
             known = self._known[model.model_id] = _Known(model, now)
+            known.worth_per_rate = self._worth_per_rate(model)
             self._absent.add(model, now)
         return known
+
+    def _worth_per_rate(self, model: ModelProfile) -> float:
+        """Seconds per byte that each request of an absent model would cost."""
+        return min(model.load_s, self._forward_s.get(model.model_id, model.load_s)) / model.size_bytes
 
     def _predictor(self, now: float) -> NextUse:
         if self._next_use is None:

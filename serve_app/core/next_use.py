@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from math import exp
+from math import exp, log
 
 #: Where one age ends and the next begins, in seconds: octaves from 4 s, half octaves from 64 s to 12 days.
 AGE_EDGES_S = (0.0, 4.0, 8.0, 16.0, 32.0, *(64.0 * 2 ** (step / 2) for step in range(29)), math.inf)
@@ -107,23 +107,26 @@ class NextUse:
         if not requests:
             return rate
         age = known.age
-        ahead = bisect_right(AGE_EDGES_S, now - last_s + lead_s)
+        ahead = _ages_until(known, lead_s, now)
         factor = max(known.factor[age:ahead]) if ahead > age + 1 else known.factor[age]
         return rate * (1 + (factor - 1) * _trust(known.gain))
 
     def next_fall_s(self, known: History, lead_s: float, now: float) -> float:
         """When ``rate`` may have fallen noticeably, if no request comes."""
-        ahead = bisect_right(AGE_EDGES_S, now - known.last_s + lead_s)
+        ahead = _ages_until(known, lead_s, now)
         factor = known.factor
         still_fine = _NOTICEABLE * max(factor[known.age : ahead])
-        furthest = min(ahead + _AGES_PASSED_OVER, _AGES)
-        while ahead < furthest and factor[ahead] > still_fine:
-            ahead += 1
-        return max(known.last_s + AGE_EDGES_S[ahead] - lead_s, now + self.STEP_S)
+        last = ahead - 1
+        while factor[last] < still_fine:
+            last -= 1
+        furthest = min(ahead - 1 + _AGES_PASSED_OVER, _AGES - 1)
+        while last < furthest and factor[last + 1] > still_fine:
+            last += 1
+        return max(known.last_s + AGE_EDGES_S[last + 1], now + self.STEP_S)
 
     def next_rise_s(self, known: History, lead_s: float, now: float) -> float:
         """When ``rate`` will rise though no request comes; infinite if never."""
-        ahead = bisect_right(AGE_EDGES_S, now - known.last_s + lead_s)
+        ahead = _ages_until(known, lead_s, now)
         factor = known.factor
         highest = max(factor[known.age : ahead])
         for age in range(ahead, _AGES):
@@ -162,11 +165,12 @@ class NextUse:
         passed_s = until_s - known.counted_s
         if passed_s <= 0:
             return
+        since_s = known.counted_s
         known.counted_s = until_s
         fast = known.fast * (1 - exp(-self._fast_decay * passed_s))
         slow = known.slow * (1 - exp(-self._slow_decay * passed_s))
-        requests = known.requests
-        endless = (requests + _PRIOR_REQUESTS) * passed_s / (until_s - self._endless_since_s)
+        requests, began_s = known.requests, self._endless_since_s
+        endless = (requests + _PRIOR_REQUESTS) * log((until_s - began_s) / (since_s - began_s))
         known.fast -= fast
         known.slow -= slow
         promised = self._promised
@@ -180,6 +184,12 @@ class NextUse:
             known.gain -= (known.factor[age] - 1) * news
             known.expected[age] = expected = known.expected[age] + news
             known.factor[age] = (known.seen[age] + _FACTOR_PRIOR) / (expected + _FACTOR_PRIOR)
+
+
+def _ages_until(known: History, lead_s: float, now: float) -> int:
+    """The first age that a model will not have reached in ``lead_s`` seconds without a request."""
+    # Sums of floats do not come out even: the age that has been counted already is the truth.
+    return max(bisect_right(AGE_EDGES_S, now - known.last_s + lead_s), known.age + 1)
 
 
 def _trust(gain: float) -> float:

@@ -23,7 +23,7 @@ _STRIDE = 20_000
 
 @dataclass(slots=True, kw_only=True)
 class Tally:
-    """What came of a replay. ``rejected`` counts the misses of models that memory has no room for: they are not kept."""
+    """What came of a replay. ``rejected`` counts the misses of models that memory has no room for."""
 
     requests: int = 0
     hits: int = 0

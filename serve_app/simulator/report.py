@@ -46,6 +46,7 @@ _COLUMNS = (
     _Column("forwards", lambda row: f"{row.forwards:,}", lambda row: row.forwards),
     _Column("preloads", lambda row: f"{row.preloads:,}", lambda row: row.preloads),
     _Column("wasted", lambda row: f"{row.wasted_preloads:,}", lambda row: row.preloads),
+    _Column("preload/exec", lambda row: percent(row.preload_over_exec), lambda row: row.preloads),
     _Column("evictions", lambda row: f"{row.evictions:,}"),
     _Column("mean", lambda row: seconds(row.mean_latency_s)),
     _Column("p99", lambda row: seconds(row.p99_s)),
@@ -56,7 +57,8 @@ _COLUMNS = (
 def as_table(rows: Sequence[Row], oracles: Collection[str]) -> Table:
     """The rows under their capacities.
 
-    The least load over exec of those that can be had (policies not in ``oracles``) is marked with a star.
+    The least load over exec of those that can be had (policies not in ``oracles``) is marked with a star, unless all
+    are the same.
     """
     columns = [column for column in _COLUMNS if any(column.optional(row) for row in rows)]
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -83,9 +85,11 @@ def as_table(rows: Sequence[Row], oracles: Collection[str]) -> Table:
 def summary(rows: Sequence[Row]) -> str:
     """What all rows have in common, in one line."""
     row = rows[0]
-    places = f"{row.locations} locations, " if row.locations > 1 else ""
+    time = f"time {row.time}"
+    if row.locations > 1:
+        time = f"{row.locations} locations, {time}, coordination {row.coordination}"
     return (
-        f"{row.trace}: {row.requests:,} requests for {row.models:,} models, {places}{row.time}, seed {row.seed}; "
+        f"{row.requests:,} requests for {row.models:,} models from {row.trace}; {time}, seed {row.seed}; "
         f"compulsory load/exec {percent(row.compulsory_load_over_exec)}"
     )
 
@@ -113,4 +117,6 @@ def size(value_bytes: int) -> str:
 def _best(rows: Sequence[Row], oracles: Collection[str]) -> Row | None:
     attainable = [row for row in rows if row.policy not in oracles and row.load_over_exec is not None]
     # With nothing to compare there is nothing to mark.
-    return min(attainable, key=lambda row: row.load_over_exec or 0.0) if len(attainable) > 1 else None
+    if len({row.load_over_exec for row in attainable}) < 2:
+        return None
+    return min(attainable, key=lambda row: row.load_over_exec or 0.0)

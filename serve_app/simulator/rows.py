@@ -30,6 +30,8 @@ class Row:
         compulsory_load_over_exec: what it would be if each model were loaded once, by every location that asks for
             it, or in the full model of time by one of them.
         preload_s_per_request: seconds that background loads took, per request; nobody waited for them.
+        preload_over_exec: the same over the mean execution time.
+        coordination: what locations had to do with each other, as in ``FullOptions``.
         wall_s: how long the replay took.
         requests_per_s: how many requests the simulator replayed in a second.
     """
@@ -60,6 +62,8 @@ class Row:
     rejected: int
     wasted_preloads: int
     preload_s_per_request: float
+    preload_over_exec: float | None
+    coordination: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +115,7 @@ class Outcome:
     wall_s: float
     latency: Latency
     compulsory_load_s: float
+    coordination: str = "none"
 
 
 def row_of(
@@ -146,6 +151,8 @@ def row_of(
         rejected=counts.rejected,
         wasted_preloads=counts.wasted_preloads,
         preload_s_per_request=counts.preload_s / requests,
+        preload_over_exec=_ratio(counts.preload_s, counts.exec_s),
+        coordination=outcome.coordination,
     )
 
 

@@ -14,12 +14,15 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_sentinels
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from serve_app.errors import EdgeServeError
 from serve_app.simulator.replay import replay
 from serve_app.simulator.rows import Latency, Outcome, Row, compulsory_load_s, row_of
 from serve_app.simulator.scenario import Capacity, PolicyChoice, Workload, cache_maker
+
+if TYPE_CHECKING:
+    from serve_app.simulator.full import Coordination
 
 TimeModel = Literal["load-delay", "full"]
 #: Preloads that a location has under way at the same time: in the load-delay model, and as in life.
@@ -30,20 +33,22 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One replay: a workload by its number, a policy, and a memory."""
+    """One replay: a workload by its number, a policy, and a memory; ``max_preloads`` goes before that of the plan."""
 
     workload: int = 0
     policy: PolicyChoice
     capacity: Capacity
+    max_preloads: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is to be replayed, and in which model of time."""
+    """What is to be replayed, and in which model of time; ``coordination`` and ``max_preloads`` are for one each."""
 
     workloads: tuple[Workload, ...]
     cells: tuple[Cell, ...]
     time: TimeModel = "load-delay"
+    coordination: Coordination = "full"
     max_preloads: int = MAX_PRELOADS
 
     @property
@@ -91,9 +96,10 @@ def play(plan: Plan, number: int, on_progress: Callable[[int], None] = lambda _:
     capacity_bytes = cell.capacity.size_bytes(workload.total_bytes)
     match plan.time:
         case "load-delay":
-            outcome = _replay_load_delay(workload, cell.policy, capacity_bytes, plan.max_preloads, on_progress)
+            max_preloads = plan.max_preloads if cell.max_preloads is None else cell.max_preloads
+            outcome = _replay_load_delay(workload, cell.policy, capacity_bytes, max_preloads, on_progress)
         case "full":
-            outcome = _replay_full(workload, cell.policy, capacity_bytes, on_progress)
+            outcome = _replay_full(workload, cell.policy, capacity_bytes, plan.coordination, on_progress)
     return row_of(
         workload,
         outcome,
@@ -124,12 +130,20 @@ def _replay_load_delay(
 
 
 def _replay_full(
-    workload: Workload, policy: PolicyChoice, capacity_bytes: int, on_progress: Callable[[int], None]
+    workload: Workload,
+    policy: PolicyChoice,
+    capacity_bytes: int,
+    coordination: Coordination,
+    on_progress: Callable[[int], None],
 ) -> Outcome:
     from serve_app.simulator.full import FullOptions, geographic_links, simulate_full
 
+    if len(workload.trace.locations) == 1:
+        # There is nobody to forward to, and where to put a model is no question.
+        coordination = "none"
     options = FullOptions(
         make_cache=cache_maker(workload, policy, capacity_bytes=capacity_bytes, max_preloads=LIVE_PRELOADS),
+        coordination=coordination,
         links=geographic_links(workload.trace.locations, seed=workload.seed),
     )
     began_s = time.perf_counter()
@@ -139,7 +153,8 @@ def _replay_full(
         forwards=tally.forwards,
         wall_s=time.perf_counter() - began_s,
         latency=Latency.of(tally.latencies, Counter()),
-        compulsory_load_s=compulsory_load_s(workload, shared=True),
+        compulsory_load_s=compulsory_load_s(workload, shared=coordination != "none"),
+        coordination=coordination,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,20 @@ class Workload:
     def total_bytes(self) -> int:
         """Memory in which all models fit together."""
         return sum(profile.size_bytes for profile in self.profiles)
+
+    @property
+    def largest_bytes(self) -> int:
+        """Memory below which some model does not fit at all."""
+        return max(profile.size_bytes for profile in self.profiles)
+
+    @property
+    def executions_at_a_time(self) -> float:
+        """How many executions there are at the same time in the mean, if nobody waits; infinite for a single moment."""
+        arrival_s = self.trace.arrival_s
+        span_s = arrival_s[-1] - arrival_s[0]
+        counts = Counter(self.trace.model)
+        exec_s = sum(count * self.profiles[model].exec_s for model, count in counts.items())
+        return exec_s / span_s if span_s > 0 else math.inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

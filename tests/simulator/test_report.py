@@ -81,6 +81,12 @@ def test_a_picture_of_nothing_is_a_picture(rows: tuple[Row, ...], ratio: float |
     assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
 
 
+def test_the_table_marks_nothing_where_all_are_the_same(rows: tuple[Row, ...]) -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(as_table([replace(row, load_over_exec=0.5) for row in rows], ORACLES))
+    assert "*" not in console.export_text()
+
+
 def test_a_claim_holds_only_if_it_does_for_every_seed(rows: tuple[Row, ...]) -> None:
     good = ratios(rows[0], {"edgeserve": 0.3})
     bad = ratios(rows[0], {"edgeserve": 0.4}, seed=1)

@@ -114,6 +114,12 @@ def test_rows_stand_in_the_order_of_the_cells_however_many_processes_there_are()
     assert told[-1] == plan.requests
 
 
+def test_a_cell_can_have_fewer_preloads_than_the_plan() -> None:
+    many, none = (replace(cell("edgeserve", Capacity(given_share=0.5)), max_preloads=most) for most in (None, 0))
+    rows = run(Plan(workloads=(workload("abcd" * 50),), cells=(many, none)), jobs=1)
+    assert rows[0].preloads > 0 == rows[1].preloads
+
+
 class DiesInPickling:
     """Unpickling it ends the process at once, as the kernel does when memory runs out."""
 

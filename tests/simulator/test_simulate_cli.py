@@ -25,7 +25,10 @@ KEYS = [
     "forwards", "preloads", "evictions", "load_s_per_request", "load_over_exec", "compulsory_load_over_exec",
     "mean_latency_s", "p50_s", "p99_s", "wall_s", "requests_per_s",
 ]  # fmt: skip
-ADDED = {"time", "seed", "rejected", "wasted_preloads", "preload_s_per_request"}
+ADDED = {
+    "time", "seed", "rejected", "wasted_preloads", "preload_s_per_request", "preload_over_exec", "coordination",
+}  # fmt: skip
+FULL = ("--trace", "zipf:models=12&requests=300&rate=0.2", "--capacity", "40%", "--time", "full")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 SimulateRows = Callable[..., list[dict[str, Any]]]
@@ -105,13 +108,38 @@ def test_requests_are_spread_over_locations(simulate_rows: SimulateRows) -> None
 
 
 def test_the_full_model_of_time_gives_the_same_columns(simulate: Simulate) -> None:
-    options = ("--trace", "zipf:models=12&requests=300&rate=0.2", "--capacity", "40%", "--time", "full", "--json")
-    result = simulate(*options, "--locations", "2", "--policy", "lru,belady-am")
+    result = simulate(*FULL, "--json", "--locations", "2", "--policy", "lru,belady-am")
     (row,) = json.loads(result.stdout)
     assert "belady-am left out" in result.stderr
     assert set(row) == {*KEYS, *ADDED}
-    assert (row["policy"], row["time"], row["locations"]) == ("lru", "full", 2)
+    assert (row["policy"], row["time"], row["locations"], row["coordination"]) == ("lru", "full", 2, "full")
     assert row["hits"] + row["misses"] + row["joins"] + row["forwards"] == row["requests"] == 300
+
+
+def test_coordination_is_chosen_and_shown(simulate: Simulate, simulate_rows: SimulateRows) -> None:
+    options = (*FULL, "--locations", "3", "--policy", "lru", "--coordination")
+    rows = {mode: simulate_rows(*options, mode)[0] for mode in ("none", "forwarding", "full")}
+    assert [row["coordination"] for row in rows.values()] == list(rows)
+    assert [row["forwards"] > 0 for row in rows.values()] == [False, True, True]
+    assert [row["preloads"] > 0 for row in rows.values()] == [False, False, True]
+    assert "3 locations, time full, coordination forwarding" in simulate(*options, "forwarding").stdout
+
+
+def test_one_location_has_nobody_to_coordinate_with(simulate_rows: SimulateRows) -> None:
+    (row,) = simulate_rows(*FULL, "--policy", "lru", "--coordination", "full")
+    assert (row["coordination"], row["forwards"], row["preloads"]) == ("none", 0, 0)
+
+
+def test_locations_on_their_own_can_know_their_future(simulate_rows: SimulateRows) -> None:
+    options = ("--locations", "2", "--policy", "belady-am", "--coordination", "none")
+    assert [row["policy"] for row in simulate_rows(*FULL, *options)] == ["belady-am"]
+
+
+def test_more_than_the_locations_can_execute_is_said(simulate: Simulate, profiles_file: Path) -> None:
+    options = ("--trace", "zipf:models=3&requests=200&rate=9", "--models", str(profiles_file), "--time", "full")
+    result = simulate(*options, "--policy", "lru", "--capacity", "100%")
+    assert "the locations run 2: queues grow to the end" in result.stderr
+    assert "queues" not in simulate(*options, "--policy", "lru", "--capacity", "100%", "--locations", "9").stderr
 
 
 def test_rows_of_the_table_can_be_the_models(simulate_rows: SimulateRows, profiles_file: Path, tmp_path: Path) -> None:
@@ -145,6 +173,10 @@ def test_a_memory_into_which_no_model_fits_is_replayed_with_a_warning(simulate: 
         (("--time", "full", "--locations", "2", "--policy", "belady"), "cannot know what locations will forward"),
         (("--paper", "--benchmark"), "choose one"),
         (("--paper", "--policy", "lru"), "choose policies"),
+        (("--benchmark", "--json"), "takes --data and --seed alone"),
+        (("--paper", "--data", "absent", "--trace", "zipf:"), "choose one"),
+        (("--seeds", "2"), "--seeds is for --paper"),
+        (("--coordination", "none"), "--coordination is for --time full"),
         (("--paper", "--data", "absent"), TRACE_FILE),
         (("--data", "absent"), "--data is for"),
     ],
@@ -193,8 +225,10 @@ def test_the_paper_is_replayed_on_files_in_the_reference_format(
     result = simulate("--paper", "--data", str(folder), "--seeds", "2", "--plot", "p.png", "--csv", "p.csv")
     assert result.exit_code == 0, result.output
     assert "reference workload" in result.stdout
-    assert result.stdout.count("holds") + result.stdout.count("does not hold") == 10
+    verdicts = [line for line in result.stdout.splitlines() if line.endswith(("holds", "does not hold"))]
+    assert len(verdicts) == 10
     assert "edgeserve / belady-am" in result.stdout
+    assert "background loads of edgeserve" in result.stdout
     assert result.stderr == "wrote p.csv\nwrote p.png\n"
     assert (tmp_path / "p.png").read_bytes().startswith(PNG)
 
@@ -202,7 +236,7 @@ def test_the_paper_is_replayed_on_files_in_the_reference_format(
 def test_the_paper_can_be_held_against_another_trace(simulate: Simulate, azure_file: Path, tmp_path: Path) -> None:
     result = simulate("--paper", "--trace", f"azure:{azure_file}", "--seeds", "1", "--json")
     rows = json.loads(result.stdout)
-    assert {row["policy"] for row in rows} == {*POLICIES, *ORACLES}
+    assert {row["policy"] for row in rows} == {*POLICIES, *ORACLES, "edgeserve, preloads 1 at a time"}
     assert {0.1, 0.25, 0.5} <= {row["capacity_share"] for row in rows}
     assert "as asked for" in result.stderr
     assert (tmp_path / "edgeserve-paper.png").exists()

@@ -308,7 +308,6 @@ def test_a_worth_that_has_fallen_is_seen_when_it_is_told(make_cache: MakeCache) 
     assert cache.request(profile("new", 50), 1.0) == Load(("b",))
 
 
-@pytest.mark.xfail(reason="what is told of a model while it is picked out of the ranking is lost")
 def test_a_worth_that_falls_while_its_model_makes_way_is_not_forgotten(make_cache: MakeCache) -> None:
     policy = Silent(a=10, b=5)
     cache = make_cache(policy=policy)
@@ -529,7 +528,7 @@ def test_only_what_must_make_way_does(make_cache: MakeCache) -> None:
     "policy",
     [
         Sparing,
-        pytest.param(Ranked, marks=pytest.mark.xfail(reason="all that make way go, also those not needed any more")),
+        Ranked,
     ],
 )
 def test_models_that_need_not_make_way_any_more_take_requests_again(
@@ -547,7 +546,6 @@ def test_models_that_need_not_make_way_any_more_take_requests_again(
     assert isinstance(cache.request(profile("a", 40), 1.0), Wait)
 
 
-@pytest.mark.xfail(reason="all that make way go, also those not needed any more")
 def test_of_those_who_made_way_only_those_go_that_are_still_needed(make_cache: MakeCache) -> None:
     cache = make_cache(policy=Ranked(a=1, b=2))
     hold(cache, "a", 40, in_use=True)
@@ -770,13 +768,24 @@ def test_a_preload_that_nobody_has_joined_may_go_while_it_loads(make_cache: Make
 
 
 def test_a_preload_that_goes_before_anybody_asked_was_in_vain(make_cache: MakeCache) -> None:
-    cache = make_cache(policy=Ranked(new=1))
+    cache = make_cache(policy=Ranked(new=1, bad=1))
     preloading(cache, NEW)
     cache.loaded("new", 1.0)
     cache.unload("new", 2.0)
-    preloading(cache, NEW)
-    cache.failed("new", "checksum", 3.0)
+    preloading(cache, profile("bad"))
+    cache.failed("bad", "checksum", 3.0)
     assert (cache.counters.preloads, cache.counters.wasted_preloads) == (2, 2)
+
+
+def test_what_was_unloaded_by_hand_stays_away_until_somebody_asks_for_it(make_cache: MakeCache) -> None:
+    cache = make_cache(policy=wishing(NEW, new=1))
+    hold(cache, "new", 50)
+    cache.unload("new", 1.0)
+    assert cache.next_preload(2.0) is None
+    assert cache.place(NEW, 2.0) is None
+    assert cache.request(NEW, 3.0) == Load(())
+    cache.failed("new", "checksum", 3.0)
+    assert cache.next_preload(60.0) == Preload(NEW, ())
 
 
 def test_a_preload_that_was_asked_for_was_not_in_vain(make_cache: MakeCache) -> None:

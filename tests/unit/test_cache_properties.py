@@ -259,7 +259,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert sum(freed) >= missing, "the victims suffice"
         if self.policy.spares_small:
             assert all(sum(freed) - size < missing for size in freed), "and not one goes in vain"
-        elif not self.anyone_made_way:
+        else:
             assert not freed or sum(freed[:-1]) < missing, "and they go one by one only until there is room"
         if self.policy_name in STEADY and victims and not self.anyone_made_way:
             others = {other for other in self.ready | self.guessed if not self.uses[other]} - self.pinned - set(victims)

@@ -108,7 +108,7 @@ def test_the_questions_may_come_first(name: str) -> None:
     "name",
     [
         *sorted(POLICIES.keys() - {"edgeserve"}),
-        pytest.param("edgeserve", marks=pytest.mark.xfail(reason="looks for the most useful of no victims")),
+        "edgeserve",
     ],
 )
 def test_what_nobody_knows_is_not_worthwhile_where_there_is_room(name: str) -> None:
@@ -421,18 +421,13 @@ def victims_of_random(seed: int, sizes: dict[str, int], new: int, *, in_use: str
     return "".join(sorted(answer.victims))
 
 
-UNEVEN = pytest.mark.xfail(
-    raises=AssertionError, reason="where the lot falls on a model that is already out, or may not go, the oldest goes"
-)
-
-
 @pytest.mark.parametrize(
     ("new", "in_use", "pinned", "outcomes"),
     [
         (10, "", "", ["a", "b", "c", "d"]),
-        pytest.param(20, "", "", ["ab", "ac", "ad", "bc", "bd", "cd"], marks=UNEVEN),
-        pytest.param(10, "a", "", ["b", "c", "d"], marks=UNEVEN),
-        pytest.param(10, "", "a", ["b", "c", "d"], marks=UNEVEN),
+        (20, "", "", ["ab", "ac", "ad", "bc", "bd", "cd"]),
+        (10, "a", "", ["b", "c", "d"]),
+        (10, "", "a", ["b", "c", "d"]),
     ],
 )
 def test_random_gives_all_who_may_go_the_same_chance(new: int, in_use: str, pinned: str, outcomes: list[str]) -> None:
@@ -445,25 +440,45 @@ def test_random_gives_all_who_may_go_the_same_chance(new: int, in_use: str, pinn
     assert all(abs(lots[outcome] - fair) < 5 * math.sqrt(fair) for outcome in outcomes)
 
 
-def test_random_draws_among_those_that_are_resident_whoever_has_left() -> None:
-    policy = fresh("random")
-    for model in MODELS:
-        policy.on_load(model, 0.0)
-    for model in MODELS[3:]:
-        policy.on_evict(model, 0.0)
-    policy.on_unload(B, 0.0)
-    drawn = Counter(model_id for _ in range(200) for model_id in policy.fallen(0.0))
-    assert drawn.keys() == {"a", "c"}
+def test_random_gives_a_model_that_has_just_come_the_chance_of_the_old_ones() -> None:
+    def victim(seed: int) -> str:
+        cache = ModelCache(capacity_bytes=30, policy=fresh("random", seed))
+        gone: list[str] = []
+        for number, model_id in enumerate("abcdefgh"):
+            answer = cache.request(profile(model_id), number)
+            assert isinstance(answer, Load)
+            gone += answer.victims
+            cache.loaded(model_id, number)
+            cache.finish(model_id, number)
+        return gone[-1]
+
+    seeds = 6000
+    lots = Counter(victim(seed) for seed in range(seeds))
+    # Of the three that are left when h comes, g came last: whoever it is, it goes once in three times.
+    assert abs(lots["g"] - seeds / 3) < 5 * math.sqrt(seeds / 3)
+
+
+def test_random_spares_nobody_for_ever_who_was_in_use_when_its_time_came() -> None:
+    cache = ModelCache(capacity_bytes=40, policy=fresh("random", 1))
+    for model_id in "abcd":
+        cache.request(profile(model_id), 0.0)
+        cache.loaded(model_id, 0.0)
+    for model_id in "bcd":
+        cache.finish(model_id, 0.0)
+    for number in range(50):
+        cache.request(profile(f"n{number}"), 1.0)
+        cache.loaded(f"n{number}", 1.0)
+        cache.finish(f"n{number}", 1.0)
+    cache.finish("a", 1.0)
+    cache.request(profile("last"), 2.0)
+    assert cache.state("a") is None
 
 
 def test_random_draws_from_the_generator_it_is_given() -> None:
-    def drawn(seed: int) -> list[str]:
-        policy = fresh("random", seed)
-        for model in MODELS:
-            policy.on_load(model, 0.0)
-        return [model_id for _ in range(20) for model_id in policy.fallen(0.0)]
+    def gone(seed: int) -> list[str]:
+        return [victims_of_random(seed + number, dict.fromkeys("abcd", 10), 10) for number in range(20)]
 
-    assert drawn(1) == drawn(1) != drawn(2)
+    assert gone(1) == gone(1) != gone(100)
 
 
 def test_belady_am_online_ranks_by_share_of_requests_times_load_time_over_size() -> None:
@@ -626,8 +641,12 @@ def test_edgeserve_looks_again_when_there_is_more_room() -> None:
     cache.know([A, B, C], 2.0)
     assert preloads(cache, 3.0) == ""
     cache.unload("c", 4.0)
-    assert cache.review_s < 60.0
-    assert preloads(cache, cache.review_s) in ("a", "c")
+    # What was unloaded by hand does not come back by itself, but something else may take its place.
+    loaded = ""
+    while not loaded:
+        assert cache.review_s < 60.0
+        loaded = preloads(cache, cache.review_s)
+    assert loaded == "a"
 
 
 def test_edgeserve_reviews_no_more_often_than_it_is_told() -> None:
@@ -641,9 +660,6 @@ def test_edgeserve_reviews_no_more_often_than_it_is_told() -> None:
         assert policy.review_s >= now + 7.0
 
 
-@pytest.mark.xfail(
-    raises=AssertionError, reason="what falls is kept until somebody evicts; with room for all, for ever"
-)
 def test_edgeserve_does_not_grow_in_a_cache_that_has_room_for_all() -> None:
     def weight_after(requests: int) -> int:
         policy = fresh("edgeserve")
@@ -663,7 +679,6 @@ def test_edgeserve_does_not_grow_in_a_cache_that_has_room_for_all() -> None:
     assert weight_after(10_000) < 2 * weight_after(500)
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="one wish at a time: one that can never fit stands before all others")
 def test_edgeserve_preloads_what_fits_though_something_better_does_not() -> None:
     huge, small = profile("huge", 101, load_s=1e4), profile("small", 10)
     cache = ModelCache(capacity_bytes=100, policy=fresh("edgeserve"))
@@ -686,7 +701,6 @@ def test_edgeserve_loses_at_most_the_forward_to_the_next_holder() -> None:
     assert policy.utility(A, 1.0) == pytest.approx(alone, rel=0.1)
 
 
-@pytest.mark.xfail(raises=AssertionError, reason="the cost of a forward is not looked up when a model is first met")
 def test_edgeserve_heeds_forward_costs_that_it_was_told_before_it_met_the_model() -> None:
     early, late = fresh("edgeserve"), fresh("edgeserve")
     early.on_forward_costs({"a": 0.25})
