@@ -94,11 +94,11 @@ class _Outputs:
 @click.option("--jobs", type=click.IntRange(1, 1024), help="Replays at the same time.  [default: one per core]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--csv", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the rows there.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Draw a picture (.png, .svg, .pdf).")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Draw them.")
 @click.option("--paper", is_flag=True, help=f"Check the paper's claims on the reference workload; draws {_PAPER_PLOT}.")
 @click.option("--seeds", type=click.IntRange(1, 1000), help=f"With --paper: how many.  [default: {_DEFAULT_SEEDS}]")
 @click.option("--benchmark", is_flag=True, help="Measure how fast the decisions are.")
-@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="With --paper, --benchmark: the folder of the reference files.")
+@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the reference files.")
 def simulate(
     trace: str | None,
     models: Path | None,
@@ -286,9 +286,11 @@ def _say_what_is_too_much(workload: Workload) -> None:
 
 
 def _say_what_is_rejected(rows: Sequence[Row], largest_bytes: int) -> None:
-    for row in {row.capacity_bytes: row for row in rows if row.rejected}.values():
+    # The one with the most of each capacity.
+    rejecting = sorted((row for row in rows if row.rejected), key=lambda row: row.rejected)
+    for row in {row.capacity_bytes: row for row in rejecting}.values():
         if row.capacity_bytes >= largest_bytes:
-            _warn(f"{row.policy}: {row.rejected:,} requests found too many others in line; they count as misses")
+            _warn(f"up to {row.rejected:,} requests found too many others in line; they count as misses")
             continue
         what = "no model fits" if row.rejected == row.requests else "some models do not fit"
         _warn(f"{what} into {row.capacity_bytes} bytes; their requests count as misses that load every time")

@@ -183,6 +183,7 @@ class ModelCache:
         self.capacity_bytes = capacity_bytes
         self.counters = CacheCounters()
         self._policy = policy
+        policy.preloading = max_preloads > 0
         self._ranking = Ranking(policy.utility)
         self._max_loads = max_loads
         self._max_preloads = max_preloads

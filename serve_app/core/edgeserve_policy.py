@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.eviction_policy import EvictionPolicy
-from serve_app.core.next_use import History, NextUse
+from serve_app.core.next_use import History, HowOften, NextUse
 from serve_app.core.ranking import Ranked, Ranking
 
 
@@ -242,7 +242,8 @@ class EdgeServe(EvictionPolicy):
 
     def _predictor(self, now: float) -> NextUse:
         if self._next_use is None:
-            self._next_use = NextUse(short_s=self._short_s, long_s=self._long_s, now=now)
+            predictor = NextUse if self.preloading else HowOften
+            self._next_use = predictor(short_s=self._short_s, long_s=self._long_s, now=now)
         return self._next_use
 
     def _review_at(self, at_s: float) -> None:

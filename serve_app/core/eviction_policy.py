@@ -45,6 +45,9 @@ class EvictionPolicy(ABC):
         """
         return ()
 
+    #: Whether the cache loads what this policy wishes for.
+    preloading: bool = True
+
     #: When time alone gives ``wishes`` something new to say.
     review_s: float = math.inf
 

@@ -186,6 +186,18 @@ class NextUse:
             known.factor[age] = (known.seen[age] + _FACTOR_PRIOR) / (expected + _FACTOR_PRIOR)
 
 
+class HowOften(NextUse):
+    """Step 1 only.
+
+    For where nothing can be preloaded: what is not due yet must be kept all the same, as it could not be fetched again.
+    """
+
+    def rate(self, known: History, lead_s: float, now: float) -> float:
+        """The rate, in requests per second, whatever the model's age."""
+        known.gain = -math.inf
+        return super().rate(known, lead_s, now)
+
+
 def _ages_until(known: History, lead_s: float, now: float) -> int:
     """The first age that a model will not have reached in ``lead_s`` seconds without a request."""
     # Sums of floats do not come out even: the age that has been counted already is the truth.

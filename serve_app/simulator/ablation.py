@@ -23,7 +23,7 @@ from serve_app.core.cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.edgeserve_policy import EdgeServe
 from serve_app.core.eviction_policy import EvictionPolicy
-from serve_app.core.next_use import History, NextUse
+from serve_app.core.next_use import History, HowOften, NextUse
 from serve_app.simulator.oracles import BeladyAm, next_uses
 from serve_app.simulator.reference import find_reference
 from serve_app.simulator.replay import replay
@@ -31,14 +31,6 @@ from serve_app.simulator.runner import MAX_PRELOADS
 from serve_app.simulator.scenario import make_workload
 
 SHARES = (0.1, 0.25, 0.5)
-
-
-class _WithoutAges(NextUse):
-    """Step 1 only: how long ago the last request was does not count."""
-
-    def rate(self, known: History, lead_s: float, now: float) -> float:
-        known.gain = -math.inf
-        return super().rate(known, lead_s, now)
 
 
 class _FixedMemories(NextUse):
@@ -71,7 +63,7 @@ class _Variant(EdgeServe):
 
 
 class _NoAges(_Variant):
-    predictor = _WithoutAges
+    predictor = HowOften
 
 
 class _OnlyShort(_Variant):
@@ -109,10 +101,10 @@ class _Part:
 
 PARTS = (
     _Part(name="whole", make=_Variant),
-    _Part(name="without preloading", make=_Variant, max_preloads=0),
+    _Part(name="without preloading, hence without ages", make=EdgeServe, max_preloads=0),
+    _Part(name="without preloading, but with ages", make=_Variant, max_preloads=0),
     _Part(name="without preloading what nobody has asked for yet", make=_NoCatalogue),
     _Part(name="without ages (step 2)", make=_NoAges),
-    _Part(name="without ages and preloading", make=_NoAges, max_preloads=0),
     _Part(name="short memory only", make=_OnlyShort),
     _Part(name="endless memory only", make=_OnlyEndless),
     _Part(name="without looking ahead by the load time", make=_NoLead),

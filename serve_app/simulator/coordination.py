@@ -119,7 +119,7 @@ def main(
 ) -> None:
     """Print load over exec and latency with independent, forwarding and fully coordinated locations.
 
-    A location has --share of the memory in which all models fit. "fwd/ind" and "all/ind" are ratios to independent
+    A location has --share of the memory in which all models fit. "fwd/ind" and "full/ind" are ratios to independent
     locations; below 1 is better.
     """
     try:
@@ -127,6 +127,8 @@ def main(
         for spec, sticky in [(spec, skew) for spec in traces] or _DEFAULT_TRACES:
             whole = first_requests(parse_trace(spec, seed=seed), requests)
             profiles = profiles_of(whole, rows, seed=seed, fetch_gbit=None if models is not None else fetch_gbit)
+            if models is None:
+                click.echo(f"\nmodels are fetched at {fetch_gbit:g} Gbit/s, then loaded")
             for count in locations:
                 trace = split(whole, count, seed=seed, skew=sticky)
                 click.echo(_heading(spec, trace, sticky))
@@ -157,9 +159,9 @@ def _heading(spec: str, trace: Trace, skew: float) -> str:
     return (
         f"\n{spec}: {len(trace):,} requests for {len(trace.models)} models in {trace.arrival_s[-1] / 3600:.1f} h, "
         f"{len(trace.locations)} locations, skew {skew:g}, {apart}\n"
-        f"{'':16}{'load over exec':^40}{'mean latency (ms)':^40}{'p99 (ms)':^26}\n"
+        f"{'':16}{'load over exec':^42}{'mean latency (ms)':^42}{'p99 (ms)':^26}\n"
         + f"{'memory policy':16}"
-        + 2 * f"{'ind':>8}{'fwd':>8}{'full':>8}{'fwd/ind':>8}{'all/ind':>8}"
+        + 2 * f"{'ind':>8}{'fwd':>8}{'full':>8}{'fwd/ind':>9}{'full/ind':>9}"
         + f"{'ind':>10}{'fwd':>8}{'full':>8}"
     )
 
@@ -180,7 +182,7 @@ def _line(case: Case, tallies: dict[Coordination, FullTally]) -> str:
 
 
 def _ratios(values: Sequence[float]) -> str:
-    return "".join(f"{value / values[0]:8.2f}" if values[0] else f"{'-':>8}" for value in values[1:])
+    return "".join(f"{value / values[0]:9.2f}" if values[0] else f"{'-':>9}" for value in values[1:])
 
 
 if __name__ == "__main__":

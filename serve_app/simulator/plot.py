@@ -12,12 +12,12 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from serve_app.simulator.rows import Row
 
-_INCHES = (8.0, 5.0)
+_INCHES = (9.0, 5.0)
 _DOTS_PER_INCH = 150
 #: The ten usual ones and two more, as there are more policies than ten.
 _COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold")
 _LOG_TICKS = (1.0, 2.0, 5.0)
-#: Where loading everything once is a smaller share of the least figure than this, its line would only squeeze the others.
+#: Loading everything once is drawn where it is more than this share of the least figure; lower, it squeezes the others.
 _WORTH_A_LINE = 0.1
 
 
@@ -39,7 +39,8 @@ def plot(rows: Sequence[Row], path: Path, *, oracles: Collection[str]) -> None:
     row = rows[0]
     places = f", {row.locations} locations" if row.locations > 1 else ""
     counts = f"{row.requests:,} requests, {row.models:,} models{places}, time {row.time}"
-    axes.set_title(f"{_short(row.trace)}: {counts}", fontsize="small")
+    # Over the whole figure, which is wider than the axes beside long names.
+    figure.suptitle(f"{_short(row.trace)}\n{counts}", fontsize="small")
     figure.savefig(path, dpi=_DOTS_PER_INCH)
 
 
@@ -62,7 +63,7 @@ def _lines(axes: Axes, rows: Sequence[Row], oracles: Collection[str]) -> None:
     axes.set_xlabel("memory, share of all models")
     axes.set_ylabel("seconds waited for loads over seconds of execution")
     axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.figure.legend(loc="outside right upper", fontsize="small")
 
 
 def _bars(axes: Axes, rows: Sequence[Row], oracles: Collection[str]) -> None:

@@ -88,8 +88,9 @@ class _Location:
     def play(self, arrival_s: Sequence[float], model: Sequence[int], progress: Callable[[int], None]) -> None:
         cache, profiles, tally, endings = self.cache, self.profiles, self.tally, self._endings
         request, finish = cache.request, cache.finish
-        cache.know(profiles, 0.0)
-        done, before_s = 0, 0.0
+        # A trace may begin at any hour, and what was not observed is no absence of requests.
+        done, before_s = 0, arrival_s[0] if arrival_s else 0.0
+        cache.know(profiles, before_s)
         for now, number in zip(arrival_s, model, strict=True):
             if now >= cache.review_s or (endings and now >= endings[0][0]):
                 self._until(before_s, now)

@@ -21,7 +21,7 @@ def read_csv(path: Path, *, name: str | None = None) -> Trace:
     """The rows of a file as a trace. A request's source is its user, else its location, else itself.
 
     Args:
-        path: of the file; ``arrival_s`` is in seconds since the beginning.
+        path: of the file; ``arrival_s`` is in seconds since any moment; the trace begins with its first request.
         name: of the trace; without, the path.
 
     Raises:
@@ -46,7 +46,7 @@ def read_csv(path: Path, *, name: str | None = None) -> Trace:
         name=name or str(path),
         models=names[_MODEL].names,
         locations=location.names if location else ("local",),
-        arrival_s=column(arrival_s),
+        arrival_s=column(arrival_s) - min(arrival_s),
         model=column(names[_MODEL].numbers),
         source=column(source.numbers) if source else np.arange(len(arrival_s)),
         location=column(location.numbers) if location else None,

@@ -225,6 +225,7 @@ class Live:
         self.taken_back = 0
 
     async def play(self, trace: Trace) -> None:
+        self.bench.now = trace.arrival_s[0]
         self.host.know(self.profiles)
         for now, number in zip(trace.arrival_s, trace.model, strict=True):
             await self.until(now)

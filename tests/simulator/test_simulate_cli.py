@@ -116,8 +116,10 @@ def test_the_full_model_of_time_gives_the_same_columns(simulate: Simulate) -> No
     assert row["hits"] + row["misses"] + row["joins"] + row["forwards"] == row["requests"] == 300
 
 
-def test_coordination_is_chosen_and_shown(simulate: Simulate, simulate_rows: SimulateRows) -> None:
-    options = (*FULL, "--locations", "3", "--policy", "lru", "--coordination")
+def test_coordination_is_chosen_and_shown(simulate: Simulate, simulate_rows: SimulateRows, profiles_file: Path) -> None:
+    trace = "zipf:models=30&requests=2000&rate=2"
+    models = ("--models", str(profiles_file), "--locations", "3", "--policy", "lru")
+    options = ("--trace", trace, *models, "--time", "full", "--coordination")
     rows = {mode: simulate_rows(*options, mode)[0] for mode in ("none", "forwarding", "full")}
     assert [row["coordination"] for row in rows.values()] == list(rows)
     assert [row["forwards"] > 0 for row in rows.values()] == [False, True, True]
@@ -226,7 +228,7 @@ def test_the_paper_is_replayed_on_files_in_the_reference_format(
     assert result.exit_code == 0, result.output
     assert "reference workload" in result.stdout
     verdicts = [line for line in result.stdout.splitlines() if line.endswith(("holds", "does not hold"))]
-    assert len(verdicts) == 10
+    assert len(verdicts) == 13
     assert "edgeserve / belady-am" in result.stdout
     assert "background loads of edgeserve" in result.stdout
     assert result.stderr == "wrote p.csv\nwrote p.png\n"

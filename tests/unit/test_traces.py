@@ -260,9 +260,13 @@ class TestFiles:
 
 
 class TestCsv:
+    def test_a_trace_begins_with_its_first_request_whatever_its_clock_says(self, write: Callable[..., Path]) -> None:
+        read = read_csv(write("arrival_s,model", "1600000060,a", "1600000000,b"))
+        assert list(read.arrival_s) == [0.0, 60.0]
+
     def test_columns_stand_in_any_order_and_others_are_ignored(self, write: Callable[..., Path]) -> None:
         read = read_csv(write("note,model, arrival_s,location,user", "x,b,1.5,tokyo,u", "y, a , 2e0,paris,v"))
-        assert (read.models, list(read.model), list(read.arrival_s)) == (("b", "a"), [0, 1], [1.5, 2.0])
+        assert (read.models, list(read.model), list(read.arrival_s)) == (("b", "a"), [0, 1], [0.0, 0.5])
         assert read.location is not None
         assert [read.locations[index] for index in read.location] == ["tokyo", "paris"]
 
