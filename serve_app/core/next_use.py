@@ -92,12 +92,8 @@ class NextUse:
 
     def rate(self, known: History, lead_s: float, now: float) -> float:
         """The highest rate, in requests per second, between now and ``lead_s`` seconds from now."""
-        last_s = known.last_s
         if now > known.counted_s:
-            if now < last_s + AGE_EDGES_S[known.age + 1]:
-                self._count_until(known, now)
-            else:
-                self._count(known, now)
+            self._count(known, now)
         weights, requests = self._weights, known.requests
         rate = (
             weights[0] * self._fast_decay * known.fast
@@ -154,36 +150,39 @@ class NextUse:
 
     def _count(self, known: History, now: float) -> None:
         """Account for the time since ``counted_s``, age by age, in which no request came."""
-        edge_s = known.last_s + AGE_EDGES_S[known.age + 1]
-        while edge_s <= now:
-            self._count_until(known, edge_s)
-            known.age += 1
-            edge_s = known.last_s + AGE_EDGES_S[known.age + 1]
-        self._count_until(known, now)
-
-    def _count_until(self, known: History, until_s: float) -> None:
-        passed_s = until_s - known.counted_s
-        if passed_s <= 0:
-            return
-        since_s = known.counted_s
-        known.counted_s = until_s
-        fast = known.fast * (1 - exp(-self._fast_decay * passed_s))
-        slow = known.slow * (1 - exp(-self._slow_decay * passed_s))
-        requests, began_s = known.requests, self._endless_since_s
-        endless = (requests + _PRIOR_REQUESTS) * log((until_s - began_s) / (since_s - began_s))
-        known.fast -= fast
-        known.slow -= slow
+        # The hottest loop of the policy: everything in local names.
+        since_s, last_s, age = known.counted_s, known.last_s, known.age
+        fast, slow, gain = known.fast, known.slow, known.gain
+        fast_decay, slow_decay, began_s = -self._fast_decay, -self._slow_decay, self._endless_since_s
+        fast_weight, slow_weight, endless_weight = self._weights
+        requests = known.requests + _PRIOR_REQUESTS
+        seen, expected, factor = known.seen, known.expected, known.factor
+        fast_before, slow_before, endless_promised = fast, slow, 0.0
+        while since_s < now:
+            edge_s = last_s + AGE_EDGES_S[age + 1]
+            until_s = edge_s if edge_s < now else now
+            if until_s > since_s:
+                passed_s = until_s - since_s
+                fast_left, slow_left = fast * exp(fast_decay * passed_s), slow * exp(slow_decay * passed_s)
+                endless = requests * log((until_s - began_s) / (since_s - began_s))
+                endless_promised += endless
+                if known.requests:
+                    news = (
+                        fast_weight * (fast - fast_left)
+                        + slow_weight * (slow - slow_left)
+                        + endless_weight * endless
+                    )
+                    gain -= (factor[age] - 1) * news
+                    expected[age] += news
+                    factor[age] = (seen[age] + _FACTOR_PRIOR) / (expected[age] + _FACTOR_PRIOR)
+                fast, slow, since_s = fast_left, slow_left, until_s
+            if until_s == edge_s:
+                age += 1
+        known.counted_s, known.age, known.fast, known.slow, known.gain = now, age, fast, slow, gain
         promised = self._promised
-        promised[0] += fast
-        promised[1] += slow
-        promised[2] += endless
-        if requests:
-            age = known.age
-            weights = self._weights
-            news = weights[0] * fast + weights[1] * slow + weights[2] * endless
-            known.gain -= (known.factor[age] - 1) * news
-            known.expected[age] = expected = known.expected[age] + news
-            known.factor[age] = (known.seen[age] + _FACTOR_PRIOR) / (expected + _FACTOR_PRIOR)
+        promised[0] += fast_before - fast
+        promised[1] += slow_before - slow
+        promised[2] += endless_promised
 
 
 class HowOften(NextUse):
