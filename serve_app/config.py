@@ -146,7 +146,7 @@ class WorkerSettings(Settings):
     parallel_inferences: int = Field(default=2, ge=1)
     parallel_loads: int = Field(default=2, ge=1)
     #: Loads in the background of what will probably be asked for, beside the others; 0: none.
-    parallel_preloads: int = Field(default=1, ge=0)
+    parallel_preloads: int = Field(default=2, ge=0)
     #: How long a failed load is remembered before it is tried again.
     failure_memory: Duration = 5.0
 

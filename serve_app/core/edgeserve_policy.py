@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.eviction_policy import EvictionPolicy
-from serve_app.core.next_use import History, HowOften, NextUse
+from serve_app.core.next_use import History, NextUse
 from serve_app.core.ranking import Ranked, Ranking
 
 
@@ -46,6 +46,9 @@ class EdgeServe(EvictionPolicy):
 
     spares_small = True
 
+    #: For how long it is remembered whether the background was busy.
+    BUSY_MEMORY_S = 600.0
+
     def __init__(
         self,
         _rng: random.Random,
@@ -75,6 +78,8 @@ class EdgeServe(EvictionPolicy):
         #: No resident that can go is worth less, as far as is known: a wish is refused without looking for victims.
         self._floor = 0.0
         self._judged = False
+        #: When wishes were last asked for.
+        self._asked_s = 0.0
         #: When to look at which model again. Of several entries for one model, that of its ``entry_s`` counts.
         self._agenda: list[tuple[float, str]] = []
         #: In order; told once, however often they fell.
@@ -143,6 +148,7 @@ class EdgeServe(EvictionPolicy):
         return fallen
 
     def wishes(self, now: float, free_bytes: int) -> Iterable[ModelProfile]:
+        self._see_how_busy(now)
         self._review(now)
         self.review_s = max(now + self._review_every_s, self._agenda[0][0]) if self._agenda else math.inf
         while (best := self._absent.pop(now)) is not None:
@@ -173,6 +179,19 @@ class EdgeServe(EvictionPolicy):
         return True
 
     # How it is kept up to date
+
+    def _see_how_busy(self, now: float) -> None:
+        """Rely on fetching models again only as far as the background keeps up.
+
+        It was busy from when this policy wanted to be asked until it was.
+        """
+        passed_s = now - self._asked_s
+        if passed_s <= 0:
+            return
+        idle = 1 - min(1.0, max(0.0, now - self.review_s) / passed_s)
+        predictor = self._next_use or self._predictor(now)
+        predictor.age_weight += (idle - predictor.age_weight) * (1 - math.exp(-passed_s / self.BUSY_MEMORY_S))
+        self._asked_s = now
 
     def _review(self, now: float) -> None:
         """Look again at every model whose time has come."""
@@ -242,8 +261,8 @@ class EdgeServe(EvictionPolicy):
 
     def _predictor(self, now: float) -> NextUse:
         if self._next_use is None:
-            predictor = NextUse if self.preloading else HowOften
-            self._next_use = predictor(short_s=self._short_s, long_s=self._long_s, now=now)
+            self._next_use = NextUse(short_s=self._short_s, long_s=self._long_s, now=now)
+            self._next_use.age_weight = 1.0 if self.preloading else 0.0
         return self._next_use
 
     def _review_at(self, at_s: float) -> None:

@@ -31,8 +31,8 @@ _FACTOR_PRIOR = 0.5
 #: How much of its gain a model keeps with every request.
 _GAIN_KEPT = math.exp(-1 / 50)
 #: A factor that falls to more than this share of itself is no reason to look at a rate again, for so many ages.
-_NOTICEABLE = 0.7
-_AGES_PASSED_OVER = 2
+_NOTICEABLE = 0.5
+_AGES_PASSED_OVER = 4
 
 
 class History:
@@ -78,6 +78,9 @@ class NextUse:
         self._explained = [1.0, 1.0, 1.0]
         self._promised = [3.0, 3.0, 3.0]
         self._weights = (1 / 3, 1 / 3, 1 / 3)
+        #: How far step 2 counts, 0..1. It must not where nothing can be preloaded: what is not due yet is to be kept
+        #: all the same, as it could not be fetched again.
+        self.age_weight = 1.0
 
     def request(self, known: History, now: float) -> None:
         """The model was asked for."""
@@ -105,7 +108,7 @@ class NextUse:
         age = known.age
         ahead = _ages_until(known, lead_s, now)
         factor = max(known.factor[age:ahead]) if ahead > age + 1 else known.factor[age]
-        return rate * (1 + (factor - 1) * _trust(known.gain))
+        return rate * (1 + (factor - 1) * self.age_weight * _trust(known.gain))
 
     def next_fall_s(self, known: History, lead_s: float, now: float) -> float:
         """When ``rate`` may have fallen noticeably, if no request comes."""
@@ -168,9 +171,7 @@ class NextUse:
                 endless_promised += endless
                 if known.requests:
                     news = (
-                        fast_weight * (fast - fast_left)
-                        + slow_weight * (slow - slow_left)
-                        + endless_weight * endless
+                        fast_weight * (fast - fast_left) + slow_weight * (slow - slow_left) + endless_weight * endless
                     )
                     gain -= (factor[age] - 1) * news
                     expected[age] += news
@@ -183,18 +184,6 @@ class NextUse:
         promised[0] += fast_before - fast
         promised[1] += slow_before - slow
         promised[2] += endless_promised
-
-
-class HowOften(NextUse):
-    """Step 1 only.
-
-    For where nothing can be preloaded: what is not due yet must be kept all the same, as it could not be fetched again.
-    """
-
-    def rate(self, known: History, lead_s: float, now: float) -> float:
-        """The rate, in requests per second, whatever the model's age."""
-        known.gain = -math.inf
-        return super().rate(known, lead_s, now)
 
 
 def _ages_until(known: History, lead_s: float, now: float) -> int:

@@ -23,7 +23,7 @@ from serve_app.core.cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.edgeserve_policy import EdgeServe
 from serve_app.core.eviction_policy import EvictionPolicy
-from serve_app.core.next_use import History, HowOften, NextUse
+from serve_app.core.next_use import History, NextUse
 from serve_app.simulator.oracles import BeladyAm, next_uses
 from serve_app.simulator.reference import find_reference
 from serve_app.simulator.replay import replay
@@ -62,8 +62,18 @@ class _Variant(EdgeServe):
         return self._next_use
 
 
-class _NoAges(_Variant):
-    predictor = HowOften
+class _Trusting(_Variant):
+    """Relies on fetching models again however busy the background is."""
+
+    def _see_how_busy(self, now: float) -> None:
+        pass
+
+
+class _NoAges(_Trusting):
+    def _predictor(self, now: float) -> NextUse:
+        predictor = super()._predictor(now)
+        predictor.age_weight = 0.0
+        return predictor
 
 
 class _OnlyShort(_Variant):
@@ -102,7 +112,7 @@ class _Part:
 PARTS = (
     _Part(name="whole", make=_Variant),
     _Part(name="without preloading, hence without ages", make=EdgeServe, max_preloads=0),
-    _Part(name="without preloading, but with ages", make=_Variant, max_preloads=0),
+    _Part(name="without preloading, but with ages", make=_Trusting, max_preloads=0),
     _Part(name="without preloading what nobody has asked for yet", make=_NoCatalogue),
     _Part(name="without ages (step 2)", make=_NoAges),
     _Part(name="short memory only", make=_OnlyShort),
@@ -110,7 +120,9 @@ PARTS = (
     _Part(name="without looking ahead by the load time", make=_NoLead),
     _Part(name="without sparing small models", make=_NoSparing),
     _Part(name="with margin 1", make=lambda rng: _Variant(rng, margin=1.0)),
+    _Part(name="preloading two at a time", make=_Variant, max_preloads=2),
     _Part(name="preloading one at a time", make=_Variant, max_preloads=1),
+    _Part(name="one at a time, relying on it all the same", make=_Trusting, max_preloads=1),
 )
 
 

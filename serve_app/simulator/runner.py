@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 TimeModel = Literal["load-delay", "full"]
 #: Preloads that a location has under way at the same time: in the load-delay model, and as in life.
-MAX_PRELOADS, LIVE_PRELOADS = 64, 1
+MAX_PRELOADS, LIVE_PRELOADS = 64, 2
 
 _POLL_S = 0.1
 

@@ -238,7 +238,7 @@ def test_the_paper_is_replayed_on_files_in_the_reference_format(
 def test_the_paper_can_be_held_against_another_trace(simulate: Simulate, azure_file: Path, tmp_path: Path) -> None:
     result = simulate("--paper", "--trace", f"azure:{azure_file}", "--seeds", "1", "--json")
     rows = json.loads(result.stdout)
-    assert {row["policy"] for row in rows} == {*POLICIES, *ORACLES, "edgeserve, preloads 1 at a time"}
+    assert {row["policy"] for row in rows} == {*POLICIES, *ORACLES, "edgeserve, preloads 2 at a time"}
     assert {0.1, 0.25, 0.5} <= {row["capacity_share"] for row in rows}
     assert "as asked for" in result.stderr
     assert (tmp_path / "edgeserve-paper.png").exists()
