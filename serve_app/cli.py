@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = cli.main(arguments, prog_name="edgeserve", standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)
     except click.ClickException as error:
-        _fail(f"{error.format_message()} (edgeserve --help says more)", _EXIT_USAGE)
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "edgeserve"
+        _fail(f"{error.format_message()} ({command} --help says more)", _EXIT_USAGE)
     except (ConfigError, TraceError) as error:
         _fail(error.message, _EXIT_USAGE)
     except EdgeServeError as error:

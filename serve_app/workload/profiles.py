@@ -21,6 +21,7 @@ from serve_app.workload.tables import Table, shown
 
 _MB = 10**6
 _LARGEST_BYTES = 10**15
+_LONGEST_S = 86_400.0
 _SIZE_BYTES, _SIZE_MB = ("size_bytes",), ("size_mb", "keras_weights_mb")
 _LOAD_S, _EXEC_S = ("load_s", "m5_load_s"), ("exec_s", "m5_exec_s")
 _ACCURACY = ("accuracy", "imagenet_top1")
@@ -52,8 +53,8 @@ def read_profiles(path: Path) -> tuple[ModelProfile, ...]:
             ModelProfile(
                 model_id=name,
                 size_bytes=round(size_bytes),
-                load_s=table.number(line, cells, load_at),
-                exec_s=table.number(line, cells, exec_at),
+                load_s=_seconds(table, line, cells, load_at),
+                exec_s=_seconds(table, line, cells, exec_at),
                 accuracy=_accuracy(table, line, cells, accuracy_at),
             )
         )
@@ -88,6 +89,13 @@ def _one_of(table: Table, names: Sequence[str]) -> int:
     if len(there) > 1:
         table.fail(f"the columns {' and '.join(there)} mean the same; leave one", line=table.header_line)
     return table.columns.index(there[0])
+
+
+def _seconds(table: Table, line: int, cells: list[str], place: int) -> float:
+    seconds = table.number(line, cells, place)
+    if seconds > _LONGEST_S:
+        table.fail(f"{shown(cells[place])} is more than a day in seconds", line=line, column=place)
+    return seconds
 
 
 def _accuracy(table: Table, line: int, cells: list[str], place: int | None) -> float | None:

@@ -47,6 +47,22 @@ def random_workload(seed: int, *, equal_sizes: bool = False, requests: int = 600
     return Workload(trace=replace(stream.trace, arrival_s=arrivals), profiles=profiles, seed=seed)
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_a_background_that_cannot_keep_up_does_not_make_edgeserve_worse_than_none(seed: int) -> None:
+    """Loads take so long that what the policy lets go, because it is not due yet, cannot be fetched in time."""
+    stream = scenario.make_workload(trace="azure-like:functions=300&minutes=120&rate_cap=30", seed=seed)
+    slow = tuple(replace(profile, load_s=5 + number % 60) for number, profile in enumerate(stream.profiles))
+    stream = Workload(trace=stream.trace, profiles=slow, seed=seed)
+    all_bytes = sum(profile.size_bytes for profile in slow)
+
+    def load_s(max_preloads: int) -> float:
+        choice = parse_policies(["edgeserve"])[0]
+        make = cache_maker(stream, choice, capacity_bytes=all_bytes // 3, max_preloads=max_preloads)
+        return replay(stream.trace, stream.profiles, make).load_s
+
+    assert load_s(max_preloads=1) < load_s(max_preloads=0)
+
+
 class Watched(ModelCache):
     """Notes its answers, the most memory that was ever taken, and every time that it was told."""
 
