@@ -21,8 +21,8 @@ class _Known:
     def __init__(self, model: ModelProfile, now: float) -> None:
         self.model = model
         self.history = History(now)
-        #: How far ahead its rate is looked at: it takes this long to bring it in.
-        self.lead_s = model.load_s
+        #: How far ahead its rate is looked at.
+        self.lead_s = 0.0
         self.worth = 0.0
         self.worth_per_rate = 0.0
         self.resident = False
@@ -34,8 +34,9 @@ class _Known:
 class EdgeServe(EvictionPolicy):
     """Seconds saved per second and byte: predicted request rate x cost of absence / size.
 
-    The rate is that of ``NextUse``, at its highest within the time that a load takes. The cost of absence is a load,
-    or the forward to the next location that holds the model, whichever is less: duplicates go before last copies.
+    The rate is that of ``NextUse``, at its highest within the time that it takes to bring a model in. The cost of
+    absence is a load, or the forward to the next location that holds the model, whichever is less: duplicates go before
+    last copies.
 
     Args:
         short_s: half-life of the short memory of request rates; what a session is.
@@ -98,8 +99,7 @@ class EdgeServe(EvictionPolicy):
     def on_request(self, model: ModelProfile, now: float) -> None:
         known = self._known.get(model.model_id) or self._meet(model, now)
         if known.model is not model:
-            known.model, known.lead_s = model, model.load_s
-            known.worth_per_rate = self._worth_per_rate(model)
+            self._profile(known, model)
         self._predictor(now).request(known.history, now)
         self._value(known, now)
         self._schedule(known, now)
@@ -251,9 +251,15 @@ class EdgeServe(EvictionPolicy):
         known = self._known.get(model.model_id)
         if known is None:
             known = self._known[model.model_id] = _Known(model, now)
-            known.worth_per_rate = self._worth_per_rate(model)
+            self._profile(known, model)
             self._absent.add(model, now)
         return known
+
+    def _profile(self, known: _Known, model: ModelProfile) -> None:
+        known.model = model
+        # It takes a load to bring it in, and a round or two until somebody looks.
+        known.lead_s = model.load_s + 2 * self._review_every_s
+        known.worth_per_rate = self._worth_per_rate(model)
 
     def _worth_per_rate(self, model: ModelProfile) -> float:
         """Seconds per byte that each request of an absent model would cost."""

@@ -94,7 +94,7 @@ class _NoSparing(_Variant):
 
 
 class _NoLead(_Variant):
-    """Looks at this very moment instead of the time that a load takes."""
+    """Looks at this very moment instead of the time that it takes to bring a model in."""
 
     def on_catalog(self, models: Iterable[ModelProfile], now: float) -> None:
         super().on_catalog(models, now)
@@ -117,7 +117,7 @@ PARTS = (
     _Part(name="without ages (step 2)", make=_NoAges),
     _Part(name="short memory only", make=_OnlyShort),
     _Part(name="endless memory only", make=_OnlyEndless),
-    _Part(name="without looking ahead by the load time", make=_NoLead),
+    _Part(name="without looking ahead", make=_NoLead),
     _Part(name="without sparing small models", make=_NoSparing),
     _Part(name="with margin 1", make=lambda rng: _Variant(rng, margin=1.0)),
     _Part(name="preloading two at a time", make=_Variant, max_preloads=2),
