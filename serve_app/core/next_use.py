@@ -20,8 +20,8 @@ import math
 from bisect import bisect_right
 from math import exp, log
 
-#: Where one age ends and the next begins, in seconds: at 16 s, and half octaves from 64 s to 12 days.
-AGE_EDGES_S = (0.0, 16.0, *(64.0 * 2 ** (step / 2) for step in range(29)), math.inf)
+#: Where one age ends and the next begins, in seconds: at 16 and 32 s, and half octaves from 64 s to 12 days.
+AGE_EDGES_S = (0.0, 16.0, 32.0, *(64.0 * 2 ** (step / 2) for step in range(29)), math.inf)
 _AGES = len(AGE_EDGES_S) - 1
 #: What the endless memory holds of every model from the beginning: so many requests in so many seconds.
 _PRIOR_REQUESTS = 0.2
