@@ -14,8 +14,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from serve_app.core.catalog import MODEL_ID_PATTERN, ImageInput, ModelEntry
+from serve_app.core.links import Link
 from serve_app.core.policies import make_policy, policy_parameters
-from serve_app.core.routing import Link
 from serve_app.errors import ConfigError
 
 _SIZE_UNITS = {

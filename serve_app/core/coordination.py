@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
+from serve_app.core.links import Link
 from serve_app.core.popularity import Popularity
 from serve_app.core.reports import ViewDelta, WorkerReport
 
@@ -17,6 +19,7 @@ class CoordinatorState:
     | report with a higher sequence  | replaces the last one; its demand counts towards popularity     |
     | report with no higher sequence | ignored: it was overtaken on the way                            |
     | no report for ``stale_after_s``| the replica leaves the directory                                |
+    | measured links                 | replace what was known of these links                           |
 
     A coordinator that starts anew has an empty directory under a new ``epoch``; the next round of reports fills it.
 
@@ -39,6 +42,8 @@ class CoordinatorState:
         self._changed: dict[str, int] = {}
         self._departed: dict[str, int] = {}
         self._complete_since = 0
+        self._links: dict[tuple[str, str], Link] = {}
+        self._links_changed: dict[tuple[str, str], int] = {}
 
     def handle(self, report: WorkerReport, now: float) -> None:
         """Take in one worker's report (``now`` in seconds)."""
@@ -53,6 +58,13 @@ class CoordinatorState:
         self._departed.pop(report.replica, None)
         for demand in report.demand:
             self._popularity.add(demand.location, demand.model_id, demand.count, now)
+
+    def measured(self, links: Mapping[tuple[str, str], Link]) -> None:
+        """A router has measured the ways from its location."""
+        if links:
+            self._version += 1
+            self._links |= links
+            self._links_changed |= dict.fromkeys(links, self._version)
 
     def expire(self, now: float) -> None:
         """Drop the replicas that have been silent for too long."""
@@ -70,8 +82,8 @@ class CoordinatorState:
         if len(self._departed) > self.MAX_DEPARTED:
             self._complete_since = self._departed.pop(next(iter(self._departed)))
 
-    def view(self, epoch: str, version: int, now: float) -> ViewDelta:
-        """What a reader that last saw ``version`` of ``epoch`` does not know yet."""
+    def view(self, epoch: str, version: int, now: float, location: str | None = None) -> ViewDelta:
+        """What a reader of ``location`` that last saw ``version`` of ``epoch`` does not know yet."""
         self.expire(now)
         full = epoch != self._epoch or not self._complete_since <= version <= self._version
         since = -1 if full else version
@@ -82,6 +94,11 @@ class CoordinatorState:
             workers=tuple(self._reports[replica] for replica, changed in self._changed.items() if changed > since),
             gone=() if full else tuple(replica for replica, changed in self._departed.items() if changed > since),
             rates=self.rates(now),
+            links={
+                way: self._links[way]
+                for way, changed in self._links_changed.items()
+                if changed > since and way[0] == location
+            },
         )
 
     def holders(self, model_id: str) -> tuple[str, ...]:
@@ -95,6 +112,11 @@ class CoordinatorState:
             for model_id in report.models:
                 counts[model_id] = counts.get(model_id, 0) + 1
         return counts
+
+    @property
+    def links(self) -> Mapping[tuple[str, str], Link]:
+        """Every way that has been measured."""
+        return self._links
 
     def rates(self, now: float) -> dict[str, dict[str, float]]:
         """Requests per second of every model at every location."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from serve_app.core.cache import ModelState
+from serve_app.core.links import Link
 from serve_app.core.reports import ViewDelta, WorkerReport
 
 
@@ -19,6 +20,7 @@ class View:
     updated_s: float | None = None
     workers: dict[str, WorkerReport] = field(default_factory=dict)
     rates: dict[str, Mapping[str, float]] = field(default_factory=dict)
+    links: dict[tuple[str, str], Link] = field(default_factory=dict)
     _carried: dict[str, float] = field(default_factory=dict)
 
     #: A coordinator that has just started has heard of every live worker within this many seconds. Until then, what
@@ -40,6 +42,8 @@ class View:
         for replica in gone:
             self._carried.pop(replica, None)
         self.rates = dict(delta.rates)
+        # Those of a coordinator that has gone still count until the new one has been told of them.
+        self.links |= delta.links
         self.epoch, self.version, self.updated_s = delta.epoch, delta.version, now
         return tuple(sorted(gone))
 
@@ -89,7 +93,8 @@ class Knowledge:
     """The view, and on top of it what this router's own requests have shown and caused since the last reports.
 
     A report is up to half a second old when it gets here. What a reply says of a worker counts until a report that is
-    younger than the reply; a replica that has just failed is avoided until it reports again.
+    younger than the reply; a replica that has just failed is avoided until it reports again, and a location that this
+    router cannot reach, though the coordinator can, until it is reached.
     """
 
     def __init__(self) -> None:
@@ -97,6 +102,7 @@ class Knowledge:
         self._sightings: dict[str, dict[str, _Sighting]] = {}
         self._queues: dict[str, Queue] = {}
         self._suspects: dict[str, int] = {}
+        self._cut_off: frozenset[str] = frozenset()
 
     def apply(self, delta: ViewDelta, now: float) -> tuple[str, ...]:
         """Take in news from the coordinator (``now`` in seconds); returns the replicas that are gone since."""
@@ -116,10 +122,22 @@ class Knowledge:
         return gone
 
     def workers(self) -> list[WorkerReport]:
-        """The last reports of all replicas that are not under suspicion."""
-        if not self._suspects:
+        """The last reports of all replicas that are not under suspicion, and not cut off from here."""
+        if not self._suspects and not self._cut_off:
             return list(self.view.workers.values())
-        return [report for replica, report in self.view.workers.items() if replica not in self._suspects]
+        return [
+            report
+            for replica, report in self.view.workers.items()
+            if replica not in self._suspects and report.location not in self._cut_off
+        ]
+
+    def reach(self, location: str, *, reached: bool) -> tuple[str, ...]:
+        """Whether a location answers from here; returns the replicas that are cut off by this."""
+        if reached:
+            self._cut_off -= {location}
+            return ()
+        self._cut_off |= {location}
+        return tuple(replica for replica, report in self.view.workers.items() if report.location == location)
 
     def state(self, report: WorkerReport, model_id: str) -> ModelState | None:
         """The state of a model at a worker, as far as known."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from serve_app.core.cache import ResidentModel
 from serve_app.core.catalog import ModelProfile
+from serve_app.core.links import Link
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,7 @@ class ViewDelta:
     """What has changed in the cluster since a version; ``full`` replaces everything that was known before.
 
     ``rates`` holds requests per second of every model at every location and is always whole: rates fall by themselves.
+    ``links`` are the measured ways from the reader's location that have changed.
     """
 
     epoch: str
@@ -88,3 +90,4 @@ class ViewDelta:
     workers: tuple[WorkerReport, ...]
     gone: tuple[str, ...]
     rates: Mapping[str, Mapping[str, float]]
+    links: Mapping[tuple[str, str], Link] = field(default_factory=dict)

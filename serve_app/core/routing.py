@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from operator import itemgetter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from operator import attrgetter, itemgetter
+from typing import Protocol
 
 from serve_app.core.cache import ModelState
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.knowledge import Knowledge, View
+from serve_app.core.links import HERE, Link
 from serve_app.core.reports import WorkerReport
 
 
@@ -28,25 +29,20 @@ class Outcome(enum.StrEnum):
 _OUTCOMES_HERE = {ModelState.READY: Outcome.HIT, ModelState.LOADING: Outcome.JOIN, None: Outcome.LOAD}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
-    """The way from one location to another: round trip in seconds, bandwidth in bytes per second."""
+class Ways(Protocol):
+    """What is known of the ways between locations: as configured (``RoutingRules``), or as measured (``LinkTable``)."""
 
-    rtt_s: float
-    bytes_per_s: float
-
-    def seconds(self, payload_bytes: int) -> float:
-        """Extra time of a request with ``payload_bytes`` over this link."""
-        return self.rtt_s + payload_bytes / self.bytes_per_s
+    def link(self, here: str, there: str) -> Link:
+        """The way from one location to another, or within one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingRules:
     """What the choice depends on besides the state of the cluster.
 
-    ``horizon_s``: how far ahead today's popularity is trusted when a load is weighed against forwarding every time.
-    ``staleness_s``: how old what is known of other locations may be; a shorter queue there counts only if it is
-    shorter by more than that.
+    ``links`` are as configured, in either direction. ``horizon_s``: how far ahead today's popularity is trusted when a
+    load is weighed against forwarding every time. ``staleness_s``: how old what is known of other locations may be; a
+    shorter queue there counts only if it is shorter by more than that.
     """
 
     profiles: Mapping[str, ModelProfile]
@@ -56,13 +52,24 @@ class RoutingRules:
     staleness_s: float = 0.0
 
     def link(self, here: str, there: str) -> Link:
-        """The link between two locations, in either direction."""
+        """The link between two locations, in either direction; nothing within one."""
+        if here == there:
+            return HERE
         return self.links.get((here, there)) or self.links.get((there, here)) or self.default_link
 
-    @cached_property
-    def least_rtt_s(self) -> float:
-        """No forward can be faster than this."""
-        return min([self.default_link.rtt_s, *(link.rtt_s for link in self.links.values())])
+    def with_links(self, measured: Mapping[tuple[str, str], Link]) -> RoutingRules:
+        """These rules with links as they were measured, where they were."""
+        return replace(self, links={**self.links, **measured})
+
+
+class Forwarding(enum.StrEnum):
+    """Whether a request may run at another location."""
+
+    AUTO = "auto"
+    #: Only where it was sent.
+    NEVER = "never"
+    #: Wherever the model is, if it is anywhere: loaded only if nobody has it.
+    PREFER = "prefer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +77,8 @@ class Plan:
     """One option: run on ``replica`` of ``location``, begin after ``wait_s`` and be done after ``expected_s`` seconds.
 
     ``cost_s`` ranks the options: the expected latency and what the choice costs later requests. ``must_hold`` is set
-    where the option is worth taking only if the model is still there.
+    where the option is worth taking only if the model is still there. ``preload`` names the replica here that should
+    load the model in the background meanwhile.
     """
 
     outcome: Outcome
@@ -80,6 +88,7 @@ class Plan:
     expected_s: float
     cost_s: float
     must_hold: bool = False
+    preload: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,44 +101,153 @@ class Errand:
     model: ModelProfile
     here: str
     payload_bytes: int = 0
-    may_forward: bool = True
+    forwarding: Forwarding = Forwarding.AUTO
     avoid: Collection[str] = ()
 
 
-def choose(errand: Errand, known: Knowledge, rules: RoutingRules) -> Plan:
+def choose(errand: Errand, known: Knowledge, rules: RoutingRules, ways: Ways | None = None) -> Plan:
     """The best way to serve one request.
 
-    | option  | expected latency                | costs later requests    |
-    |---------|---------------------------------|-------------------------|
-    | hit     | queue + exec                    | nothing                 |
-    | join    | rest of the load + queue + exec | nothing                 |
-    | load    | load + queue + exec             | the absence of victims  |
-    | forward | link + queue there + exec       | being forwarded as well |
+    | option                 | expected latency                | costs later requests                     |
+    |------------------------|---------------------------------|------------------------------------------|
+    | hit                    | queue + exec                    | nothing                                  |
+    | join                   | rest of the load + queue + exec | nothing                                  |
+    | load                   | load + queue + exec             | the absence of victims                   |
+    | forward                | link + queue there + exec       | being forwarded as well                  |
+    | forward now, load here | link + queue there + exec       | the absence of victims, and being        |
+    | in the background      |                                 | forwarded until the model has come       |
 
     What later requests pay is counted over ``rules.horizon_s`` at today's rates; where the model can never fit, that
-    is without end. Only holders are forwarded to, as long as a worker here can take the model: a second copy elsewhere
-    would displace others there. Where no live worker is known, the request goes to its own location: Serve may have a
-    replica that has not reported yet, or will have one soon.
+    is without end. Where a load is worth its time, it is done in the background if a holder answers sooner.
+
+    Only holders are forwarded to, as long as a worker here can take the model without a queue that is clearly longer:
+    a second copy elsewhere would displace others there. Where no live worker is known, the request goes to its own
+    location: Serve may have a replica that has not reported yet, or will have one soon.
+
+    Args:
+        errand: the request.
+        known: the cluster.
+        rules: for the choice.
+        ways: what is known of the ways; as configured by default.
     """
-    workers = [report for report in known.workers() if report.replica not in errand.avoid]
-    here = [report for report in workers if report.location == errand.here]
-    run_s = max((exec_s(errand.model, report) for report in here), default=None)
-    best, local = min(
-        ((_plan_here(errand.model, run_s, report, known, rules), report) for report in here if run_s is not None),
-        key=lambda option: option[0].cost_s,
-        default=(None, None),
-    )
-    if best is not None and best.outcome is Outcome.HIT and best.wait_s <= rules.least_rtt_s + rules.staleness_s:
-        return best
-    options = [best] if best is not None else []
-    if errand.may_forward:
-        must_hold = best is not None and best.cost_s < math.inf
-        options += [
-            _plan_there(errand, report, local, run_s, known, rules)
-            for report in workers
-            if report.location != errand.here and not (must_hold and known.state(report, errand.model.model_id) is None)
-        ]
-    return min(options, key=lambda plan: plan.cost_s, default=_plan_blindly(errand))
+    return _Choice(errand, known, rules, ways or rules).best()
+
+
+class _Choice:
+    """One choice, with what every option of it needs."""
+
+    def __init__(self, errand: Errand, known: Knowledge, rules: RoutingRules, ways: Ways) -> None:
+        self._errand = errand
+        self._model = errand.model
+        self._known = known
+        self._rules = rules
+        self._ways = ways
+        workers = known.workers()
+        if errand.avoid:
+            workers = [report for report in workers if report.replica not in errand.avoid]
+        self._workers = workers
+        here = [report for report in workers if report.location == errand.here]
+        self._run_s = max((exec_s(self._model, report) for report in here), default=0.0)
+        self._way_s = ways.link(errand.here, errand.here).seconds(errand.payload_bytes) if here else 0.0
+        #: The best that this location offers, and of whom.
+        self._local: Plan | None = None
+        self._report: WorkerReport | None = None
+        for report in here:
+            plan = self._here(report)
+            if self._local is None or plan.cost_s < self._local.cost_s:
+                self._local, self._report = plan, report
+
+    def best(self) -> Plan:
+        local, errand = self._local, self._errand
+        if local is None:
+            return min(self._elsewhere(), key=_cost_s, default=_plan_blindly(errand))
+        if errand.forwarding is Forwarding.NEVER or (
+            local.outcome is Outcome.HIT and local.wait_s - self._way_s <= self._rules.staleness_s
+        ):
+            return local
+        there = min(self._elsewhere(), key=_cost_s, default=None)
+        if there is None:
+            return local
+        prefer = errand.forwarding is Forwarding.PREFER and local.outcome is Outcome.LOAD
+        if prefer or there.cost_s < local.cost_s:
+            return there
+        return self._in_background(local, there) if local.outcome is Outcome.LOAD else local
+
+    def _here(self, report: WorkerReport) -> Plan:
+        state = self._known.state(report, self._model.model_id)
+        load_wait_s, loss_s = self._until_ready(state, report)
+        wait_s = self._way_s + self._known.queue_s(report) + load_wait_s
+        expected_s = wait_s + self._run_s
+        return Plan(
+            outcome=_OUTCOMES_HERE[state],
+            location=report.location,
+            replica=report.replica,
+            wait_s=wait_s,
+            expected_s=expected_s,
+            cost_s=expected_s + loss_s,
+        )
+
+    def _elsewhere(self) -> Iterator[Plan]:
+        """What other locations offer; of those that do not hold the model, only to be rid of a long queue here."""
+        errand, known = self._errand, self._known
+        if errand.forwarding is Forwarding.NEVER:
+            return
+        may_load = self._local is None or self._local.cost_s == math.inf
+        if self._report is not None and errand.forwarding is Forwarding.AUTO:
+            may_load = may_load or known.queue_s(self._report) > self._rules.staleness_s
+        for report in self._workers:
+            if report.location != errand.here:
+                state = known.state(report, self._model.model_id)
+                if may_load or state is not None:
+                    yield self._there(report, state)
+
+    def _there(self, report: WorkerReport, state: ModelState | None) -> Plan:
+        errand, model, known, rules = self._errand, self._model, self._known, self._rules
+        load_wait_s, loss_s = self._until_ready(state, report)
+        queue_s, run_s = known.queue_s(report), exec_s(model, report)
+        if self._report is not None:
+            queue_here_s = known.queue_s(self._report)
+            queue_s = _believed(queue_s, queue_here_s, queue_here_s - rules.staleness_s)
+            # Execution times are noisy: only twice as fast is faster, and only if it was measured.
+            measured = model.model_id in report.exec_s
+            run_s = _believed(run_s, self._run_s, self._run_s / 2) if measured else self._run_s
+        way_s = self._ways.link(errand.here, report.location).seconds(errand.payload_bytes)
+        wait_s = way_s + queue_s + load_wait_s
+        later_s = 0.0
+        if self._local is None or self._local.outcome is Outcome.LOAD:
+            rate = known.view.rate(errand.here, model.model_id)
+            later_s = rules.horizon_s * rate * max(0.0, way_s - self._way_s)
+        return Plan(
+            outcome=Outcome.FORWARD,
+            location=report.location,
+            replica=report.replica,
+            wait_s=wait_s,
+            expected_s=wait_s + run_s,
+            cost_s=wait_s + run_s + loss_s + later_s,
+            must_hold=state is not None,
+        )
+
+    def _in_background(self, local: Plan, there: Plan) -> Plan:
+        """``local``, a load worth its time; in the background if this request is answered sooner by a holder."""
+        assert self._report is not None
+        rate = self._known.view.rate(self._errand.here, self._model.model_id)
+        # Requests that come before the load has ended are forwarded as well.
+        meanwhile_s = rate * load_s(self._model, self._report) * (there.expected_s - self._run_s)
+        if not there.must_hold or there.expected_s + meanwhile_s >= local.expected_s:
+            return local
+        return replace(there, preload=local.replica, cost_s=local.cost_s - local.expected_s + there.expected_s)
+
+    def _until_ready(self, state: ModelState | None, report: WorkerReport) -> tuple[float, float]:
+        """Seconds until the model is in memory there, and what later requests lose by its victims' absence."""
+        match state:
+            case ModelState.READY:
+                return 0.0, 0.0
+            case ModelState.LOADING:
+                # A load seen under way is half done, on average.
+                return load_s(self._model, report) / 2, 0.0
+            case None:
+                loss_s = _victims_loss_s(self._model, report, self._known.view, self._rules)
+                return load_s(self._model, report), loss_s
 
 
 def forward_costs(here: str, view: View, rules: RoutingRules) -> dict[str, float]:
@@ -146,51 +264,7 @@ def forward_costs(here: str, view: View, rules: RoutingRules) -> dict[str, float
     return costs
 
 
-def _plan_here(model: ModelProfile, run_s: float, report: WorkerReport, known: Knowledge, rules: RoutingRules) -> Plan:
-    state = known.state(report, model.model_id)
-    load_wait_s, loss_s = _until_ready(state, model, report, known, rules)
-    wait_s = known.queue_s(report) + load_wait_s
-    expected_s = wait_s + run_s
-    return Plan(
-        outcome=_OUTCOMES_HERE[state],
-        location=report.location,
-        replica=report.replica,
-        wait_s=wait_s,
-        expected_s=expected_s,
-        cost_s=expected_s + loss_s,
-    )
-
-
-def _plan_there(
-    errand: Errand,
-    report: WorkerReport,
-    local: WorkerReport | None,
-    run_here_s: float | None,
-    known: Knowledge,
-    rules: RoutingRules,
-) -> Plan:
-    model = errand.model
-    state = known.state(report, model.model_id)
-    load_wait_s, loss_s = _until_ready(state, model, report, known, rules)
-    queue_s, run_s = known.queue_s(report), exec_s(model, report)
-    if local is not None and run_here_s is not None:
-        queue_here_s = known.queue_s(local)
-        queue_s = _believed(queue_s, queue_here_s, queue_here_s - rules.staleness_s)
-        # Execution times are noisy: only twice as fast is faster, and only if it was measured.
-        measured = model.model_id in report.exec_s
-        run_s = _believed(run_s, run_here_s, run_here_s / 2) if measured else run_here_s
-    link_s = rules.link(errand.here, report.location).seconds(errand.payload_bytes)
-    wait_s = link_s + queue_s + load_wait_s
-    later_s = rules.horizon_s * known.view.rate(errand.here, model.model_id) * link_s
-    return Plan(
-        outcome=Outcome.FORWARD,
-        location=report.location,
-        replica=report.replica,
-        wait_s=wait_s,
-        expected_s=wait_s + run_s,
-        cost_s=wait_s + run_s + loss_s + later_s,
-        must_hold=state is not None,
-    )
+_cost_s = attrgetter("cost_s")
 
 
 def _believed(there_s: float, here_s: float, threshold_s: float) -> float:
@@ -199,20 +273,6 @@ def _believed(there_s: float, here_s: float, threshold_s: float) -> float:
     Otherwise all routers would send everything to whichever location looked best half a second ago.
     """
     return there_s if there_s < threshold_s else max(there_s, here_s)
-
-
-def _until_ready(
-    state: ModelState | None, model: ModelProfile, report: WorkerReport, known: Knowledge, rules: RoutingRules
-) -> tuple[float, float]:
-    """Seconds until the model is in memory there, and seconds that later requests lose by its victims' absence."""
-    match state:
-        case ModelState.READY:
-            return 0.0, 0.0
-        case ModelState.LOADING:
-            # A load seen under way is half done, on average.
-            return load_s(model, report) / 2, 0.0
-        case None:
-            return load_s(model, report), _victims_loss_s(model, report, known.view, rules)
 
 
 def _plan_blindly(errand: Errand) -> Plan:

@@ -147,6 +147,13 @@ class _WorkerReplica:
         """``Worker.infer``; ``replica`` is for ``NamedReplicaRouter``."""
         return await self._worker.infer(work)
 
+    async def ping(self, payload: bytes) -> None:
+        """Nothing: what it takes to get here and back is what the caller wants to know."""
+
+    async def preload(self, model_id: str, replica: str | None = None) -> None:
+        """``Worker.preload``; ``replica`` is for ``NamedReplicaRouter``."""
+        await self._worker.preload(model_id)
+
     async def load(self, model_id: str) -> Any:
         """``Worker.load``."""
         return await self._worker.load(model_id)
@@ -166,11 +173,11 @@ class _RouterReplica:
         _log_with_serve()
         settings = deployed.settings
         catalog = deployed.catalog()
-        home = deployed.location or "gateway"
         self._deployed = deployed
         self._router = Router(
             catalog=catalog,
             locations=tuple(settings.locations),
+            home=deployed.location or settings.gateway_location,
             rules=deployed.rules(catalog),
             pool=ServeWorkerPool({name: name for name in settings.locations}),
             link=deployed.link(),
@@ -178,12 +185,11 @@ class _RouterReplica:
             request_time_s=settings.limits.request_time,
             max_inflight=settings.limits.inflight,
         )
-        self._home = home
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve on the replica's event loop, after the constructor."""
         settings = self._deployed.settings
-        self._router.start(settings.coordinator.report_every, self._home)
+        self._router.start(settings.coordinator.report_every, self._deployed.location or "gateway")
         http = HttpSettings(
             location=self._deployed.location,
             default_location=settings.gateway_location,

@@ -6,12 +6,13 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import ray
 
 from serve_app.core.coordination import CoordinatorState
+from serve_app.core.links import Link
 from serve_app.core.reports import ViewDelta, WorkerReport
 from serve_app.serving.metrics import CoordinatorMetrics
 
@@ -37,16 +38,20 @@ class Coordinator:
     def report(self, report: WorkerReport, epoch: str, version: int) -> ViewDelta:
         """Take a worker's report; answer with what it does not know yet."""
         self._state.handle(report, time.monotonic())
-        return self.view(epoch, version)
+        return self._view(epoch, version, report.location)
 
     def depart(self, replica: str) -> None:
         """A worker says that it is shutting down."""
         self._state.depart(replica)
 
-    def view(self, epoch: str, version: int) -> ViewDelta:
-        """What a reader at ``version`` of ``epoch`` does not know yet."""
+    def view(self, links: Mapping[tuple[str, str], Link], epoch: str, version: int) -> ViewDelta:
+        """Take the ways that a router has measured; answer with what it does not know yet."""
+        self._state.measured(links)
+        return self._view(epoch, version, None)
+
+    def _view(self, epoch: str, version: int, location: str | None) -> ViewDelta:
         now = time.monotonic()
-        delta = self._state.view(epoch, version, now)
+        delta = self._state.view(epoch, version, now, location)
         if now - self._measured_s >= _METRICS_EVERY_S:
             self._measured_s = now
             self._measure(now)
@@ -75,13 +80,16 @@ class CoordinatorLink:
         self._actor: Any = None
         self.up = False
 
-    async def exchange(self, report: WorkerReport | None, epoch: str, version: int) -> ViewDelta | None:
-        """Send a report, if there is one, and get the news; None while the coordinator cannot be reached."""
+    async def exchange(
+        self, news: WorkerReport | Mapping[tuple[str, str], Link], epoch: str, version: int
+    ) -> ViewDelta | None:
+        """Send a worker's report, or what a router has measured; get the news, or None: it cannot be reached."""
         try:
             # Finding or making the actor blocks, so it must not happen on the event loop.
             actor = self._actor or await asyncio.to_thread(self._connect)
             self._actor = actor
-            call = actor.view.remote(epoch, version) if report is None else actor.report.remote(report, epoch, version)
+            method = actor.report if isinstance(news, WorkerReport) else actor.view
+            call = method.remote(news, epoch, version)
             delta: ViewDelta = await asyncio.wait_for(call, _CALL_TIMEOUT_S)
         except (ray.exceptions.RayError, TimeoutError, ValueError) as error:
             if self.up:

@@ -25,6 +25,7 @@ from serve_app import __version__
 from serve_app.config import LimitSettings
 from serve_app.core.cache import ModelState
 from serve_app.core.catalog import PublishedModel
+from serve_app.core.routing import Forwarding
 from serve_app.errors import (
     EdgeServeError,
     Forbidden,
@@ -135,7 +136,7 @@ class Endpoints:
                 payload=batch,
                 deadline_s=_seconds(options.deadline_ms),
                 min_accuracy=options.min_accuracy,
-                may_forward=options.forward == "auto",
+                forwarding=Forwarding(options.forward),
                 fits=lambda model: oip.fits(parsed, model),
             )
         )
@@ -172,7 +173,7 @@ class Endpoints:
                 payload=body,
                 deadline_s=_seconds(options.deadline_ms),
                 min_accuracy=options.min_accuracy,
-                may_forward=options.forward == "auto",
+                forwarding=Forwarding(options.forward),
             )
         )
         predictions = top_k(served.logits[0], served.model.labels, count)

@@ -13,6 +13,7 @@ from serve_app.serving.oip_tensors import describe
 
 MAX_PRIORITY: Final = 2**31 - 1
 _NAMES: Final = ("deadline_ms", "min_accuracy", "forward", "priority")
+_FORWARD: Final = ("auto", "never", "prefer")
 _INTEGER: Final = re.compile(r"-?[0-9]{1,18}")
 _NUMBER: Final = re.compile(r"-?[0-9]{1,400}(\.[0-9]{1,400})?([eE][-+]?[0-9]{1,4})?")
 
@@ -22,7 +23,8 @@ class RequestOptions:
     """What a client asks for beside the result; checked at birth, so that every door has the same rules.
 
     ``deadline_ms`` counts from the arrival of the request, ``min_accuracy`` (0..1) limits the members of a family,
-    ``forward="never"`` keeps the request at its location. ``priority`` is checked, and has no effect so far.
+    ``forward="never"`` keeps the request at its location, ``"prefer"`` sends it to whoever holds the model rather than
+    load it. ``priority`` is checked, and has no effect so far.
 
     Raises:
         InvalidRequest: a value has the wrong type or lies out of range.
@@ -30,7 +32,7 @@ class RequestOptions:
 
     deadline_ms: float | None = None
     min_accuracy: float | None = None
-    forward: Literal["auto", "never"] = "auto"
+    forward: Literal["auto", "never", "prefer"] = "auto"
     priority: int = 0
 
     def __post_init__(self) -> None:
@@ -40,8 +42,8 @@ class RequestOptions:
             )
         if self.min_accuracy is not None and not _in_range(self.min_accuracy, 1.0):
             raise InvalidRequest(f"min_accuracy must be a number in 0..1, not {describe(self.min_accuracy)}")
-        if type(self.forward) is not str or self.forward not in ("auto", "never"):
-            raise InvalidRequest(f"forward must be 'auto' or 'never', not {describe(self.forward)}")
+        if type(self.forward) is not str or self.forward not in _FORWARD:
+            raise InvalidRequest(f"forward must be 'auto', 'never' or 'prefer', not {describe(self.forward)}")
         if type(self.priority) is not int or not 0 <= self.priority <= MAX_PRIORITY:
             raise InvalidRequest(f"priority must be a whole number in 0..{MAX_PRIORITY}, not {describe(self.priority)}")
 

@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Protocol
@@ -17,7 +18,8 @@ from typing import Protocol
 from serve_app.core.cache import ModelState
 from serve_app.core.catalog import Catalog, PublishedModel, most_accurate_first
 from serve_app.core.knowledge import Knowledge
-from serve_app.core.routing import Errand, Outcome, Plan, RoutingRules, choose, exec_s
+from serve_app.core.links import LinkTable
+from serve_app.core.routing import Errand, Forwarding, Outcome, Plan, RoutingRules, choose, exec_s
 from serve_app.errors import DeadlineExceeded, EdgeServeError, NotFound, StoreError, Unavailable
 from serve_app.serving.coordinator import CoordinatorLink, every
 from serve_app.serving.messages import Done, FloatArray, NotHeld, Refused, Reply, Work
@@ -31,6 +33,15 @@ _MAX_ATTEMPTS = 5
 #: How long a request waits for a location of which no worker is known.
 _BLIND_S = 15.0
 
+#: Every router goes to other locations and back this often, to so many at once, and now and then with a payload.
+_PROBE_EVERY_S = 1.0
+_PROBED_AT_ONCE = 16
+_PROBE_BYTES = 65_536
+
+#: A location that has not answered so many probes in a row, each for so long, is cut off from here.
+_SILENT_PROBES = 2
+_PROBE_TIMEOUT_S = 2.0
+
 
 class WorkerLost(Exception):
     """A worker died, or could not be reached, with our request on its way."""
@@ -41,6 +52,12 @@ class WorkerPool(Protocol):
 
     async def infer(self, location: str, replica: str | None, work: Work) -> Reply:
         """Run one inference on a replica, on any of the location's if None; raises ``WorkerLost``."""
+
+    async def ping(self, location: str, payload: bytes) -> None:
+        """Go there and back; raises ``WorkerLost``."""
+
+    async def preload(self, location: str, replica: str, model_id: str) -> None:
+        """Have a replica load a model that requests will come for; raises ``WorkerLost``."""
 
     async def load(self, location: str, model_id: str) -> Refused | None:
         """Load a model at a location."""
@@ -61,8 +78,13 @@ class Query:
     payload: FloatArray | bytes
     deadline_s: float | None = None
     min_accuracy: float | None = None
-    may_forward: bool = True
+    forwarding: Forwarding = Forwarding.AUTO
     fits: Callable[[PublishedModel], bool] = field(default=lambda model: True)
+
+    @property
+    def payload_bytes(self) -> int:
+        """What has to go to the worker."""
+        return len(self.payload) if isinstance(self.payload, bytes) else self.payload.nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +108,7 @@ class Router:
     Args:
         catalog: published models.
         locations: all names that exist.
+        home: the location that this router stands at, or stands in for.
         rules: for the choice.
         pool: the workers.
         link: the coordinator.
@@ -100,6 +123,7 @@ class Router:
         *,
         catalog: Catalog,
         locations: tuple[str, ...],
+        home: str,
         rules: RoutingRules,
         pool: WorkerPool,
         link: CoordinatorLink,
@@ -111,7 +135,9 @@ class Router:
         self.catalog = catalog
         self.locations = locations
         self.known = Knowledge()
+        self._home = home
         self._rules = rules
+        self._ways = LinkTable(home, rules.link)
         self._pool = pool
         self._link = link
         self._metrics = metrics
@@ -121,33 +147,74 @@ class Router:
         self._inflight = 0
         self._calls: dict[str, set[asyncio.Timeout]] = {}
         self._listening: asyncio.Task[None] | None = None
+        self._probing: asyncio.Task[None] | None = None
+        self._probes = 0
+        self._silent: Counter[str] = Counter()
+        #: Orders that nobody waits for; kept, or they could be collected half done.
+        self._orders: set[asyncio.Task[None]] = set()
 
-    def start(self, refresh_every_s: float, home: str) -> None:
-        """Begin to follow the coordinator; ``home`` labels this router's gauges."""
+    def start(self, refresh_every_s: float, label: str) -> None:
+        """Begin to follow the coordinator and to measure the ways; ``label`` is the location of the gauges."""
 
         began_s = self._clock()
 
         async def refresh() -> None:
             await self.refresh()
-            self._metrics.inflight.set(self._inflight, tags={"location": home})
+            self._metrics.inflight.set(self._inflight, tags={"location": label})
             age_s = self.view_age_s()
             never_s = self._clock() - began_s
-            self._metrics.view_age_seconds.set(never_s if age_s is None else age_s, tags={"location": home})
+            self._metrics.view_age_seconds.set(never_s if age_s is None else age_s, tags={"location": label})
 
-        self._listening = asyncio.get_running_loop().create_task(every(refresh_every_s, refresh))
+        loop = asyncio.get_running_loop()
+        self._listening = loop.create_task(every(refresh_every_s, refresh))
+        self._probing = loop.create_task(every(_PROBE_EVERY_S, self.probe))
 
     async def refresh(self) -> None:
         """Ask the coordinator what is new."""
-        delta = await self._link.exchange(None, self.known.view.epoch, self.known.view.version)
-        if delta is None:
-            return
+        epoch = self.known.view.epoch
+        delta = await self._link.exchange(self._ways.news(), epoch, self.known.view.version)
+        if delta is None or delta.epoch != epoch:
+            self._ways.forget_told()
+        if delta is not None:
+            # Dead or hanging workers.
+            self._take_back(self.known.apply(delta, self._clock()))
+
+    def _take_back(self, replicas: Iterable[str]) -> None:
+        """Have the requests that wait for these replicas served elsewhere."""
         now = asyncio.get_running_loop().time()
-        for replica in self.known.apply(delta, self._clock()):
-            # A dead or hanging worker: its requests are served elsewhere, not waited for.
+        for replica in replicas:
             for timeout in tuple(self._calls.get(replica, ())):
                 # One that is just expiring cannot be changed any more, and need not be.
                 with contextlib.suppress(RuntimeError):
                     timeout.reschedule(now)
+
+    async def probe(self) -> None:
+        """Measure the ways to a few locations, in turn to all of them; those that do not answer are cut off."""
+        there = sorted({report.location for report in self.known.view.workers.values()})
+        if not there:
+            return
+        self._probes += 1
+        first = self._probes * _PROBED_AT_ONCE
+        turn = {there[number % len(there)] for number in range(first, first + _PROBED_AT_ONCE)}
+        await asyncio.gather(*(self._probe(location) for location in turn))
+
+    async def _probe(self, location: str) -> None:
+        size_bytes = 0 if self._probes % 4 else _PROBE_BYTES
+        began_s = self._clock()
+        try:
+            async with asyncio.timeout(_PROBE_TIMEOUT_S):
+                await self._pool.ping(location, bytes(size_bytes))
+        except (WorkerLost, TimeoutError):
+            self._silent[location] += 1
+            # Our own location is judged by its reports: there is nobody nearer who could know better.
+            if self._silent[location] >= _SILENT_PROBES and location != self._home:
+                if self._silent[location] == _SILENT_PROBES:
+                    logger.warning("location %s does not answer from here; it gets no requests until it does", location)
+                self._take_back(self.known.reach(location, reached=False))
+            return
+        self._silent[location] = 0
+        self.known.reach(location, reached=True)
+        self._ways.add(location, size_bytes, self._clock() - began_s)
 
     @property
     def coordinator_up(self) -> bool:
@@ -254,7 +321,8 @@ class Router:
         return model
 
     def _pick_member(self, query: Query, members: Sequence[PublishedModel]) -> PublishedModel:
-        workers = [report for report in self.known.workers() if query.may_forward or report.location == query.location]
+        may_forward = query.forwarding is not Forwarding.NEVER
+        workers = [report for report in self.known.workers() if may_forward or report.location == query.location]
         fitting = [model for model in members if query.fits(model)] or members
         fitting = [model for model in fitting if any(report.can_hold(model.profile) for report in workers)] or fitting
         if query.deadline_s is None:
@@ -287,6 +355,8 @@ class Router:
                 budget_s=budget_s,
                 must_hold=plan.must_hold and hints_left > 0,
             )
+            if plan.preload is not None:
+                self._order_preload(query.location, plan.preload, model.model_id)
             try:
                 reply, call_s = await self._call(plan, model, work)
             except WorkerLost as lost:
@@ -314,6 +384,17 @@ class Router:
                 f"model {model.model_id} did not answer within {limit_s * 1000:g} ms; raise deadline_ms"
             )
         raise Unavailable(f"no worker could be reached for model {model.model_id}; try again later", 2.0)
+
+    def _order_preload(self, location: str, replica: str, model_id: str) -> None:
+        async def order() -> None:
+            # Only later requests would have gained by it, and they will find another way.
+            with contextlib.suppress(WorkerLost):
+                await self._pool.preload(location, replica, model_id)
+
+        self.known.expect_load(replica, model_id)
+        task = asyncio.get_running_loop().create_task(order(), name=f"have {model_id} loaded")
+        self._orders.add(task)
+        task.add_done_callback(self._orders.discard)
 
     async def _call(self, plan: Plan, model: PublishedModel, work: Work) -> tuple[Reply, float]:
         sent_s = self._clock()
@@ -351,11 +432,11 @@ class Router:
         errand = Errand(
             model=model.profile,
             here=query.location,
-            payload_bytes=len(query.payload) if isinstance(query.payload, bytes) else query.payload.nbytes,
-            may_forward=query.may_forward,
+            payload_bytes=query.payload_bytes,
+            forwarding=query.forwarding,
             avoid=avoid,
         )
-        return choose(errand, self.known, self._rules)
+        return choose(errand, self.known, self._rules, self._ways)
 
     def _learn(self, query: Query, model: PublishedModel, plan: Plan, done: Done, call_s: float) -> Served:
         """Remember what the reply says of the worker's memory, and make the answer of it."""
@@ -363,9 +444,10 @@ class Router:
         for victim in done.evicted:
             self.known.see(done.replica, victim, None, done.sequence)
         outcome, forward_s = done.outcome, 0.0
+        way_s = max(0.0, call_s - done.queue_s - done.load_s - done.decode_s - done.exec_s)
+        self._ways.add(plan.location, query.payload_bytes, way_s)
         if plan.location != query.location:
-            outcome = Outcome.FORWARD
-            forward_s = max(0.0, call_s - done.queue_s - done.load_s - done.decode_s - done.exec_s)
+            outcome, forward_s = Outcome.FORWARD, way_s
             way = {"from_location": query.location, "to_location": plan.location}
             self._metrics.forwards.inc(tags=way)
             self._metrics.forward_seconds.observe(forward_s, tags=way)

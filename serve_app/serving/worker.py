@@ -129,6 +129,17 @@ class Worker:
         finally:
             self._inflight -= 1
 
+    async def preload(self, model_id: str) -> None:
+        """Load a model whose request was sent elsewhere, for the next ones that come."""
+        if model_id not in self._catalog:
+            return
+        try:
+            self._metrics.preloading()
+            # Counts as a request, which it was: else the policy would take the model for one that nobody wants.
+            self._host.release(await self._host.acquire(self._catalog[model_id].profile))
+        except EdgeServeError as error:
+            logger.info("model %s is not loaded in the background: %s", model_id, error)
+
     async def load(self, model_id: str) -> Refused | None:
         """Load a model by hand."""
         if model_id not in self._catalog:
@@ -266,6 +277,8 @@ class Worker:
                 self._demand[demand.location, demand.model_id] += demand.count
             return
         self._view.apply(delta, self._clock())
+        if delta.links:
+            self._rules = self._rules.with_links(delta.links)
         self._host.forward_costs(forward_costs(self._identity.location, self._view, self._rules))
 
     def _measure(self, report: WorkerReport) -> None:

@@ -93,6 +93,14 @@ class ServeWorkerPool:
         """Run one inference; raises ``WorkerLost``."""
         return await _call(self._handle(location).infer.remote(work, replica=replica))
 
+    async def ping(self, location: str, payload: bytes) -> None:
+        """Go to any replica of a location and back; raises ``WorkerLost``."""
+        await _call(self._handle(location).ping.remote(payload))
+
+    async def preload(self, location: str, replica: str, model_id: str) -> None:
+        """Have a replica load a model that requests will come for; raises ``WorkerLost``."""
+        await _call(self._handle(location).preload.remote(model_id, replica=replica))
+
     async def load(self, location: str, model_id: str) -> Refused | None:
         """Load a model by hand at a location; raises ``WorkerLost``."""
         return await _call(self._handle(location).load.remote(model_id))

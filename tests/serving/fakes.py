@@ -10,10 +10,11 @@ import numpy as np
 
 from serve_app.core.cache import ModelState, ResidentModel
 from serve_app.core.catalog import Catalog, ImageInput, ModelProfile, PublishedModel, TensorSpec
+from serve_app.core.links import Link
 from serve_app.core.reports import ViewDelta, WorkerReport
-from serve_app.core.routing import Link, Outcome, RoutingRules
+from serve_app.core.routing import Outcome, RoutingRules
 from serve_app.serving.messages import Done, Work
-from serve_app.serving.router import Router
+from serve_app.serving.router import Router, WorkerLost
 
 CLASSES = 10
 
@@ -88,14 +89,17 @@ class FakeLink:
         self.delta = delta
         self.reports: list[WorkerReport] = []
         self.departed: list[str] = []
+        self.links: dict[tuple[str, str], Link] = {}
 
     @property
     def up(self) -> bool:
         return self.delta is not None
 
-    async def exchange(self, sent: WorkerReport | None, epoch: str, version: int) -> ViewDelta | None:
-        if sent is not None:
-            self.reports.append(sent)
+    async def exchange(self, news: Any, epoch: str, version: int) -> ViewDelta | None:
+        if isinstance(news, WorkerReport):
+            self.reports.append(news)
+        else:
+            self.links |= news
         return self.delta
 
     async def depart(self, replica: str) -> None:
@@ -109,6 +113,9 @@ class FakePool:
         self._script = {location: iter(replies) for location, replies in script.items()}
         self.calls: list[tuple[str, str | None, Work]] = []
         self.called = asyncio.Event()
+        self.pinged: list[tuple[str, int]] = []
+        self.cut_off: set[str] = set()
+        self.preloads: list[tuple[str, str, str]] = []
 
     async def infer(self, location: str, replica: str | None, work: Work) -> Any:
         self.calls.append((location, replica, work))
@@ -120,6 +127,14 @@ class FakePool:
             await reply.wait()
             return done(f"{location}-1")
         return reply
+
+    async def ping(self, location: str, payload: bytes) -> None:
+        self.pinged.append((location, len(payload)))
+        if location in self.cut_off:
+            raise WorkerLost("cut off")
+
+    async def preload(self, location: str, replica: str, model_id: str) -> None:
+        self.preloads.append((location, replica, model_id))
 
     async def load(self, location: str, model_id: str) -> Any:
         return None
@@ -154,6 +169,7 @@ def make_router(pool: Any, *reports: WorkerReport, clock: Callable[[], float] | 
     fields: dict[str, Any] = {
         "catalog": catalog,
         "locations": ("paris", "tokyo"),
+        "home": "paris",
         "rules": RoutingRules(profiles=catalog.profiles(), links={}, default_link=link, horizon_s=10.0),
         "pool": pool,
         "link": FakeLink(),

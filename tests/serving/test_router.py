@@ -12,7 +12,7 @@ from fakes import FakeLink, FakePool, done, make_router, published, report
 from serve_app.config import LimitSettings
 from serve_app.core.catalog import Catalog
 from serve_app.core.reports import ViewDelta
-from serve_app.core.routing import Outcome
+from serve_app.core.routing import Forwarding, Outcome
 from serve_app.errors import DeadlineExceeded, InvalidRequest, NotFound, StoreError, Unavailable
 from serve_app.serving.http import HttpSettings, build_http_app
 from serve_app.serving.messages import NotHeld, Refused
@@ -65,7 +65,7 @@ async def test_a_request_with_no_worker_left_goes_to_whatever_serve_finds_at_its
 async def test_a_request_that_must_not_be_forwarded_stays_when_its_worker_dies() -> None:
     pool = FakePool(paris=[WorkerLost("gone"), done("paris-2")])
     router = make_router(pool, report("paris", "small"), report("tokyo", "small"))
-    assert (await router.serve(query(may_forward=False))).location == "paris"
+    assert (await router.serve(query(forwarding=Forwarding.NEVER))).location == "paris"
 
 
 async def test_workers_that_die_one_after_another_end_in_503() -> None:
@@ -98,7 +98,7 @@ async def test_a_location_without_workers_is_not_waited_for_until_the_deadline(m
     monkeypatch.setattr("serve_app.serving.router._BLIND_S", 0.02)
     router = make_router(FakePool(paris=[asyncio.Event()]), report("tokyo"))
     with pytest.raises(Unavailable, match="no worker of paris"):
-        await router.serve(query(may_forward=False))
+        await router.serve(query(forwarding=Forwarding.NEVER))
 
 
 async def test_of_a_family_that_must_stay_a_member_is_chosen_that_fits_here() -> None:
@@ -106,7 +106,7 @@ async def test_of_a_family_that_must_stay_a_member_is_chosen_that_fits_here() ->
     catalog = Catalog((published("small", accuracy=0.5), published("huge", accuracy=0.9, size_bytes=5000)))
     workers = (report("paris", capacity_bytes=1000), report("tokyo", capacity_bytes=9000))
     router = make_router(pool, *workers, catalog=catalog)
-    assert (await router.serve(query("digits", may_forward=False))).model.model_id == "small"
+    assert (await router.serve(query("digits", forwarding=Forwarding.NEVER))).model.model_id == "small"
 
 
 async def test_a_load_under_way_is_joined_by_the_next_request() -> None:
@@ -230,3 +230,58 @@ async def test_a_fault_of_ours_is_500_with_an_id_and_without_details(caplog) -> 
     assert "request-7" in response.json()["error"]
     assert "inner detail" not in response.text
     assert "request-7" in caplog.text
+
+
+# Ways
+
+
+async def test_a_location_that_does_not_answer_probes_gets_no_requests_until_it_does() -> None:
+    pool = FakePool(paris=[done("paris-1", outcome=Outcome.LOAD)], tokyo=[done("tokyo-1")])
+    router = make_router(pool, report("paris"), report("tokyo", "small"))
+    pool.cut_off = {"tokyo"}
+    for _ in range(2):
+        await router.probe()
+    assert (await router.serve(query())).outcome is Outcome.LOAD
+    pool.cut_off = set()
+    await router.probe()
+    router.known.see("paris-1", "small", None, 10)
+    assert (await router.serve(query())).location == "tokyo"
+
+
+async def test_requests_on_their_way_to_a_location_that_is_cut_off_are_served_elsewhere() -> None:
+    pool = FakePool(paris=[done("paris-1", outcome=Outcome.LOAD)], tokyo=[asyncio.Event()])
+    router = make_router(pool, report("paris"), report("tokyo", "small"))
+    request = asyncio.create_task(router.serve(query()))
+    await pool.called.wait()
+    pool.cut_off = {"tokyo"}
+    for _ in range(2):
+        await router.probe()
+    assert (await request).location == "paris"
+
+
+async def test_the_own_location_is_never_cut_off() -> None:
+    pool = FakePool(paris=[done("paris-1")])
+    router = make_router(pool, report("paris", "small"))
+    pool.cut_off = {"paris"}
+    for _ in range(5):
+        await router.probe()
+    assert (await router.serve(query())).location == "paris"
+
+
+async def test_what_probes_measure_is_told_to_the_coordinator() -> None:
+    link = FakeLink()
+    router = make_router(FakePool(), report("paris"), report("tokyo"), link=link)
+    await router.probe()
+    await router.refresh()
+    assert set(link.links) == {("paris", "paris"), ("paris", "tokyo")}
+
+
+async def test_a_popular_model_is_forwarded_now_and_loaded_here_in_the_background() -> None:
+    pool = FakePool(tokyo=[done("tokyo-1")])
+    router = make_router(pool, report("paris", load_s={"small": 0.5}), report("tokyo", "small"))
+    rates = {"paris": {"small": 100.0}}
+    reports = (report("paris", load_s={"small": 0.5}, sequence=2), report("tokyo", "small", sequence=2))
+    router.known.apply(ViewDelta(epoch="epoch", version=2, full=True, workers=reports, gone=(), rates=rates), 0.0)
+    assert (await router.serve(query())).outcome is Outcome.FORWARD
+    await asyncio.sleep(0)
+    assert pool.preloads == [("paris", "paris-1", "small")]

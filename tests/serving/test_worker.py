@@ -18,8 +18,9 @@ from PIL import Image
 from serve_app.core.cache import ModelCache, ModelState
 from serve_app.core.catalog import Catalog, ModelProfile
 from serve_app.core.eviction_policy import EvictionPolicy
+from serve_app.core.links import Link
 from serve_app.core.policies import make_policy
-from serve_app.core.routing import Link, Outcome, RoutingRules
+from serve_app.core.routing import Outcome, RoutingRules
 from serve_app.errors import DeadlineExceeded, DoesNotFit, InvalidRequest, StoreError
 from serve_app.serving.messages import Done, NotHeld, Refused, Work
 from serve_app.serving.model_host import ModelHost

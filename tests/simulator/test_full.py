@@ -16,11 +16,11 @@ import pytest
 
 from serve_app.core.cache import ModelCache
 from serve_app.core.catalog import ModelProfile
+from serve_app.core.links import Link
 from serve_app.core.placement import PlacementRules
 from serve_app.core.policies import make_policy
 from serve_app.core.popularity import Popularity
 from serve_app.core.reports import Demand
-from serve_app.core.routing import Link
 from serve_app.simulator.full import FullOptions, FullTally, geographic_links, simulate_full
 from serve_app.simulator.full.news import LazyPopularity
 from serve_app.simulator.replay import replay

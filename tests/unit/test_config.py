@@ -27,7 +27,7 @@ from serve_app.config import (
     state_dir,
 )
 from serve_app.core.catalog import ImageInput
-from serve_app.core.routing import Link
+from serve_app.core.links import Link
 from serve_app.errors import ConfigError
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from serve_app.core.cache import Load, ModelCache, ModelState
 from serve_app.core.catalog import ModelProfile
+from serve_app.core.links import Link
 from serve_app.core.placement import Command, EvictAt, Placement, PlacementRules, PreloadAt
 from serve_app.core.reports import WorkerReport
-from serve_app.core.routing import Link, RoutingRules
+from serve_app.core.routing import RoutingRules
 
 EAGER = PlacementRules(share_per_round=1.0, hysteresis=1.5, payback_s=1e9, patience_s=10.0, repeat_s=60.0)
 ABC = [profile(name) for name in "abc"]

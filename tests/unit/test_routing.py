@@ -15,8 +15,9 @@ from core_support import profile, report, resident
 
 from serve_app.core.cache import ModelState
 from serve_app.core.knowledge import Knowledge
+from serve_app.core.links import Link, LinkTable
 from serve_app.core.reports import ViewDelta, WorkerReport
-from serve_app.core.routing import Errand, Link, Outcome, Plan, RoutingRules, choose, forward_costs
+from serve_app.core.routing import Errand, Forwarding, Outcome, Plan, RoutingRules, choose, forward_costs
 
 M = profile("m", 10, load_s=1.0, exec_s=0.1)
 PROFILES = {model.model_id: model for model in (M, profile("v", 10, load_s=2.0), profile("w", 10, load_s=2.0))}
@@ -58,6 +59,7 @@ class Case:
     outcome: Outcome
     replica: str
     expected_s: float
+    preload: str | None = None
     rates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     errand: Mapping[str, Any] = field(default_factory=dict)
 
@@ -146,13 +148,21 @@ CASES = {
         workers=(PARIS, report("tokyo", models=HOLDS, queue_s=1.5)),
         outcome=LOAD, replica="paris-1", expected_s=1.1,
     ),
-    "load: here although the queue is long, rather than a copy at another location": Case(
-        workers=(report("paris", queue_s=1.0), TOKYO),
+    "load: here, rather than a copy at another location that is no less busy": Case(
+        workers=(report("paris", queue_s=1.0), report("tokyo", queue_s=1.0)),
         outcome=LOAD, replica="paris-1", expected_s=2.1,
     ),
-    "load: what is popular here is worth a copy of its own": Case(
+    "forward: a copy at another location, as the queue here is long": Case(
+        workers=(report("paris", queue_s=1.0), TOKYO),
+        outcome=FORWARD, replica="tokyo-1", expected_s=1.12,
+    ),
+    "forward, and load here: what is popular here is worth a copy of its own, but a holder answers sooner": Case(
         # Forwarding costs 0.02 s for each of 10 s x 6/s later requests: 1.2 s, more than the load.
         workers=(PARIS, report("tokyo", models=HOLDS)), rates={"paris": {"m": 6.0}},
+        outcome=FORWARD, replica="tokyo-1", expected_s=0.12, preload="paris-1",
+    ),
+    "load: what is popular here is worth a copy of its own, and the holder is busy": Case(
+        workers=(PARIS, report("tokyo", models=HOLDS, queue_s=1.0)), rates={"paris": {"m": 6.0}},
         outcome=LOAD, replica="paris-1", expected_s=1.1,
     ),
     "forward: what is a little popular here is not": Case(
@@ -184,7 +194,7 @@ CASES = {
             report("tokyo", models=[resident("m"), resident("v")]),
         ),
         rates={"paris": {"m": 6.5, "v": 1.0}},
-        outcome=LOAD, replica="paris-1", expected_s=1.1,
+        outcome=FORWARD, replica="tokyo-1", expected_s=0.12, preload="paris-1",
     ),
     "forward: the one model here that nobody would miss is pinned": Case(
         workers=(
@@ -214,8 +224,16 @@ CASES = {
         workers=(report("paris", capacity=10, models=[resident("m", pinned=True)]), TOKYO),
         outcome=HIT, replica="paris-1", expected_s=0.1,
     ),
+    "forward: the user wants what is popular here forwarded for ever": Case(
+        workers=(PARIS, report("tokyo", models=HOLDS)), rates={"paris": {"m": 6.0}},
+        errand={"forwarding": Forwarding.PREFER}, outcome=FORWARD, replica="tokyo-1", expected_s=0.12,
+    ),
+    "load: the user wants it forwarded, but nobody has it": Case(
+        workers=(report("paris", queue_s=1.0), TOKYO),
+        errand={"forwarding": Forwarding.PREFER}, outcome=LOAD, replica="paris-1", expected_s=2.1,
+    ),
     "load: the user forbids to forward": Case(
-        workers=(PARIS, report("tokyo", models=HOLDS)), errand={"may_forward": False},
+        workers=(PARIS, report("tokyo", models=HOLDS)), errand={"forwarding": Forwarding.NEVER},
         outcome=LOAD, replica="paris-1", expected_s=1.1,
     ),
     "forward: a large payload is slow on the way, but faster than a load": Case(
@@ -246,6 +264,7 @@ def test_the_option_of_least_expected_cost_is_chosen(case: Case) -> None:
     plan = choose(errand(**case.errand), knowing(*case.workers, rates=case.rates), rules())
     assert (plan.outcome, plan.replica) == (case.outcome, case.replica)
     assert plan.expected_s == pytest.approx(case.expected_s)
+    assert plan.preload == case.preload
     assert plan.location == case.replica.split("-")[0]
     assert 0 <= plan.wait_s < plan.expected_s <= plan.cost_s
 
@@ -265,9 +284,9 @@ def test_a_shorter_queue_elsewhere_counts_only_if_it_is_shorter_by_more_than_new
     ("workers", "changed"),
     [
         ((), {}),
-        ((TOKYO,), {"may_forward": False}),
-        ((report("tokyo", models=HOLDS),), {"may_forward": False}),
-        ((report("paris", models=HOLDS), TOKYO), {"may_forward": False, "avoid": {"paris-1"}}),
+        ((TOKYO,), {"forwarding": Forwarding.NEVER}),
+        ((report("tokyo", models=HOLDS),), {"forwarding": Forwarding.NEVER}),
+        ((report("paris", models=HOLDS), TOKYO), {"forwarding": Forwarding.NEVER, "avoid": {"paris-1"}}),
         ((PARIS, TOKYO), {"avoid": {"paris-1", "tokyo-1"}}),
     ],
 )
@@ -361,10 +380,19 @@ def test_a_link_takes_its_round_trip_and_the_bytes() -> None:
     assert Link(rtt_s=0.5, bytes_per_s=100.0).seconds(50) == pytest.approx(1.0)
 
 
-def test_no_forward_is_faster_than_the_fastest_link() -> None:
-    links = {("paris", "oslo"): Link(rtt_s=0.001, bytes_per_s=1.0), ("oslo", "tokyo"): Link(rtt_s=0.3, bytes_per_s=1.0)}
-    assert rules(links=links).least_rtt_s == 0.001
-    assert rules().least_rtt_s == 0.02
+def test_a_way_within_a_location_is_free_until_it_is_measured() -> None:
+    assert rules().link("paris", "paris").seconds(10**6) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_measured_links_count_for_more_than_configured_ones() -> None:
+    measured = {("paris", "tokyo"): Link(rtt_s=2.0, bytes_per_s=1.0)}
+    assert rules().with_links(measured).link("paris", "tokyo").rtt_s == 2.0
+    table = LinkTable("paris", rules().link)
+    for _ in range(9):
+        table.add("tokyo", 0, 2.0)
+    known = knowing(PARIS, report("tokyo", models=HOLDS))
+    assert choose(errand(), known, rules()).outcome is FORWARD
+    assert choose(errand(), known, rules(), table).outcome is LOAD
 
 
 # What losing a model costs

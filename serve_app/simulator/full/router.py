@@ -94,6 +94,9 @@ class Router:
             return
         worker = job.there = self._worker if plan.replica is None else self._workers[plan.replica]
         job.must_hold = plan.must_hold and job.hints_left > 0
+        if plan.preload is not None:
+            known.expect_load(plan.preload, model.model_id)
+            self._workers[plan.preload].fetch(model, now)
         known.sent(worker.replica, model.exec_s)
         if plan.outcome is Outcome.LOAD or (plan.outcome is Outcome.FORWARD and not plan.must_hold):
             known.expect_load(worker.replica, model.model_id)

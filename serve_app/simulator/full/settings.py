@@ -11,8 +11,8 @@ from typing import Literal
 
 from serve_app.config import CoordinatorSettings, WorkerSettings
 from serve_app.core.cache import ModelCache
+from serve_app.core.links import Link
 from serve_app.core.placement import PlacementRules
-from serve_app.core.routing import Link
 
 #: ``none``: caches that know nothing of each other; ``forwarding``: with reports, views and forwards; ``full``: and
 #: with placement.

@@ -77,7 +77,9 @@ class _LoadUnderWay:
     model: ModelProfile
     ends_s: float
     jobs: list[Job]
+    #: On nobody's request, or for a router that has forwarded the request that asked for it.
     background: bool
+    fetched: bool = False
 
 
 #: A model's two lines in the reports, made once: as it loads, and as it stands ready.
@@ -231,14 +233,31 @@ class Worker:
 
     # Loads
 
-    def _start_load(self, model: ModelProfile, victims: Sequence[str], jobs: list[Job], now: float) -> None:
+    def fetch(self, model: ModelProfile, now: float) -> None:
+        """Load a model whose request was forwarded, for those that will come."""
+        answer = self.cache.request(model, now)
+        match answer:
+            case Load(victims=victims):
+                self._tally.preload_s += model.load_s
+                self._tally.preload_bytes += model.size_bytes
+                self._start_load(model, victims, [], now, fetched=True)
+            case Hit() | Join():
+                self._carry_out(self.cache.finish(model.model_id, now), now)
+            case Wait(ticket=ticket):
+                self._carry_out(self.cache.give_up(ticket, now), now)
+            case Reject():
+                pass
+
+    def _start_load(
+        self, model: ModelProfile, victims: Sequence[str], jobs: list[Job], now: float, *, fetched: bool = False
+    ) -> None:
         books = self._own_books()
         for victim in victims:
             del books[victim]
             given_up = self._loads.pop(victim, None)
             if given_up is not None:
                 self._background_loads -= 1
-        load = _LoadUnderWay(model, now + model.load_s, jobs, background=not jobs)
+        load = _LoadUnderWay(model, now + model.load_s, jobs, background=not jobs and not fetched, fetched=fetched)
         books[model.model_id] = self._lines[model.model_id][ModelState.LOADING]
         self._loads[model.model_id] = load
         self._news(now)
@@ -257,6 +276,8 @@ class Worker:
         for job in load.jobs:
             self._execute(job, now)
         self._carry_out(grants, now)
+        if load.fetched:
+            self._carry_out(self.cache.finish(model_id, now), now)
         self.look_ahead(now)
 
     def look_ahead(self, now: float) -> None:

@@ -1,0 +1,113 @@
+"""The ways between locations: what they cost as configured, and as measured by what went over them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median_low
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """The way from one location to another: round trip in seconds, bandwidth in bytes per second."""
+
+    rtt_s: float
+    bytes_per_s: float
+
+    def seconds(self, payload_bytes: int) -> float:
+        """Extra time of a request with ``payload_bytes`` over this link."""
+        return self.rtt_s + payload_bytes / self.bytes_per_s
+
+    def differs_from(self, other: Link, payload_bytes: int, share: float) -> bool:
+        """Whether this link takes more, or less, than ``share`` of the other's time for the same payload."""
+        before_s = other.seconds(payload_bytes)
+        return abs(self.seconds(payload_bytes) - before_s) > share * before_s
+
+
+#: Every call between processes takes a little, even on one machine: what nobody has measured yet.
+HERE = Link(rtt_s=0.0, bytes_per_s=1e12)
+
+
+class LinkEstimate:
+    """Round trip and bandwidth of one way, learned from what small and large payloads took over it.
+
+    Each is a median of the last few measurements: a process that was busy with something else for a moment makes a
+    measurement far too long, which must not count, and a way that has changed is known after half of them.
+
+    Args:
+        configured: what counts before anything was measured.
+    """
+
+    #: Payloads up to this size show the round trip, larger ones the bandwidth.
+    SMALL_BYTES = 16_384
+    _WINDOW = 9
+
+    __slots__ = ("_link", "_per_byte_s", "_rtts_s")
+
+    def __init__(self, configured: Link) -> None:
+        self._link = configured
+        self._rtts_s = deque([configured.rtt_s], maxlen=self._WINDOW)
+        self._per_byte_s = deque([1.0 / configured.bytes_per_s], maxlen=self._WINDOW)
+
+    @property
+    def link(self) -> Link:
+        """The estimate."""
+        return self._link
+
+    def add(self, payload_bytes: int, seconds: float) -> None:
+        """A request with ``payload_bytes`` has spent ``seconds`` on its way there and back."""
+        link = self._link
+        if payload_bytes <= self.SMALL_BYTES:
+            self._rtts_s.append(seconds)
+            self._link = Link(rtt_s=median_low(self._rtts_s), bytes_per_s=link.bytes_per_s)
+        else:
+            # Faster than the round trip: as good as free.
+            self._per_byte_s.append(max(seconds - link.rtt_s, 0.0) / payload_bytes)
+            self._link = Link(rtt_s=link.rtt_s, bytes_per_s=1.0 / max(median_low(self._per_byte_s), 1e-12))
+
+
+class LinkTable:
+    """What one router has measured of the ways to all locations, its own among them.
+
+    Args:
+        home: the router's location.
+        configured: what is known of a way before anything was measured.
+    """
+
+    #: A way that takes this much more or less than when it was told of last is worth telling of.
+    _NEWS_SHARE = 0.1
+    _NEWS_BYTES = 100_000
+
+    def __init__(self, home: str, configured: Callable[[str, str], Link]) -> None:
+        self._home = home
+        self._configured = configured
+        self._estimates: dict[str, LinkEstimate] = {}
+        self._told: dict[tuple[str, str], Link] = {}
+
+    def add(self, there: str, payload_bytes: int, seconds: float) -> None:
+        """A request with ``payload_bytes`` has spent ``seconds`` on its way from here to ``there`` and back."""
+        estimate = self._estimates.get(there)
+        if estimate is None:
+            estimate = self._estimates[there] = LinkEstimate(self._configured(self._home, there))
+        estimate.add(payload_bytes, seconds)
+
+    def link(self, here: str, there: str) -> Link:
+        """The way to ``there``: measured, else as configured from ``here``."""
+        estimate = self._estimates.get(there)
+        return self._configured(here, there) if estimate is None else estimate.link
+
+    def news(self) -> dict[tuple[str, str], Link]:
+        """The ways that have changed since they were told of last; they count as told of now."""
+        changed: dict[tuple[str, str], Link] = {}
+        for there, estimate in self._estimates.items():
+            way, link = (self._home, there), estimate.link
+            told = self._told.get(way)
+            if told is None or link.differs_from(told, self._NEWS_BYTES, self._NEWS_SHARE):
+                changed[way] = link
+        self._told |= changed
+        return changed
+
+    def forget_told(self) -> None:
+        """Whoever was told of the ways has lost it: tell everything again."""
+        self._told.clear()
