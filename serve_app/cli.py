@@ -102,6 +102,9 @@ def up(config: Path, detach: bool) -> None:
 
     CONFIG is a Serve configuration file (default: deploy/local.yaml). Starts Ray if none runs, or joins the cluster
     at RAY_ADDRESS. Ctrl-C stops what it has started.
+
+    While EdgeServe is up already, brings it in line with what has changed in the configuration files, without losing a
+    request: memory, policy, links, models and locations that come or go.
     """
     # Ray and torch take seconds to import; the other commands need neither.
     from serve_app.serving import cluster
@@ -116,12 +119,17 @@ def up(config: Path, detach: bool) -> None:
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     serve_file = read_serve_file(config)
-    cluster.require_down()
+    cluster.require_writable()
     try:
         _publish(serve_file.edge_path(), (), force=False, store=None)
     except StoreError as error:
         # What is published can be served all the same.
         _err.print(f"warning: {error.message}", style="yellow")
+    earlier = cluster.recall()
+    if earlier is not None:
+        cluster.change(earlier, serve_file, say)
+        say("everything is as configured; edgeserve down stops it")
+        return
     running = cluster.bring_up(serve_file, say)
     _welcome(serve_file.url, serve_file.locations)
     if detach:
@@ -129,7 +137,9 @@ def up(config: Path, detach: bool) -> None:
         return
     _out.print("Ctrl-C stops it")
     try:
-        while cluster.recall() == running:
+        while (latest := cluster.recall()) is not None and latest.address == running.address:
+            # Another `up` may have changed what is up.
+            running = latest
             time.sleep(1.0)
     except KeyboardInterrupt:
         say("stopping")

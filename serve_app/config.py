@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from serve_app.core.catalog import MODEL_ID_PATTERN, ImageInput, ModelEntry
 from serve_app.core.links import Link
@@ -88,8 +89,14 @@ def _parse_number(value: object) -> float:
     return float(str(value))
 
 
-Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
-Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0)]
+#: Written in JSON as they are in YAML, so that what one process has read another can read again.
+Size = Annotated[int, BeforeValidator(parse_size), PlainSerializer(str, when_used="json"), Field(gt=0)]
+Duration = Annotated[
+    float,
+    BeforeValidator(parse_duration),
+    PlainSerializer(lambda seconds: f"{seconds:.9f}s", when_used="json"),
+    Field(gt=0),
+]
 
 
 class Settings(BaseModel):
@@ -213,6 +220,11 @@ class EdgeSettings(Settings):
                 raise ValueError(f"links: {' and '.join(link.between)} must be two locations, and stand there once")
             described.add(ends)
         return self
+
+    def restart_digest(self) -> str:
+        """Changes when replicas cannot take these settings in place of those that they have, and must be replaced."""
+        fixed = self.model_dump_json(include={"store", "worker", "limits", "token_file", "default_location"})
+        return hashlib.sha256(fixed.encode()).hexdigest()
 
     @property
     def gateway_location(self) -> str:

@@ -85,6 +85,10 @@ class LinkTable:
         self._estimates: dict[str, LinkEstimate] = {}
         self._told: dict[tuple[str, str], Link] = {}
 
+    def configure(self, configured: Callable[[str, str], Link]) -> None:
+        """Take other links for what has not been measured."""
+        self._configured = configured
+
     def add(self, there: str, payload_bytes: int, seconds: float) -> None:
         """A request with ``payload_bytes`` has spent ``seconds`` on its way from here to ``there`` and back."""
         estimate = self._estimates.get(there)

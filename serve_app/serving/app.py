@@ -4,6 +4,7 @@ No ``from __future__ import annotations`` here: with it, Serve would hand the bu
 """
 
 import asyncio
+import hashlib
 import logging
 import random
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 import psutil
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
@@ -47,6 +48,8 @@ class AppArgs(BaseModel):
 
     edge: str = "deploy/edge.yaml"
     location: str | None = None
+    #: Anything. `serve deploy` builds an application anew, from its files as they are then, when its arguments change.
+    revision: str | None = None
 
 
 def _log_with_serve() -> None:
@@ -59,12 +62,23 @@ def _log_with_serve() -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deployed:
-    """What a replica is told at birth: everything that was configured. The store is read where the replica runs."""
+    """What a replica is told: everything that was configured. The store is read where the replica runs.
+
+    It is the Serve applications' ``user_config``, so a change of it reaches the replicas while they serve.
+    """
 
     settings: EdgeSettings
     entries: tuple[ModelEntry, ...]
-    token: str | None
     location: str | None
+
+    def to_json(self) -> Any:
+        """As plain values, which is all that Serve takes."""
+        return _DEPLOYED.dump_python(self, mode="json")
+
+    @staticmethod
+    def from_json(content: Any) -> "Deployed":
+        """What ``to_json`` has made plain."""
+        return _DEPLOYED.validate_python(content)
 
     def catalog(self) -> Catalog:
         """The models that the store of this node holds."""
@@ -87,6 +101,9 @@ class Deployed:
         return CoordinatorLink(half_life_s=coordinator.popularity_half_life, stale_after_s=coordinator.stale_after)
 
 
+_DEPLOYED = TypeAdapter(Deployed)
+
+
 class _WorkerReplica:
     """One worker replica: a ``Worker`` with its parts put together."""
 
@@ -101,14 +118,9 @@ class _WorkerReplica:
         if location is None or location != context.app_name:
             raise ConfigError(f"application {context.app_name!r} must have the name of its location, {location!r}")
         use_threads(settings.worker.threads_per_inference)
-        catalog = deployed.catalog()
-        loader = ModelLoader(ModelStore(settings.store))
-        for model in catalog.models:
-            try:
-                loader.prepare(model.model_id)
-            except Exception:
-                # A factory may fail in any way, and one unusable model must not keep the others from being served.
-                logger.exception("model %s cannot be served", model.model_id)
+        self._deployed = deployed
+        self._loader = loader = ModelLoader(ModelStore(settings.store))
+        catalog = self._prepared(deployed)
         replica = context.replica_id.unique_id
         metrics = WorkerMetrics(location, replica)
         cache = ModelCache(
@@ -143,6 +155,27 @@ class _WorkerReplica:
         await self._worker.preload_pinned()
         self._worker.start(settings.coordinator.report_every)
 
+    def _prepared(self, deployed: Deployed) -> Catalog:
+        """The models of this node's store, each ready to be loaded."""
+        catalog = deployed.catalog()
+        for model in catalog.models:
+            try:
+                self._loader.prepare(model.model_id)
+            except Exception:
+                # A factory may fail in any way, and one unusable model must not keep the others from being served.
+                logger.exception("model %s cannot be served", model.model_id)
+        return catalog
+
+    async def reconfigure(self, user_config: Any) -> None:
+        """Called by Serve, once after the constructor and whenever the configuration has changed."""
+        deployed = Deployed.from_json(user_config)
+        if deployed == self._deployed:
+            return
+        catalog = await asyncio.to_thread(self._prepared, deployed)
+        self._worker.reconfigure(catalog, deployed.rules(catalog))
+        self._deployed = deployed
+        logger.info("going on with the new configuration")
+
     async def infer(self, work: Any, replica: str | None = None) -> Any:
         """``Worker.infer``; ``replica`` is for ``NamedReplicaRouter``."""
         return await self._worker.infer(work)
@@ -169,17 +202,18 @@ class _WorkerReplica:
 class _RouterReplica:
     """One router replica: a ``Router`` with its parts put together, behind HTTP."""
 
-    def __init__(self, deployed: Deployed, worker: Any = None) -> None:
+    def __init__(self, deployed: Deployed, token: str | None, worker: Any = None) -> None:
         _log_with_serve()
         settings = deployed.settings
         catalog = deployed.catalog()
         self._deployed = deployed
+        self._token = token
         self._router = Router(
             catalog=catalog,
             locations=tuple(settings.locations),
             home=deployed.location or settings.gateway_location,
             rules=deployed.rules(catalog),
-            pool=ServeWorkerPool({name: name for name in settings.locations}),
+            pool=ServeWorkerPool(),
             link=deployed.link(),
             metrics=RouterMetrics(serve.get_replica_context().replica_id.unique_id),
             request_time_s=settings.limits.request_time,
@@ -194,9 +228,19 @@ class _RouterReplica:
             location=self._deployed.location,
             default_location=settings.gateway_location,
             limits=settings.limits,
-            token=self._deployed.token,
+            token=self._token,
         )
         return build_http_app(self._router, http, MetricsScraper().scrape)
+
+    async def reconfigure(self, user_config: Any) -> None:
+        """Called by Serve, once after the constructor and whenever the configuration has changed."""
+        deployed = Deployed.from_json(user_config)
+        if deployed == self._deployed:
+            return
+        catalog = await asyncio.to_thread(deployed.catalog)
+        self._router.reconfigure(catalog, tuple(deployed.settings.locations), deployed.rules(catalog))
+        self._deployed = deployed
+        logger.info("going on with the new configuration")
 
 
 _COMMON: dict[str, Any] = {
@@ -204,6 +248,8 @@ _COMMON: dict[str, Any] = {
     "health_check_period_s": 2,
     "health_check_timeout_s": 10,
     "graceful_shutdown_timeout_s": 10,
+    # A replica is replaced only when the new one serves: otherwise a location with one of them would be gone meanwhile.
+    "max_surge_percent": 100,
 }
 WorkerDeployment = serve.deployment(
     name=WORKER, request_router_config=RequestRouterConfig(request_router_class=NamedReplicaRouter), **_COMMON
@@ -223,14 +269,35 @@ def build(args: AppArgs) -> Any:
     deployed = Deployed(
         settings=settings,
         entries=load_catalog(settings.catalog),
-        token=load_token(settings),
         location=args.location,
     )
+    token = load_token(settings)
+    common = {"user_config": deployed.to_json()}
     if args.location is None:
-        return RouterDeployment.options(ray_actor_options={"num_cpus": 0}).bind(deployed)
+        router = RouterDeployment.options(ray_actor_options={"num_cpus": 0}, **common)
+        return _versioned(router, deployed, token).bind(deployed, token)
     location = settings.locations[args.location]
     actor: dict[str, Any] = {"num_cpus": 0}
     if location.pin_to_nodes:
         actor["label_selector"] = {"location": args.location}
-    worker = WorkerDeployment.options(num_replicas=location.workers, ray_actor_options=actor).bind(deployed)
-    return RouterDeployment.options(ray_actor_options=actor).bind(deployed, worker)
+    worker = WorkerDeployment.options(num_replicas=location.workers, ray_actor_options=actor, **common)
+    router = RouterDeployment.options(ray_actor_options=actor, **common)
+    return _versioned(router, deployed, token).bind(deployed, token, _versioned(worker, deployed, token).bind(deployed))
+
+
+def _versioned(deployment: Any, deployed: Deployed, token: str | None) -> Any:
+    """Give a deployment a version that changes only when its replicas must be replaced.
+
+    Serve has no public way to say this to ``serve.run``, and replaces all replicas every time if nobody says it.
+    """
+    parts = (_code_digest(), deployed.settings.restart_digest(), token or "")
+    deployment._version = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+    return deployment
+
+
+def _code_digest() -> str:
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for source in sorted(package.rglob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()

@@ -6,7 +6,7 @@ import contextlib
 import json
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import httpx
@@ -16,11 +16,10 @@ from serve_app.serving.local_ray import (
     Running,
     Say,
     StartFailed,
-    connect,
     is_alive,
     join_ray,
-    prepare_to_join,
     quiet_ray,
+    rejoin,
     start_ray,
     stop_ray,
 )
@@ -46,14 +45,40 @@ def bring_up(serve_file: ServeFile, say: Say) -> Running:
     return running
 
 
-def require_down() -> None:
-    """Make sure that nothing is up yet, and that what will be can be remembered.
+def change(running: Running, serve_file: ServeFile, say: Say) -> Running:
+    """Bring what is up in line with a configuration that has changed, while it serves.
+
+    What a replica can take in while it runs, it takes in; where it must be replaced, the new one serves before the old
+    one ends. Locations that are no longer configured end last, when nobody forwards to them any more.
 
     Raises:
-        StartFailed: something is, or the state directory cannot be written.
+        StartFailed: it cannot be changed like that, or does not get ready; what is up stays up.
     """
-    if recall() is not None:
-        raise StartFailed("edgeserve is up already; stop it with: edgeserve down")
+    if serve_file.url != running.url:
+        raise StartFailed(
+            f"what is up answers at {running.url}, and cannot move to {serve_file.url} while it serves; "
+            "stop it first with: edgeserve down"
+        )
+    rejoin(running)
+    changed = replace(running, applications=tuple(dict.fromkeys((*running.applications, *serve_file.names))))
+    # Before anything is deployed, so that `down` knows of it.
+    remember(changed)
+    deploy(serve_file, say)
+    left = tuple(name for name in changed.applications if name not in serve_file.names)
+    if left:
+        say(f"stopping {', '.join(left)}")
+        _delete(left)
+    changed = replace(changed, applications=serve_file.names)
+    remember(changed)
+    return changed
+
+
+def require_writable() -> None:
+    """Make sure that what is started can be remembered.
+
+    Raises:
+        StartFailed: the state directory cannot be written.
+    """
     try:
         _state_file().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=_state_file().parent):
@@ -138,6 +163,8 @@ def _await_ready(serve_file: ServeFile, say: Say) -> None:
                 status = applications.get(app.name)
                 if status is not None and status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
                     raise StartFailed(f"{app.name} failed to deploy: {' '.join(status.message.split())[-600:]}")
+                if status is None or status.status != "RUNNING":
+                    continue
                 url = f"{serve_file.url}{app.route_prefix.rstrip('/')}/v2/health/ready"
                 if app.name in waiting and _answers(client, url):
                     waiting.discard(app.name)
@@ -158,19 +185,23 @@ def _delete_applications(running: Running) -> None:
 
     from serve_app.serving import coordinator
 
-    if not ray.is_initialized():
-        prepare_to_join()
-        connect(running.address)
-    for name in running.applications:
-        # Each takes half a minute to drain, so not one after another.
-        serve.delete(name, _blocking=False)
-    while serve.status().applications.keys() & set(running.applications):
-        time.sleep(0.5)
+    rejoin(running)
+    _delete(running.applications)
     if not serve.status().applications:
         # Its proxies would hold the port.
         serve.shutdown()
     with contextlib.suppress(ValueError):
         ray.kill(ray.get_actor(coordinator.NAME, namespace=coordinator.NAMESPACE))
+
+
+def _delete(applications: tuple[str, ...]) -> None:
+    from ray import serve
+
+    for name in applications:
+        # Each takes half a minute to drain, so not one after another.
+        serve.delete(name, _blocking=False)
+    while serve.status().applications.keys() & set(applications):
+        time.sleep(0.5)
 
 
 def _state_file() -> Path:

@@ -34,6 +34,10 @@ FAST_INGRESS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
+#: The same for a Ray of our own. It asks for no token: left alone, `ray start` would if this user happens to have one,
+#: and drivers do not present it.
+_OWN_RAY = {**FAST_INGRESS, "RAY_AUTH_MODE": "disabled"}
+
 #: Marks every process of a Ray that we start.
 _RUN_VARIABLE = "EDGESERVE_RUN_ID"
 _START_S = 60.0
@@ -103,6 +107,19 @@ def join_ray(serve_file: ServeFile, say: Say) -> Running | None:
     return Running(address=address, url=serve_file.url, applications=serve_file.names, pid=None, run_id=None)
 
 
+def rejoin(running: Running) -> None:
+    """Connect to the Ray that an earlier command has started or joined, unless this process is connected."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    if running.pid is None:
+        prepare_to_join()
+    else:
+        config.preset(_OWN_RAY)
+    connect(running.address)
+
+
 def start_ray(serve_file: ServeFile, say: Say) -> Running:
     """Start a Ray of our own on this machine and connect to it.
 
@@ -110,8 +127,7 @@ def start_ray(serve_file: ServeFile, say: Say) -> Running:
         StartFailed: the port of ``serve_file`` is taken, or Ray does not start.
     """
     _require_free(serve_file)
-    # Left alone, `ray start` asks for a token if this user happens to have one, and drivers do not present it.
-    config.preset({**FAST_INGRESS, "RAY_AUTH_MODE": "disabled"})
+    config.preset(_OWN_RAY)
     port, dashboard_port, stats_port, metrics_port = _free_ports(4)
     address, run_id = f"127.0.0.1:{port}", uuid.uuid4().hex
     log = Path(tempfile.gettempdir()) / f"edgeserve-ray-{run_id}.log"

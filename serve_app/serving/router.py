@@ -169,6 +169,13 @@ class Router:
         self._listening = loop.create_task(every(refresh_every_s, refresh))
         self._probing = loop.create_task(every(_PROBE_EVERY_S, self.probe))
 
+    def reconfigure(self, catalog: Catalog, locations: tuple[str, ...], rules: RoutingRules) -> None:
+        """Go on with other models, locations or rules; requests under way are not disturbed."""
+        self.catalog = catalog
+        self.locations = locations
+        self._rules = rules
+        self._ways.configure(rules.link)
+
     async def refresh(self) -> None:
         """Ask the coordinator what is new."""
         epoch = self.known.view.epoch

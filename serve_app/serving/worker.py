@@ -102,6 +102,12 @@ class Worker:
         self._host.know(self._catalog.profiles().values())
         self._reporting = asyncio.get_running_loop().create_task(every(report_every_s, self._report))
 
+    def reconfigure(self, catalog: Catalog, rules: RoutingRules) -> None:
+        """Go on with other models or rules; requests under way are not disturbed."""
+        self._catalog = catalog
+        self._rules = rules.with_links(self._view.links)
+        self._host.know(catalog.profiles().values())
+
     async def stop(self) -> None:
         """Leave the directory and give all memory back."""
         if self._reporting is not None:

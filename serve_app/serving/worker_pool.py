@@ -79,14 +79,9 @@ class NamedReplicaRouter(RequestRouter):  # type: ignore[misc]
 
 
 class ServeWorkerPool:
-    """All workers of the cluster; a location's application is looked up when it is first needed.
+    """All workers of the cluster; a location's application is looked up when it is first needed."""
 
-    Args:
-        applications: the name of each location's Serve application.
-    """
-
-    def __init__(self, applications: dict[str, str]) -> None:
-        self._applications = applications
+    def __init__(self) -> None:
         self._handles: dict[str, Any] = {}
 
     async def infer(self, location: str, replica: str | None, work: Work) -> Reply:
@@ -112,9 +107,7 @@ class ServeWorkerPool:
     def _handle(self, location: str) -> Any:
         if location not in self._handles:
             # Not checked for existence: the application may still be on its way up, and the check would block.
-            self._handles[location] = serve.get_deployment_handle(
-                WORKER, app_name=self._applications[location], _check_exists=False
-            )
+            self._handles[location] = serve.get_deployment_handle(WORKER, app_name=location, _check_exists=False)
         return self._handles[location]
 
 
