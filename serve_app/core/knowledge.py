@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from serve_app.core.cache import ModelState
+from serve_app.core.answers import ModelState
 from serve_app.core.reports import ViewDelta, WorkerReport
 
 
@@ -116,10 +116,9 @@ class Knowledge:
         return gone
 
     def workers(self) -> list[WorkerReport]:
-        """The last reports of all replicas that are not under suspicion."""
-        if not self._suspects:
-            return list(self.view.workers.values())
-        return [report for replica, report in self.view.workers.items() if replica not in self._suspects]
+        """The last reports of all replicas that are not under suspicion; of those that leave, only if all do."""
+        reports = [report for replica, report in self.view.workers.items() if replica not in self._suspects]
+        return [report for report in reports if not report.leaving] or reports
 
     def state(self, report: WorkerReport, model_id: str) -> ModelState | None:
         """The state of a model at a worker, as far as known."""

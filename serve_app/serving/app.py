@@ -18,9 +18,11 @@ from pydantic import BaseModel, ConfigDict
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from serve_app.config import EdgeSettings, load_catalog, load_edge, load_token
+from serve_app.config import EdgeSettings, find, load_catalog, load_edge, load_token
 from serve_app.core.cache import ModelCache
 from serve_app.core.catalog import Catalog, ModelEntry
+from serve_app.core.coordination import CoordinatorRules, PlacementSettings
+from serve_app.core.placement_rules import PlacementRules
 from serve_app.core.policies import make_policy
 from serve_app.core.routing import RoutingRules
 from serve_app.errors import ConfigError
@@ -31,13 +33,16 @@ from serve_app.serving.metrics import RouterMetrics, WorkerMetrics
 from serve_app.serving.model_host import ModelHost
 from serve_app.serving.router import Router
 from serve_app.serving.scrape import MetricsScraper
-from serve_app.serving.worker import Worker, WorkerIdentity
+from serve_app.serving.worker import HoldingRules, Worker, WorkerIdentity
 from serve_app.serving.worker_pool import WORKER, NamedReplicaRouter, ServeWorkerPool
 
 logger = logging.getLogger(__name__)
 
 #: Serve's own limit would answer without our error shape, so ours (``limits``) must bind first.
 _SERVE_LIMIT = 100_000
+
+#: A typical request, for placement: a photograph.
+_PAYLOAD_BYTES = 200_000
 
 
 class AppArgs(BaseModel):
@@ -65,6 +70,7 @@ class Deployed:
     entries: tuple[ModelEntry, ...]
     token: str | None
     location: str | None
+    issued: int = 0
 
     def catalog(self) -> Catalog:
         """The models that the store of this node holds."""
@@ -81,10 +87,42 @@ class Deployed:
             staleness_s=2 * self.settings.coordinator.report_every,
         )
 
-    def link(self) -> CoordinatorLink:
-        """A connection to the coordinator."""
+    def min_copies(self) -> dict[str, int]:
+        """Models of which there must be a number of copies."""
+        return {entry.model_id: entry.min_copies for entry in self.entries if entry.min_copies}
+
+    def holding(self) -> HoldingRules:
+        """What a worker of this location holds in any case."""
+        worker = self.settings.worker
+        return HoldingRules(
+            preload=self.settings.locations[self.location].preload if self.location else (),
+            min_copies=self.min_copies(),
+            idle_unload_s=worker.idle_unload,
+            hand_over_s=worker.hand_over,
+        )
+
+    def coordination(self, catalog: Catalog) -> CoordinatorRules:
+        """How the coordinator is to work."""
         coordinator = self.settings.coordinator
-        return CoordinatorLink(half_life_s=coordinator.popularity_half_life, stale_after_s=coordinator.stale_after)
+        placement = None
+        if coordinator.placement_every is not None:
+            placement = PlacementSettings(
+                routing=self.rules(catalog),
+                every_s=coordinator.placement_every,
+                payload_bytes=_PAYLOAD_BYTES,
+                min_copies=self.min_copies(),
+                rules=PlacementRules(withdraw_after_s=coordinator.withdraw_after),
+            )
+        return CoordinatorRules(
+            issued=self.issued,
+            half_life_s=coordinator.popularity_half_life,
+            stale_after_s=coordinator.stale_after,
+            placement=placement,
+        )
+
+    def link(self, catalog: Catalog) -> CoordinatorLink:
+        """A connection to the coordinator."""
+        return CoordinatorLink(self.coordination(catalog))
 
 
 class _WorkerReplica:
@@ -134,8 +172,9 @@ class _WorkerReplica:
                 observer=metrics,
             ),
             exec_slots=settings.worker.parallel_inferences,
-            link=deployed.link(),
+            link=deployed.link(catalog),
             rules=deployed.rules(catalog),
+            holding=deployed.holding(),
             metrics=metrics,
             rss_bytes=lambda: psutil.Process().memory_info().rss,
             max_pixels=settings.limits.image_pixels,
@@ -173,7 +212,7 @@ class _RouterReplica:
             locations=tuple(settings.locations),
             rules=deployed.rules(catalog),
             pool=ServeWorkerPool({name: name for name in settings.locations}),
-            link=deployed.link(),
+            link=deployed.link(catalog),
             metrics=RouterMetrics(serve.get_replica_context().replica_id.unique_id),
             request_time_s=settings.limits.request_time,
             max_inflight=settings.limits.inflight,
@@ -219,6 +258,7 @@ def build(args: AppArgs) -> Any:
         entries=load_catalog(settings.catalog),
         token=load_token(settings),
         location=args.location,
+        issued=max(find(path).stat().st_mtime_ns for path in (Path(args.edge), settings.catalog)),
     )
     if args.location is None:
         return RouterDeployment.options(ray_actor_options={"num_cpus": 0}).bind(deployed)
