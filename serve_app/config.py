@@ -60,6 +60,15 @@ def parse_duration(value: object) -> float:
     return float(match[1]) * _DURATION_UNITS[match[2]]
 
 
+def parse_period(value: object) -> float | None:
+    """``1s`` in seconds; None for ``off``, which YAML takes for a truth value.
+
+    Raises:
+        ValueError: neither.
+    """
+    return None if value in (False, "off") else parse_duration(value)
+
+
 def parse_parameters(policy: str, written: Mapping[str, object]) -> dict[str, float]:
     """Parameters of a policy as ``make_policy`` wants them.
 
@@ -97,6 +106,7 @@ Duration = Annotated[
     PlainSerializer(lambda seconds: f"{seconds:.9f}s", when_used="json"),
     Field(gt=0),
 ]
+Period = Annotated[float | None, BeforeValidator(parse_period), Field(gt=0)]
 
 
 class Settings(BaseModel):
@@ -112,6 +122,8 @@ class LocationSettings(Settings):
     workers: int = Field(default=1, ge=1, le=64)
     #: Run on the nodes that carry the label ``location=<name>``; on one machine there are none.
     pin_to_nodes: bool = False
+    #: Models that each of its workers loads in the background as it starts; they are evicted like others.
+    preload: tuple[str, ...] = ()
 
 
 class LinkSettings(Settings):
@@ -156,6 +168,10 @@ class WorkerSettings(Settings):
     parallel_preloads: int = Field(default=2, ge=0)
     #: How long a failed load is remembered before it is tried again.
     failure_memory: Duration = 5.0
+    #: A model that nobody has asked for in so long is unloaded, though nothing needs its place; off: never.
+    idle_unload: Period = None
+    #: How long a worker that is shut down waits for others to load what it is popular for.
+    hand_over: Duration = 5.0
 
 
 class CoordinatorSettings(Settings):
@@ -166,6 +182,10 @@ class CoordinatorSettings(Settings):
     popularity_half_life: Duration = 60.0
     #: How far ahead popularity is trusted when a load is weighed against forwarding.
     horizon: Duration = 10.0
+    #: Period of the rounds in which the coordinator tells workers what to load and to unload; off: none.
+    placement_every: Period = 1.0
+    #: A copy that others have too, and that is not worth its load, is withdrawn when it was not used for so long.
+    withdraw_after: Duration = 60.0
 
     @model_validator(mode="after")
     def _heard_in_time(self) -> CoordinatorSettings:
@@ -223,8 +243,11 @@ class EdgeSettings(Settings):
 
     def restart_digest(self) -> str:
         """Changes when replicas cannot take these settings in place of those that they have, and must be replaced."""
-        fixed = self.model_dump_json(include={"store", "worker", "limits", "token_file", "default_location"})
-        return hashlib.sha256(fixed.encode()).hexdigest()
+        changeable = {"worker": {"idle_unload", "hand_over"}}
+        fixed = self.model_dump_json(
+            include={"store", "worker", "limits", "token_file", "default_location"}, exclude=changeable
+        )
+        return hashlib.sha256(f"{fixed} {self.coordinator.report_every}".encode()).hexdigest()
 
     @property
     def gateway_location(self) -> str:
@@ -256,6 +279,7 @@ class _ModelSettings(Settings):
     accuracy: float | None = Field(default=None, ge=0, le=1)
     input: _ImageSettings | None = None
     pinned: bool = False
+    min_copies: int = Field(default=0, ge=0)
 
 
 class _CatalogSettings(Settings):
@@ -449,6 +473,7 @@ def _entry(path: Path, model_id: str, model: _ModelSettings) -> ModelEntry:
             input=ImageInput(**model.input.model_dump()) if model.input else None,
             dtype=model.dtype,
             pinned=model.pinned,
+            min_copies=model.min_copies,
         )
     except ValueError as error:
         raise ConfigError(f"{path}: models.{model_id}: {error}") from None

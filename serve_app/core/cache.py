@@ -6,117 +6,62 @@ of a ``Load`` first, then loads, then says ``loaded`` or ``failed``.
 
 from __future__ import annotations
 
-import enum
 import math
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from serve_app.core.answers import (
+    HIT,
+    JOIN,
+    Answer,
+    Grant,
+    Hit,
+    Join,
+    Load,
+    ModelState,
+    Preload,
+    Reject,
+    RejectReason,
+    ResidentModel,
+    Shed,
+    Wait,
+)
+from serve_app.core.books import Books, Entry, evictable, idle
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.eviction_policy import EvictionPolicy
-from serve_app.core.ranking import Ranked, Ranking
+from serve_app.core.ranking import Ranked
 from serve_app.errors import Conflict, NotFound
 
-
-class ModelState(enum.StrEnum):
-    """Where a model is on its way through one worker."""
-
-    LOADING = "loading"
-    READY = "ready"
-
-
-class RejectReason(enum.StrEnum):
-    """Why a request cannot be taken."""
-
-    TOO_LARGE = "too large"
-    QUEUE_FULL = "queue full"
-    LOAD_FAILED = "load failed"
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """The model is resident; it is pinned until ``finish``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Join:
-    """A load of the model is under way; it is pinned for this request too."""
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Unload ``victims`` (already out of the books), then load the model; its bytes are reserved."""
-
-    victims: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """No feasible victim set exists now; a later ``Grant`` with this ticket brings the answer."""
-
-    ticket: int
-
-
-@dataclass(frozen=True, slots=True)
-class Reject:
-    """The request cannot be taken; nothing has changed."""
-
-    reason: RejectReason
-    detail: str
-    retry_s: float = 0.0
-
-
-Answer = Hit | Join | Load | Reject
-
-#: They carry nothing, so one of each is enough.
-_HIT, _JOIN = Hit(), Join()
-
-
-@dataclass(frozen=True, slots=True)
-class Preload:
-    """Unload ``victims`` (already out of the books), then load ``model`` in the background; its bytes are reserved."""
-
-    model: ModelProfile
-    victims: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """The answer to a request that had to wait."""
-
-    ticket: int
-    model_id: str
-    answer: Answer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResidentModel:
-    """One line of the cache's books."""
-
-    model_id: str
-    state: ModelState
-    size_bytes: int
-    uses: int
-    pinned: bool
-
-
-@dataclass(slots=True)
-class _Entry:
-    model: ModelProfile
-    state: ModelState
-    uses: int
-    pinned: bool
-    draining: bool = False
-    #: Its load is, or was, on the policy's initiative.
-    preload: bool = False
-    #: And nobody has asked for it since.
-    speculative: bool = False
+__all__ = [
+    "Answer",
+    "CacheCounters",
+    "Grant",
+    "Hit",
+    "Join",
+    "Load",
+    "ModelCache",
+    "ModelState",
+    "Preload",
+    "Reject",
+    "RejectReason",
+    "ResidentModel",
+    "Shed",
+    "Wait",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
     detail: str
     until_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Advice:
+    model: ModelProfile
+    until_s: float
+    insist: bool
 
 
 @dataclass(slots=True)
@@ -126,9 +71,11 @@ class CacheCounters:
     requests: int = 0
     loads: int = 0
     load_failures: int = 0
+    #: Displaced by another model, or by less memory.
     evictions: int = 0
+    #: Gone for any other reason: by hand, on advice, idle for too long, or no longer in the catalogue.
     unloads: int = 0
-    #: Loads on the policy's initiative (not in ``loads``), and those of them that left again before any request came.
+    #: Loads on nobody's request (not in ``loads``), and those of them that left again before any request came.
     preloads: int = 0
     wasted_preloads: int = 0
 
@@ -143,25 +90,30 @@ class ModelCache:
     | LOADING | ``loaded``                    | READY   |
     | LOADING | ``failed``                    | absent  |
     | READY   | ``request`` -> ``Hit``        | READY   |
-    | READY   | victim of a ``Load``          | absent  |
-    | READY   | ``unload``                    | absent  |
+    | READY   | victim of a ``Load``, or ``Shed`` | absent |
+    | READY   | ``unload``, ``withdraw``      | absent  |
     | absent  | ``next_preload`` -> ``Preload`` | LOADING |
 
     A preload that nobody has joined yet may be a victim while it is still LOADING, so that no request ever waits for
     memory that was taken on a guess; ``loaded`` and ``failed`` of a load whose model has gone are to be left out.
 
     A request whose victims are all in use waits in line. The first in line makes way for itself: the models that it
-    will displace take no new requests until it has its place, so that a large model cannot starve.
+    will displace take no new requests until it has its place, so that a large model cannot starve. Where memory was
+    taken away (``resize``), models make way for nothing in the same manner. Whenever ``must_shed`` after an event, the
+    caller asks ``shed`` what is to go.
 
     Args:
         capacity_bytes: what all models, resident and loading, may take together.
         policy: ranks the models; see ``policies.py``.
         max_loads: loads for requests under way at the same time.
-        max_preloads: loads on the policy's initiative under way at the same time, beside the others.
+        max_preloads: loads on nobody's request under way at the same time, beside the others.
         max_waiting: requests in line; more are rejected.
         failure_memory_s: how long a failed load is answered from memory.
         pinned: models that are never victims.
     """
+
+    #: Advice waits for background loads that are under way, but no longer than this.
+    ADVICE_S = 10.0
 
     def __init__(
         self,
@@ -174,31 +126,35 @@ class ModelCache:
         failure_memory_s: float = 5.0,
         pinned: Collection[str] = (),
     ) -> None:
-        if capacity_bytes <= 0:
-            raise ValueError(f"capacity_bytes must be positive, not {capacity_bytes}")
+        _require_capacity(capacity_bytes)
         if max_loads < 1:
             raise ValueError(f"max_loads must be at least 1, not {max_loads}")
         if max_preloads < 0:
             raise ValueError(f"max_preloads must not be negative, not {max_preloads}")
-        self.capacity_bytes = capacity_bytes
         self.counters = CacheCounters()
         self._policy = policy
         policy.preloading = max_preloads > 0
-        self._ranking = Ranking(policy.utility)
+        self._books = Books(capacity_bytes, policy)
+        #: The same as in the books: every request looks here.
+        self._entries = self._books.entries
         self._max_loads = max_loads
         self._max_preloads = max_preloads
         self._max_waiting = max_waiting
         self._failure_memory_s = failure_memory_s
         self._pinned = frozenset(pinned)
-        self._entries: dict[str, _Entry] = {}
-        self._used_bytes = 0
-        self._pinned_bytes = 0
         self._loading = 0
         self._preloading = 0
-        self._draining: list[_Entry] = []
         self._failures: dict[str, _Failure] = {}
-        #: Unloaded by hand and not asked for since: the policy may not bring them back.
+        #: Unloaded by hand and not asked for since: nobody but a request may bring them back.
         self._put_out: set[str] = set()
+        #: Unloaded on advice, or because nobody used them, and not asked for since: the policy may not bring them back.
+        self._withdrawn: set[str] = set()
+        #: No longer in the catalogue.
+        self._gone: set[str] = set()
+        self._known: dict[str, ModelProfile] = {}
+        self._forward_s: Mapping[str, float] = {}
+        self._advice: deque[_Advice] = deque()
+        self._orders: deque[_Advice] = deque()
         self._waiting: OrderedDict[int, ModelProfile] = OrderedDict()
         self._tickets = 0
 
@@ -208,34 +164,47 @@ class ModelCache:
         """A user asks for ``model``. ``Hit``, ``Join`` and ``Load`` pin it until ``finish``."""
         self.counters.requests += 1
         self._policy.on_request(model, now)
-        return self._present(model.model_id) or self._enter(model, now)
+        return self._present(model.model_id, now) or self._enter(model, now)
 
     def preload(self, model: ModelProfile, now: float) -> Answer | Wait:
         """Like ``request``, for a load that nobody is waiting for: the policy does not count it as demand."""
-        return self._present(model.model_id) or self._enter(model, now)
+        return self._present(model.model_id, now) or self._enter(model, now)
 
     def next_preload(self, now: float) -> Preload | None:
-        """What to load in the background now on the policy's initiative; ask again until None, and at ``review_s``."""
-        if self._preloading >= self._max_preloads or self._waiting:
+        """What to load in the background now, as the policy wishes or others advise.
+
+        Ask again until None, and at ``review_s``.
+        """
+        if not self._may_preload():
             return None
-        for model in self._policy.wishes(now, self.capacity_bytes - self._used_bytes):
+        if (ordered := self._first_possible(self._orders, now)) is not None:
+            return ordered
+        for model in self._policy.wishes(now, self.capacity_bytes - self.used_bytes):
+            if model.model_id in self._withdrawn:
+                continue
             preload = self._preload(model, now, self._policy.worthwhile)
             if preload is not None:
                 return preload
-        return None
+        return self._first_possible(self._advice, now)
 
-    def place(self, model: ModelProfile, now: float) -> Preload | None:
+    def place(self, model: ModelProfile, now: float, *, insist: bool = False) -> Preload | None:
         """Load ``model`` in the background on the advice of others; None where that is not possible now.
 
         It may be here already, background loads or requests may be in line before it, or something that is in use, or
-        worth as much to the policy, would have to go. Nothing has changed then.
+        worth as much to the policy, would have to go. Nothing has changed then. To ``insist`` is to ask for it whatever
+        the policy finds it worth.
         """
-        if self._preloading >= self._max_preloads or self._waiting:
-            return None
-        return self._preload(model, now, self._more_useful)
+        return self._preload(model, now, _anyway if insist else self._more_useful) if self._may_preload() else None
+
+    def advise(self, model: ModelProfile, now: float, *, insist: bool = False) -> None:
+        """Let ``next_preload`` ``place`` the model as soon as background loads that are under way have ended."""
+        (self._orders if insist else self._advice).append(_Advice(model, now + self.ADVICE_S, insist))
 
     def know(self, models: Iterable[ModelProfile], now: float) -> None:
         """Tell the policy what can be asked for at all, so that it may preload what nobody has asked for yet."""
+        models = tuple(models)
+        self._known |= {model.model_id: model for model in models}
+        self._gone -= self._known.keys()
         self._policy.on_catalog(models, now)
 
     def loaded(self, model_id: str, now: float) -> tuple[Grant, ...]:
@@ -261,6 +230,7 @@ class ModelCache:
         if entry is None or entry.uses < 1:
             raise ValueError(f"{model_id} is finished more often than it was requested")
         entry.uses -= 1
+        entry.used_s = now
         return self._advance(now) if self._waiting and entry.uses == 0 else ()
 
     def unload(self, model_id: str, now: float) -> tuple[Grant, ...]:
@@ -273,21 +243,41 @@ class ModelCache:
         entry = self._entries.get(model_id)
         if entry is None:
             raise NotFound(f"model {model_id} is not loaded here; nothing to unload")
-        if entry.pinned:
+        if entry.fixed:
             raise Conflict(f"model {model_id} is pinned; unpin it in the catalogue before unloading it")
+        if entry.kept:
+            raise Conflict(f"model {model_id} has no copies to spare; lower its min_copies before unloading it")
         if entry.state is ModelState.LOADING or entry.uses:
             raise Conflict(f"model {model_id} is in use; unload it when its requests have ended")
-        self.counters.unloads += 1
         self._put_out.add(model_id)
-        self._remove(entry)
-        self._policy.on_unload(entry.model, now)
+        self._unload(entry, now)
         return self._advance(now)
+
+    def withdraw(self, model_id: str, now: float) -> tuple[Grant, ...] | None:
+        """Take a model out on the advice of others; None, and nothing has changed, if it is pinned, in use or absent.
+
+        The policy does not bring it back before it is asked for again, but further advice may.
+        """
+        entry = self._entries.get(model_id)
+        if entry is None or not _spare(entry):
+            return None
+        self._withdrawn.add(model_id)
+        self._unload(entry, now)
+        return self._advance(now)
+
+    def withdraw_unused(self, since_s: float, now: float) -> Shed:
+        """``withdraw`` every model that nobody has asked for since then."""
+        unused = [entry for entry in self._entries.values() if entry.used_s <= since_s and _spare(entry)]
+        for entry in unused:
+            self._withdrawn.add(entry.model.model_id)
+            self._unload(entry, now)
+        return Shed(tuple(entry.model.model_id for entry in unused), self._advance(now) if unused else ())
 
     def give_up(self, ticket: int, now: float) -> tuple[Grant, ...]:
         """The request behind ``ticket`` no longer waits; unknown tickets are ignored."""
         if ticket not in self._waiting:
             return ()
-        self._leave(ticket)
+        self._leave(ticket, now)
         return self._advance(now)
 
     def cannot_load(self, model_id: str, detail: str, now: float) -> None:
@@ -300,19 +290,90 @@ class ModelCache:
 
     def forward_costs(self, forward_s: Mapping[str, float]) -> None:
         """Tell the policy which models others hold, and the extra seconds that forwarding there costs."""
+        self._forward_s = forward_s
         self._policy.on_forward_costs(forward_s)
+
+    def keep(self, model_ids: Sequence[str], now: float) -> None:
+        """Pin those of these models that are here, and no others, beside what is pinned for good.
+
+        They are the copies that the cluster cannot spare. Together they take at most half of the memory that is not
+        pinned for good, the first ones first, and they let go of it for a request that could never be served otherwise.
+        """
+        room_bytes = self.capacity_bytes - self._books.fixed_bytes
+        largest_bytes = max((model.size_bytes for model in self._waiting.values()), default=0)
+        self._books.keep(model_ids, min(room_bytes // 2, room_bytes - largest_bytes), now)
+
+    # Changes of the configuration
+
+    def resize(self, capacity_bytes: int, now: float) -> Shed:
+        """Take memory away, or give more; what is in use meanwhile stays until it is idle.
+
+        Raises:
+            ValueError: what is pinned for good needs more.
+        """
+        _require_capacity(capacity_bytes)
+        if capacity_bytes < self._books.fixed_bytes:
+            raise ValueError(f"{capacity_bytes} bytes are less than the {self._books.fixed_bytes} of pinned models")
+        self._books.capacity_bytes = capacity_bytes
+        self._books.release(0, now)
+        return self.shed(now)
+
+    def use(self, policy: EvictionPolicy, now: float) -> None:
+        """Rank by another policy, which is told of everything that it cannot have seen."""
+        policy.preloading = self._max_preloads > 0
+        self._policy = policy
+        policy.on_catalog(tuple(self._known.values()), now)
+        policy.on_forward_costs(self._forward_s)
+        for entry in sorted(self._entries.values(), key=lambda entry: entry.used_s):
+            policy.on_load(entry.model, now)
+        self._books.use(policy, now)
+
+    def offer(self, models: Iterable[ModelProfile], pinned: Collection[str], now: float) -> Shed:
+        """The catalogue is now this one: what it no longer has goes when it is idle."""
+        offered = {model.model_id: model for model in models}
+        self._gone = (self._gone | self._known.keys() | self._entries.keys()) - offered.keys()
+        self._known = offered
+        self._pinned = frozenset(pinned)
+        for model_id, entry in self._entries.items():
+            self._books.fix(entry, model_id in self._pinned, now)
+        self._policy.on_catalog(tuple(offered.values()), now)
+        return self.shed(now)
+
+    @property
+    def must_shed(self) -> bool:
+        """Whether something that is resident should go as soon as it is idle."""
+        return self._books.excess_bytes > 0 or not self._gone.isdisjoint(self._entries)
+
+    def shed(self, now: float) -> Shed:
+        """What goes now because its memory was taken away, or it is no longer in the catalogue."""
+        gone = [entry for entry in self._entries.values() if entry.model.model_id in self._gone and _spare(entry)]
+        for entry in gone:
+            self._unload(entry, now)
+        chosen = self._books.take_least_useful(self._books.excess_bytes, now, idle)
+        self._evict(chosen, now)
+        if self._books.excess_bytes > 0:
+            self._make_way(now)
+        victims = (*(entry.model for entry in gone), *(ranked.model for ranked in chosen))
+        return Shed(tuple(model.model_id for model in victims), self._advance(now))
 
     # Queries
 
     @property
+    def capacity_bytes(self) -> int:
+        """What all models, resident and loading, may take together."""
+        return self._books.capacity_bytes
+
+    @property
     def review_s(self) -> float:
         """When ``next_preload`` should be asked next though nothing else has happened; infinite if never."""
-        return math.inf if self._preloading >= self._max_preloads or self._waiting else self._policy.review_s
+        if not self._may_preload():
+            return math.inf
+        return -math.inf if self._orders or self._advice else self._policy.review_s
 
     @property
     def used_bytes(self) -> int:
         """Bytes of all models, resident and loading."""
-        return self._used_bytes
+        return self._books.used_bytes
 
     @property
     def waiting(self) -> int:
@@ -345,24 +406,38 @@ class ModelCache:
             answer = self._place(model, now)
         return answer or self._queue(model, now)
 
-    def _present(self, model_id: str) -> Hit | Join | None:
+    def _present(self, model_id: str, now: float) -> Hit | Join | None:
         entry = self._entries.get(model_id)
         if entry is None or entry.draining:
             return None
         entry.uses += 1
+        entry.used_s = now
         entry.speculative = False
-        return _HIT if entry.state is ModelState.READY else _JOIN
+        return HIT if entry.state is ModelState.READY else JOIN
 
     def _refusal(self, model: ModelProfile, now: float) -> Reject | None:
         failure = self._failures.get(model.model_id)
         if failure is not None and now < failure.until_s:
             return Reject(RejectReason.LOAD_FAILED, failure.detail, failure.until_s - now)
-        if model.size_bytes > self.capacity_bytes - self._pinned_bytes:
+        free_bytes = self.capacity_bytes - self._books.fixed_bytes
+        if model.size_bytes > free_bytes:
             return Reject(
                 RejectReason.TOO_LARGE,
                 f"model {model.model_id} needs {model.size_bytes} bytes, but only "
-                f"{self.capacity_bytes - self._pinned_bytes} of {self.capacity_bytes} can be made free",
+                f"{free_bytes} of {self.capacity_bytes} can be made free",
             )
+        return None
+
+    def _may_preload(self) -> bool:
+        return self._preloading < self._max_preloads and not self._waiting
+
+    def _first_possible(self, several: deque[_Advice], now: float) -> Preload | None:
+        while several:
+            advice = several.popleft()
+            if now <= advice.until_s:
+                preload = self.place(advice.model, now, insist=advice.insist)
+                if preload is not None:
+                    return preload
         return None
 
     def _preload(
@@ -372,16 +447,17 @@ class ModelCache:
         worthwhile: Callable[[ModelProfile, Sequence[ModelProfile], float], bool],
     ) -> Preload | None:
         """Reserve room for ``model`` in the background, if what must go for it is idle and the load ``worthwhile``."""
-        failure = self._failures.get(model.model_id)
-        if model.model_id in self._entries or model.model_id in self._put_out:
+        model_id = model.model_id
+        if model_id in self._entries or model_id in self._put_out or model_id in self._gone:
             return None
+        failure = self._failures.get(model_id)
         if failure is not None and now < failure.until_s:
             return None
-        chosen = self._choose_victims(model, now, _idle)
+        chosen = self._books.choose_victims(model.size_bytes, now, idle)
         if chosen is None:
             return None
         if not worthwhile(model, [ranked.model for ranked in chosen], now):
-            self._put_back(chosen, now)
+            self._books.put_back(chosen, now)
             return None
         self._preloading += 1
         self.counters.preloads += 1
@@ -395,7 +471,8 @@ class ModelCache:
         """Reserve room for ``model`` if there is, or can be, enough of it now."""
         if self._loading >= self._max_loads or model.model_id in self._entries:
             return None
-        chosen = self._choose_victims(model, now, _idle)
+        self._books.release(model.size_bytes, now)
+        chosen = self._books.choose_victims(model.size_bytes, now, idle)
         if chosen is None:
             return None
         self._loading += 1
@@ -406,6 +483,24 @@ class ModelCache:
         self, model: ModelProfile, victims: list[Ranked], now: float, *, uses: int, speculative: bool
     ) -> tuple[str, ...]:
         """Enter ``model`` into the books in the place of ``victims``; returns their names."""
+        self._evict(victims, now)
+        entry = Entry(
+            model=model,
+            state=ModelState.LOADING,
+            uses=uses,
+            used_s=now,
+            fixed=model.model_id in self._pinned,
+            preload=speculative,
+            speculative=speculative,
+        )
+        self._failures.pop(model.model_id, None)
+        self._put_out.discard(model.model_id)
+        self._withdrawn.discard(model.model_id)
+        self._policy.on_load(model, now)
+        self._books.enter(entry, now)
+        return tuple(victim.model.model_id for victim in victims)
+
+    def _evict(self, victims: list[Ranked], now: float) -> None:
         for victim in victims:
             self.counters.evictions += 1
             entry = self._entries[victim.model.model_id]
@@ -413,70 +508,11 @@ class ModelCache:
                 self._load_ended(entry)
             self._remove(entry)
             self._policy.on_evict(victim.model, now)
-        pinned = model.model_id in self._pinned
-        self._entries[model.model_id] = _Entry(
-            model=model,
-            state=ModelState.LOADING,
-            uses=uses,
-            pinned=pinned,
-            preload=speculative,
-            speculative=speculative,
-        )
-        self._used_bytes += model.size_bytes
-        self._failures.pop(model.model_id, None)
-        self._put_out.discard(model.model_id)
-        self._policy.on_load(model, now)
-        if pinned:
-            self._pinned_bytes += model.size_bytes
-        else:
-            self._ranking.add(model, now)
-        return tuple(victim.model.model_id for victim in victims)
 
-    def _choose_victims(
-        self, model: ModelProfile, now: float, eligible: Callable[[_Entry], bool]
-    ) -> list[Ranked] | None:
-        """The models to unload so that ``model`` fits, out of the ranking; None if all together are not enough.
-
-        Takes the lowest utilities until enough bytes are free. If the policy says so, it then keeps only the largest of
-        those that suffice: a small model is spared when its bytes are not needed.
-        """
-        missing_bytes = self._used_bytes + model.size_bytes - self.capacity_bytes
-        if missing_bytes <= 0:
-            return []
-        # A model that already makes way goes first: it was ranked lowest a moment ago and has been emptied since.
-        taken: list[Ranked] = []
-        freed_bytes = 0
-        for entry in self._draining:
-            if freed_bytes < missing_bytes and eligible(entry):
-                ranked = self._ranking.take(entry.model.model_id)
-                if ranked is not None:
-                    taken.append(ranked)
-                    freed_bytes += entry.model.size_bytes
-        passed_over: list[Ranked] = []
-        while freed_bytes < missing_bytes and (ranked := self._least_useful(now)) is not None:
-            if eligible(self._entries[ranked.model.model_id]):
-                taken.append(ranked)
-                freed_bytes += ranked.model.size_bytes
-            else:
-                passed_over.append(ranked)
-        chosen = taken if freed_bytes >= missing_bytes else []
-        if len(chosen) > 1 and self._policy.spares_small:
-            chosen = _largest_that_suffice(taken, missing_bytes)
-        self._put_back(passed_over, now)
-        if chosen is not taken:
-            self._put_back((ranked for ranked in taken if ranked not in chosen), now)
-        return chosen or None
-
-    def _least_useful(self, now: float) -> Ranked | None:
-        for model_id in self._policy.fallen(now):
-            self._ranking.renew(model_id, now)
-        return self._ranking.pop(now)
-
-    def _put_back(self, several: Iterable[Ranked], now: float) -> None:
-        for ranked in several:
-            self._ranking.put_back(ranked)
-            # The policy may have told of its fall while it was out.
-            self._ranking.renew(ranked.model.model_id, now)
+    def _unload(self, entry: Entry, now: float) -> None:
+        self.counters.unloads += 1
+        self._remove(entry)
+        self._policy.on_unload(entry.model, now)
 
     def _queue(self, model: ModelProfile, now: float) -> Wait | Reject:
         if len(self._waiting) >= self._max_waiting:
@@ -484,24 +520,25 @@ class ModelCache:
         self._tickets += 1
         self._waiting[self._tickets] = model
         if len(self._waiting) == 1:
-            self._make_way(model, now)
+            self._make_way(now)
         return Wait(self._tickets)
 
-    def _make_way(self, model: ModelProfile, now: float) -> None:
-        """Let no new request onto the models that ``model``, first in line, will displace, but onto all others."""
-        if self._loading >= self._max_loads:
-            # It would have to wait with every byte free: nothing is gained by turning hits away meanwhile.
-            return
-        chosen = self._choose_victims(model, now, _evictable) or []
-        self._put_back(chosen, now)
-        self._drain([self._entries[ranked.model.model_id] for ranked in chosen])
+    def _make_way(self, now: float) -> None:
+        """Let no new request onto the models that are to go, but onto all others.
 
-    def _drain(self, entries: list[_Entry]) -> None:
-        for entry in self._draining:
-            entry.draining = False
-        for entry in entries:
-            entry.draining = True
-        self._draining = entries
+        The first in line will displace them, or they are more than memory now holds.
+        """
+        first = next(iter(self._waiting.values()), None)
+        chosen: list[Ranked] = []
+        if first is not None:
+            if self._loading >= self._max_loads:
+                # It would have to wait with every byte free: nothing is gained by turning hits away meanwhile.
+                return
+            chosen = self._books.choose_victims(first.size_bytes, now, evictable) or []
+        if not chosen and self._books.excess_bytes > 0:
+            chosen = self._books.take_least_useful(self._books.excess_bytes, now, evictable)
+        self._books.put_back(chosen, now)
+        self._books.drain(chosen)
 
     def _advance(self, now: float) -> tuple[Grant, ...]:
         """Answer everyone in line who can be answered now, in order of arrival."""
@@ -510,68 +547,60 @@ class ModelCache:
         grants: list[Grant] = []
         while self._waiting:
             ticket, model = next(iter(self._waiting.items()))
-            answer = self._present(model.model_id) or self._refusal(model, now) or self._place(model, now)
+            answer = self._present(model.model_id, now) or self._refusal(model, now) or self._place(model, now)
             if answer is None:
-                self._make_way(model, now)
-                grants.extend(self._grant_present())
+                self._make_way(now)
+                grants.extend(self._grant_present(now))
                 break
-            self._leave(ticket)
+            self._leave(ticket, now)
             grants.append(Grant(ticket, model.model_id, answer))
         return tuple(grants)
 
-    def _grant_present(self) -> list[Grant]:
+    def _grant_present(self, now: float) -> list[Grant]:
         """Those further back need not wait for the first if their own model is there and stays."""
         grants = []
         for ticket, model in list(self._waiting.items()):
-            answer = self._present(model.model_id)
+            answer = self._present(model.model_id, now)
             if answer is not None:
-                self._leave(ticket)
+                self._leave(ticket, now)
                 grants.append(Grant(ticket, model.model_id, answer))
         return grants
 
-    def _leave(self, ticket: int) -> None:
+    def _leave(self, ticket: int, now: float) -> None:
         """Take a request out of the line; with the first in line goes what made way for it."""
-        if ticket == next(iter(self._waiting)):
-            self._drain([])
+        was_first = ticket == next(iter(self._waiting))
         del self._waiting[ticket]
+        if was_first:
+            self._books.drain([])
+            if self._books.excess_bytes > 0:
+                self._make_way(now)
 
-    def _load_ended(self, entry: _Entry) -> None:
+    def _load_ended(self, entry: Entry) -> None:
         if entry.preload:
             self._preloading -= 1
         else:
             self._loading -= 1
 
-    def _remove(self, entry: _Entry) -> None:
+    def _remove(self, entry: Entry) -> None:
         if entry.speculative:
             self.counters.wasted_preloads += 1
-        if entry.pinned:
-            self._pinned_bytes -= entry.model.size_bytes
-        if entry.draining:
-            self._draining.remove(entry)
-        self._ranking.take(entry.model.model_id)
-        del self._entries[entry.model.model_id]
-        self._used_bytes -= entry.model.size_bytes
+        self._books.remove(entry)
 
-    def _loading_entry(self, model_id: str) -> _Entry:
+    def _loading_entry(self, model_id: str) -> Entry:
         entry = self._entries.get(model_id)
         if entry is None or entry.state is not ModelState.LOADING:
             raise ValueError(f"{model_id} is not loading")
         return entry
 
 
-def _evictable(entry: _Entry) -> bool:
-    return entry.state is ModelState.READY or entry.speculative
+def _spare(entry: Entry) -> bool:
+    return entry.state is ModelState.READY and not entry.uses and not entry.pinned
 
 
-def _idle(entry: _Entry) -> bool:
-    return not entry.uses and _evictable(entry)
+def _anyway(model: ModelProfile, victims: Sequence[ModelProfile], now: float) -> bool:
+    return True
 
 
-def _largest_that_suffice(taken: list[Ranked], missing_bytes: int) -> list[Ranked]:
-    kept: list[Ranked] = []
-    for ranked in sorted(taken, key=lambda ranked: -ranked.model.size_bytes):
-        if missing_bytes <= 0:
-            break
-        kept.append(ranked)
-        missing_bytes -= ranked.model.size_bytes
-    return kept
+def _require_capacity(capacity_bytes: int) -> None:
+    if capacity_bytes <= 0:
+        raise ValueError(f"capacity_bytes must be positive, not {capacity_bytes}")

@@ -55,7 +55,8 @@ class ModelEntry:
 
     ``builder`` is ``torchvision:NAME``, ``timm:NAME`` or ``package.module:factory``; ``weights`` is ``pretrained``,
     ``random:SEED`` or ``file:PATH`` (a safetensors file). ``accuracy`` (0..1) and ``input`` may be left to the
-    metadata of the weights.
+    metadata of the weights. Of a model with ``min_copies`` so many workers hold it, at different locations as far as
+    there are so many, whether or not anybody asks for it; a ``pinned`` one is in the memory of every worker.
     """
 
     model_id: str
@@ -66,8 +67,10 @@ class ModelEntry:
     input: ImageInput | None = None
     dtype: Literal["float32"] = "float32"
     pinned: bool = False
+    min_copies: int = 0
 
     def __post_init__(self) -> None:
+        _require(self.min_copies >= 0, f"min_copies must be >= 0, not {self.min_copies}")
         _require(
             MODEL_ID_PATTERN.fullmatch(self.model_id) is not None,
             f"model name {self.model_id!r} must be letters, digits, '.', '_' or '-'",

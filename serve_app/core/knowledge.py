@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from serve_app.core.cache import ModelState
+from serve_app.core.answers import ModelState
 from serve_app.core.links import Link
 from serve_app.core.reports import ViewDelta, WorkerReport
 
@@ -122,14 +122,16 @@ class Knowledge:
         return gone
 
     def workers(self) -> list[WorkerReport]:
-        """The last reports of all replicas that are not under suspicion, and not cut off from here."""
-        if not self._suspects and not self._cut_off:
-            return list(self.view.workers.values())
-        return [
+        """The last reports of all replicas that may be sent to; of those that leave, only if all do.
+
+        That is all but those under suspicion, and those cut off from here.
+        """
+        reports = [
             report
             for replica, report in self.view.workers.items()
             if replica not in self._suspects and report.location not in self._cut_off
         ]
+        return [report for report in reports if not report.leaving] or reports
 
     def reach(self, location: str, *, reached: bool) -> tuple[str, ...]:
         """Whether a location answers from here; returns the replicas that are cut off by this."""

@@ -13,12 +13,12 @@ class DecayedRate:
 
     __slots__ = ("_decay_per_s", "_level", "_updated_s")
 
-    def __init__(self, half_life_s: float) -> None:
+    def __init__(self, half_life_s: float, per_s: float = 0.0, now: float = 0.0) -> None:
         if half_life_s <= 0:
             raise ValueError(f"half_life_s must be positive, not {half_life_s}")
         self._decay_per_s = math.log(2) / half_life_s
-        self._level = 0.0
-        self._updated_s = 0.0
+        self._level = per_s
+        self._updated_s = now
 
     def add(self, now: float, count: int = 1) -> None:
         """Count ``count`` requests at ``now`` (seconds; never runs backwards)."""
@@ -28,6 +28,11 @@ class DecayedRate:
     def per_s(self, now: float) -> float:
         """The rate as of ``now``, in requests per second."""
         return self._level * math.exp(-self._decay_per_s * max(0.0, now - self._updated_s))
+
+    def cap(self, per_s: float, now: float) -> None:
+        """Let the rate as of ``now`` be at most ``per_s``."""
+        self._level = min(self.per_s(now), per_s)
+        self._updated_s = max(now, self._updated_s)
 
     def requests(self, now: float) -> float:
         """How many requests of this very moment the rate as of ``now`` is worth."""
@@ -43,6 +48,15 @@ class Popularity:
     def __init__(self, half_life_s: float) -> None:
         self._half_life_s = half_life_s
         self._rates: dict[str, dict[str, DecayedRate]] = {}
+
+    def change(self, half_life_s: float, now: float) -> None:
+        """Forget faster or more slowly from now on."""
+        if half_life_s == self._half_life_s:
+            return
+        known, self._half_life_s, self._rates = self.rates(now), half_life_s, {}
+        for location, rates in known.items():
+            for model_id, per_s in rates.items():
+                self._rates.setdefault(location, {})[model_id] = DecayedRate(half_life_s, per_s, now)
 
     def add(self, location: str, model_id: str, count: int, now: float) -> None:
         """Count ``count`` requests for ``model_id`` that users of ``location`` sent."""
@@ -61,3 +75,84 @@ class Popularity:
 
     def _lately(self, known: dict[str, DecayedRate], now: float) -> dict[str, DecayedRate]:
         return {model_id: rate for model_id, rate in known.items() if rate.requests(now) >= self.FORGET_REQUESTS}
+
+
+class Interest:
+    """How often users of one location ask for one model, for placement: patient, but quick to see a crowd come and go.
+
+    - ``steady_per_s``: a rate over a long memory. When nobody has asked for so long that at this rate several requests
+      would have come, it is over: the rate is 0, and when requests come again, what they are after such a silence.
+    - ``crowd_per_s``: a rate over a very short memory, as far as it cannot be chance: two standard deviations less.
+    """
+
+    #: So many requests that should have come and have not mean that a popularity is over.
+    MISSED = 4.0
+    DEVIATIONS = 2.0
+
+    __slots__ = ("_crowd", "_last_s", "_steady")
+
+    def __init__(self, half_life_s: float, crowd_half_life_s: float) -> None:
+        self._steady = DecayedRate(half_life_s)
+        self._crowd = DecayedRate(crowd_half_life_s)
+        self._last_s = -math.inf
+
+    def add(self, now: float, count: int) -> None:
+        """Count ``count`` requests at ``now`` (seconds; never runs backwards)."""
+        silence_s = now - self._last_s
+        if self._is_over(silence_s, now):
+            self._steady.cap(1 / silence_s, now)
+        self._steady.add(now, count)
+        self._crowd.add(now, count)
+        self._last_s = now
+
+    def steady_per_s(self, now: float) -> float:
+        """Requests per second that are to be expected for long."""
+        return 0.0 if self._is_over(now - self._last_s, now) else self._steady.per_s(now)
+
+    def crowd_per_s(self, now: float) -> float:
+        """Requests per second of a crowd, 0 if there is none."""
+        requests = self._crowd.requests(now)
+        sure = requests - self.DEVIATIONS * math.sqrt(requests)
+        return self._crowd.per_s(now) * sure / requests if sure > 0 else 0.0
+
+    def is_forgotten(self, now: float) -> bool:
+        """Whether nothing worth mentioning is left of it."""
+        return self._steady.requests(now) < Popularity.FORGET_REQUESTS
+
+    def _is_over(self, silence_s: float, now: float) -> bool:
+        return silence_s > 0 and self._steady.per_s(now) * silence_s > self.MISSED
+
+
+class Interests:
+    """``Interest`` of every location in every model."""
+
+    def __init__(self, half_life_s: float, crowd_half_life_s: float) -> None:
+        self._half_lives_s = half_life_s, crowd_half_life_s
+        self._known: dict[str, dict[str, Interest]] = {}
+
+    def add(self, location: str, model_id: str, count: int, now: float) -> None:
+        """Count ``count`` requests for ``model_id`` that users of ``location`` sent."""
+        known = self._known.setdefault(location, {})
+        if model_id not in known:
+            known[model_id] = Interest(*self._half_lives_s)
+        known[model_id].add(now, count)
+
+    def steady(self, now: float) -> dict[str, dict[str, float]]:
+        """Steady requests per second of every model at every location that asks for it; forgets the rest."""
+        for location, known in self._known.items():
+            self._known[location] = {
+                model_id: interest for model_id, interest in known.items() if not interest.is_forgotten(now)
+            }
+        return {
+            location: {model_id: interest.steady_per_s(now) for model_id, interest in known.items()}
+            for location, known in self._known.items()
+        }
+
+    def crowds(self, now: float) -> dict[str, dict[str, float]]:
+        """Requests per second of every crowd; of what is no crowd, nothing."""
+        return {
+            location: {
+                model_id: per_s for model_id, interest in known.items() if (per_s := interest.crowd_per_s(now)) > 0
+            }
+            for location, known in self._known.items()
+        }

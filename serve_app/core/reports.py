@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from serve_app.core.cache import ResidentModel
+from serve_app.core.answers import ResidentModel
 from serve_app.core.catalog import ModelProfile
+from serve_app.core.commands import Command
 from serve_app.core.links import Link
 
 
@@ -45,7 +46,8 @@ class WorkerReport:
 
     ``queue_s`` is the time until a request that arrives now begins to execute. ``exec_s`` and ``load_s`` are smoothed
     measurements per model, absent where nothing was measured yet. ``outcomes`` is keyed by the location whose users
-    sent the requests: another one's are forwards.
+    sent the requests: another one's are forwards. ``keeps`` are the models that the worker does not let go as if they
+    were duplicates; see ``keepers.py``. One that is ``leaving`` still serves, but others should be preferred.
     """
 
     location: str
@@ -67,6 +69,8 @@ class WorkerReport:
     wasted_preloads: int = 0
     outcomes: Mapping[str, OutcomeCounts]
     demand: tuple[Demand, ...] = ()
+    keeps: frozenset[str] = frozenset()
+    leaving: bool = False
 
     def can_hold(self, model: ModelProfile) -> bool:
         """Whether the model fits once everything that may be evicted has been."""
@@ -82,6 +86,8 @@ class ViewDelta:
 
     ``rates`` holds requests per second of every model at every location and is always whole: rates fall by themselves.
     ``links`` are the measured ways from the reader's location that have changed.
+    ``commands`` are for the worker whose report this answers. If that one is leaving, ``may_leave`` says that nothing
+    is left to be handed over.
     """
 
     epoch: str
@@ -91,3 +97,5 @@ class ViewDelta:
     gone: tuple[str, ...]
     rates: Mapping[str, Mapping[str, float]]
     links: Mapping[tuple[str, str], Link] = field(default_factory=dict)
+    commands: tuple[Command, ...] = ()
+    may_leave: bool = True

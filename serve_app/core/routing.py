@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from operator import attrgetter, itemgetter
 from typing import Protocol
 
-from serve_app.core.cache import ModelState
+from serve_app.core.answers import ModelState
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.knowledge import Knowledge, View
 from serve_app.core.links import HERE, Link
@@ -255,7 +255,7 @@ def forward_costs(here: str, view: View, rules: RoutingRules) -> dict[str, float
     holders = [
         (rules.link(here, report.location).rtt_s, report.models)
         for report in view.workers.values()
-        if report.location != here
+        if report.location != here and not report.leaving
     ]
     costs: dict[str, float] = {}
     # The furthest first: whoever is nearer overwrites it, which is many times faster than to compare.

@@ -19,9 +19,12 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from serve_app.config import EdgeSettings, load_catalog, load_edge, load_token
+from serve_app.config import EdgeSettings, LocationSettings, find, load_catalog, load_edge, load_token
 from serve_app.core.cache import ModelCache
 from serve_app.core.catalog import Catalog, ModelEntry
+from serve_app.core.coordination import CoordinatorRules, PlacementSettings
+from serve_app.core.eviction_policy import EvictionPolicy
+from serve_app.core.placement_rules import PlacementRules
 from serve_app.core.policies import make_policy
 from serve_app.core.routing import RoutingRules
 from serve_app.errors import ConfigError
@@ -32,13 +35,16 @@ from serve_app.serving.metrics import RouterMetrics, WorkerMetrics
 from serve_app.serving.model_host import ModelHost
 from serve_app.serving.router import Router
 from serve_app.serving.scrape import MetricsScraper
-from serve_app.serving.worker import Worker, WorkerIdentity
+from serve_app.serving.worker import HoldingRules, Worker, WorkerIdentity
 from serve_app.serving.worker_pool import WORKER, NamedReplicaRouter, ServeWorkerPool
 
 logger = logging.getLogger(__name__)
 
 #: Serve's own limit would answer without our error shape, so ours (``limits``) must bind first.
 _SERVE_LIMIT = 100_000
+
+#: A typical request, for placement: a photograph.
+_PAYLOAD_BYTES = 200_000
 
 
 class AppArgs(BaseModel):
@@ -70,6 +76,7 @@ class Deployed:
     settings: EdgeSettings
     entries: tuple[ModelEntry, ...]
     location: str | None
+    issued: int = 0
 
     def to_json(self) -> Any:
         """As plain values, which is all that Serve takes."""
@@ -79,6 +86,16 @@ class Deployed:
     def from_json(content: Any) -> "Deployed":
         """What ``to_json`` has made plain."""
         return _DEPLOYED.validate_python(content)
+
+    @property
+    def here(self) -> LocationSettings:
+        """The settings of the replica's location; the gateway has none."""
+        assert self.location is not None
+        return self.settings.locations[self.location]
+
+    def policy(self, replica: str) -> EvictionPolicy:
+        """A policy for the cache of a worker."""
+        return make_policy(self.settings.policy.name, random.Random(replica), **self.settings.policy.parameters)
 
     def catalog(self) -> Catalog:
         """The models that the store of this node holds."""
@@ -95,10 +112,42 @@ class Deployed:
             staleness_s=2 * self.settings.coordinator.report_every,
         )
 
-    def link(self) -> CoordinatorLink:
-        """A connection to the coordinator."""
+    def min_copies(self) -> dict[str, int]:
+        """Models of which there must be a number of copies."""
+        return {entry.model_id: entry.min_copies for entry in self.entries if entry.min_copies}
+
+    def holding(self) -> HoldingRules:
+        """What a worker of this location holds in any case."""
+        worker = self.settings.worker
+        return HoldingRules(
+            preload=self.settings.locations[self.location].preload if self.location else (),
+            min_copies=self.min_copies(),
+            idle_unload_s=worker.idle_unload,
+            hand_over_s=worker.hand_over,
+        )
+
+    def coordination(self, catalog: Catalog) -> CoordinatorRules:
+        """How the coordinator is to work."""
         coordinator = self.settings.coordinator
-        return CoordinatorLink(half_life_s=coordinator.popularity_half_life, stale_after_s=coordinator.stale_after)
+        placement = None
+        if coordinator.placement_every is not None:
+            placement = PlacementSettings(
+                routing=self.rules(catalog),
+                every_s=coordinator.placement_every,
+                payload_bytes=_PAYLOAD_BYTES,
+                min_copies=self.min_copies(),
+                rules=PlacementRules(withdraw_after_s=coordinator.withdraw_after),
+            )
+        return CoordinatorRules(
+            issued=self.issued,
+            half_life_s=coordinator.popularity_half_life,
+            stale_after_s=coordinator.stale_after,
+            placement=placement,
+        )
+
+    def link(self, catalog: Catalog) -> CoordinatorLink:
+        """A connection to the coordinator."""
+        return CoordinatorLink(self.coordination(catalog))
 
 
 _DEPLOYED = TypeAdapter(Deployed)
@@ -121,11 +170,11 @@ class _WorkerReplica:
         self._deployed = deployed
         self._loader = loader = ModelLoader(ModelStore(settings.store))
         catalog = self._prepared(deployed)
-        replica = context.replica_id.unique_id
+        self._replica = replica = context.replica_id.unique_id
         metrics = WorkerMetrics(location, replica)
         cache = ModelCache(
-            capacity_bytes=settings.locations[location].memory,
-            policy=make_policy(settings.policy.name, random.Random(replica), **settings.policy.parameters),
+            capacity_bytes=deployed.here.memory,
+            policy=deployed.policy(replica),
             max_loads=settings.worker.parallel_loads,
             max_preloads=settings.worker.parallel_preloads,
             max_waiting=settings.limits.waiting,
@@ -146,8 +195,9 @@ class _WorkerReplica:
                 observer=metrics,
             ),
             exec_slots=settings.worker.parallel_inferences,
-            link=deployed.link(),
+            link=deployed.link(catalog),
             rules=deployed.rules(catalog),
+            holding=deployed.holding(),
             metrics=metrics,
             rss_bytes=lambda: psutil.Process().memory_info().rss,
             max_pixels=settings.limits.image_pixels,
@@ -172,7 +222,20 @@ class _WorkerReplica:
         if deployed == self._deployed:
             return
         catalog = await asyncio.to_thread(self._prepared, deployed)
-        self._worker.reconfigure(catalog, deployed.rules(catalog))
+        other_policy = deployed.settings.policy != self._deployed.settings.policy
+        try:
+            self._worker.reconfigure(
+                catalog=catalog,
+                capacity_bytes=deployed.here.memory,
+                policy=deployed.policy(self._replica) if other_policy else None,
+                rules=deployed.rules(catalog),
+                holding=deployed.holding(),
+                coordination=deployed.coordination(catalog),
+            )
+        except ValueError as error:
+            # Serve would replace this replica by one that cannot take it either.
+            logger.error("going on with the configuration of before: %s", error)
+            return
         self._deployed = deployed
         logger.info("going on with the new configuration")
 
@@ -214,7 +277,7 @@ class _RouterReplica:
             home=deployed.location or settings.gateway_location,
             rules=deployed.rules(catalog),
             pool=ServeWorkerPool(),
-            link=deployed.link(),
+            link=deployed.link(catalog),
             metrics=RouterMetrics(serve.get_replica_context().replica_id.unique_id),
             request_time_s=settings.limits.request_time,
             max_inflight=settings.limits.inflight,
@@ -238,7 +301,9 @@ class _RouterReplica:
         if deployed == self._deployed:
             return
         catalog = await asyncio.to_thread(deployed.catalog)
-        self._router.reconfigure(catalog, tuple(deployed.settings.locations), deployed.rules(catalog))
+        self._router.reconfigure(
+            catalog, tuple(deployed.settings.locations), deployed.rules(catalog), deployed.coordination(catalog)
+        )
         self._deployed = deployed
         logger.info("going on with the new configuration")
 
@@ -270,6 +335,7 @@ def build(args: AppArgs) -> Any:
         settings=settings,
         entries=load_catalog(settings.catalog),
         location=args.location,
+        issued=max(find(path).stat().st_mtime_ns for path in (Path(args.edge), settings.catalog)),
     )
     token = load_token(settings)
     common = {"user_config": deployed.to_json()}

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from serve_app.core.coordination import CoordinatorState
+from serve_app.core.coordination import CoordinatorRules, CoordinatorState
 from serve_app.core.links import Link
 from serve_app.core.reports import ViewDelta, WorkerReport
 from serve_app.serving.metrics import CoordinatorMetrics
@@ -27,18 +27,23 @@ _CALL_TIMEOUT_S = 2.0
 
 
 class Coordinator:
-    """Central, but off the request path: takes reports, gives views."""
+    """Central, but off the request path: takes reports, gives views and orders."""
 
-    def __init__(self, half_life_s: float, stale_after_s: float) -> None:
-        self._state = CoordinatorState(epoch=uuid.uuid4().hex, half_life_s=half_life_s, stale_after_s=stale_after_s)
+    def __init__(self, rules: CoordinatorRules) -> None:
+        self._state = CoordinatorState(epoch=uuid.uuid4().hex, rules=rules)
         self._metrics = CoordinatorMetrics()
         self._counted_models: set[str] = set()
         self._measured_s = 0.0
 
     def report(self, report: WorkerReport, epoch: str, version: int) -> ViewDelta:
-        """Take a worker's report; answer with what it does not know yet."""
-        self._state.handle(report, time.monotonic())
-        return self._view(epoch, version, report.location)
+        """Take a worker's report; answer with what it does not know yet, and what it should do."""
+        now = time.monotonic()
+        self._measure_if_due(now)
+        return self._state.answer(report, epoch, version, now)
+
+    def configure(self, rules: CoordinatorRules) -> None:
+        """A participant says how it was told that coordinators work; the newest configuration counts."""
+        self._state.configure(rules, time.monotonic())
 
     def depart(self, replica: str) -> None:
         """A worker says that it is shutting down."""
@@ -47,15 +52,14 @@ class Coordinator:
     def view(self, links: Mapping[tuple[str, str], Link], epoch: str, version: int) -> ViewDelta:
         """Take the ways that a router has measured; answer with what it does not know yet."""
         self._state.measured(links)
-        return self._view(epoch, version, None)
-
-    def _view(self, epoch: str, version: int, location: str | None) -> ViewDelta:
         now = time.monotonic()
-        delta = self._state.view(epoch, version, now, location)
+        self._measure_if_due(now)
+        return self._state.view(epoch, version, now)
+
+    def _measure_if_due(self, now: float) -> None:
         if now - self._measured_s >= _METRICS_EVERY_S:
             self._measured_s = now
             self._measure(now)
-        return delta
 
     def _measure(self, now: float) -> None:
         for location, rates in self._state.rates(now).items():
@@ -71,12 +75,11 @@ class CoordinatorLink:
     """One participant's connection to the coordinator: finds it, and finds it again after it was lost.
 
     Args:
-        half_life_s, stale_after_s: for the coordinator, should this participant be the one that starts it.
+        rules: for the coordinator. Whoever comes first starts it; all tell it theirs, and the newest count.
     """
 
-    def __init__(self, *, half_life_s: float, stale_after_s: float) -> None:
-        self._half_life_s = half_life_s
-        self._stale_after_s = stale_after_s
+    def __init__(self, rules: CoordinatorRules) -> None:
+        self._rules = rules
         self._actor: Any = None
         self.up = False
 
@@ -101,6 +104,11 @@ class CoordinatorLink:
         self.up = True
         return delta
 
+    def configure(self, rules: CoordinatorRules) -> None:
+        """There is another configuration; the coordinator is told before anything else is said to it."""
+        self._rules = rules
+        self._actor = None
+
     async def depart(self, replica: str) -> None:
         """Say that a worker is leaving; best effort."""
         if self._actor is not None:
@@ -110,7 +118,7 @@ class CoordinatorLink:
                 logger.info("the coordinator was not told that %s leaves", replica)
 
     def _connect(self) -> Any:
-        return (
+        actor = (
             ray.remote(Coordinator)
             .options(
                 name=NAME,
@@ -121,8 +129,11 @@ class CoordinatorLink:
                 num_cpus=0,
                 resources={"node:__internal_head__": 0.001},
             )
-            .remote(self._half_life_s, self._stale_after_s)
+            .remote(self._rules)
         )
+        # It may have been there before, with the rules of those who started it. Calls are answered in order.
+        actor.configure.remote(self._rules)
+        return actor
 
 
 async def every(period_s: float, act: Callable[[], Awaitable[None]]) -> None:

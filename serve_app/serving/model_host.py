@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from serve_app.core.cache import Answer, Grant, Hit, Join, Load, ModelCache, ModelState, Reject, RejectReason, Wait
+from serve_app.core.answers import Answer, Grant, Hit, Join, Load, ModelState, Reject, RejectReason, Shed, Wait
+from serve_app.core.cache import ModelCache
 from serve_app.core.catalog import ModelProfile
+from serve_app.core.eviction_policy import EvictionPolicy
 from serve_app.core.routing import Outcome
 from serve_app.errors import DoesNotFit, EdgeServeError, StoreError, Unavailable
 from serve_app.serving.messages import FloatArray
@@ -43,8 +45,9 @@ class ModelBackend(Protocol):
         """Load one model; called in a thread, for several models at a time."""
 
 
-#: What made a model leave: room for a request's load, room for a background load, or an order by hand.
-EvictionReason = Literal["capacity", "preload", "unload"]
+#: What made a model leave: room for a request's load, room for a background load, an order by hand, an order of
+#: placement, that nobody asked for it, or another configuration.
+EvictionReason = Literal["capacity", "preload", "unload", "placement", "idle", "reconfigure"]
 
 
 class HostObserver(Protocol):
@@ -174,6 +177,42 @@ class ModelHost:
         self._drop(model_id, "unload")
         self._carry_out(grants)
 
+    def advise(self, model: ModelProfile, *, insist: bool = False) -> None:
+        """Bring a model in when the background has time for it, and it is worth it; see ``ModelCache.advise``."""
+        self.cache.advise(model, self._clock(), insist=insist)
+        self._review()
+
+    def withdraw(self, model_id: str) -> bool:
+        """Take a model out on the advice of placement; whether that was possible now."""
+        grants = self.cache.withdraw(model_id, self._clock())
+        if grants is None:
+            return False
+        self._drop(model_id, "placement")
+        self._carry_out(grants)
+        return True
+
+    def withdraw_unused(self, unused_s: float) -> None:
+        """Take out every model that nobody has asked for in so many seconds."""
+        now = self._clock()
+        self._shed(self.cache.withdraw_unused(now - unused_s, now), "idle")
+
+    def keep(self, model_ids: Sequence[str]) -> None:
+        """Pin the copies that the cluster cannot spare; see ``ModelCache.keep``."""
+        self.cache.keep(model_ids, self._clock())
+
+    def resize(self, capacity_bytes: int) -> None:
+        """Give the models more memory, or less; raises ``ValueError`` if the pinned ones need more."""
+        self._shed(self.cache.resize(capacity_bytes, self._clock()), "reconfigure")
+
+    def use(self, policy: EvictionPolicy) -> None:
+        """Rank by another policy from now on."""
+        self.cache.use(policy, self._clock())
+        self._set_timer()
+
+    def offer(self, models: Iterable[ModelProfile], pinned: Collection[str]) -> None:
+        """The catalogue is now this one; what it no longer has leaves when it is idle."""
+        self._shed(self.cache.offer(models, pinned, self._clock()), "reconfigure")
+
     def close(self) -> None:
         """Unload everything that is not being loaded for a request, and preload no more."""
         self._is_closed = True
@@ -257,6 +296,13 @@ class ModelHost:
 
     def _finish(self, model_id: str) -> None:
         self._carry_out(self.cache.finish(model_id, self._clock()))
+        if self.cache.must_shed:
+            self._shed(self.cache.shed(self._clock()), "reconfigure")
+
+    def _shed(self, shed: Shed, reason: EvictionReason) -> None:
+        for victim in shed.victims:
+            self._drop(victim, reason)
+        self._carry_out(shed.grants)
 
     def _carry_out(self, grants: Iterable[Grant]) -> None:
         """Act on the answers of those who waited, and wake them."""
@@ -291,9 +337,11 @@ class ModelHost:
 
     def _review(self) -> None:
         """Begin the background loads that the cache now wants."""
+        if self._timer is not None:
+            self._timer.cancel()
         self._timer, self._timer_s = None, math.inf
         now = self._clock()
-        if self.cache.review_s <= now:
+        if self.cache.review_s <= now and not self._is_closed:
             while (preload := self.cache.next_preload(now)) is not None:
                 self._observer.preloading()
                 self._start(preload.model.model_id, preload.victims, "preload")
@@ -334,6 +382,9 @@ class ModelHost:
             return
         self._runnables[model_id] = runnable
         self._carry_out(self.cache.loaded(model_id, self._clock()))
+        if self.cache.must_shed:
+            # Whoever has asked for it uses it already, so only a load that nobody asked for may have come in vain.
+            self._shed(self.cache.shed(self._clock()), "reconfigure")
 
     def _failed(self, model_id: str, error: Exception, background: bool) -> StoreError:
         detail = str(error) if isinstance(error, EdgeServeError) else f"{type(error).__name__}: {error}"

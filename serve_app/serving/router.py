@@ -17,6 +17,7 @@ from typing import Protocol
 
 from serve_app.core.cache import ModelState
 from serve_app.core.catalog import Catalog, PublishedModel, most_accurate_first
+from serve_app.core.coordination import CoordinatorRules
 from serve_app.core.knowledge import Knowledge
 from serve_app.core.links import LinkTable
 from serve_app.core.routing import Errand, Forwarding, Outcome, Plan, RoutingRules, choose, exec_s
@@ -169,12 +170,15 @@ class Router:
         self._listening = loop.create_task(every(refresh_every_s, refresh))
         self._probing = loop.create_task(every(_PROBE_EVERY_S, self.probe))
 
-    def reconfigure(self, catalog: Catalog, locations: tuple[str, ...], rules: RoutingRules) -> None:
+    def reconfigure(
+        self, catalog: Catalog, locations: tuple[str, ...], rules: RoutingRules, coordination: CoordinatorRules
+    ) -> None:
         """Go on with other models, locations or rules; requests under way are not disturbed."""
         self.catalog = catalog
         self.locations = locations
         self._rules = rules
         self._ways.configure(rules.link)
+        self._link.configure(coordination)
 
     async def refresh(self) -> None:
         """Ask the coordinator what is new."""

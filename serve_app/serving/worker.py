@@ -6,13 +6,17 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from serve_app.core.catalog import Catalog, PublishedModel
+from serve_app.core.commands import Command, EvictAt, PreloadAt
+from serve_app.core.coordination import CoordinatorRules
+from serve_app.core.eviction_policy import EvictionPolicy
+from serve_app.core.keepers import Keeper
 from serve_app.core.knowledge import Queue, View
-from serve_app.core.reports import Demand, OutcomeCounts, WorkerReport
+from serve_app.core.reports import Demand, OutcomeCounts, ViewDelta, WorkerReport
 from serve_app.core.routing import Outcome, RoutingRules, forward_costs
 from serve_app.errors import DeadlineExceeded, EdgeServeError, StoreError
 from serve_app.models.images import decode_image, preprocess
@@ -32,6 +36,26 @@ class WorkerIdentity:
 
     location: str
     replica: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HoldingRules:
+    """What a worker holds beside what its policy finds worth it.
+
+    Attributes:
+        preload: models that are loaded in the background at the start.
+        min_copies: models of which there must be a number of copies in the cluster.
+        idle_unload_s: a model that nobody has asked for in so long is unloaded; None: never.
+        hand_over_s: how long a worker that is shut down waits for others to load its popular models.
+    """
+
+    preload: tuple[str, ...] = ()
+    min_copies: Mapping[str, int] = field(default_factory=dict)
+    idle_unload_s: float | None = None
+    hand_over_s: float = 5.0
+
+
+_NOTHING_ELSE = HoldingRules()
 
 
 class Smoothed:
@@ -59,6 +83,7 @@ class Worker:
         metrics: counters.
         rss_bytes: resident memory of this process.
         max_pixels: the largest image that is decoded.
+        holding: what it holds beside what its policy finds worth it.
         clock: monotonic seconds.
     """
 
@@ -74,6 +99,7 @@ class Worker:
         metrics: WorkerMetrics,
         rss_bytes: Callable[[], int],
         max_pixels: int,
+        holding: HoldingRules = _NOTHING_ELSE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._identity = identity
@@ -86,6 +112,10 @@ class Worker:
         self._metrics = metrics
         self._rss_bytes = rss_bytes
         self._max_pixels = max_pixels
+        self._holding = holding
+        self._keeper = Keeper(identity.replica, identity.location, holding.min_copies)
+        self._is_leaving = False
+        self._report_every_s = 0.0
         self._clock = clock
         self._view = View()
         self._sequence = 0
@@ -100,18 +130,15 @@ class Worker:
     def start(self, report_every_s: float) -> None:
         """Begin to report, and to preload what is worth it; needs a running event loop."""
         self._host.know(self._catalog.profiles().values())
+        self._preload_listed()
+        self._report_every_s = report_every_s
         self._reporting = asyncio.get_running_loop().create_task(every(report_every_s, self._report))
 
-    def reconfigure(self, catalog: Catalog, rules: RoutingRules) -> None:
-        """Go on with other models or rules; requests under way are not disturbed."""
-        self._catalog = catalog
-        self._rules = rules.with_links(self._view.links)
-        self._host.know(catalog.profiles().values())
-
     async def stop(self) -> None:
-        """Leave the directory and give all memory back."""
+        """Hand popular models over, leave the directory and give all memory back."""
         if self._reporting is not None:
             self._reporting.cancel()
+        await self._hand_over()
         await self._link.depart(self._identity.replica)
         # A request that was given up may still run in its thread, on the weights that would be taken away.
         await asyncio.to_thread(self._executors.shutdown)
@@ -174,6 +201,53 @@ class Worker:
                 except EdgeServeError as error:
                     logger.error("pinned model %s is not loaded: %s", model.model_id, error)
 
+    def reconfigure(
+        self,
+        *,
+        catalog: Catalog,
+        capacity_bytes: int,
+        policy: EvictionPolicy | None,
+        rules: RoutingRules,
+        holding: HoldingRules,
+        coordination: CoordinatorRules,
+    ) -> None:
+        """Go on by another configuration; requests under way notice nothing.
+
+        Args:
+            catalog: the models that may be asked for now; others leave when they are idle.
+            capacity_bytes: of the cache; what is in use beyond it stays until it is idle.
+            policy: a fresh one; None: that of before goes on.
+            rules, holding: as at birth, but ``holding.preload`` is of no use any more.
+            coordination: for the coordinator.
+
+        Raises:
+            ValueError: the pinned models need more memory; nothing has changed.
+        """
+        pinned = [model for model in catalog.models if model.pinned]
+        held = {model.model_id: model.size_bytes for model in self._host.cache.models()}
+        if sum(held.get(model.model_id, 0) for model in pinned) > capacity_bytes:
+            raise ValueError(f"{capacity_bytes} bytes of memory are less than what the pinned models need")
+        self._catalog, self._rules, self._holding = catalog, rules.with_links(self._view.links), holding
+        self._keeper = Keeper(self._identity.replica, self._identity.location, holding.min_copies)
+        self._host.offer(catalog.profiles().values(), [model.model_id for model in pinned])
+        self._host.resize(capacity_bytes)
+        if policy is not None:
+            self._host.use(policy)
+        for model in pinned:
+            self._host.advise(model.profile, insist=True)
+        self._link.configure(coordination)
+
+    def _preload_listed(self) -> None:
+        free_bytes = self._host.cache.capacity_bytes - self._host.cache.used_bytes
+        for model_id in self._holding.preload:
+            if model_id not in self._catalog:
+                logger.error("model %s is to be preloaded, but not in the store", model_id)
+            elif self._host.cache.state(model_id) is None:
+                model = self._catalog[model_id].profile
+                free_bytes -= model.size_bytes
+                # What the policy preloads meanwhile makes way; but they must not displace each other.
+                self._host.advise(model, insist=free_bytes >= 0)
+
     def _not_in_store(self, model_id: str) -> Refused:
         here = self._identity.location
         return Refused(error=StoreError(f"the store at {here} has no model {model_id}; publish it there"))
@@ -182,6 +256,7 @@ class Worker:
         """The state of this worker now. The demand since the last one goes with it, once."""
         self._sequence += 1
         cache = self._host.cache
+        models = cache.models()
         demand = tuple(
             Demand(location=location, model_id=model_id, count=count)
             for (location, model_id), count in self._demand.items()
@@ -194,7 +269,7 @@ class Worker:
             capacity_bytes=cache.capacity_bytes,
             used_bytes=cache.used_bytes,
             rss_bytes=self._rss_bytes(),
-            models={model.model_id: model for model in cache.models()},
+            models={model.model_id: model for model in models},
             exec_slots=self._exec_slots,
             queue_s=self._queue.wait_s(self._exec_slots),
             inflight=self._inflight,
@@ -207,6 +282,8 @@ class Worker:
             wasted_preloads=cache.counters.wasted_preloads,
             outcomes=dict(self._outcomes),
             demand=demand,
+            keeps=self._keeper.report({model.model_id for model in models}),
+            leaving=self._is_leaving,
         )
 
     async def _infer(self, work: Work, model: PublishedModel) -> Done:
@@ -275,17 +352,57 @@ class Worker:
         )
 
     async def _report(self) -> None:
+        if self._holding.idle_unload_s is not None:
+            self._host.withdraw_unused(self._holding.idle_unload_s)
+        await self._exchange()
+
+    async def _exchange(self) -> ViewDelta | None:
+        """Report, and act on the news; None while the coordinator cannot be reached."""
         report = self.report()
         self._measure(report)
         delta = await self._link.exchange(report, self._view.epoch, self._view.version)
         if delta is None:
             for demand in report.demand:
                 self._demand[demand.location, demand.model_id] += demand.count
-            return
+            return None
         self._view.apply(delta, self._clock())
         if delta.links:
             self._rules = self._rules.with_links(delta.links)
-        self._host.forward_costs(forward_costs(self._identity.location, self._view, self._rules))
+        guarded = self._keeper.look(
+            [model.model_id for model in self._host.cache.models()], self._view.workers.values()
+        )
+        costs = forward_costs(self._identity.location, self._view, self._rules)
+        self._host.forward_costs({model_id: cost_s for model_id, cost_s in costs.items() if model_id not in guarded})
+        self._host.keep(self._keeper.required(guarded))
+        if not self._is_leaving:
+            for command in delta.commands:
+                self._follow(command)
+        return delta
+
+    def _follow(self, command: Command) -> None:
+        """Do what placement advises, as far as no request is in the way; what is not done, it will see."""
+        match command:
+            case EvictAt(model_id=model_id):
+                self._host.withdraw(model_id)
+            case PreloadAt(model_id=model_id, required=required) if model_id in self._catalog:
+                self._host.advise(self._catalog[model_id].profile, insist=required)
+            case PreloadAt():
+                logger.warning("placement wants model %s, which is not in the store here", command.model_id)
+
+    async def _hand_over(self) -> None:
+        """Say that this worker leaves, and wait until others hold what they were told to, but not for long."""
+        self._is_leaving = True
+        if self._reporting is None or not self._link.up:
+            return
+        try:
+            async with asyncio.timeout(self._holding.hand_over_s):
+                while True:
+                    delta = await self._exchange()
+                    if delta is None or delta.may_leave:
+                        return
+                    await asyncio.sleep(self._report_every_s)
+        except TimeoutError:
+            logger.warning("not everything was handed over within %g s", self._holding.hand_over_s)
 
     def _measure(self, report: WorkerReport) -> None:
         self._metrics.used_bytes.set(report.used_bytes)

@@ -16,8 +16,9 @@ import pytest
 
 from serve_app.core.cache import ModelCache
 from serve_app.core.catalog import ModelProfile
+from serve_app.core.keepers import rank
 from serve_app.core.links import Link
-from serve_app.core.placement import PlacementRules
+from serve_app.core.placement_rules import PlacementRules
 from serve_app.core.policies import make_policy
 from serve_app.core.popularity import Popularity
 from serve_app.core.reports import Demand
@@ -212,8 +213,12 @@ def test_a_model_too_large_for_its_location_runs_at_another() -> None:
 
 
 def test_locations_evict_a_duplicate_before_a_last_copy() -> None:
-    # A is at both locations, loaded before either knew of the other; B is at location 0 alone. A was asked for more.
-    requests = trace((1.0, A, 0), (1.0, A, 1), (5.0, B, 0), (10.0, A, 0), (20.0, C, 0), (30.0, B, 0), locations=2)
+    # A is at both locations, loaded before either knew of the other; B is at one alone. A was asked for more. Of A's
+    # holders, one keeps it; the other one is looked at.
+    here, there = sorted(range(2), key=lambda number: -rank(A, f"loc{number}#0"))
+    requests = trace(
+        (1.0, A, here), (1.0, A, there), (5.0, B, here), (10.0, A, here), (20.0, C, here), (30.0, B, here), locations=2
+    )
     options = {"coordination": "forwarding", "horizon_s": 1e4}
     coordinated = simulate(requests, Caches(20, "edgeserve", max_preloads=0), **options)
     assert coordinated.latencies[5] == pytest.approx(0.1)

@@ -9,7 +9,7 @@ from core_support import report, resident
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.core.coordination import CoordinatorState
+from serve_app.core.coordination import CoordinatorRules, CoordinatorState
 from serve_app.core.knowledge import View
 from serve_app.core.reports import Demand, ViewDelta, WorkerReport
 
@@ -24,7 +24,7 @@ class Forgetful(CoordinatorState):
 
 
 def coordinator(epoch: str = "first", kind: type[CoordinatorState] = CoordinatorState) -> CoordinatorState:
-    return kind(epoch=epoch, half_life_s=10.0, stale_after_s=STALE_AFTER_S)
+    return kind(epoch=epoch, rules=CoordinatorRules(half_life_s=10.0, stale_after_s=STALE_AFTER_S))
 
 
 def everything(state: CoordinatorState, now: float) -> ViewDelta:

@@ -299,7 +299,9 @@ def test_every_round_stays_within_its_bounds_helps_and_there_is_a_last_one(
                 )
                 for kind in (PreloadAt, EvictAt)
             }
-            assert max(sizes.values()) <= share * worker.capacity_bytes
+            loads = [command for command in commands if isinstance(command, PreloadAt)]
+            alone = sum(command.replica == worker.replica for command in loads) == 1
+            assert alone or max(sizes.values()) <= share * worker.capacity_bytes
         sites = after
     else:
         pytest.fail("placement does not settle")

@@ -7,7 +7,9 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 
-from serve_app.core.coordination import CoordinatorState
+from serve_app.core.commands import Command
+from serve_app.core.coordination import CoordinatorRules, CoordinatorState
+from serve_app.core.planning import Planner
 from serve_app.core.popularity import DecayedRate
 from serve_app.core.reports import Demand, ViewDelta, WorkerReport
 from serve_app.simulator.full.agenda import Agenda
@@ -75,7 +77,7 @@ class News:
         report_every_s: period of reports and views.
         delay_s: one way between a location and the coordinator.
         half_life_s: of the popularity in the views.
-        placement_half_life_s: of the popularity for placement.
+        planner: places models; None where nobody does.
     """
 
     def __init__(
@@ -85,10 +87,12 @@ class News:
         report_every_s: float,
         delay_s: float,
         half_life_s: float,
-        placement_half_life_s: float,
+        planner: Planner | None,
     ) -> None:
         # Silence means that nothing has changed, so nobody is ever taken for dead.
-        self.state = CoordinatorState(epoch="simulated", half_life_s=half_life_s, stale_after_s=math.inf)
+        self.state = CoordinatorState(
+            epoch="simulated", rules=CoordinatorRules(half_life_s=half_life_s, stale_after_s=math.inf)
+        )
         self._agenda = agenda
         self._report_every_s = report_every_s
         self._delay_s = delay_s
@@ -97,7 +101,7 @@ class News:
         self.read = 0
         self._inbox: deque[tuple[float, WorkerReport, tuple[Demand, ...]]] = deque()
         self._popularity = LazyPopularity(half_life_s)
-        self._long_popularity = LazyPopularity(placement_half_life_s)
+        self._planner = planner
         self._rates_tick = -1
         self._rates: Mapping[str, Mapping[str, float]] = {}
 
@@ -139,9 +143,10 @@ class News:
             rates=self._rates,
         )
 
-    def long_rates(self, tick: int) -> Mapping[str, Mapping[str, float]]:
-        """Popularity for placement, as of the view of that number."""
-        return self._long_popularity.rates(self._catch_up(tick))
+    def plan(self, tick: int) -> tuple[Command, ...]:
+        """A round of placement, with what the coordinator knows as of the view of that number."""
+        as_of_s = self._catch_up(tick)
+        return self._planner.plan(self.state.view("", 0, as_of_s).workers, as_of_s) if self._planner else ()
 
     def _catch_up(self, tick: int) -> float:
         as_of_s = self.received_s(tick) - self._delay_s
@@ -150,7 +155,8 @@ class News:
             came_s, report, demands = inbox.popleft()
             self.read += 1
             self.state.handle(report, came_s)
+            if self._planner is not None:
+                self._planner.hear(report.replica, demands, came_s)
             for demand in demands:
                 self._popularity.add(demand, came_s)
-                self._long_popularity.add(demand, came_s)
         return as_of_s

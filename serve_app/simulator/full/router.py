@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from serve_app.core.cache import ModelState, RejectReason
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.knowledge import Knowledge
-from serve_app.core.routing import Errand, Outcome, RoutingRules, choose, forward_costs
+from serve_app.core.routing import Errand, Outcome, RoutingRules, choose
 from serve_app.simulator.full.agenda import Agenda
 from serve_app.simulator.full.news import News
 from serve_app.simulator.full.tally import FullTally
@@ -72,8 +72,7 @@ class Router:
             for report in delta.workers
         )
         self.known.apply(delta, now)
-        if moved:
-            self._worker.cache.forward_costs(forward_costs(self.name, view, self._rules))
+        self._worker.look_around(view, self._rules, moved, now)
 
     def request(self, number: int, model: ModelProfile, now: float) -> None:
         """A user's request comes in."""

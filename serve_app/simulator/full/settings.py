@@ -41,7 +41,6 @@ class FullOptions:
         horizon_s: see ``RoutingRules``.
         staleness_s: see ``RoutingRules``; the live system takes two report periods.
         placement_every_s: period of placement.
-        placement_half_life_s: of the popularity that placement sees.
         placement: its rules.
 
     Raises:
@@ -60,11 +59,10 @@ class FullOptions:
     horizon_s: float = _COORDINATOR.horizon
     staleness_s: float = 2 * _COORDINATOR.report_every
     placement_every_s: float = 5.0
-    placement_half_life_s: float = 1800.0
     placement: PlacementRules = field(default_factory=PlacementRules)
 
     def __post_init__(self) -> None:
-        for name in ("report_every_s", "half_life_s", "placement_every_s", "placement_half_life_s"):
+        for name in ("report_every_s", "half_life_s", "placement_every_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, not {getattr(self, name)}")
         for name in ("payload_bytes", "coordinator_delay_s", "horizon_s", "staleness_s"):

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.placement import Placement
+from serve_app.core.planning import Planner
 from serve_app.core.routing import RoutingRules
 from serve_app.simulator.full.agenda import Agenda
 from serve_app.simulator.full.news import News
@@ -57,7 +57,11 @@ class _Simulation:
             report_every_s=options.report_every_s,
             delay_s=options.coordinator_delay_s,
             half_life_s=options.half_life_s,
-            placement_half_life_s=options.placement_half_life_s,
+            planner=(
+                Planner(rules, options.placement, payload_bytes=options.payload_bytes)
+                if options.coordination == "full"
+                else None
+            ),
         )
         alone = options.coordination == "none"
         said = lines(profiles)
@@ -92,8 +96,7 @@ class _Simulation:
             if not alone:
                 news.report(worker, 0.0)
         if options.coordination == "full":
-            placement = Placement(rules, options.placement, payload_bytes=options.payload_bytes)
-            _Placer(placement, news, self._workers, rules.profiles, self._agenda, options)
+            _Placer(news, self._workers, rules.profiles, self._agenda, options)
 
     def run(self, progress: Callable[[int], None]) -> None:
         trace, profiles, routers, run_until = self._trace, self._profiles, self._routers, self._agenda.run_until
@@ -124,21 +127,21 @@ class _Placer:
 
     def __init__(
         self,
-        placement: Placement,
         news: News,
         workers: Mapping[str, Worker],
         profiles: Mapping[str, ModelProfile],
         agenda: Agenda,
         options: FullOptions,
     ) -> None:
-        self._placement = placement
         self._news = news
         self._workers = workers
         self._profiles = profiles
         self._agenda = agenda
-        # A round at the moment of a view, so that nobody sees more of the coordinator's future than the others.
-        #: How many reports there were when there was nothing left to do.
+        #: How many reports there were when there was nothing left to do, and until when time alone changes nothing.
         self._settled_at = -1
+        self._settled_until_s = 0.0
+        self._look_again_s = options.placement.withdraw_after_s
+        # A round at the moment of a view, so that nobody sees more of the coordinator's future than the others.
         self._every_ticks = max(1, round(options.placement_every_s / options.report_every_s))
         self._plan_next(0)
 
@@ -148,11 +151,11 @@ class _Placer:
 
     def _round(self, tick: int, now: float) -> None:
         news = self._news
-        # Where nothing was reported since a round that changed nothing, rates have only fallen, all alike.
-        if news.sent != self._settled_at:
-            workers = news.view("", 0, tick).workers
-            commands = self._placement.round(workers, news.long_rates(tick), now)
+        # Where nothing was reported since a round that changed nothing, rates have only fallen, and seldom unevenly.
+        if news.sent != self._settled_at or now >= self._settled_until_s:
+            commands = news.plan(tick)
             self._settled_at = -1 if commands else news.read
+            self._settled_until_s = now + self._look_again_s
             for command in commands:
                 self._workers[command.replica].follow(command, self._profiles[command.model_id], now)
         self._plan_next(tick)

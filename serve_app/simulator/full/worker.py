@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from serve_app.core.cache import (
+from serve_app.core.answers import (
     Answer,
     Grant,
     Hit,
     Join,
     Load,
-    ModelCache,
     ModelState,
     Reject,
     RejectReason,
     ResidentModel,
     Wait,
 )
+from serve_app.core.cache import ModelCache
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.knowledge import Queue
-from serve_app.core.placement import Command, EvictAt, PreloadAt
+from serve_app.core.commands import Command, EvictAt, PreloadAt
+from serve_app.core.keepers import Keeper
+from serve_app.core.knowledge import Queue, View
 from serve_app.core.reports import Demand, OutcomeCounts, WorkerReport
-from serve_app.core.routing import Outcome
-from serve_app.errors import Conflict, NotFound
+from serve_app.core.routing import Outcome, RoutingRules, forward_costs
 from serve_app.simulator.full.agenda import Agenda
 from serve_app.simulator.full.tally import FullTally
 
@@ -77,9 +77,8 @@ class _LoadUnderWay:
     model: ModelProfile
     ends_s: float
     jobs: list[Job]
-    #: On nobody's request, or for a router that has forwarded the request that asked for it.
-    background: bool
-    fetched: bool = False
+    #: For a router that has forwarded the request that asked for it.
+    fetched: bool
 
 
 #: A model's two lines in the reports, made once: as it loads, and as it stands ready.
@@ -115,9 +114,6 @@ class Worker:
         before: is called before a request of another location, or a review, to catch up with the news.
     """
 
-    #: Advice of placement waits for background loads that are under way, but no longer than this.
-    ADVICE_S = 10.0
-
     def __init__(
         self,
         *,
@@ -144,8 +140,8 @@ class Worker:
         self._slot_ends_s: list[float] = []
         self._loads: dict[str, _LoadUnderWay] = {}
         self._waiting: dict[int, Job] = {}
-        self._background_loads = 0
-        self._advice: deque[tuple[float, ModelProfile]] = deque()
+        self._keeper = Keeper(self.replica, location)
+        self._guarded: frozenset[str] = frozenset()
         self._review_s = math.inf
         self._demand: Counter[tuple[str, str]] = Counter()
         self._books: dict[str, ResidentModel] = {}
@@ -254,10 +250,8 @@ class Worker:
         books = self._own_books()
         for victim in victims:
             del books[victim]
-            given_up = self._loads.pop(victim, None)
-            if given_up is not None:
-                self._background_loads -= 1
-        load = _LoadUnderWay(model, now + model.load_s, jobs, background=not jobs and not fetched, fetched=fetched)
+            self._loads.pop(victim, None)
+        load = _LoadUnderWay(model, now + model.load_s, jobs, fetched)
         books[model.model_id] = self._lines[model.model_id][ModelState.LOADING]
         self._loads[model.model_id] = load
         self._news(now)
@@ -269,7 +263,6 @@ class Worker:
             # It was a preload that nobody had joined, and had to make room for a request.
             return
         del self._loads[model_id]
-        self._background_loads -= load.background
         self._own_books()[model_id] = self._lines[model_id][ModelState.READY]
         self._news(now)
         grants = self.cache.loaded(model_id, now)
@@ -285,10 +278,6 @@ class Worker:
         cache = self.cache
         while (preload := cache.next_preload(now)) is not None:
             self._preload(preload.model, preload.victims, now)
-        while self._advice and not self._background_loads:
-            since_s, model = self._advice.popleft()
-            if now - since_s <= self.ADVICE_S and (advised := cache.place(model, now)) is not None:
-                self._preload(model, advised.victims, now)
         # One that is due already waits for something to end, which is an event of its own.
         if now < cache.review_s < self._review_s:
             self._review_s = cache.review_s
@@ -301,7 +290,6 @@ class Worker:
             self.look_ahead(now)
 
     def _preload(self, model: ModelProfile, victims: Sequence[str], now: float) -> None:
-        self._background_loads += 1
         self._tally.preload_s += model.load_s
         self._tally.preload_bytes += model.size_bytes
         self._start_load(model, victims, [], now)
@@ -310,16 +298,26 @@ class Worker:
         """Do what placement says, as far as no request is in the way."""
         match command:
             case EvictAt(model_id=model_id):
-                try:
-                    grants = self.cache.unload(model_id, now)
-                except (Conflict, NotFound):
+                grants = self.cache.withdraw(model_id, now)
+                if grants is None:
                     return
                 del self._own_books()[model_id]
                 self._news(now)
                 self._carry_out(grants, now)
-            case PreloadAt():
-                self._advice.append((now, model))
+            case PreloadAt(required=required):
+                self.cache.advise(model, now, insist=required)
         self.look_ahead(now)
+
+    def look_around(self, view: View, rules: RoutingRules, moved: bool, now: float) -> None:
+        """Decide anew what losing a model costs; ``moved``: others hold other models than before."""
+        keeps = self._keeper.keeps
+        guarded = self._keeper.look(self._books, view.workers.values())
+        if moved or guarded != self._guarded:
+            self._guarded = guarded
+            costs = forward_costs(self.location, view, rules)
+            self.cache.forward_costs({name: cost_s for name, cost_s in costs.items() if name not in guarded})
+        if self._keeper.keeps != keeps:
+            self._news(now)
 
     # Reports
 
@@ -362,6 +360,7 @@ class Worker:
             load_failures=0,
             evictions=counters.evictions,
             outcomes=_NO_OUTCOMES,
+            keeps=self._keeper.report(self._books),
         )
         return report, demand
 
