@@ -100,13 +100,9 @@ def _parse_number(value: object) -> float:
 
 #: Written in JSON as they are in YAML, so that what one process has read another can read again.
 Size = Annotated[int, BeforeValidator(parse_size), PlainSerializer(str, when_used="json"), Field(gt=0)]
-Duration = Annotated[
-    float,
-    BeforeValidator(parse_duration),
-    PlainSerializer(lambda seconds: f"{seconds:.9f}s", when_used="json"),
-    Field(gt=0),
-]
-Period = Annotated[float | None, BeforeValidator(parse_period), Field(gt=0)]
+_AS_WRITTEN = PlainSerializer(lambda value: "off" if value is None else f"{value:.9f}s", when_used="json")
+Duration = Annotated[float, BeforeValidator(parse_duration), _AS_WRITTEN, Field(gt=0)]
+Period = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(parse_period), _AS_WRITTEN]
 
 
 class Settings(BaseModel):

@@ -12,9 +12,11 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from deployment_support import LOCATIONS, SMALL, Deployment
+from deployment_support import LARGE, LOCATIONS, SMALL, Deployment
 
-CLIENTS = 4
+CLIENTS = 3
+#: Between two requests of a client: what is changed needs the processors as well.
+PAUSE_S = 0.1
 
 
 @dataclass
@@ -34,7 +36,7 @@ def load(deployment: Deployment, photo: bytes) -> Iterator[Load]:
     def client(number: int) -> None:
         with httpx.Client(timeout=60) as http:
             turn = number
-            while not over.is_set():
+            while not over.wait(PAUSE_S):
                 turn += 1
                 url = f"{urls[turn % len(urls)]}/v1/classify?model={SMALL[turn % len(SMALL)]}"
                 try:
@@ -114,6 +116,31 @@ def test_a_location_comes_and_goes_and_no_request_is_lost(deployment: Deployment
         content=photo, headers={"Content-Type": "image/jpeg", "X-Edge-Location": "oslo"}, timeout=60,
     )  # fmt: skip
     assert through_gateway.status_code == httpx.codes.OK
+
+
+def test_memory_policy_and_models_change_in_place(deployment: Deployment, change: Any, photo: bytes) -> None:
+    before = set(deployment.processes("ray::ServeReplica"))
+    assert deployment.cli("load", LARGE, "--location", "virginia", "--url", deployment.url).returncode == 0
+
+    def edit(files: dict[str, Any]) -> None:
+        files["edge"]["locations"]["paris"]["memory"] = "30MiB"
+        files["edge"]["policy"] = {"name": "gdsf"}
+        files["catalog"]["models"]["added"] = {"builder": "torchvision:squeezenet1_1", "weights": "random:8"}
+        del files["catalog"]["models"][LARGE]
+
+    require_none_lost(change(edit))
+    assert set(deployment.processes("ray::ServeReplica")) == before
+    status = deployment.status()
+    assert status["paris"]["capacity_bytes"] == 30 * 2**20
+    assert status["paris"]["used_bytes"] <= 30 * 2**20
+    for name in LOCATIONS:
+        assert LARGE not in {model["model"] for model in status[name]["resident"]}
+        for model_id, code in {"added": httpx.codes.OK, LARGE: httpx.codes.NOT_FOUND}.items():
+            answer = httpx.post(
+                f"{deployment.location(name)}/v1/classify?model={model_id}",
+                content=photo, headers={"Content-Type": "image/jpeg"}, timeout=60,
+            )  # fmt: skip
+            assert answer.status_code == code, answer.text
 
 
 def test_a_setting_that_replicas_cannot_take_in_replaces_them_and_no_request_is_lost(

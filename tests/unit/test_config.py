@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -453,3 +454,17 @@ def test_the_defaults_are_settings_that_would_be_accepted() -> None:
             assert isinstance(value, int | float), (part, key)
             assert value > 0, (part, key)
     assert defaults.coordinator.stale_after > 2 * defaults.coordinator.report_every
+
+
+def test_settings_survive_json_whatever_their_units() -> None:
+    written = EdgeSettings.model_validate(
+        {
+            "locations": {"paris": {"memory": "1.5GiB"}, "tokyo": {"memory": "1GB"}},
+            "links": [{"between": ["paris", "tokyo"], "rtt": "1us", "bandwidth": "1MB"}],
+            "policy": {"name": "edgeserve", "short": "100s", "margin": 3},
+            "worker": {"failure_memory": "0.1ms"},
+            "coordinator": {"placement_every": "off", "horizon": "90min"},
+        }
+    )
+    for settings in (written, EdgeSettings.model_validate({"locations": {"paris": {"memory": "1GiB"}}})):
+        assert EdgeSettings.model_validate(json.loads(json.dumps(settings.model_dump(mode="json")))) == settings
