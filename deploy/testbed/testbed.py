@@ -429,8 +429,8 @@ class Testbed:
         if running is not None:
             os.kill(running, signal.SIGHUP)
         else:
-            command = [*machine.inside(self.namespace), *self._switch_command()]
-            _start(command, self.folder / "switch.log", self.environment())
+            script = [_python(), "-I", str(_FOLDER / "switch.py"), str(self._switch_file)]
+            _start([*machine.inside(self.namespace), *script], self.folder / "switch.log", self.environment())
         deadline_s = time.monotonic() + _BOOT_S
         while not self._taken_over(serial):
             if time.monotonic() > deadline_s:
@@ -440,7 +440,7 @@ class Testbed:
 
     def switch(self) -> int | None:
         """The process that delays frames, if there is one."""
-        return next(iter(machine.started_as(self._switch_command())), None)
+        return next(iter(machine.running("switch.py", str(self._switch_file))), None)
 
     def _taken_over(self, serial: str) -> bool:
         done = self._switch_file.with_suffix(".done")
@@ -453,9 +453,6 @@ class Testbed:
     @property
     def _switch_file(self) -> Path:
         return self.folder / "switch.json"
-
-    def _switch_command(self) -> list[str]:
-        return [_python(), "-I", str(_FOLDER / "switch.py"), str(self._switch_file)]
 
     def _make_network(self) -> None:
         device = _device(self.name)
@@ -471,9 +468,9 @@ class Testbed:
         ip("link", "set", "dev", device, "up")
         upstream = urlsplit(os.environ.get("https_proxy") or os.environ.get("HTTPS_PROXY") or "")
         handed_on = [f"{upstream.hostname}:{upstream.port or 80}"] if upstream.hostname else []
-        command = [_python(), "-I", str(_FOLDER / "proxy.py"), f"{self._address}:{_PROXY_PORT}", str(self.network)]
-        _start([*command, *handed_on], self.folder / "proxy.log", dict(os.environ))
-        _write(self.folder / "proxy.json", json.dumps([*command, *handed_on]))
+        arguments = [self.namespace, f"{self._address}:{_PROXY_PORT}", str(self.network), *handed_on]
+        command = [_python(), "-I", str(_FOLDER / "proxy.py"), *arguments]
+        _start(command, self.folder / "proxy.log", dict(os.environ))
 
 
 def names() -> list[str]:
@@ -488,9 +485,7 @@ def names() -> list[str]:
 def remove(name: str) -> None:
     """Remove a testbed, or what is left of one after a crash; nothing happens if there is nothing."""
     namespace = _namespace(_checked(name))
-    with contextlib.suppress(OSError, ValueError):
-        command = json.loads((_folder(name) / "proxy.json").read_text())
-        machine.kill(functools.partial(machine.started_as, command))
+    machine.kill(lambda: machine.running("proxy.py", namespace))
     # Hosts first: as long as there is a network, what is left of a testbed can be found by its name.
     for found in reversed(machine.namespaces(namespace)):
         if found == namespace or found.startswith(f"{namespace}."):

@@ -133,7 +133,11 @@ class Cluster:
 
 
 def start(testbed: Testbed, folder: Path) -> Cluster:
-    """What the comments of ``cluster.yaml`` say, up to Ray on every host."""
+    """What the comments of ``cluster.yaml`` say, up to Ray on every host.
+
+    The workers come up when the head has been installed, and have its dependencies on their disks by then, as hosts
+    made from one image: to install torch four times would take minutes. All else their setup commands do themselves.
+    """
     copy_project(folder / "edgeserve", testbed)
     (folder / "home").mkdir()
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "EDGESERVE_"))}
@@ -142,10 +146,27 @@ def start(testbed: Testbed, folder: Path) -> Cluster:
     environment = {**kept, **own, "RAY_USAGE_STATS_ENABLED": "0"}
     cluster = Cluster(testbed, folder / "edgeserve", environment)
     cluster.ray("get-auth-token", "--generate")
+    for location in LOCATIONS:
+        cluster.host(location).kill()
     cluster.ray("up", "cluster.yaml", "--yes", "--no-config-cache", timeout_s=_UP_S)
+    for location in LOCATIONS:
+        copy_dependencies(cluster.host(HEAD), cluster.host(location))
+        cluster.host(location).boot()
     hosts = len(testbed.hosts)
     until(f"{hosts} hosts have joined", lambda: cluster.nodes() == hosts, _JOIN_S, cluster.monitor_log)
     return cluster
+
+
+def copy_dependencies(one: Host, other: Host) -> None:
+    """Give a host the virtual environment of another, without the project. Its home has the same path on both."""
+    shutil.copytree(
+        one.folder / "home" / "edgeserve-env",
+        other.folder / "home" / "edgeserve-env",
+        symlinks=True,
+        ignore=shutil.ignore_patterns("edgeserve", "edgeserve-*", "__editable__*"),
+        # Installing replaces files and does not write into them.
+        copy_function=os.link,
+    )
 
 
 def left_running(testbed: Testbed) -> dict[str, str]:
