@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from fcntl import LOCK_EX, flock
 from pathlib import Path
 from typing import Any
@@ -122,13 +122,14 @@ def first_process(namespace: str) -> int | None:
     return None
 
 
-def started_as(command: Iterable[str]) -> list[int]:
-    """The processes with exactly this command line."""
-    wanted = b"".join(os.fsencode(word) + b"\0" for word in command)
+def running(script: str, argument: str) -> list[int]:
+    """The processes that run a script of that file name, wherever it lies, with that first argument."""
+    wanted = (os.fsencode(script), os.fsencode(argument))
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and (entry / "cmdline").read_bytes() == wanted:
+            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
+            if wanted in zip((os.path.basename(word) for word in words), words[1:], strict=False):  # noqa: PTH119
                 found.append(int(entry.name))
     return found
 

@@ -1,7 +1,7 @@
 """The hosts' way to the outside, for installing packages: an HTTP proxy on the machine's address in the testbed.
 
-Run by path, with the address to listen at, the network whose hosts may ask, and, where the machine itself needs one,
-the proxy to hand everything on to (``host:port``).
+Run by path, with the namespace of the testbed (only for others to see), the address to listen at, the network whose
+hosts may ask, and, where the machine itself needs one, the proxy to hand everything on to (``host:port``).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         writer.write_eof()
 
 
-async def main(address: str, clients: str, upstream: str | None = None) -> None:
+async def main(_namespace: str, address: str, clients: str, upstream: str | None = None) -> None:
     """Run until killed."""
     host, _, port = (upstream or "").rpartition(":")
     proxy = Proxy(ipaddress.IPv4Network(clients), (host, int(port)) if upstream else None)

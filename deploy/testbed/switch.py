@@ -5,7 +5,8 @@ half the round trip of the two hosts, and writes it to the port of the other. Se
 (``PACKET_VNET_HDR``): frames of up to 64 KiB come and go as one, which is what makes Python fast enough.
 
 Run by path, with one argument: a JSON file with ``ports`` (MAC address -> port) and ``delays`` (one-way, in seconds;
-port -> port -> delay). SIGHUP makes it read the file again.
+port -> port -> delay). SIGHUP makes it read the file again. The ``serial`` of what it has taken over is written to the
+file of the same name that ends in ``.done``.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class Switch:
         self._sockets = {name: _open(name) for name in self._ports.values()}
         self._names = {port.fileno(): name for name, port in self._sockets.items()}
         self._delays = content["delays"]
+        self._file.with_suffix(".done").write_text(content["serial"])
 
     def step(self) -> None:
         """Wait for a frame to come or to be due, and handle what there is."""

@@ -144,7 +144,7 @@ class Host:
         if self.namespace not in machine.namespaces(self.namespace):
             return
         if self.name in machine.links(self.testbed.namespace):
-            ip("link", "set", "dev", self.name, "down", namespace=self.testbed.namespace)
+            ip("link", "delete", "dev", self.name, namespace=self.testbed.namespace)
         machine.kill(self.processes)
         # Its connections go with it: the next one to boot knows nothing of them.
         ip("netns", "delete", self.namespace)
@@ -423,23 +423,28 @@ class Testbed:
             }
             for one in ports.values()
         }
-        _write(self._switch_file, json.dumps({"ports": ports, "delays": one_way}))
+        serial = str(time.time_ns())
+        _write(self._switch_file, json.dumps({"serial": serial, "ports": ports, "delays": one_way}))
         running = self.switch()
         if running is not None:
             os.kill(running, signal.SIGHUP)
-            return
-        command = [*machine.inside(self.namespace), *self._switch_command()]
-        _start(command, self.folder / "switch.log", self.environment())
+        else:
+            script = [_python(), "-I", str(_FOLDER / "switch.py"), str(self._switch_file)]
+            _start([*machine.inside(self.namespace), *script], self.folder / "switch.log", self.environment())
         deadline_s = time.monotonic() + _BOOT_S
-        while self.switch() is None:
+        while not self._taken_over(serial):
             if time.monotonic() > deadline_s:
                 said = " ".join((self.folder / "switch.log").read_text().split()[-40:])
-                raise TestbedError(f"the switch does not start: {said}")
+                raise TestbedError(f"the switch does not answer: {said}")
             time.sleep(0.02)
 
     def switch(self) -> int | None:
         """The process that delays frames, if there is one."""
-        return next(iter(machine.started_as(self._switch_command())), None)
+        return next(iter(machine.running("switch.py", str(self._switch_file))), None)
+
+    def _taken_over(self, serial: str) -> bool:
+        done = self._switch_file.with_suffix(".done")
+        return done.is_file() and done.read_text() == serial
 
     @property
     def _address(self) -> str:
@@ -448,9 +453,6 @@ class Testbed:
     @property
     def _switch_file(self) -> Path:
         return self.folder / "switch.json"
-
-    def _switch_command(self) -> list[str]:
-        return [_python(), "-I", str(_FOLDER / "switch.py"), str(self._switch_file)]
 
     def _make_network(self) -> None:
         device = _device(self.name)
@@ -466,9 +468,9 @@ class Testbed:
         ip("link", "set", "dev", device, "up")
         upstream = urlsplit(os.environ.get("https_proxy") or os.environ.get("HTTPS_PROXY") or "")
         handed_on = [f"{upstream.hostname}:{upstream.port or 80}"] if upstream.hostname else []
-        command = [_python(), "-I", str(_FOLDER / "proxy.py"), f"{self._address}:{_PROXY_PORT}", str(self.network)]
-        _start([*command, *handed_on], self.folder / "proxy.log", dict(os.environ))
-        _write(self.folder / "proxy.json", json.dumps([*command, *handed_on]))
+        arguments = [self.namespace, f"{self._address}:{_PROXY_PORT}", str(self.network), *handed_on]
+        command = [_python(), "-I", str(_FOLDER / "proxy.py"), *arguments]
+        _start(command, self.folder / "proxy.log", dict(os.environ))
 
 
 def names() -> list[str]:
@@ -483,9 +485,7 @@ def names() -> list[str]:
 def remove(name: str) -> None:
     """Remove a testbed, or what is left of one after a crash; nothing happens if there is nothing."""
     namespace = _namespace(_checked(name))
-    with contextlib.suppress(OSError, ValueError):
-        command = json.loads((_folder(name) / "proxy.json").read_text())
-        machine.kill(functools.partial(machine.started_as, command))
+    machine.kill(lambda: machine.running("proxy.py", namespace))
     # Hosts first: as long as there is a network, what is left of a testbed can be found by its name.
     for found in reversed(machine.namespaces(namespace)):
         if found == namespace or found.startswith(f"{namespace}."):
@@ -594,8 +594,9 @@ def _make_folder(name: str, plan: dict[str, Any]) -> None:
         (home.parent / "passwd").write_text(user + Path("/etc/passwd").read_text())
         (home.parent / "hosts").write_text(f"127.0.0.1 localhost\n{table}")
         # A login shell sets PATH anew.
+        (home / ".profile").write_text(". ~/.bashrc\n")
         exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
-        (home / ".profile").write_text(exports)
+        (home / ".bashrc").write_text(exports)
         if pip_settings.is_file():
             (home / ".config" / "pip").mkdir(parents=True)
             shutil.copy(pip_settings, home / ".config" / "pip" / "pip.conf")

@@ -113,8 +113,8 @@ def test_a_host_without_a_location_does_not_start(tmp_path: Path) -> None:
 
 
 def started(home: Path, addresses: str) -> str:
-    """What the last start command of a worker with these addresses hands to ``ray``."""
-    return run_on_host(home, addresses, cluster()["worker_start_ray_commands"][-1])
+    """What the start command of a worker with these addresses hands to ``ray``."""
+    return run_on_host(home, addresses, cluster()["worker_start_ray_commands"][1])
 
 
 def run_on_host(home: Path, addresses: str, command: str) -> str:
