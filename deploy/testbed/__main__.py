@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import click
 
@@ -83,9 +84,20 @@ def cli(context: click.Context, name: str) -> None:
     help="Round trip between any two hosts, such as 20ms.",
 )
 @click.option("--network", help="Addresses, such as 10.213.0.0/24; a free one by default.")
+@click.option(
+    "--share",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A folder below /tmp or /run that the hosts are to see too.",
+)
 @click.pass_context
 def up(
-    context: click.Context, hosts: tuple[str, ...], memory: int | None, delay: float | None, network: str | None
+    context: click.Context,
+    hosts: tuple[str, ...],
+    memory: int | None,
+    delay: float | None,
+    network: str | None,
+    share: tuple[Path, ...],
 ) -> None:
     """Start HOSTS: their names, or how many.
 
@@ -94,7 +106,7 @@ def up(
     """
     if len(hosts) == 1 and hosts[0].isdigit():
         hosts = tuple(f"host{number + 1}" for number in range(int(hosts[0])))
-    _show(Testbed.up(hosts, name=context.obj, memory_bytes=memory, rtt_s=delay, network=network))
+    _show(Testbed.up(hosts, name=context.obj, memory_bytes=memory, rtt_s=delay, network=network, shared=share))
 
 
 @cli.command()

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main(folder: Path) -> int:
@@ -29,7 +30,12 @@ def main(folder: Path) -> int:
             return os.waitstatus_to_exitcode(status)
 
 
-def _mounts(folder: Path, plan: dict[str, str]) -> None:
+def _mounts(folder: Path, plan: dict[str, Any]) -> None:
+    # What is shared may lie in what is about to be covered.
+    shared = {folder / "shared" / str(number): Path(path) for number, path in enumerate(plan["shared"])}
+    for place, covered in shared.items():
+        place.mkdir(parents=True, exist_ok=True)
+        _mount("--bind", str(covered), str(place))
     _mount("-t", "sysfs", "sysfs", "/sys")
     if plan["cgroup"] == "1":
         _mount("-t", "tmpfs", "-o", "mode=755", "tmpfs", "/sys/fs/cgroup")
@@ -44,6 +50,9 @@ def _mounts(folder: Path, plan: dict[str, str]) -> None:
         _mount("-t", "tmpfs", "-o", f"mode={mode}", "tmpfs", path)
     for path in ("/run/sshd", "/run/lock"):
         Path(path).mkdir()
+    for place, covered in shared.items():
+        covered.mkdir(parents=True, exist_ok=True)
+        _mount("--bind", str(place), str(covered))
 
 
 def _mount(*arguments: str) -> None:

@@ -178,7 +178,13 @@ class Host:
         group = self._cgroup()
         version = "" if group is None else "1" if group.parent.name == "memory" else "2"
         home = self.testbed.home
-        plan = {"hostname": self.name, "home": home, "cgroup": version, "sshd": self._sshd()}
+        plan = {
+            "hostname": self.name,
+            "home": home,
+            "cgroup": version,
+            "sshd": self._sshd(),
+            "shared": self.testbed.shared,
+        }
         (self.folder / "plan.json").write_text(json.dumps(plan))
         command = [
             *self._joining(group), *machine.inside(self.namespace),
@@ -266,6 +272,7 @@ class Testbed:
         memory_bytes: int | None = None,
         rtt_s: float | None = None,
         network: str | None = None,
+        shared: Sequence[Path] = (),
     ) -> Testbed:
         """Make a testbed and start its hosts.
 
@@ -275,6 +282,8 @@ class Testbed:
             memory_bytes: the limit of each host's memory; no limit if None.
             rtt_s: the round trip between any two hosts; as fast as the kernel if None.
             network: such as 10.213.0.0/24; a free one if None.
+            shared: folders of the machine below ``/tmp`` or ``/run`` that the hosts are to see as well; they see all
+                that lies elsewhere.
 
         Raises:
             TestbedError: the machine lacks something, the name is taken, a host does not start. Nothing is left then.
@@ -288,7 +297,12 @@ class Testbed:
                 raise TestbedError(f"testbed {name} is up already; down stops it")
             chosen = _free_network(network)
             addresses = {host: str(chosen[number]) for host, number in zip(hosts, _NUMBERS, strict=False)}
-            plan = {"network": str(chosen), "hosts": addresses, "memory_bytes": memory_bytes}
+            plan = {
+                "network": str(chosen),
+                "hosts": addresses,
+                "memory_bytes": memory_bytes,
+                "shared": [str(folder.resolve(strict=True)) for folder in shared],
+            }
             try:
                 _make_folder(name, plan)
                 testbed = cls(name)
@@ -351,6 +365,11 @@ class Testbed:
         """The limit of each host's memory."""
         limit = self._plan["memory_bytes"]
         return int(limit) if limit else None
+
+    @property
+    def shared(self) -> list[str]:
+        """Folders of the machine that hosts see although something of theirs covers them."""
+        return list(self._plan["shared"])
 
     @property
     def hosts(self) -> Mapping[str, Host]:

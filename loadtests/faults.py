@@ -1,0 +1,445 @@
+"""What users notice when parts of a cluster break: ``python -m loadtests.faults``.
+
+Starts a cluster of a head and three locations on hosts of its own (``deploy.testbed``; needs root), keeps requests
+coming at every location, and breaks one thing after the other. Clients are as those of any service with several
+addresses: a request that fails is tried once more at the next location's host. For each fault the table says
+
+    requests   sent while it was broken and until all was well again
+    broken     of these, failed at the first address; who has no other address sees these
+    lost       failed at the second address as well
+    back       until the location that was hit answered hits at its own address again, s
+    directory  until all hosts saw the cluster as it is, s
+    bytes      whether every worker's books added up in the end, with nothing left pinned
+
+A fault that nothing recovers from by itself (a lost host) is mended by hand after a while; ``back`` counts from there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
+from pathlib import Path
+
+import click
+import httpx
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from deploy.testbed import TestbedError
+from loadtests.lab import HEAD, Lab, LabError, lab, until
+
+LOCATIONS = ("paris", "tokyo", "virginia")
+VICTIM = "paris"
+MODELS = ("squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v3_small", "mnasnet0_5", "shufflenet_v2_x1_0")
+#: Room for three of the five.
+_MEMORY = "45MiB"
+_PAUSE_S = 0.1
+_SETTLED_S = 2.0
+_RECOVERY_S = 120.0
+_BROKEN_S = 8.0
+_HOUR_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One request: when it was sent and answered, where it was sent, what came back at the first and second address."""
+
+    sent_s: float
+    done_s: float
+    location: str
+    status: int
+    outcome: str
+    again: int | None
+    problem: str
+
+
+class Clients:
+    """One client for each location: sends an image, waits for the answer, pauses, and so on."""
+
+    def __init__(self, made: Lab) -> None:
+        self._lab = made
+        self._over = threading.Event()
+        self._lock = threading.Lock()
+        self.answers: list[Answer] = []
+        pixels = np.random.default_rng(0).integers(0, 255, (224, 224, 3), dtype=np.uint8)
+        file = BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG")
+        self._photo = file.getvalue()
+        self._threads = [threading.Thread(target=self._run, args=(name,), daemon=True) for name in made.locations]
+
+    def __enter__(self) -> Clients:
+        """Start them."""
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop them when their requests have ended."""
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def since(self, began_s: float) -> list[Answer]:
+        """What was sent since."""
+        with self._lock:
+            return [answer for answer in self.answers if answer.sent_s >= began_s]
+
+    def under_way(self, at_s: float) -> list[Answer]:
+        """What was under way at a time."""
+        with self._lock:
+            return [answer for answer in self.answers if answer.sent_s <= at_s <= answer.done_s]
+
+    def first_hit_s(self, location: str, after_s: float) -> float | None:
+        """When a request that was sent to a location after that was answered there, from memory."""
+        with self._lock:
+            return next(
+                (
+                    answer.done_s
+                    for answer in self.answers
+                    if answer.location == location
+                    and answer.sent_s > after_s
+                    and answer.status == httpx.codes.OK
+                    and answer.outcome == "hit"
+                ),
+                None,
+            )
+
+    def _run(self, location: str) -> None:
+        others = list(LOCATIONS)
+        others.remove(location)
+        turn = 0
+        limits = httpx.Timeout(20.0, connect=2.0)
+        with httpx.Client(timeout=limits, headers={"Content-Type": "image/jpeg"}) as http:
+            while not self._over.wait(_PAUSE_S):
+                turn += 1
+                path = f"/v1/classify?model={MODELS[turn % 3]}"
+                sent_s = time.monotonic()
+                status, outcome, problem = self._ask(http, self._lab.url(location) + path)
+                again = None
+                if status != httpx.codes.OK:
+                    again, _, problem_again = self._ask(http, self._lab.url(location, at=others[turn % 2]) + path)
+                    problem = f"{problem}; then {problem_again}" if problem_again else problem
+                answer = Answer(sent_s, time.monotonic(), location, status, outcome, again, problem)
+                with self._lock:
+                    self.answers.append(answer)
+
+    def _ask(self, http: httpx.Client, url: str) -> tuple[int, str, str]:
+        try:
+            answer = http.post(url, content=self._photo)
+        except httpx.HTTPError as error:
+            return 0, "", repr(error)
+        problem = "" if answer.status_code == httpx.codes.OK else f"{answer.status_code} {answer.text[:120]}"
+        ran_at = answer.headers.get("X-EdgeServe-Location", "")
+        outcome = answer.headers.get("X-EdgeServe-Outcome", "")
+        return answer.status_code, outcome if ran_at else "", problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One line of the table."""
+
+    fault: str
+    requests: int
+    broken: int
+    lost: int
+    back_s: float | None
+    directory_s: float | None
+    bytes_exact: bool
+    note: str = ""
+    problems: Sequence[str] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing to break. ``strike`` breaks it; ``mend``, where it does not heal by itself, is called a while later."""
+
+    name: str
+    strike: Callable[[Lab], str | None]
+    mend: Callable[[Lab], None] | None = None
+    broken_s: float = _BROKEN_S
+
+
+def _kill(title: str, host: str = VICTIM, number: int = signal.SIGKILL) -> Callable[[Lab], None]:
+    def strike(made: Lab) -> None:
+        pids = made.pids(host, title)
+        if not pids:
+            raise LabError(f"nothing called {title} runs at {host}")
+        for pid in pids:
+            os.kill(pid, number)
+
+    return strike
+
+
+def _haproxy(made: Lab) -> None:
+    pids = [pid for pid in made.host(VICTIM).processes() if "haproxy" in _executable(pid)]
+    if not pids:
+        raise LabError(f"no HAProxy runs at {VICTIM}")
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _raylet(made: Lab) -> None:
+    pids = [pid for pid in made.host(VICTIM).processes() if _executable(pid).endswith("raylet")]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _executable(pid: int) -> str:
+    try:
+        return str(Path(f"/proc/{pid}/exe").readlink())
+    except OSError:
+        return ""
+
+
+def _restart_ray(made: Lab) -> None:
+    # What the dead raylet has left would keep the ports.
+    made.run(VICTIM, "sh", str(Path(__file__).parents[1] / "deploy" / "stop-ray.sh"))
+    made.start_ray(VICTIM)
+
+
+def _boot(made: Lab) -> None:
+    made.host(VICTIM).boot()
+    made.start_ray(VICTIM)
+
+
+def _stop_worker(made: Lab) -> None:
+    _kill(f"ray::ServeReplica:{VICTIM}:Worker", number=signal.SIGSTOP)(made)
+
+
+def _continue_worker(made: Lab) -> None:
+    # By now Serve may have replaced it.
+    for pid in made.pids(VICTIM, f"ray::ServeReplica:{VICTIM}:Worker"):
+        os.kill(pid, signal.SIGCONT)
+
+
+def _unload(made: Lab, model: str) -> None:
+    httpx.post(f"{made.url(VICTIM)}/v2/repository/models/{model}/unload", timeout=10.0)
+
+
+def _blob(made: Lab, model: str) -> Path:
+    manifest = json.loads((made.store(VICTIM) / "models" / f"{model}.json").read_text())
+    names = [file["name"] for file in manifest["files"]]
+    return next(path for name in names for path in made.store(VICTIM).rglob(name))
+
+
+@contextmanager
+def _broken_file(made: Lab, model: str) -> Iterator[Path]:
+    blob = _blob(made, model)
+    aside = blob.with_suffix(".aside")
+    blob.rename(aside)
+    try:
+        yield blob
+    finally:
+        blob.unlink(missing_ok=True)
+        aside.rename(blob)
+
+
+def _file(damage: Callable[[Path, Path], None]) -> Callable[[Lab], str]:
+    """Damage the weights of a model at one host, ask for it, and say what the user is told."""
+
+    def strike(made: Lab) -> str:
+        model = MODELS[4]
+        _unload(made, model)
+        with _broken_file(made, model) as blob:
+            damage(blob.with_suffix(".aside"), blob)
+            answers = []
+            for query in ("", "&forward=never"):
+                url = f"{made.url(VICTIM)}/v1/classify?model={model}{query}"
+                answer = httpx.post(url, content=_photo(), headers={"Content-Type": "image/jpeg"}, timeout=30.0)
+                where = answer.headers.get("X-EdgeServe-Location", "")
+                answers.append(f"{answer.status_code} {where or answer.json().get('error', '')[:90]}")
+            return f"asked: {answers[0]}; kept here: {answers[1]}"
+
+    return strike
+
+
+def _photo() -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (224, 224)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def _corrupt(good: Path, bad: Path) -> None:
+    content = bytearray(good.read_bytes())
+    content[0:64] = bytes(64)
+    bad.write_bytes(content)
+
+
+def _truncate(good: Path, bad: Path) -> None:
+    bad.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+
+
+def _full_disk(made: Lab) -> str:
+    """Publish into a store on a disk of 8 MB, beside the one that serves."""
+    place = f"{made.testbed.home}/full"
+    script = (
+        f"mkdir -p {place} && mount -t tmpfs -o size=8m tmpfs {place} && "
+        f"EDGESERVE_STORE={place}/store {sys.executable} -m serve_app publish --edge {made.folder}/edge.yaml; "
+        f"code=$?; ls -A {place}/store/tmp 2>/dev/null | head -3; umount {place}; exit $code"
+    )
+    variables = [f"{name}={value}" for name, value in made.environment().items()]
+    done = made.host(VICTIM).run("env", *variables, "sh", "-c", script, timeout_s=120.0, check=False)
+    return f"rc {done.returncode}: {' '.join(done.stderr.split())[-140:]}"
+
+
+def _step_clock(made: Lab) -> str:
+    """All hosts share the machine's clock, so all of them step, and so does the machine."""
+    real_s, steady_s = time.time(), time.monotonic()
+    time.clock_settime(time.CLOCK_REALTIME, real_s + _HOUR_S)
+    try:
+        time.sleep(_BROKEN_S)
+    finally:
+        time.clock_settime(time.CLOCK_REALTIME, real_s + time.monotonic() - steady_s)
+    return "an hour forward, and back"
+
+
+_REPLICA = "ray::ServeReplica"
+FAULTS = (
+    Fault("kill -9 worker", _kill(f"{_REPLICA}:{VICTIM}:Worker")),
+    Fault("kill -9 router", _kill(f"{_REPLICA}:{VICTIM}:Router")),
+    Fault("kill -9 coordinator", _kill("ray::Coordinator", HEAD)),
+    Fault("kill -9 HAProxy", _haproxy),
+    Fault("worker hangs", _stop_worker, _continue_worker, 10.0),
+    Fault("kill -9 raylet", _raylet, _restart_ray, 15.0),
+    Fault("host lost", lambda made: made.host(VICTIM).kill(), _boot, 15.0),
+    Fault("host cut off", lambda made: made.host(VICTIM).cut(), lambda made: made.host(VICTIM).heal(), 8.0),
+    Fault("weights corrupt", _file(_corrupt)),
+    Fault("weights truncated", _file(_truncate)),
+    Fault("weights missing", _file(lambda good, bad: None)),
+    Fault("disk full at publish", _full_disk),
+    Fault("clock steps an hour", _step_clock),
+)
+
+
+def run(fault: Fault, made: Lab, clients: Clients) -> Row:
+    """Break one thing, wait until all is well, and look at what happened meanwhile."""
+    replicas = {name: set(made.pids(name, _REPLICA)) for name in LOCATIONS}
+    began_s = mended_s = time.monotonic()
+    note = fault.strike(made) or ""
+    if fault.mend is not None:
+        threading.Event().wait(fault.broken_s)
+        fault.mend(made)
+        mended_s = time.monotonic()
+    back_s = directory_s = None
+    try:
+        until(f"{VICTIM} answers hits", lambda: clients.first_hit_s(VICTIM, mended_s) is not None, _RECOVERY_S)
+        back_s = (clients.first_hit_s(VICTIM, mended_s) or 0.0) - mended_s
+        until("all see the cluster as it is", lambda: _is_consistent(made), _RECOVERY_S)
+        directory_s = time.monotonic() - mended_s
+    except LabError as error:
+        note = f"{note} {error}".strip()
+    threading.Event().wait(_SETTLED_S)
+    answers = clients.since(began_s) + [one for one in clients.under_way(began_s) if one.sent_s < began_s]
+    broken = [one for one in answers if one.status != httpx.codes.OK]
+    lost = [one for one in broken if one.again != httpx.codes.OK]
+    restarted = [name for name in LOCATIONS if set(made.pids(name, _REPLICA)) != replicas[name]]
+    if restarted:
+        note = f"{note} new processes: {', '.join(restarted)}".strip()
+    return Row(
+        fault=fault.name,
+        requests=len(answers),
+        broken=len(broken),
+        lost=len(lost),
+        back_s=back_s,
+        directory_s=directory_s,
+        bytes_exact=_books_add_up(made),
+        note=note,
+        problems=tuple(f"{one.sent_s - began_s:.2f} s, {one.location}: {one.problem}"[:400] for one in broken),
+    )
+
+
+def _is_consistent(made: Lab) -> bool:
+    """Whether every host knows of exactly one worker at each location, and of a coordinator."""
+    try:
+        seen = [made.status(at=host) for host in (HEAD, *LOCATIONS)]
+    except httpx.HTTPError:
+        return False
+    return all(
+        status["coordinator"]["up"] and all(status[name]["replicas"] == 1 for name in LOCATIONS) for status in seen
+    )
+
+
+def _books_add_up(made: Lab) -> bool:
+    """Whether used bytes are the sum of what is resident, within capacity, and nothing is left in use for ever."""
+
+    def exact() -> bool:
+        status = made.status()
+        return all(
+            row["used_bytes"] == sum(model["bytes"] for model in row["resident"]) <= row["capacity_bytes"]
+            for row in (status[name] for name in LOCATIONS)
+        )
+
+    try:
+        until("the books add up", exact, 10.0)
+    except (LabError, httpx.HTTPError):
+        return False
+    return True
+
+
+def _show(rows: Sequence[Row], out: Console) -> None:
+    table = Table("fault", "requests", "broken", "lost", "back (s)", "directory (s)", "bytes", "note")
+    for row in rows:
+        table.add_row(
+            row.fault,
+            str(row.requests),
+            str(row.broken),
+            str(row.lost),
+            "-" if row.back_s is None else f"{row.back_s:.1f}",
+            "-" if row.directory_s is None else f"{row.directory_s:.1f}",
+            "exact" if row.bytes_exact else "WRONG",
+            row.note,
+        )
+    out.print(table)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]}, help=__doc__)
+@click.option("--only", multiple=True, help="Part of the name of a fault; repeat for several.")
+@click.option("--step-clock", is_flag=True, help="Also step the clock of this machine, which all that runs here sees.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--problems", is_flag=True, help="Say what went wrong with each request that failed.")
+def main(only: tuple[str, ...], step_clock: bool, as_json: bool, problems: bool) -> None:
+    """Run all faults, one after the other."""
+    out = Console(stderr=as_json)
+    faults = [fault for fault in FAULTS if not only or any(part in fault.name for part in only)]
+    if not step_clock:
+        faults = [fault for fault in faults if fault.strike is not _step_clock]
+    entry = {"weights": "random:0", "family": "imagenet"}
+    models = {name: {"builder": f"torchvision:{name}", **entry} for name in MODELS}
+    rows: list[Row] = []
+    try:
+        with lab(LOCATIONS, models, memory=_MEMORY, say=lambda said: out.print(said, style="dim")) as made:
+            with Clients(made) as clients:
+                for location in LOCATIONS:
+                    until(f"{location} answers", lambda at=location: clients.first_hit_s(at, 0.0) is not None, 60.0)  # type: ignore[misc]
+                for fault in faults:
+                    out.print(f"{fault.name} ...", style="dim")
+                    rows.append(run(fault, made, clients))
+                    out.print(f"  {asdict(rows[-1])}" if problems else f"  {rows[-1].lost} lost", style="dim")
+            out.print("no clients any more", style="dim")
+            until("nothing is in use", lambda: _nothing_in_use(made), 30.0)
+    except (TestbedError, LabError, subprocess.SubprocessError) as error:
+        raise click.ClickException(" ".join(str(error).split())) from None
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        _show(rows, out)
+
+
+def _nothing_in_use(made: Lab) -> bool:
+    status = made.status()
+    return not any(model["in_use"] for name in LOCATIONS for model in status[name]["resident"])
+
+
+if __name__ == "__main__":
+    main()
