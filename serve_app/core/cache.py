@@ -443,6 +443,8 @@ class ModelCache:
         missing_bytes = self._used_bytes + model.size_bytes - self.capacity_bytes
         if missing_bytes <= 0:
             return []
+        for model_id in self._policy.fallen(now):
+            self._ranking.renew(model_id, now)
         # A model that already makes way goes first: it was ranked lowest a moment ago and has been emptied since.
         taken: list[Ranked] = []
         freed_bytes = 0
@@ -453,7 +455,7 @@ class ModelCache:
                     taken.append(ranked)
                     freed_bytes += entry.model.size_bytes
         passed_over: list[Ranked] = []
-        while freed_bytes < missing_bytes and (ranked := self._least_useful(now)) is not None:
+        while freed_bytes < missing_bytes and (ranked := self._ranking.pop(now)) is not None:
             if eligible(self._entries[ranked.model.model_id]):
                 taken.append(ranked)
                 freed_bytes += ranked.model.size_bytes
@@ -466,11 +468,6 @@ class ModelCache:
         if chosen is not taken:
             self._put_back((ranked for ranked in taken if ranked not in chosen), now)
         return chosen or None
-
-    def _least_useful(self, now: float) -> Ranked | None:
-        for model_id in self._policy.fallen(now):
-            self._ranking.renew(model_id, now)
-        return self._ranking.pop(now)
 
     def _put_back(self, several: Iterable[Ranked], now: float) -> None:
         for ranked in several:
