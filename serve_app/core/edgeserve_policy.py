@@ -50,6 +50,9 @@ class EdgeServe(EvictionPolicy):
 
     #: For how long it is remembered whether the background was busy.
     BUSY_MEMORY_S = 600.0
+    #: A model that is expected to be asked for more often than this while it loads is not preloaded: the first request
+    #: comes at once and fetches it as well.
+    ASKED_FOR_MEANWHILE = 3.0
 
     def __init__(
         self,
@@ -181,6 +184,8 @@ class EdgeServe(EvictionPolicy):
                 self._refuse(best, self._floor)
                 return
             self._held_up[model.model_id] = best
+            if worth * model.size_bytes > self.ASKED_FOR_MEANWHILE:
+                continue
             self._judged = False
             yield model
             # One judgement a round is enough; a wish that could not even be judged must not hold up the others.
