@@ -91,32 +91,17 @@ class Lab:
     def start_ray(self, host: str) -> None:
         """Start Ray on a host: the head, or a location that joins it."""
         address = self.host(host).address
-        common = [
-            f"--node-ip-address={address}",
-            f"--object-store-memory={_OBJECT_STORE_BYTES}",
-            "--disable-usage-stats",
-        ]
-        if host == HEAD:
-            self.run(
-                host, "env", "-u", "RAY_ADDRESS", *_RAY, "start", "--head", "--port=6379", *common, timeout_s=_START_S
-            )
-        else:
-            label = f"--labels=location={host}"
-            head = f"--address={self.host(HEAD).address}:6379"
-            self.run(host, *_RAY, "start", head, label, *common, timeout_s=_START_S)
+        role = ["--head", "--port=6379"]
+        if host != HEAD:
+            role = [f"--address={self.host(HEAD).address}:6379", f"--labels=location={host}"]
+        options = [f"--object-store-memory={_OBJECT_STORE_BYTES}", "--disable-usage-stats"]
+        command = ["env", "-u", "RAY_ADDRESS", *_RAY, "start", *role, f"--node-ip-address={address}", *options]
+        self.run(host, *command, timeout_s=_START_S)
 
     def deploy(self) -> None:
         """Deploy the locations, or bring them in line with what has changed."""
-        self.run(
-            HEAD,
-            sys.executable,
-            "-m",
-            "serve_app",
-            "up",
-            str(self.folder / "cluster.yaml"),
-            "--detach",
-            timeout_s=_UP_S,
-        )
+        command = [sys.executable, "-m", "serve_app", "up", str(self.folder / "cluster.yaml"), "--detach"]
+        self.run(HEAD, *command, timeout_s=_UP_S)
 
     def status(self, *, at: str = HEAD) -> dict[str, Any]:
         """The cluster as a host sees it: a row for each location, and the coordinator."""

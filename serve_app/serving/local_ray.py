@@ -30,6 +30,8 @@ FAST_INGRESS = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # Throughput mode would keep the last thousand lines of every log in memory, and a dead replica its last words.
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
+    # A dead HAProxy is noticed by the third look; every ten seconds, a host would refuse connections for half a minute.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
