@@ -21,9 +21,10 @@ _Floats = NDArray[np.float64]
 class Site:
     """One worker, as placement sees it.
 
-    ``held`` is what it will hold when its orders have been carried out. ``fixed`` models stay where they are,
-    ``barred`` ones are not to be loaded unless they are urgent, ``fresh`` ones not at all. ``unused`` ones could go and
-    have not been used for long, and what it ``keeps`` others may do without. ``fill_bytes`` and ``empty_bytes`` are what may be moved, by one round or by several.
+    ``held`` is what it will hold when its orders have been carried out. ``fixed`` ones stay where they are, ``barred``
+    ones are not to be loaded unless they are urgent, ``fresh`` ones not at all. ``unused`` ones could go and have not
+    been used for long, and what it ``keeps`` others may do without. ``fill_bytes`` and ``empty_bytes`` are what may be
+    moved, by one round or by several.
     """
 
     location: str

@@ -10,9 +10,9 @@ class PlacementRules:
     """How eager placement is.
 
     Attributes:
-        share_per_round: of a worker's memory, that one round may fill, and that it may empty. For a crowd a model may move
-            that is larger, alone; then nothing does at this worker until its bytes have been made up for. Required
-            copies have as much to themselves, and end with the one that exceeds it.
+        share_per_round: of a worker's memory, that one round may fill, and that it may empty. For a crowd a larger one
+            may move, alone; then nothing does at this worker until its bytes have been made up for. Required copies
+            have as much to themselves, and end with the one that exceeds it.
         hysteresis: a copy displaces others only if it is worth so many times what they are.
         payback_s: a copy is worth its load only if it saves as many seconds within this time.
         patience_s: how long an order counts as carried out though no report confirms it.

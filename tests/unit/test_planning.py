@@ -287,7 +287,7 @@ def test_new_rules_keep_what_was_learned_and_older_ones_are_ignored() -> None:
     cluster = Cluster([quick("a")])
     cluster.held["oslo"] = {"a"}
     cluster.run(10.0, {"paris": {"a": 5.0}})
-    rules = cluster.state._rules  # noqa: SLF001
+    rules = cluster.state._rules
     assert rules.placement is not None
     off = dataclasses.replace(rules, issued=2, placement=None)
     cluster.state.configure(off, cluster.now)
