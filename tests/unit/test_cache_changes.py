@@ -215,10 +215,11 @@ def test_what_is_kept_lets_go_for_a_request_that_could_never_be_served_otherwise
 
 
 def test_what_makes_way_is_not_kept() -> None:
-    cache = holding(*"ab", capacity=20, in_use="ab")
+    cache = holding(*"abc", capacity=30, in_use="abc", a=1, b=2, c=3)
     waiting = cache.request(profile("large", 20), 9.0)
     assert isinstance(waiting, Wait)
     cache.keep(list("ab"), 9.0)
+    assert not any(model.pinned for model in cache.models())
     cache.finish("a", 10.0)
     (grant,) = cache.finish("b", 10.0)
     assert isinstance(grant.answer, Load)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from core_support import report, resident
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.core.keepers import Keeper, kept_by, rank
@@ -26,6 +26,7 @@ def said(replica: str, *, holds: bool, keeps: bool, leaving: bool = False) -> Wo
     )
 
 
+@settings(max_examples=1000, deadline=None)
 @given(
     claims=st.dictionaries(st.sampled_from(REPLICAS), st.booleans(), min_size=2),
     stale=st.integers(0, 5),

@@ -167,6 +167,17 @@ def test_a_copy_that_is_still_used_after_the_crowd_stays() -> None:
     assert len(cluster.holders("a")) == 2
 
 
+def test_a_copy_that_is_worth_its_load_stays_though_a_crowd_elsewhere_has_gone() -> None:
+    cluster = Cluster([quick("a")], locations=("oslo", "paris", "rome"))
+    cluster.held["oslo"], cluster.held["paris"] = {"a"}, {"a"}
+    seldom = {"oslo": {"a": 0.05}, "paris": {"a": 0.05}}
+    cluster.run(200.0, seldom, tick_s=1.0)
+    cluster.run(20.0, {**seldom, "rome": {"a": 50.0}})
+    assert cluster.holders("a") == {"oslo", "paris", "rome"}
+    cluster.run(70.0)
+    assert cluster.holders("a") == {"oslo", "paris"}
+
+
 # How much moves
 
 
@@ -186,6 +197,16 @@ def test_no_more_bytes_move_in_a_round_than_allowed(size: int) -> None:
             required = [c for c in loaded if c.required]
             assert size * (len(loaded) - len(required)) <= max(size, share * 100)
             assert size * len(required) <= share * 100 + size
+
+
+def test_many_required_copies_do_not_come_all_at_once() -> None:
+    models = [quick(f"m{number}") for number in range(20)]
+    cluster = Cluster(models, locations=("oslo", "rome"), min_copies={model.model_id: 1 for model in models})
+    for _ in range(20):
+        commands = cluster.run(1.0)
+        for location in ("oslo", "rome"):
+            assert sum(command.location == location for command in commands) <= 2
+    assert all(len(cluster.holders(model.model_id)) == 1 for model in models)
 
 
 def test_nobody_is_told_before_everybody_had_the_time_to_report() -> None:
