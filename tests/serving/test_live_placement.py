@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 from deployment_support import GUARDED, LISTED, LOCATIONS
-from test_load_and_faults import until
+from test_load_and_faults import complete, until
 
 
 def rows(deployment: Any, model_id: str) -> dict[str, dict[str, Any]]:
@@ -20,6 +20,11 @@ def rows(deployment: Any, model_id: str) -> dict[str, dict[str, Any]]:
         for row in status[name]["resident"]
         if row["model"] == model_id and row["state"] == "ready"
     }
+
+
+def replicas(deployment: Any, location: str) -> set[str]:
+    """The workers of a location that hold anything."""
+    return {row["replica"] for row in deployment.status()[location]["resident"]}
 
 
 def test_a_model_with_min_copies_is_at_so_many_locations_and_pinned_though_nobody_asks(deployment) -> None:
@@ -41,15 +46,18 @@ def test_a_copy_that_died_with_its_worker_is_made_up_for(deployment) -> None:
         lambda: len([row for row in rows(deployment, GUARDED).values() if row["replica"] != replica]) >= 2,
         "there are two copies again",
     )
+    until(lambda: replica not in replicas(deployment, lost) and complete(deployment.status()), "a new worker is there")
 
 
 def test_what_a_location_lists_is_loaded_as_its_worker_starts(deployment) -> None:
+    # One that is killed while it starts would not come back for long.
+    until(lambda: complete(deployment.status()), "every location has a worker")
     (pid,) = deployment.processes("ray::ServeReplica:tokyo:Worker")
-    before = {row["replica"] for row in deployment.status()["tokyo"]["resident"]}
+    before = replicas(deployment, "tokyo")
     os.kill(pid, signal.SIGKILL)
     until(
-        lambda: (
-            LISTED in {row["model"] for row in deployment.status()["tokyo"]["resident"] if row["replica"] not in before}
+        lambda: any(
+            row["model"] == LISTED and row["replica"] not in before for row in deployment.status()["tokyo"]["resident"]
         ),
         "the new worker has it",
     )
