@@ -180,7 +180,7 @@ class CoordinatorSettings(Settings):
     horizon: Duration = 10.0
     #: Period of the rounds in which the coordinator tells workers what to load and to unload; off: none.
     placement_every: Period = 1.0
-    #: A copy that others have too, and that is not worth its load, is withdrawn when it was not used for so long.
+    #: After a crowd, a copy that others have too and that is not worth its load goes when it was not used for so long.
     withdraw_after: Duration = 60.0
 
     @model_validator(mode="after")

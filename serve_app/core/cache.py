@@ -147,7 +147,7 @@ class ModelCache:
         self._failures: dict[str, _Failure] = {}
         #: Unloaded by hand and not asked for since: nobody but a request may bring them back.
         self._put_out: set[str] = set()
-        #: Unloaded on advice, or because nobody used them, and not asked for since: the policy may not bring them back.
+        #: Unloaded on advice, or because nobody used them, and not asked for since: only who insists may, too.
         self._withdrawn: set[str] = set()
         #: No longer in the catalogue.
         self._gone: set[str] = set()
@@ -180,8 +180,6 @@ class ModelCache:
         if (ordered := self._first_possible(self._orders, now)) is not None:
             return ordered
         for model in self._policy.wishes(now, self.capacity_bytes - self.used_bytes):
-            if model.model_id in self._withdrawn:
-                continue
             preload = self._preload(model, now, self._policy.worthwhile)
             if preload is not None:
                 return preload
@@ -256,7 +254,7 @@ class ModelCache:
     def withdraw(self, model_id: str, now: float) -> tuple[Grant, ...] | None:
         """Take a model out on the advice of others; None, and nothing has changed, if it is pinned, in use or absent.
 
-        The policy does not bring it back before it is asked for again, but further advice may.
+        Neither the policy nor advice brings it back before it is asked for again, but who insists does.
         """
         entry = self._entries.get(model_id)
         if entry is None or not _spare(entry):
@@ -449,6 +447,8 @@ class ModelCache:
         """Reserve room for ``model`` in the background, if what must go for it is idle and the load ``worthwhile``."""
         model_id = model.model_id
         if model_id in self._entries or model_id in self._put_out or model_id in self._gone:
+            return None
+        if model_id in self._withdrawn and worthwhile is not _anyway:
             return None
         failure = self._failures.get(model_id)
         if failure is not None and now < failure.until_s:

@@ -28,7 +28,6 @@ __all__ = ["Command", "EvictAt", "Placement", "PlacementRules", "PreloadAt"]
 class _Order:
     given_s: float
     preload: bool
-    required: bool
 
 
 @dataclass(slots=True)
@@ -79,7 +78,9 @@ class Placement:
         reports: Iterable[WorkerReport],
         rates: Mapping[str, Mapping[str, float]],
         now: float,
+        *,
         crowds: Mapping[str, Mapping[str, float]] | None = None,
+        over: frozenset[str] = frozenset(),
     ) -> tuple[Command, ...]:
         """What to change now (seconds); nothing where nothing would be clearly better.
 
@@ -88,14 +89,16 @@ class Placement:
             rates: requests per second of every model by users of every location, steadily.
             now: seconds; never runs backwards.
             crowds: the same for the requests of this very moment, of what is surely more than chance.
+            over: models for which there was a crowd, which has gone; copies of them may be withdrawn.
         """
         sites = self._sites(reports, now)
         if not sites:
             return ()
         crowds = crowds or {}
+        merged, urgent = self._merged(rates, crowds)
         work = Round(
             sites,
-            Wants(rates=self._merged(rates, crowds), copies=self._copies(crowds, sites), withdraw=True),
+            Wants(rates=merged, copies=self._copies(crowds, sites), urgent=urgent, withdraw=over),
             self._routing,
             self._rules,
             self._payload_bytes,
@@ -119,21 +122,20 @@ class Placement:
             site.fill_bytes = site.empty_bytes = site.capacity_bytes * self._rules.hand_over_share
         if not sites:
             return ()
-        wants = Wants(rates=rates, copies=self._min_copies, withdraw=False, only=frozenset(leaving.models))
+        models = frozenset(leaving.models)
+        wants = Wants(rates=rates, copies=self._min_copies, urgent=models, only=models)
         return self._given(Round(sites, wants, self._routing, self._rules, self._payload_bytes).commands(), now)
 
     def _given(self, commands: tuple[Command, ...], now: float) -> tuple[Command, ...]:
         for command in commands:
-            preload = isinstance(command, PreloadAt)
-            required = isinstance(command, PreloadAt) and command.required
-            self._orders[command.replica, command.model_id] = _Order(now, preload, required)
+            self._orders[command.replica, command.model_id] = _Order(now, isinstance(command, PreloadAt))
         return commands
 
     def _merged(
         self, rates: Mapping[str, Mapping[str, float]], crowds: Mapping[str, Mapping[str, float]]
-    ) -> Mapping[str, Mapping[str, float]]:
-        """Rates, and in their place those of crowds that would pay for a load before they may have gone."""
-        merged = dict(rates)
+    ) -> tuple[Mapping[str, Mapping[str, float]], frozenset[str]]:
+        """Rates, and in their place those of crowds that would pay for a load before they may have gone; of what."""
+        merged, urgent = dict(rates), set()
         furthest_s = max(
             link.seconds(self._payload_bytes) for link in (self._routing.default_link, *self._routing.links.values())
         )
@@ -146,8 +148,9 @@ class Placement:
                 saved_s = per_s * self._rules.crowd_payback_s * min(profile.load_s, furthest_s)
                 if saved_s >= profile.load_s:
                     asked[model_id] = per_s
+                    urgent.add(model_id)
             merged[location] = asked
-        return merged
+        return merged, frozenset(urgent)
 
     def _copies(self, crowds: Mapping[str, Mapping[str, float]], sites: list[Site]) -> Mapping[str, int]:
         """How many copies there must be of models of which one is not enough, or that nobody may ask for."""
@@ -182,15 +185,14 @@ class Placement:
         }
         held = dict.fromkeys(report.models, True)
         used_bytes = report.used_bytes
-        ordered, barred = set(), set()
+        ordered, just_ordered = set(), set()
         for (replica, model_id), order in self._orders.items():
             if replica != report.replica:
                 continue
             ordered.add(model_id)
             fresh = now - order.given_s <= self._rules.patience_s
-            # What is required is ordered again, and again, until it is there.
-            if fresh or not order.required:
-                barred.add(model_id)
+            if fresh:
+                just_ordered.add(model_id)
             if not fresh or order.preload == (model_id in held) or model_id not in self._routing.profiles:
                 continue
             if order.preload:
@@ -213,14 +215,17 @@ class Placement:
             used_bytes=used_bytes,
             exec_slots=report.exec_slots,
             held=held,
-            barred=barred,
+            barred=ordered,
+            fresh=just_ordered,
             fixed=stays | ordered,
             keeps=report.keeps,
             unused={
                 model_id
                 for model_id, since_s in used_s.items()
                 if now - since_s >= self._rules.withdraw_after_s and not report.models[model_id].uses
-            },
+            }
+            - stays
+            - just_ordered,
             fill_bytes=min(share_bytes, credit.fill_bytes + share_bytes),
             empty_bytes=min(share_bytes, credit.empty_bytes + share_bytes),
         )

@@ -21,9 +21,10 @@ _Floats = NDArray[np.float64]
 class Site:
     """One worker, as placement sees it.
 
-    ``held`` is what it will hold when its orders have been carried out. ``fixed`` models stay where they are,
-    ``barred`` ones are not to be loaded, ``unused`` ones have not been used for long, and what it ``keeps`` others may
-    do without. ``fill_bytes`` and ``empty_bytes`` are what may be moved, by one round or by several.
+    ``held`` is what it will hold when its orders have been carried out. ``fixed`` ones stay where they are, ``barred``
+    ones are not to be loaded unless they are urgent, ``fresh`` ones not at all. ``unused`` ones could go and have not
+    been used for long, and what it ``keeps`` others may do without. ``fill_bytes`` and ``empty_bytes`` are what may be
+    moved, by one round or by several.
     """
 
     location: str
@@ -33,6 +34,7 @@ class Site:
     exec_slots: int
     held: Collection[str]
     barred: Collection[str]
+    fresh: Collection[str]
     fixed: Collection[str]
     keeps: Collection[str]
     unused: Collection[str]
@@ -47,13 +49,15 @@ class Wants:
     Attributes:
         rates: requests per second of every model by users of every location.
         copies: how many there must be of some models, whatever they are worth.
-        withdraw: whether copies may go though nothing needs their place.
+        withdraw: models of which copies may go though nothing needs their place.
+        urgent: models that may be larger than what a round may move, and move again soon.
         only: the models that may be placed; None: all.
     """
 
     rates: Mapping[str, Mapping[str, float]]
     copies: Mapping[str, int] = field(default_factory=dict)
-    withdraw: bool = True
+    withdraw: frozenset[str] = frozenset()
+    urgent: frozenset[str] = frozenset()
     only: frozenset[str] | None = None
 
 
@@ -63,7 +67,7 @@ class Round:
     def __init__(
         self, sites: list[Site], wants: Wants, routing: RoutingRules, rules: PlacementRules, payload_bytes: int
     ) -> None:
-        self._sites, self._rules, self._withdraws = sites, rules, wants.withdraw
+        self._sites, self._rules = sites, rules
         locations = sorted({site.location for site in sites} | wants.rates.keys())
         names = {name for asked in wants.rates.values() for name in asked}.union(*(site.held for site in sites))
         # Sorted, so that ties fall the same way every time.
@@ -88,10 +92,13 @@ class Round:
                     self._rate[row[model_id], number] = per_s
         self._copies = {row[name]: count for name, count in sorted(wants.copies.items()) if name in row and count > 0}
         self._held = _marked(row, [site.held for site in sites])
-        self._may_load = ~self._held & ~_marked(row, [site.barred for site in sites])
+        self._is_urgent = np.array([name in wants.urgent for name in self._models], dtype=np.bool_)
+        soon = np.array([name in wants.urgent or name in wants.copies for name in self._models], dtype=np.bool_)
+        barred = _marked(row, [site.barred for site in sites]) & ~soon[:, None]
+        self._may_load = ~self._held & ~barred & ~_marked(row, [site.fresh for site in sites])
         self._may_go = self._held & ~_marked(row, [site.fixed for site in sites])
         self._kept = _marked(row, [site.keeps for site in sites])
-        self._unused = self._may_go & _marked(row, [site.unused for site in sites])
+        self._unused = self._held & _marked(row, [wants.withdraw.intersection(site.unused) for site in sites])
         self._free = np.array([float(site.capacity_bytes - site.used_bytes) for site in sites])
         capacity = np.array([float(site.capacity_bytes) for site in sites])
         self._may_load &= self._size[:, None] <= capacity
@@ -99,7 +106,7 @@ class Round:
         self._may_empty = np.array([site.empty_bytes for site in sites])
         # What is required at once goes beyond what several rounds have used up, but not without bounds.
         self._urgent = capacity * rules.share_per_round
-        #: Where nothing was moved lately, so that a model may move that is larger than a share.
+        #: Where nothing was moved lately, so that an urgent model may move though it is larger than a share.
         self._rested = (self._may_fill >= self._urgent) & (self._may_empty >= self._urgent)
         self._placeable = np.array([wants.only is None or name in wants.only for name in self._models], dtype=np.bool_)
         self._gain = np.zeros(self._held.shape)
@@ -108,9 +115,7 @@ class Round:
 
     def commands(self) -> tuple[Command, ...]:
         """The changes of this round."""
-        commands = [*self._requirements(), *self._improvements()]
-        if self._withdraws:
-            commands += self._withdrawals()
+        commands = [*self._requirements(), *self._improvements(), *self._withdrawals()]
         return tuple(commands)
 
     def left(self, site: Site) -> tuple[float, float]:
@@ -167,7 +172,9 @@ class Round:
 
     def _value(self, models: NDArray[np.intp]) -> None:
         """Bring what copies of these models are, or would be, worth up to date: seconds saved per second."""
-        rate, load_s, held = self._rate[models], self._load_s[models, None], self._held[models]
+        rate, held = self._rate[models], self._held[models]
+        # Who has no worker, because it has just left, must go to one in any case.
+        load_s = self._load_s[models, None] + self._way_s.min(axis=1)
         ways_s = np.where(held[:, None, :], self._way_s, np.inf)
         nearest = ways_s.argmin(axis=2)
         cost_s = np.minimum(ways_s.min(axis=2), load_s)
@@ -186,7 +193,7 @@ class Round:
         with np.errstate(invalid="ignore"):
             price = np.where(missing > 0, missing * least * self._rules.hysteresis, 0.0)
         worthwhile = self._gain * self._rules.payback_s >= self._load_s[:, None]
-        fits = self._rested | ((size <= self._may_fill) & (missing <= self._may_empty))
+        fits = (self._rested & self._is_urgent[:, None]) | ((size <= self._may_fill) & (missing <= self._may_empty))
         able = self._may_load & self._placeable[:, None] & worthwhile & fits & (self._gain > price)
         models, numbers = np.nonzero(able)
         worth = self._gain[models, numbers] / self._size[models]
@@ -196,7 +203,7 @@ class Round:
 
     def _victims(self, model: int, number: int) -> list[int] | None:
         """Whom ``model`` displaces at a site; None if it does not fit, is not worth it, or moves too much."""
-        gain, rested = self._gain[model, number], self._rested[number]
+        gain, rested = self._gain[model, number], self._rested[number] and self._is_urgent[model]
         if gain * self._rules.payback_s < self._load_s[model]:
             return None
         if self._size[model] > self._may_fill[number] and not rested:

@@ -10,8 +10,9 @@ class PlacementRules:
     """How eager placement is.
 
     Attributes:
-        share_per_round: of a worker's memory, that one round may fill, and that it may empty. A model that is larger
-            moves alone, and then nothing does at this worker until as many rounds have passed as its bytes would take.
+        share_per_round: of a worker's memory, that one round may fill, and that it may empty. For a crowd a larger one
+            may move, alone; then nothing does at this worker until its bytes have been made up for. Required copies
+            have as much to themselves, and end with the one that exceeds it.
         hysteresis: a copy displaces others only if it is worth so many times what they are.
         payback_s: a copy is worth its load only if it saves as many seconds within this time.
         patience_s: how long an order counts as carried out though no report confirms it.
@@ -20,7 +21,7 @@ class PlacementRules:
         crowd_half_life_s: of the popularity in which crowds are seen.
         crowd_payback_s: for a crowd, which may leave as it came, a copy must be worth its load within this time.
         busy_share: of their time that the holders of a model spend with it at most, before there must be more.
-        withdraw_after_s: a copy that is not worth its load goes when it was not used for so long.
+        withdraw_after_s: after a crowd, a copy that is not worth its load goes when it was not used for so long.
         hand_over_share: of a worker's memory that may be filled and emptied with the models of one that leaves.
     """
 

@@ -57,7 +57,10 @@ class Planner:
 
     def plan(self, reports: Iterable[WorkerReport], now: float) -> tuple[Command, ...]:
         """One round."""
-        return self._placement.round(reports, self._interests.steady(now), now, self._interests.crowds(now))
+        interests = self._interests
+        return self._placement.round(
+            reports, interests.steady(now), now, crowds=interests.crowds(now), over=interests.over(now)
+        )
 
     def hand_over(self, leaving: WorkerReport, reports: Iterable[WorkerReport], now: float) -> tuple[Command, ...]:
         """What others are to load because a worker leaves; nothing if that was said already."""

@@ -34,6 +34,10 @@ class DecayedRate:
         self._level = min(self.per_s(now), per_s)
         self._updated_s = max(now, self._updated_s)
 
+    def filled(self, since_s: float) -> float:
+        """What part of a steady rate is read after so many seconds of it."""
+        return -math.expm1(-self._decay_per_s * since_s)
+
     def requests(self, now: float) -> float:
         """How many requests of this very moment the rate as of ``now`` is worth."""
         return self.per_s(now) / self._decay_per_s
@@ -80,47 +84,68 @@ class Popularity:
 class Interest:
     """How often users of one location ask for one model, for placement: patient, but quick to see a crowd come and go.
 
-    - ``steady_per_s``: a rate over a long memory. When nobody has asked for so long that at this rate several requests
-      would have come, it is over: the rate is 0, and when requests come again, what they are after such a silence.
+    - ``steady_per_s``: a rate over a long memory.
     - ``crowd_per_s``: a rate over a very short memory, as far as it cannot be chance: two standard deviations less.
+    - ``is_over``: there was a crowd, and nobody has asked for so long that by the long memory several requests would
+      have come. The steady rate is 0 then, and when requests come again, what they are after such a silence.
     """
+
+    #: So many requests of the very short memory, beyond chance, are a crowd. Fewer are a burst, which will come again.
+    CROWD = 40.0
 
     #: So many requests that should have come and have not mean that a popularity is over.
     MISSED = 4.0
     DEVIATIONS = 2.0
+    #: What comes at once is taken to have come in this time.
+    LEAST_S = 1.0
 
-    __slots__ = ("_crowd", "_last_s", "_steady")
+    __slots__ = ("_crowd", "_crowd_since_s", "_had_crowd", "_last_s", "_steady")
 
     def __init__(self, half_life_s: float, crowd_half_life_s: float) -> None:
         self._steady = DecayedRate(half_life_s)
         self._crowd = DecayedRate(crowd_half_life_s)
         self._last_s = -math.inf
+        self._had_crowd = False
+        self._crowd_since_s = 0.0
 
     def add(self, now: float, count: int) -> None:
         """Count ``count`` requests at ``now`` (seconds; never runs backwards)."""
-        silence_s = now - self._last_s
-        if self._is_over(silence_s, now):
-            self._steady.cap(1 / silence_s, now)
+        if self.is_over(now):
+            self._steady.cap(1 / (now - self._last_s), now)
+            self._had_crowd = False
+        if self._crowd.requests(now) < 1:
+            self._crowd_since_s = now
         self._steady.add(now, count)
         self._crowd.add(now, count)
         self._last_s = now
+        if not self._had_crowd:
+            self._had_crowd = self._sure(now) >= self.CROWD
 
     def steady_per_s(self, now: float) -> float:
         """Requests per second that are to be expected for long."""
-        return 0.0 if self._is_over(now - self._last_s, now) else self._steady.per_s(now)
+        return 0.0 if self.is_over(now) else self._steady.per_s(now)
 
     def crowd_per_s(self, now: float) -> float:
         """Requests per second of a crowd, 0 if there is none."""
-        requests = self._crowd.requests(now)
-        sure = requests - self.DEVIATIONS * math.sqrt(requests)
-        return self._crowd.per_s(now) * sure / requests if sure > 0 else 0.0
+        sure = self._sure(now)
+        if sure <= 0:
+            return 0.0
+        # Requests have come only for so long yet, which is less than what such a memory takes to fill.
+        since_s = max(now - self._crowd_since_s, self.LEAST_S)
+        return self._crowd.per_s(now) * sure / self._crowd.requests(now) / self._crowd.filled(since_s)
+
+    def is_over(self, now: float) -> bool:
+        """Whether there was a crowd, which has gone."""
+        silence_s = now - self._last_s
+        return self._had_crowd and self._steady.per_s(now) * silence_s > self.MISSED
 
     def is_forgotten(self, now: float) -> bool:
         """Whether nothing worth mentioning is left of it."""
         return self._steady.requests(now) < Popularity.FORGET_REQUESTS
 
-    def _is_over(self, silence_s: float, now: float) -> bool:
-        return silence_s > 0 and self._steady.per_s(now) * silence_s > self.MISSED
+    def _sure(self, now: float) -> float:
+        requests = self._crowd.requests(now)
+        return requests - self.DEVIATIONS * math.sqrt(requests)
 
 
 class Interests:
@@ -156,3 +181,9 @@ class Interests:
             }
             for location, known in self._known.items()
         }
+
+    def over(self, now: float) -> frozenset[str]:
+        """Models for which there was a crowd somewhere, which has gone."""
+        return frozenset(
+            model_id for known in self._known.values() for model_id, interest in known.items() if interest.is_over(now)
+        )

@@ -297,7 +297,7 @@ class Worker:
             batch = work.payload
         self._demand[work.origin, work.model_id] += 1
         lease = await self._host.acquire(model.profile)
-        logits, queue_s, exec_s = await self._execute(lease, batch)
+        logits, queue_s, exec_s = await self._execute(lease, batch, model)
         if lease.outcome is Outcome.LOAD:
             self._load_s.add(model.model_id, lease.load_s)
         self._count(work.origin, lease.outcome)
@@ -317,9 +317,9 @@ class Worker:
     def _decode(self, payload: bytes, model: PublishedModel) -> FloatArray:
         return preprocess(decode_image(payload, self._max_pixels), model.image)[None]
 
-    async def _execute(self, lease: Lease, batch: FloatArray) -> tuple[FloatArray, float, float]:
+    async def _execute(self, lease: Lease, batch: FloatArray, model: PublishedModel) -> tuple[FloatArray, float, float]:
         """Logits, seconds in the queue for a thread, seconds of execution; gives the lease back."""
-        expected_s = self._exec_s.seconds.get(lease.model_id, self._catalog[lease.model_id].profile.exec_s)
+        expected_s = self._exec_s.seconds.get(lease.model_id, model.profile.exec_s)
         asked_s = self._clock()
 
         def run() -> tuple[FloatArray, float, float]:

@@ -99,7 +99,7 @@ def check_nothing_lost(load: Load) -> None:
 
 def check_directory_is_right(deployment) -> None:
     """Every location has one worker in the directory, and it holds what the directory says: nothing is loaded anew."""
-    until(lambda: _complete(deployment.status()), "every location is in the directory")
+    until(lambda: complete(deployment.status()), "every location is in the directory")
     until(lambda: _settled(deployment), "the last loads are reported")
     before = deployment.status()
     for name in LOCATIONS:
@@ -114,7 +114,8 @@ def check_directory_is_right(deployment) -> None:
     }
 
 
-def _complete(status) -> bool:
+def complete(status) -> bool:
+    """Whether every location has its worker in the directory."""
     return status["coordinator"]["up"] and all(status[name]["replicas"] == 1 for name in LOCATIONS)
 
 
@@ -124,7 +125,7 @@ def _settled(deployment) -> bool:
     version = before["coordinator"]["version"]
     until(lambda: deployment.status()["coordinator"]["version"] > version + 10, "new reports are in")
     after = deployment.status()
-    return _complete(after) and all(
+    return complete(after) and all(
         before[name][field] == after[name][field] for name in LOCATIONS for field in ("requests", "model_loads")
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -24,7 +24,7 @@ from serve_app.core.routing import Outcome, RoutingRules
 from serve_app.errors import DeadlineExceeded, DoesNotFit, InvalidRequest, StoreError
 from serve_app.serving.messages import Done, NotHeld, Refused, Work
 from serve_app.serving.model_host import ModelHost
-from serve_app.serving.worker import Worker, WorkerIdentity
+from serve_app.serving.worker import HoldingRules, Worker, WorkerIdentity
 
 BATCH = np.zeros((2, 3, 8, 8), np.float32)
 
@@ -96,6 +96,8 @@ async def running(
     link: FakeLink | None = None,
     capacity: int = 250,
     policy: EvictionPolicy | None = None,
+    holding: HoldingRules | None = None,
+    clock: Callable[[], float] | None = None,
 ) -> AsyncIterator[Worker]:
     """A worker with memory for two of its models; at the end every pin must be back and the bytes add up."""
     catalog = Catalog((*map(published, "abc"), published("huge", size_bytes=9999)))
@@ -113,7 +115,7 @@ async def running(
                 backend=backend,
                 loaders=loaders,
                 preloaders=loaders,
-                clock=loop.time,
+                clock=clock or loop.time,
                 call_at=loop.call_at,
                 observer=metrics,
             ),
@@ -125,6 +127,7 @@ async def running(
             metrics=metrics,
             rss_bytes=lambda: 7,
             max_pixels=10_000,
+            holding=holding or HoldingRules(),
         )
         yield worker
         backend.gate.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import pytest
@@ -68,6 +69,13 @@ def test_a_full_view_replaces_everything() -> None:
 
 def test_what_is_not_in_the_rates_has_none() -> None:
     assert View().rate("paris", "a") == 0.0
+
+
+def test_who_leaves_is_left_out_unless_all_do() -> None:
+    paris, tokyo = report("paris"), report("tokyo")
+    leaving = dataclasses.replace(paris, leaving=True)
+    assert replicas(knowing(leaving, tokyo)) == ["tokyo-1"]
+    assert replicas(knowing(leaving)) == ["paris-1"]
 
 
 # Sightings

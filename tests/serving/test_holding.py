@@ -1,0 +1,217 @@
+"""What a worker holds beside what its policy finds worth it: orders, preload lists, idle unload, hand-over, changes.
+
+The worker is real, its models, threads and coordinator are not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+
+import pytest
+from fakes import FakeLink, ManualClock, published, report, view
+from test_worker import FakeBackend, running, work
+
+from serve_app.core.catalog import Catalog
+from serve_app.core.commands import Command, EvictAt, PreloadAt
+from serve_app.core.coordination import CoordinatorRules
+from serve_app.core.keepers import rank
+from serve_app.core.policies import make_policy
+from serve_app.core.reports import ViewDelta, WorkerReport
+from serve_app.core.routing import Link, RoutingRules
+from serve_app.serving.messages import Done
+from serve_app.serving.worker import HoldingRules, Worker
+
+COORDINATION = CoordinatorRules(half_life_s=60.0, stale_after_s=2.0)
+
+
+class Orders(FakeLink):
+    """A coordinator that gives each order once."""
+
+    def __init__(self, *commands: Command, workers: tuple[WorkerReport, ...] = (), may_leave: bool = True) -> None:
+        super().__init__(dataclasses.replace(view(*workers), commands=commands, may_leave=may_leave))
+        self.configured: list[CoordinatorRules] = []
+
+    async def exchange(self, sent: WorkerReport | None, epoch: str, version: int) -> ViewDelta | None:
+        delta = await super().exchange(sent, epoch, version)
+        if self.delta is not None:
+            self.delta = dataclasses.replace(self.delta, commands=())
+        return delta
+
+    def configure(self, rules: CoordinatorRules) -> None:
+        self.configured.append(rules)
+
+
+def preload(model_id: str, *, required: bool = False) -> PreloadAt:
+    return PreloadAt(location="paris", replica="paris-1", model_id=model_id, required=required)
+
+
+def evict(model_id: str) -> EvictAt:
+    return EvictAt(location="paris", replica="paris-1", model_id=model_id)
+
+
+def held(worker: Worker) -> set[str]:
+    return {name for name, model in worker.report().models.items() if model.state.value == "ready"}
+
+
+async def until_held(worker: Worker, *model_ids: str) -> None:
+    async with asyncio.timeout(10):
+        while held(worker) != set(model_ids):  # noqa: ASYNC110 - a worker has no events
+            await asyncio.sleep(0)
+
+
+async def test_orders_are_carried_out() -> None:
+    link = Orders(evict("a"), preload("c"), preload("nowhere"))
+    async with running(FakeBackend(), link) as worker:
+        await worker.infer(work("a"))
+        await worker.infer(work("b"))
+        worker.start(3600)
+        await until_held(worker, "b", "c")
+
+
+async def test_an_order_does_not_touch_what_is_in_use() -> None:
+    backend = FakeBackend()
+    link = Orders(evict("a"), preload("c", required=True))
+    async with running(backend, link, capacity=200) as worker:
+        await worker.infer(work("b"))
+        backend.gate.clear()
+        busy = asyncio.ensure_future(worker.infer(work("a")))
+        async with asyncio.timeout(10):
+            while "a" not in held(worker):  # noqa: ASYNC110 - a worker has no events
+                await asyncio.sleep(0)
+        worker.start(3600)
+        await until_held(worker, "a", "c")
+        backend.gate.set()
+        assert isinstance(await busy, Done)
+
+
+async def test_what_is_listed_is_loaded_at_the_start_as_far_as_it_fits() -> None:
+    backend = FakeBackend()
+    async with running(backend, holding=HoldingRules(preload=("c", "nowhere", "a", "b"))) as worker:
+        worker.start(3600)
+        await until_held(worker, "a", "c")
+        assert backend.loads == ["c", "a"]
+        assert not any(model.pinned for model in worker.report().models.values())
+
+
+async def test_what_nobody_asks_for_is_unloaded_and_the_policy_does_not_bring_it_back() -> None:
+    clock = ManualClock()
+    backend = FakeBackend()
+    holding = HoldingRules(idle_unload_s=600.0)
+    async with running(backend, Orders(), holding=holding, clock=clock) as worker:
+        await worker.infer(work("a"))
+        clock.now = 300.0
+        await worker.infer(work("b"))
+        clock.now = 600.0
+        worker.start(0.001)
+        await until_held(worker, "b")
+        clock.now = 900.0
+        await until_held(worker)
+        assert backend.loads == ["a", "b"]
+
+
+async def test_a_copy_that_must_be_there_is_pinned_only_while_it_is_needed() -> None:
+    holding = HoldingRules(min_copies={"a": 1})
+    other = next(f"tokyo-{n}" for n in range(99) if rank("a", f"tokyo-{n}") < rank("a", "paris-1"))
+    keeper = dataclasses.replace(report("tokyo", "a", replica=other), keeps=frozenset("a"))
+    link = Orders()
+    async with running(FakeBackend(), link, holding=holding) as worker:
+        await worker.infer(work("a"))
+        worker.start(0.001)
+        async with asyncio.timeout(10):
+            while not worker.report().models["a"].pinned:  # noqa: ASYNC110 - a worker has no events
+                await asyncio.sleep(0)
+            assert worker.report().keeps == {"a"}
+            link.delta = view(keeper)
+            while worker.report().models["a"].pinned:  # noqa: ASYNC110 - a worker has no events
+                await asyncio.sleep(0)
+
+
+# Leaving
+
+
+async def test_who_leaves_says_so_and_waits_until_it_may() -> None:
+    link = Orders(may_leave=False)
+    async with running(FakeBackend(), link) as worker:
+        await worker.infer(work("a"))
+        worker.start(0.001)
+        async with asyncio.timeout(10):
+            while not link.reports:  # noqa: ASYNC110 - a link has no events
+                await asyncio.sleep(0)
+        leaving = asyncio.ensure_future(worker.stop())
+        async with asyncio.timeout(10):
+            while not link.reports[-1].leaving:  # noqa: ASYNC110 - a link has no events
+                await asyncio.sleep(0)
+        assert not leaving.done()
+        assert link.departed == []
+        link.delta = view()
+        await asyncio.wait_for(leaving, 10)
+        assert link.departed == ["paris-1"]
+        worker._reporting = None  # the bench stops it again
+
+
+@pytest.mark.parametrize("down", ["before", "meanwhile", "never"])
+async def test_nobody_waits_for_long_or_for_a_coordinator_that_is_down(down: str) -> None:
+    link = Orders(may_leave=False)
+    async with running(FakeBackend(), link, holding=HoldingRules(hand_over_s=0.05)) as worker:
+        worker.start(0.001)
+        await asyncio.sleep(0)
+        if down == "before":
+            link.delta = None
+        leaving = asyncio.ensure_future(worker.stop())
+        await asyncio.sleep(0)
+        if down == "meanwhile":
+            link.delta = None
+        await asyncio.wait_for(leaving, 10)
+        assert link.departed == ["paris-1"]
+        worker._reporting = None
+
+
+# Another configuration
+
+
+async def test_a_worker_goes_on_by_another_configuration_without_losing_a_request() -> None:
+    backend, link = FakeBackend(), Orders()
+    async with running(backend, link) as worker:
+        await worker.infer(work("a"))
+        backend.gate.clear()
+        busy = asyncio.ensure_future(worker.infer(work("b")))
+        async with asyncio.timeout(10):
+            while "b" not in held(worker):  # noqa: ASYNC110 - a worker has no events
+                await asyncio.sleep(0)
+        catalog = Catalog((published("a"), published("d")))
+        worker.reconfigure(
+            catalog=catalog,
+            capacity_bytes=150,
+            policy=make_policy("gdsf", random.Random(0)),
+            rules=RoutingRules(
+                profiles=catalog.profiles(), links={}, default_link=Link(rtt_s=1.0, bytes_per_s=1e9), horizon_s=10
+            ),
+            holding=HoldingRules(),
+            coordination=COORDINATION,
+        )
+        assert held(worker) == {"b"}
+        backend.gate.set()
+        assert isinstance(await busy, Done)
+        await until_held(worker)
+        assert isinstance(await worker.infer(work("d")), Done)
+        assert worker.report().capacity_bytes == 150
+        assert link.configured == [COORDINATION]
+
+
+async def test_a_configuration_that_cannot_be_is_refused_whole() -> None:
+    async with running(FakeBackend(), Orders()) as worker:
+        await worker.infer(work("a"))
+        pinned = dataclasses.replace(published("a"), pinned=True)
+        with pytest.raises(ValueError, match="pinned"):
+            worker.reconfigure(
+                catalog=Catalog((pinned,)),
+                capacity_bytes=50,
+                policy=None,
+                rules=worker._rules,
+                holding=HoldingRules(),
+                coordination=COORDINATION,
+            )
+        assert worker.report().capacity_bytes == 250
+        assert isinstance(await worker.infer(work("b")), Done)

@@ -1,0 +1,275 @@
+"""A cache that is changed while it serves: more or less memory, another policy, another catalogue, pins, advice."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from core_support import Ranked, assert_books_balance, profile
+
+from serve_app.core.answers import Grant, Hit, Load, ModelState, Preload, Reject, RejectReason, Shed, Wait
+from serve_app.core.cache import ModelCache
+from serve_app.core.policies import POLICIES, make_policy
+from serve_app.errors import Conflict
+
+
+def holding(*names: str, capacity: int = 40, in_use: str = "", pinned: str = "", **worth: float) -> ModelCache:
+    """A cache of ten-byte models; those ``in_use`` are."""
+    cache = ModelCache(capacity_bytes=capacity, policy=Ranked(**worth), pinned=pinned)
+    for number, name in enumerate(names):
+        assert cache.request(profile(name), float(number)) == Load(())
+        cache.loaded(name, float(number))
+        if name not in in_use:
+            cache.finish(name, float(number))
+    return cache
+
+
+def names(cache: ModelCache) -> str:
+    return "".join(sorted(model.model_id for model in cache.models()))
+
+
+# Less memory, and more
+
+
+def test_less_memory_evicts_the_least_useful_at_once() -> None:
+    cache = holding(*"abcd", a=4, b=1, c=3, d=2)
+    assert cache.resize(20, 9.0) == Shed(("b", "d"))
+    assert names(cache) == "ac"
+    assert_books_balance(cache)
+    assert not cache.must_shed
+
+
+def test_what_is_in_use_goes_when_it_is_idle_and_takes_nobody_new() -> None:
+    cache = holding(*"ab", capacity=20, in_use="ab", a=1, b=2)
+    assert cache.resize(10, 9.0) == Shed()
+    assert (cache.used_bytes, cache.must_shed) == (20, True)
+    assert cache.request(profile("b"), 9.0) == Hit()
+    ticket = cache.request(profile("a"), 9.0)
+    assert isinstance(ticket, Wait)
+    cache.finish("b", 10.0)
+    cache.finish("b", 10.0)
+    cache.finish("a", 10.0)
+    shed = cache.shed(10.0)
+    # Who waits for it loads it again, in the place of the other one.
+    victims = set(shed.victims) | {name for grant in shed.grants for name in grant.answer.victims}  # type: ignore[union-attr]
+    assert (victims, [grant.ticket for grant in shed.grants]) == ({"a", "b"}, [ticket.ticket])
+    assert_books_balance(cache)
+
+
+def test_who_waits_for_what_can_never_fit_any_more_is_told_so() -> None:
+    cache = holding("a", in_use="a", capacity=40)
+    waiting = cache.request(profile("large", 35), 1.0)
+    assert isinstance(waiting, Wait)
+    (grant,) = cache.resize(20, 2.0).grants
+    assert isinstance(grant.answer, Reject)
+    assert (grant.ticket, grant.answer.reason) == (waiting.ticket, RejectReason.TOO_LARGE)
+    assert_books_balance(cache)
+
+
+def test_more_memory_serves_who_waits() -> None:
+    cache = holding("a", in_use="a", capacity=10)
+    waiting = cache.request(profile("b"), 1.0)
+    assert isinstance(waiting, Wait)
+    assert cache.resize(20, 2.0) == Shed((), (Grant(waiting.ticket, "b", Load(())),))
+
+
+def test_pinned_models_need_their_memory() -> None:
+    cache = holding(*"ab", pinned="ab")
+    with pytest.raises(ValueError, match="pinned"):
+        cache.resize(15, 9.0)
+    assert cache.capacity_bytes == 40
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_happens_while_memory_changes_nobody_is_forgotten(seed: int) -> None:
+    rng = random.Random(seed)
+    cache = ModelCache(capacity_bytes=60, policy=make_policy("lru", random.Random(0)), max_loads=2)
+    models = {name: profile(name, rng.choice([5, 10, 20])) for name in "abcdef"}
+    using: list[str] = []
+    loading: dict[str, int] = {}
+    waiting: set[int] = set()
+
+    def take(ticket: int | None, name: str, answer: object) -> None:
+        waiting.discard(ticket or 0)
+        match answer:
+            case Hit():
+                using.append(name)
+            case Wait(ticket=new):
+                waiting.add(new)
+            case Reject(reason=reason):
+                assert reason is RejectReason.TOO_LARGE
+            case _:
+                loading[name] = loading.get(name, 0) + 1
+
+    def shed(change: Shed) -> None:
+        for grant in change.grants:
+            take(grant.ticket, grant.model_id, grant.answer)
+
+    def settle_one() -> None:
+        if loading and (rng.random() < 0.5 or not using):
+            name = rng.choice(sorted(loading))
+            using.extend([name] * loading.pop(name))
+            shed(Shed((), cache.loaded(name, now)))
+        elif using:
+            name = using.pop(rng.randrange(len(using)))
+            shed(Shed((), cache.finish(name, now)))
+        if cache.must_shed:
+            shed(cache.shed(now))
+
+    for step in range(300):
+        now = float(step)
+        if rng.random() < 0.1:
+            shed(cache.resize(rng.choice([20, 40, 60]), now))
+        if rng.random() < 0.5:
+            name = rng.choice(sorted(models))
+            take(None, name, cache.request(models[name], now))
+        settle_one()
+        if cache.used_bytes > cache.capacity_bytes:
+            assert all(model.uses or model.state is ModelState.LOADING for model in cache.models())
+    while using or loading:
+        settle_one()
+    assert not waiting
+    assert_books_balance(cache)
+
+
+# Another policy
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_any_policy_can_take_over(name: str) -> None:
+    cache = holding(*"abcd")
+    cache.know([profile(model) for model in "abcdef"], 9.0)
+    cache.use(make_policy(name, random.Random(0)), 9.0)
+    assert names(cache) == "abcd"
+    answer = cache.request(profile("e"), 10.0)
+    assert isinstance(answer, Load)
+    assert len(answer.victims) == 1
+    assert_books_balance(cache)
+
+
+def test_a_new_policy_is_told_of_everything_in_the_order_of_its_use() -> None:
+    cache = holding(*"abc")
+    cache.know([profile(model) for model in "abcd"], 9.0)
+    cache.forward_costs({"a": 0.1})
+    cache.request(profile("a"), 9.0)
+    cache.finish("a", 9.0)
+    policy = Ranked()
+    cache.use(policy, 10.0)
+    assert policy.told == [("know", name) for name in "abcd"] + [("load", name) for name in "bca"]
+    assert policy.forward_s == {"a": 0.1}
+
+
+# Another catalogue
+
+
+def test_what_the_catalogue_no_longer_has_goes_when_it_is_idle() -> None:
+    cache = holding(*"abc", in_use="b")
+    assert cache.offer([profile("c"), profile("d")], (), 9.0) == Shed(("a",))
+    assert cache.must_shed
+    cache.finish("b", 10.0)
+    assert cache.shed(10.0) == Shed(("b",))
+    assert names(cache) == "c"
+    assert cache.place(profile("a"), 11.0) is None
+    cache.offer([profile("a"), profile("c")], (), 12.0)
+    assert cache.place(profile("a"), 13.0) == Preload(profile("a"), ())
+    assert_books_balance(cache)
+
+
+def test_pins_change_with_the_catalogue() -> None:
+    cache = holding(*"ab", capacity=20, pinned="a", a=1, b=2)
+    cache.offer([profile(name) for name in "abc"], "b", 9.0)
+    assert {model.model_id for model in cache.models() if model.pinned} == {"b"}
+    assert cache.request(profile("c"), 10.0) == Load(("a",))
+    assert cache.request(profile("huge", 11), 11.0).reason is RejectReason.TOO_LARGE  # type: ignore[union-attr]
+
+
+# Copies that the cluster cannot spare
+
+
+def test_what_is_kept_is_no_victim_and_not_unloaded() -> None:
+    cache = holding(*"abcd", a=1, b=2, c=3, d=4)
+    cache.keep(["a"], 9.0)
+    assert [model.model_id for model in cache.models() if model.pinned] == ["a"]
+    with pytest.raises(Conflict, match="min_copies"):
+        cache.unload("a", 9.0)
+    assert cache.withdraw("a", 9.0) is None
+    assert cache.withdraw_unused(9.0, 9.0).victims == ("b", "c", "d")
+    cache.keep([], 10.0)
+    assert cache.withdraw("a", 11.0) == ()
+    assert_books_balance(cache)
+
+
+def test_no_more_than_half_is_kept() -> None:
+    cache = holding(*"abcd")
+    cache.keep(list("dcba"), 9.0)
+    assert {model.model_id for model in cache.models() if model.pinned} == {"c", "d"}
+
+
+def test_what_is_kept_lets_go_for_a_request_that_could_never_be_served_otherwise() -> None:
+    cache = holding(*"abcd")
+    cache.keep(list("ab"), 9.0)
+    answer = cache.request(profile("large", 30), 10.0)
+    assert isinstance(answer, Load)
+    assert sum(model.pinned for model in cache.models()) == 1
+    assert_books_balance(cache)
+
+
+def test_what_makes_way_is_not_kept() -> None:
+    cache = holding(*"abc", capacity=30, in_use="abc", a=1, b=2, c=3)
+    waiting = cache.request(profile("large", 20), 9.0)
+    assert isinstance(waiting, Wait)
+    cache.keep(list("ab"), 9.0)
+    assert not any(model.pinned for model in cache.models())
+    cache.finish("a", 10.0)
+    (grant,) = cache.finish("b", 10.0)
+    assert isinstance(grant.answer, Load)
+    assert_books_balance(cache)
+
+
+# Out on advice, or because nobody asks
+
+
+def test_what_was_withdrawn_comes_back_only_when_asked_for_or_insisted_on() -> None:
+    cache = holding(*"ab", a=5, b=5)
+    assert cache.withdraw("a", 9.0) == ()
+    assert cache.place(profile("a"), 9.0) is None
+    assert cache.place(profile("a"), 9.0, insist=True) == Preload(profile("a"), ())
+    cache.loaded("a", 9.0)
+    cache.withdraw("a", 9.5)
+    assert cache.request(profile("a"), 10.0) == Load(())
+    assert cache.withdraw("a", 10.0) is None
+    assert cache.withdraw("z", 10.0) is None
+
+
+def test_only_what_is_idle_for_long_is_withdrawn() -> None:
+    cache = holding(*"abc", in_use="b", pinned="c")
+    cache.request(profile("a"), 50.0)
+    cache.finish("a", 55.0)
+    assert cache.withdraw_unused(54.0, 60.0) == Shed()
+    assert cache.withdraw_unused(55.0, 60.0) == Shed(("a",))
+    assert_books_balance(cache)
+
+
+# Advice
+
+
+def test_advice_waits_for_the_background_and_orders_go_first() -> None:
+    cache = holding("a", a=1)
+    assert cache.place(profile("x"), 1.0) is not None
+    for name, insist in (("b", False), ("c", True)):
+        cache.advise(profile(name), 1.0, insist=insist)
+    assert cache.next_preload(1.0) is None
+    cache.loaded("x", 2.0)
+    assert cache.review_s <= 2.0
+    assert cache.next_preload(2.0) == Preload(profile("c"), ())
+    cache.loaded("c", 3.0)
+    assert cache.next_preload(3.0 + ModelCache.ADVICE_S) is None
+    assert cache.next_preload(3.0) is None
+
+
+def test_who_insists_displaces_what_is_worth_more_but_not_what_is_in_use() -> None:
+    cache = holding(*"ab", capacity=20, in_use="b", a=9, b=1)
+    cache.advise(profile("c"), 9.0)
+    assert cache.next_preload(9.0) is None
+    cache.advise(profile("c"), 9.0, insist=True)
+    assert cache.next_preload(9.0) == Preload(profile("c"), ("a",))

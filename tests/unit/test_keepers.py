@@ -1,0 +1,89 @@
+"""Which holders keep a model: one of them always, whoever acts on an old view, and no more than needed in the end."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from core_support import report, resident
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve_app.core.keepers import Keeper, kept_by, rank
+from serve_app.core.reports import WorkerReport
+
+REPLICAS = [f"{location}-{number}" for location in ("oslo", "paris", "rome") for number in (1, 2)]
+
+
+def place(replica: str) -> str:
+    return replica.partition("-")[0]
+
+
+def said(replica: str, *, holds: bool, keeps: bool, leaving: bool = False) -> WorkerReport:
+    return dataclasses.replace(
+        report(place(replica), replica, models=[resident("a")] if holds else []),
+        keeps=frozenset("a") if keeps else frozenset(),
+        leaving=leaving,
+    )
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    claims=st.dictionaries(st.sampled_from(REPLICAS), st.booleans(), min_size=2),
+    stale=st.integers(0, 5),
+    old=st.dictionaries(st.sampled_from(REPLICAS), st.booleans()),
+    copies=st.integers(0, 3),
+)
+def test_never_do_all_holders_let_go_though_one_of_them_acts_on_any_old_view(
+    claims: dict[str, bool], stale: int, old: dict[str, bool], copies: int
+) -> None:
+    """``claims``: the holders, and whether each has said last that it keeps the model."""
+    holders = sorted(claims)
+    now = [said(replica, holds=True, keeps=keeps) for replica, keeps in claims.items()]
+    then = [said(replica, holds=True, keeps=keeps) for replica, keeps in old.items()]
+    stay = []
+    for number, replica in enumerate(holders):
+        keeper = Keeper(replica, place(replica), {"a": copies})
+        keeper.keeps = frozenset("a") if claims[replica] else frozenset()
+        keeper.look(["a"], [])
+        keeper.keeps = frozenset("a") if claims[replica] else frozenset()
+        keeper.report(["a"])
+        if keeper.look(["a"], then if number == stale % len(holders) else now):
+            stay.append(replica)
+    assert stay
+
+
+@given(st.sets(st.sampled_from(REPLICAS), min_size=1), st.integers(0, 4))
+def test_in_the_end_there_are_as_many_keepers_as_needed_at_different_locations_first(
+    holders: set[str], copies: int
+) -> None:
+    keepers = {replica: Keeper(replica, place(replica), {"a": copies}) for replica in sorted(holders)}
+    for _ in range(5):
+        reports = [
+            dataclasses.replace(said(replica, holds=True, keeps=False), keeps=keeper.report(["a"]))
+            for replica, keeper in keepers.items()
+        ]
+        for keeper in keepers.values():
+            keeper.look(["a"], reports)
+    kept = {replica for replica, keeper in keepers.items() if keeper.keeps}
+    needed = min(max(1, copies), len(holders))
+    assert len(kept) == needed
+    assert len({place(replica) for replica in kept}) == min(needed, len({place(replica) for replica in holders}))
+    if copies <= 1:
+        assert kept == {min(holders, key=lambda replica: rank("a", replica))}
+
+
+def test_who_leaves_keeps_nothing_for_others() -> None:
+    first, second = sorted(REPLICAS, key=lambda replica: rank("a", replica))[:2]
+    assert kept_by(second, place(second), ["a"], [said(first, holds=True, keeps=True)], {}) == frozenset()
+    leaving = said(first, holds=True, keeps=True, leaving=True)
+    assert kept_by(second, place(second), ["a"], [leaving], {}) == {"a"}
+
+
+def test_what_has_just_come_is_kept_until_the_first_look() -> None:
+    keeper = Keeper("oslo-1", "oslo")
+    assert keeper.report(["a"]) == {"a"}
+
+
+def test_only_what_must_be_there_several_times_is_required() -> None:
+    keeper = Keeper("oslo-1", "oslo", {"a": 1, "b": 2, "c": 0})
+    assert keeper.required(["a", "b", "c", "d"]) == ["b", "a"]
