@@ -66,7 +66,12 @@ def parse_period(value: object) -> float | None:
     Raises:
         ValueError: neither.
     """
-    return None if value in (False, "off") else parse_duration(value)
+    if value is None or value is False or value == "off":
+        return None
+    period_s = parse_duration(value)
+    if period_s <= 0:
+        raise ValueError(f"{value!r} must be longer than nothing; off turns it off")
+    return period_s
 
 
 def parse_parameters(policy: str, written: Mapping[str, object]) -> dict[str, float]:

@@ -446,6 +446,17 @@ def test_every_shipped_file_is_strict_yaml(path: Path) -> None:
     assert isinstance(load_yaml(path), dict)
 
 
+@pytest.mark.parametrize(("written", "period_s"), [("off", None), (False, None), ("500ms", 0.5)])
+def test_what_happens_every_so_often_can_be_turned_off(written: object, period_s: float | None) -> None:
+    edge = {"locations": {"paris": {"memory": "1GiB"}}}
+    settings = EdgeSettings.model_validate(
+        edge | {"coordinator": {"placement_every": written}, "worker": {"idle_unload": written}}
+    )
+    assert (settings.coordinator.placement_every, settings.worker.idle_unload) == (period_s, period_s)
+    with pytest.raises(ValueError, match="off turns it off"):
+        EdgeSettings.model_validate(edge | {"coordinator": {"placement_every": "0s"}})
+
+
 def test_the_defaults_are_settings_that_would_be_accepted() -> None:
     """Pydantic checks no defaults; this does."""
     defaults = EdgeSettings(locations={"paris": {"memory": "1GiB"}})
