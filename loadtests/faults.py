@@ -2,7 +2,8 @@
 
 Starts a cluster of a head and three locations on hosts of its own (``deploy.testbed``; needs root), keeps requests
 coming at every location, and breaks one thing after the other. Clients are as those of any service with several
-addresses: a request that fails is tried once more at the next location's host. For each fault the table says
+addresses: a request that fails, or is not answered within 5 s, is tried once more at another location. For each fault
+the table says
 
     requests   sent while it was broken and until all was well again
     broken     of these, failed at the first address; who has no other address sees these
@@ -45,6 +46,7 @@ MODELS = ("squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v3_small", "mnasnet0
 #: Room for three of the five.
 _MEMORY = "45MiB"
 _PAUSE_S = 0.1
+_TIMEOUT_S, _CONNECT_S = 5.0, 1.0
 _SETTLED_S = 2.0
 _RECOVERY_S = 120.0
 _BROKEN_S = 8.0
@@ -119,7 +121,7 @@ class Clients:
         others = list(LOCATIONS)
         others.remove(location)
         turn = 0
-        limits = httpx.Timeout(20.0, connect=2.0)
+        limits = httpx.Timeout(_TIMEOUT_S, connect=_CONNECT_S)
         with httpx.Client(timeout=limits, headers={"Content-Type": "image/jpeg"}) as http:
             while not self._over.wait(_PAUSE_S):
                 turn += 1
@@ -128,7 +130,7 @@ class Clients:
                 status, outcome, problem = self._ask(http, self._lab.url(location) + path)
                 again = None
                 if status != httpx.codes.OK:
-                    again, _, problem_again = self._ask(http, self._lab.url(location, at=others[turn % 2]) + path)
+                    again, _, problem_again = self._ask(http, self._lab.url(others[turn % 2]) + path)
                     problem = f"{problem}; then {problem_again}" if problem_again else problem
                 answer = Answer(sent_s, time.monotonic(), location, status, outcome, again, problem)
                 with self._lock:
@@ -410,7 +412,7 @@ def _show(rows: Sequence[Row], out: Console) -> None:
 @click.option("--problems", is_flag=True, help="Say what went wrong with each request that failed.")
 def main(only: tuple[str, ...], step_clock: bool, as_json: bool, problems: bool) -> None:
     """Run all faults, one after the other."""
-    out = Console(stderr=as_json)
+    out = Console(stderr=as_json, width=None if sys.stdout.isatty() else 160)
     faults = [fault for fault in FAULTS if not only or any(part in fault.name for part in only)]
     if not step_clock:
         faults = [fault for fault in faults if fault.strike is not _step_clock]
