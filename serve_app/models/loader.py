@@ -221,7 +221,7 @@ class ModelLoader:
         """Maps the weights of a model into its module.
 
         Raises:
-            StoreError: the model is not published, or a file is missing or truncated.
+            StoreError: the model is not published, or a file is missing, truncated or corrupt.
         """
         prepared = self._prepared(model_id)
         try:
@@ -248,9 +248,11 @@ def fill(store: ModelStore, empty: Skeleton) -> LoadedModel:
     """Maps the files of a prepared model and fills it.
 
     Raises:
-        StoreError: a file is missing or truncated; the module stays empty.
+        StoreError: a file is missing, truncated or corrupt; the module stays empty.
     """
     model_id = empty.manifest.model.model_id
+    for file in empty.manifest.files:
+        store.require_whole(file, model_id)
     empty.fill([_map(store, file, model_id) for file in empty.manifest.files])
     return LoadedModel(empty)
 

@@ -4,6 +4,7 @@ Layout::
 
     root/models/<model_id>.json         manifest; its atomic rename publishes the model
     root/blobs/<sha256>.safetensors     weights, named after their content, never changed
+    root/whole/<sha256>.json            what the blob's file looked like when its content was last seen to be right
     root/tmp/                           files being written, named after the process that writes them
     root/lock                           held by the one publisher that may write
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import json
 import logging
 import os
 import secrets
@@ -43,6 +45,9 @@ class ModelStore:
         self._models = self.root / "models"
         self._blobs = self.root / "blobs"
         self._tmp = self.root / "tmp"
+        self._whole = self.root / "whole"
+        #: What files looked like whose content was right (None), or what was wrong with it.
+        self._seen: dict[str, tuple[list[int], str | None]] = {}
         self._writer = threading.RLock()
         self._depth = 0
 
@@ -121,6 +126,50 @@ class ModelStore:
             if digest != file.sha256:
                 raise StoreError(f"weights {path} of model {model_id!r} are corrupt; publish it again with force")
 
+    def require_whole(self, file: BlobFile, model_id: str) -> None:
+        """Makes sure that a blob has the content that it was published with.
+
+        Reading a blob takes far longer than loading it, so its content is trusted as long as the file's inode, size
+        and times are as they were when it was last read, by whatever process of this machine. Else it is read again.
+
+        Raises:
+            StoreError: it is missing, truncated or corrupt.
+        """
+        path = self.blob_path(file.name)
+        check_size(file, path, model_id)
+        looks = _looks(path)
+        seen, problem = self._seen.get(file.name, ([], None))
+        if seen != looks:
+            problem = None
+            if not self._was_whole(file.name, looks):
+                logger.info("reading weights %s: they are new here, or have changed", path)
+                with explain_os_errors(f"read {path}", path):
+                    digest = sha256_of(path)
+                if digest == file.sha256:
+                    self._remember_whole(file.name, looks)
+                else:
+                    problem = f"weights {path} of model {model_id!r} are corrupt; publish it again with force"
+            self._seen[file.name] = looks, problem
+        if problem is not None:
+            raise StoreError(problem)
+
+    def _was_whole(self, name: str, looks: list[int]) -> bool:
+        try:
+            return bool(json.loads(self._whole_path(name).read_bytes()) == looks)
+        except (OSError, ValueError):
+            return False
+
+    def _whole_path(self, name: str) -> Path:
+        return (self._whole / name).with_suffix(".json")
+
+    def _remember_whole(self, name: str, looks: list[int]) -> None:
+        # Only to save time; who may not write to the store reads the blob once in every process.
+        with contextlib.suppress(OSError):
+            self._whole.mkdir(exist_ok=True)
+            temporary = self._whole / f".{name}.{os.getpid()}.{threading.get_ident()}"
+            temporary.write_text(json.dumps(looks))
+            temporary.replace(self._whole_path(name))
+
     @contextlib.contextmanager
     def exclusive(self, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
         """Makes the caller the only publisher on this store, across threads and processes; may be nested.
@@ -164,6 +213,7 @@ class ModelStore:
                 if not path.is_file() or sha256_of(path) != digest:
                     temporary.replace(path)
                     fsync_path(self._blobs)
+                self._remember_whole(blob.name, _looks(path))
             return blob
 
     def commit(self, manifest: Manifest) -> None:
@@ -199,6 +249,7 @@ class ModelStore:
             for path in list(self._blobs.iterdir()):
                 if path.name not in used:
                     freed += _remove(path)
+                    self._whole_path(path.name).unlink(missing_ok=True)
         return freed
 
     def _manifest_path(self, model_id: str) -> Path:
@@ -244,6 +295,12 @@ def is_publication_of(manifest: Manifest, entry: ModelEntry) -> bool:
         entry.dtype,
         image.crop_px,
     )
+
+
+def _looks(path: Path) -> list[int]:
+    """What changes when a file is written to or replaced."""
+    status = path.stat()
+    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def check_size(file: BlobFile, path: Path, model_id: str) -> None:

@@ -159,10 +159,44 @@ def test_missing_weights_are_refused_and_load_again_once_they_are_back(small: Mo
     loader = ModelLoader(small)
     loader.prepare("tied")
     blob.rename(small.root / "away")
-    with pytest.raises(StoreError, match="cannot be opened"):
+    with pytest.raises(StoreError, match="are missing"):
         loader.load("tied")
     (small.root / "away").rename(blob)
     loader.load("tied").unload()
+
+
+def test_corrupt_weights_are_refused_and_load_again_once_they_are_mended(small: ModelStore) -> None:
+    blob = small.blob_path(small.manifest("tied").files[0].name)
+    loader = ModelLoader(small)
+    loader.load("tied").unload()
+    good = blob.read_bytes()
+    blob.write_bytes(good[:-8] + bytes(8))
+    for _ in range(2):
+        with pytest.raises(StoreError, match="corrupt"):
+            loader.load("tied")
+    with pytest.raises(StoreError, match="corrupt"):
+        ModelLoader(small).load("tied")
+    blob.write_bytes(good)
+    loader.load("tied").unload()
+
+
+def test_weights_are_read_when_they_are_new_here_and_then_trusted_until_they_change(
+    small: ModelStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    blob = small.blob_path(small.manifest("tied").files[0].name)
+
+    def times_read() -> int:
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            ModelLoader(small).load("tied").unload()
+        return sum("reading weights" in record.getMessage() for record in caplog.records)
+
+    assert times_read() == 0, "the publisher has read them"
+    content = blob.read_bytes()
+    blob.unlink()
+    blob.write_bytes(content)
+    assert times_read() == 1
+    assert times_read() == 0
 
 
 def test_unknown_model_is_refused(shared: ModelStore) -> None:
