@@ -99,7 +99,7 @@ def test_every_host_answers_for_every_location_and_for_all_of_them(cluster: Clus
     for name, host in cluster.testbed.hosts.items():
         for location in LOCATIONS:
             response = infer(cluster.url(location, at=name), MODEL)
-            assert response.headers["X-EdgeServe-Location"] in LOCATIONS
+            assert response.headers["X-EdgeServe-Location"] == location
         status = httpx.get(f"http://{host.address}:8000/v1/locations", timeout=30).raise_for_status().json()
         assert [row["name"] for row in status["locations"]] == list(LOCATIONS)
         assert status["coordinator"]["up"]
