@@ -186,7 +186,8 @@ def binary_request() -> tuple[bytes, dict[str, str]]:
     parameters: dict[str, Any] = {"binary_data_size": PAYLOAD_BYTES}
     tensor = {"name": "input", "shape": list(BATCH.shape), "datatype": "FP32", "parameters": parameters}
     head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
-    return head + BATCH.tobytes(), {"Inference-Header-Content-Length": str(len(head))}
+    headers = {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"}
+    return head + BATCH.tobytes(), headers
 
 
 def infer(url: str, model: str, content: tuple[bytes, dict[str, str]] | None = None) -> httpx.Response:
