@@ -153,23 +153,43 @@ def _await_ready(serve_file: ServeFile, say: Say) -> None:
     from ray import serve
 
     deadline_s = time.monotonic() + _READY_S
-    waiting = {app.name for app in serve_file.applications}
+    ready: set[str] = set()
     with httpx.Client(timeout=2.0, trust_env=False) as client:
-        while waiting:
+        while len(ready) < len(serve_file.applications):
             if time.monotonic() > deadline_s:
-                raise StartFailed(f"{', '.join(sorted(waiting))} did not get ready within {_READY_S:.0f} s")
+                waiting = sorted(set(serve_file.names) - ready)
+                raise StartFailed(f"{', '.join(waiting)} did not get ready within {_READY_S:.0f} s")
             applications = serve.status().applications
+            hosts = _hosts(serve_file)
             for app in serve_file.applications:
                 status = applications.get(app.name)
                 if status is not None and status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
                     raise StartFailed(f"{app.name} failed to deploy: {' '.join(status.message.split())[-600:]}")
-                if status is None or status.status != "RUNNING":
-                    continue
-                url = f"{serve_file.url}{app.route_prefix.rstrip('/')}/v2/health/ready"
-                if app.name in waiting and _answers(client, url):
-                    waiting.discard(app.name)
+                path = f"{app.route_prefix.rstrip('/')}/v2/health/ready"
+                running = status is not None and status.status == "RUNNING"
+                if not running or not all(_answers(client, f"http://{host}:{serve_file.port}{path}") for host in hosts):
+                    # A host that has just come in may not know it yet.
+                    ready.discard(app.name)
+                elif app.name not in ready:
+                    ready.add(app.name)
                     say(f"{app.name} is ready")
             time.sleep(0.2)
+
+
+def _hosts(serve_file: ServeFile) -> list[str]:
+    """Where the applications must answer: each host has a proxy of its own, and they learn of replicas one by one."""
+    if serve_file.host not in ("0.0.0.0", ""):
+        return [serve_file.host]
+    hosts = {"127.0.0.1"}
+    if serve_file.proxy_location == "EveryNode":
+        from ray.serve.context import _get_global_client
+
+        details = _get_global_client().get_serve_details()["applications"]
+        for name in set(serve_file.names) & details.keys():
+            for deployment in details[name]["deployments"].values():
+                # One that has not started yet is nowhere.
+                hosts |= {replica["node_ip"] for replica in deployment["replicas"] if replica.get("node_ip")}
+    return sorted(hosts)
 
 
 def _answers(client: httpx.Client, url: str) -> bool:

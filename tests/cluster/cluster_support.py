@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import re
 import shutil
@@ -122,14 +124,15 @@ class Cluster:
         return self.host(HEAD).run("sh", "-c", log, check=False).stdout[-8000:]
 
     def is_ready(self, location: str) -> bool:
+        """Whether its own host answers for it."""
         try:
-            return httpx.get(f"{self.url(location, at=HEAD)}/v2/health/ready", timeout=5).status_code == 200
+            return httpx.get(f"{self.url(location, at=location)}/v2/health/ready", timeout=5).status_code == 200
         except httpx.HTTPError:
             return False
 
     def await_locations(self) -> None:
         for location in LOCATIONS:
-            until(f"{location} is ready", lambda at=location: self.is_ready(at), _COMMAND_S)
+            until(f"{location} is ready", functools.partial(self.is_ready, location), _COMMAND_S)
 
 
 def start(testbed: Testbed, folder: Path) -> Cluster:
@@ -180,12 +183,11 @@ def left_running(testbed: Testbed) -> dict[str, str]:
 
 def binary_request() -> tuple[bytes, dict[str, str]]:
     """``BATCH`` in the Open Inference Protocol, and the headers that go with it."""
-    import json
-
     parameters: dict[str, Any] = {"binary_data_size": PAYLOAD_BYTES}
     tensor = {"name": "input", "shape": list(BATCH.shape), "datatype": "FP32", "parameters": parameters}
     head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
-    return head + BATCH.tobytes(), {"Inference-Header-Content-Length": str(len(head))}
+    headers = {"Inference-Header-Content-Length": str(len(head)), "Content-Type": "application/octet-stream"}
+    return head + BATCH.tobytes(), headers
 
 
 def infer(url: str, model: str, content: tuple[bytes, dict[str, str]] | None = None) -> httpx.Response:

@@ -1,4 +1,7 @@
-"""Hosts of their own for these tests, and on them one cluster as ``ray up cluster.yaml`` makes it."""
+"""Hosts of their own for these tests, and on them one cluster as ``ray up cluster.yaml`` makes it.
+
+For one module, and not for the session: what runs on them would slow down all other tests.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=lacks))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def testbed() -> Iterator[Testbed]:
     # What is not imported need not be compiled, four times.
     os.environ["PIP_NO_COMPILE"] = "1"
@@ -34,7 +37,7 @@ def testbed() -> Iterator[Testbed]:
         yield hosts
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster(testbed: Testbed) -> Iterator[Cluster]:
     """Ray on every host, started by ``ray up`` and ended by ``ray down``."""
     folder = Path(tempfile.mkdtemp(prefix="es-"))
@@ -52,7 +55,7 @@ def ray_cluster(testbed: Testbed) -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(ray_cluster: Cluster) -> Cluster:
     """The locations as ``edgeserve up`` deploys them."""
     ray_cluster.exec("cd ~/edgeserve && edgeserve up deploy/cluster.yaml --detach")
