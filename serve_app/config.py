@@ -171,6 +171,9 @@ class WorkerSettings(Settings):
     failure_memory: Duration = 5.0
     #: A model that nobody has asked for in so long is unloaded, though nothing needs its place; off: never.
     idle_unload: Period = None
+    #: Give the pages of a model's weights back to the machine when it is unloaded. Otherwise the kernel keeps them as
+    #: long as nobody else needs the memory, and the next load is free.
+    release_page_cache: bool = False
     #: How long a worker that is shut down waits for others to load what it is popular for.
     hand_over: Duration = 5.0
 

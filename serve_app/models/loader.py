@@ -7,12 +7,15 @@ slot. The page cache of the kernel holds the weights once per machine, whatever 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -141,7 +144,8 @@ class Skeleton:
 class LoadedModel:
     """A model in memory; made by ``ModelLoader.load``."""
 
-    def __init__(self, filled: Skeleton) -> None:
+    def __init__(self, filled: Skeleton, unloaded: Callable[[Manifest], object] | None = None) -> None:
+        self._unloaded = unloaded
         self.model_id = filled.manifest.model.model_id
         self.weights_bytes = filled.manifest.model.weights_bytes
         self._input_shape = filled.manifest.model.inputs[0].shape[1:]
@@ -177,18 +181,27 @@ class LoadedModel:
     def unload(self) -> None:
         """Gives the memory back at once; the caller makes sure that no inference runs. Twice is harmless."""
         if self._skeleton is not None:
+            manifest = self._skeleton.manifest
             self._skeleton.empty()
             self._skeleton = None
+            if self._unloaded is not None:
+                self._unloaded(manifest)
 
 
 class ModelLoader:
     """Loads the models of a store, several at a time from several threads.
 
     The caller makes sure that a model is loaded at most once at a time: the loaded model *is* the prepared module.
+
+    Args:
+        store: the published models.
+        release_page_cache: whether unloading a model lets the kernel forget its weights as well.
     """
 
-    def __init__(self, store: ModelStore) -> None:
+    def __init__(self, store: ModelStore, *, release_page_cache: bool = False) -> None:
         self._store = store
+        # It takes milliseconds, which the caller of unload does not have.
+        self._releasing = ThreadPoolExecutor(1, thread_name_prefix="release") if release_page_cache else None
         self._skeletons: dict[str, Skeleton] = {}
         self._locks: dict[str, threading.Lock] = {}
 
@@ -225,14 +238,19 @@ class ModelLoader:
         """
         prepared = self._prepared(model_id)
         try:
-            return fill(self._store, prepared)
+            return fill(self._store, prepared, self._release)
         except StoreError:
             # The model may have been published again, and the files of before swept.
             newer = self._store.manifest(model_id)
             if newer.files == prepared.manifest.files:
                 raise
             self._skeletons[model_id] = replaced = Skeleton(newer)
-            return fill(self._store, replaced)
+            return fill(self._store, replaced, self._release)
+
+    def _release(self, manifest: Manifest) -> None:
+        if self._releasing is not None:
+            for file in manifest.files:
+                self._releasing.submit(_forget_pages, self._store.blob_path(file.name))
 
     def _prepared(self, model_id: str) -> Skeleton:
         ready = self._skeletons.get(model_id)
@@ -244,8 +262,8 @@ class ModelLoader:
             return self._skeletons[model_id]
 
 
-def fill(store: ModelStore, empty: Skeleton) -> LoadedModel:
-    """Maps the files of a prepared model and fills it.
+def fill(store: ModelStore, empty: Skeleton, unloaded: Callable[[Manifest], object] | None = None) -> LoadedModel:
+    """Maps the files of a prepared model and fills it; ``unloaded`` is called when it has been unloaded again.
 
     Raises:
         StoreError: a file is missing, truncated or corrupt; the module stays empty.
@@ -254,7 +272,13 @@ def fill(store: ModelStore, empty: Skeleton) -> LoadedModel:
     for file in empty.manifest.files:
         store.require_whole(file, model_id)
     empty.fill([_map(store, file, model_id) for file in empty.manifest.files])
-    return LoadedModel(empty)
+    return LoadedModel(empty, unloaded)
+
+
+def _forget_pages(path: Path) -> None:
+    """Lets the kernel give back the pages of a file; those that somebody has mapped stay."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _map(store: ModelStore, file: BlobFile, model_id: str) -> mmap.mmap:

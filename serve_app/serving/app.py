@@ -168,7 +168,9 @@ class _WorkerReplica:
             raise ConfigError(f"application {context.app_name!r} must have the name of its location, {location!r}")
         use_threads(settings.worker.threads_per_inference)
         self._deployed = deployed
-        self._loader = loader = ModelLoader(ModelStore(settings.store))
+        self._loader = loader = ModelLoader(
+            ModelStore(settings.store), release_page_cache=settings.worker.release_page_cache
+        )
         catalog = self._prepared(deployed)
         self._replica = replica = context.replica_id.unique_id
         metrics = WorkerMetrics(location, replica)

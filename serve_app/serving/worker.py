@@ -274,7 +274,8 @@ class Worker:
             queue_s=self._queue.wait_s(self._exec_slots),
             inflight=self._inflight,
             exec_s=dict(self._exec_s.seconds),
-            load_s=dict(self._load_s.seconds),
+            # Where loads are short, the noise of executions may make the difference negative.
+            load_s={model_id: max(0.0, seconds) for model_id, seconds in self._load_s.seconds.items()},
             loads=cache.counters.loads,
             load_failures=cache.counters.load_failures,
             evictions=cache.counters.evictions,
@@ -299,7 +300,11 @@ class Worker:
         lease = await self._host.acquire(model.profile)
         logits, queue_s, exec_s = await self._execute(lease, batch, model)
         if lease.outcome is Outcome.LOAD:
-            self._load_s.add(model.model_id, lease.load_s)
+            # What a load takes shows in part only now: the first execution touches every page of the weights.
+            first_s = exec_s / len(batch) - self._exec_s.seconds.get(model.model_id, model.profile.exec_s)
+            self._load_s.add(model.model_id, lease.load_s + first_s)
+        else:
+            self._exec_s.add(model.model_id, exec_s / len(batch))
         self._count(work.origin, lease.outcome)
         self._metrics.executed(model.model_id, lease.wait_s + queue_s, exec_s)
         return Done(
@@ -332,7 +337,6 @@ class Worker:
         # Not when this coroutine ends: a cancelled request's thread runs on, and its model must stay until it is done.
         job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._executed, lease, expected_s))
         logits, began_s, ended_s = await asyncio.wrap_future(job)
-        self._exec_s.add(lease.model_id, (ended_s - began_s) / len(batch))
         return logits, began_s - asked_s, ended_s - began_s
 
     def _executed(self, lease: Lease, expected_s: float) -> None:

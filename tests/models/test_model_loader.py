@@ -1,8 +1,11 @@
+import ctypes
 import dataclasses
 import gc
+import mmap
 import os
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -197,6 +200,31 @@ def test_weights_are_read_when_they_are_new_here_and_then_trusted_until_they_cha
     blob.write_bytes(content)
     assert times_read() == 1
     assert times_read() == 0
+
+
+@pytest.mark.parametrize("release", [True, False])
+def test_unloading_gives_the_page_cache_back_if_it_is_told_to(small: ModelStore, release: bool) -> None:
+    blob = small.blob_path(small.manifest("tied").files[0].name)
+    model = ModelLoader(small, release_page_cache=release).load("tied")
+    model.infer(images(1, 32))
+    assert cached_pages(blob) > 0
+    model.unload()
+    if not release:
+        assert cached_pages(blob) > 0
+        return
+    deadline_s = time.monotonic() + 30
+    while cached_pages(blob):
+        assert time.monotonic() < deadline_s
+
+
+def cached_pages(path: Path) -> int:
+    """How many pages of a file the kernel has in memory (mincore(2))."""
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file, mmap.mmap(file.fileno(), size_bytes, access=mmap.ACCESS_COPY) as mapped:
+        pages = (ctypes.c_ubyte * -(-size_bytes // mmap.PAGESIZE))()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), pages) == 0
+        return sum(page & 1 for page in pages)
 
 
 def test_unknown_model_is_refused(shared: ModelStore) -> None:
