@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_support import HEAD, LOCATIONS, Cluster, left_running, start, until
+from cluster_support import HEAD, LOCATIONS, Cluster, client_sockets, left_running, start, until
 
 from deploy.testbed import Testbed, missing
 
@@ -53,6 +53,7 @@ def ray_cluster(testbed: Testbed) -> Iterator[Cluster]:
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(client_sockets(testbed), ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
