@@ -44,12 +44,12 @@ def ray_cluster(testbed: Testbed) -> Iterator[Cluster]:
     try:
         cluster = start(testbed, folder)
         yield cluster
-        cluster.ray("down", "cluster.yaml", "--yes")
+        said = cluster.ray("down", "cluster.yaml", "--yes")
         until(
             "ray down has ended everything",
             lambda: not left_running(testbed),
             _DOWN_S,
-            lambda: str(left_running(testbed)),
+            lambda: f"{left_running(testbed)}\nray down said:\n{said}",
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
