@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -146,6 +147,8 @@ def start(testbed: Testbed, folder: Path) -> Cluster:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "EDGESERVE_"))}
     # Ray's client leaves files in its user's home and in these.
     own = {"HOME": str(folder / "home"), "RAY_TMPDIR": str(folder), "TMPDIR": str(folder)}
+    # And shares ssh connections by user, cluster and address, all of which another testbed may have had a moment ago.
+    own["LOGNAME"] = testbed.name
     environment = {**kept, **own, "RAY_USAGE_STATS_ENABLED": "0"}
     cluster = Cluster(testbed, folder / "edgeserve", environment)
     cluster.ray("get-auth-token", "--generate")
@@ -158,6 +161,11 @@ def start(testbed: Testbed, folder: Path) -> Cluster:
     hosts = len(testbed.hosts)
     until(f"{hosts} hosts have joined", lambda: cluster.nodes() == hosts, _JOIN_S, cluster.monitor_log)
     return cluster
+
+
+def client_sockets(testbed: Testbed) -> Path:
+    """Where Ray's client keeps its ssh connections, whatever it is told."""
+    return Path("/tmp") / f"ray_ssh_{hashlib.sha256(testbed.name.encode()).hexdigest()[:10]}"
 
 
 def copy_dependencies(one: Host, other: Host) -> None:

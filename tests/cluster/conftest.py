@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_support import HEAD, LOCATIONS, Cluster, left_running, start, until
+from cluster_support import HEAD, LOCATIONS, Cluster, client_sockets, left_running, start, until
 
 from deploy.testbed import Testbed, missing
 
@@ -44,15 +44,16 @@ def ray_cluster(testbed: Testbed) -> Iterator[Cluster]:
     try:
         cluster = start(testbed, folder)
         yield cluster
-        cluster.ray("down", "cluster.yaml", "--yes")
+        said = cluster.ray("down", "cluster.yaml", "--yes")
         until(
             "ray down has ended everything",
             lambda: not left_running(testbed),
             _DOWN_S,
-            lambda: str(left_running(testbed)),
+            lambda: f"{left_running(testbed)}\nray down said:\n{said}",
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(client_sockets(testbed), ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
