@@ -374,6 +374,11 @@ class ModelCache:
         return self._books.used_bytes
 
     @property
+    def max_loads(self) -> int:
+        """Loads for requests that may be under way at the same time."""
+        return self._max_loads
+
+    @property
     def waiting(self) -> int:
         """Requests in line for memory."""
         return len(self._waiting)

@@ -149,6 +149,14 @@ class Knowledge:
         resident = report.models.get(model_id)
         return resident.state if resident else None
 
+    def loading(self, report: WorkerReport) -> int:
+        """How many models load at a worker or wait for their turn to, those that this router has caused included."""
+        caused = sum(
+            sighting.state is ModelState.LOADING and model_id not in report.models
+            for model_id, sighting in self._sightings.get(report.replica, {}).items()
+        )
+        return report.loading + caused
+
     def see(self, replica: str, model_id: str, state: ModelState | None, sequence: int) -> None:
         """A model was in ``state`` at ``replica`` after its report number ``sequence - 1``."""
         report = self.view.workers.get(replica)

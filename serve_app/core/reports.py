@@ -44,6 +44,7 @@ class OutcomeCounts:
 class WorkerReport:
     """The state of one worker replica; sent about four times a second.
 
+    ``loading`` counts the models that load or wait for their turn to, of which ``load_slots`` load at the same time.
     ``queue_s`` is the time until a request that arrives now begins to execute. ``exec_s`` and ``load_s`` are smoothed
     measurements per model, absent where nothing was measured yet. ``outcomes`` is keyed by the location whose users
     sent the requests: another one's are forwards. ``keeps`` are the models that the worker does not let go as if they
@@ -58,6 +59,8 @@ class WorkerReport:
     rss_bytes: int
     models: Mapping[str, ResidentModel]
     exec_slots: int
+    loading: int = 0
+    load_slots: int = 1
     queue_s: float
     inflight: int
     exec_s: Mapping[str, float]

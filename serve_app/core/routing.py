@@ -11,6 +11,7 @@ from typing import Protocol
 
 from serve_app.core.answers import ModelState
 from serve_app.core.catalog import ModelProfile
+from serve_app.core.keepers import rank
 from serve_app.core.knowledge import Knowledge, View
 from serve_app.core.links import HERE, Link
 from serve_app.core.reports import WorkerReport
@@ -160,12 +161,12 @@ class _Choice:
     def best(self) -> Plan:
         local, errand = self._local, self._errand
         if local is None:
-            return min(self._elsewhere(), key=_cost_s, default=_plan_blindly(errand))
+            return self._best_elsewhere() or _plan_blindly(errand)
         if errand.forwarding is Forwarding.NEVER or (
             local.outcome is Outcome.HIT and local.wait_s - self._way_s <= self._rules.staleness_s
         ):
             return local
-        there = min(self._elsewhere(), key=_cost_s, default=None)
+        there = self._best_elsewhere()
         if there is None:
             return local
         prefer = errand.forwarding is Forwarding.PREFER and local.outcome is Outcome.LOAD
@@ -187,6 +188,20 @@ class _Choice:
             cost_s=expected_s + loss_s,
         )
 
+    def _best_elsewhere(self) -> Plan | None:
+        """The best that other locations offer.
+
+        Of those that would load the model, all are as good whose difference may be older than the news: if every router
+        took the one that looked best, all would take the same. Instead each model has an order of its own.
+        """
+        plans = list(self._elsewhere())
+        best = min(plans, key=_cost_s, default=None)
+        if best is None or best.must_hold:
+            return best
+        limit_s = best.cost_s + self._rules.staleness_s
+        alike = [plan for plan in plans if not plan.must_hold and plan.cost_s <= limit_s]
+        return min(alike, key=lambda plan: rank(self._model.model_id, plan.replica or ""))
+
     def _elsewhere(self) -> Iterator[Plan]:
         """What other locations offer; of those that do not hold the model, only to be rid of a long queue here."""
         errand, known = self._errand, self._known
@@ -194,12 +209,19 @@ class _Choice:
             return
         may_load = self._local is None or self._local.cost_s == math.inf
         if self._report is not None and errand.forwarding is Forwarding.AUTO:
-            may_load = may_load or known.queue_s(self._report) > self._rules.staleness_s
+            may_load = may_load or self._is_busy(self._report)
         for report in self._workers:
             if report.location != errand.here:
                 state = known.state(report, self._model.model_id)
                 if may_load or state is not None:
                     yield self._there(report, state)
+
+    def _is_busy(self, report: WorkerReport) -> bool:
+        """Whether a request waits here clearly longer than it would if it were the only one."""
+        others_s = self._known.queue_s(report)
+        if self._local is not None and self._local.outcome is Outcome.LOAD:
+            others_s += load_s(self._model, report) * (self._turns(report) - 1)
+        return others_s > self._rules.staleness_s
 
     def _there(self, report: WorkerReport, state: ModelState | None) -> Plan:
         errand, model, known, rules = self._errand, self._model, self._known, self._rules
@@ -247,7 +269,11 @@ class _Choice:
                 return load_s(self._model, report) / 2, 0.0
             case None:
                 loss_s = _victims_loss_s(self._model, report, self._known.view, self._rules)
-                return load_s(self._model, report), loss_s
+                return load_s(self._model, report) * self._turns(report), loss_s
+
+    def _turns(self, report: WorkerReport) -> int:
+        """How many loads, one after the other, it takes until a model that would be loaded there now has come."""
+        return 1 + self._known.loading(report) // report.load_slots
 
 
 def forward_costs(here: str, view: View, rules: RoutingRules) -> dict[str, float]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from serve_app.core.answers import ModelState
 from serve_app.core.catalog import Catalog, PublishedModel
 from serve_app.core.commands import Command, EvictAt, PreloadAt
 from serve_app.core.coordination import CoordinatorRules
@@ -271,6 +272,8 @@ class Worker:
             rss_bytes=self._rss_bytes(),
             models={model.model_id: model for model in models},
             exec_slots=self._exec_slots,
+            loading=sum(model.state is ModelState.LOADING for model in models) + cache.waiting,
+            load_slots=cache.max_loads,
             queue_s=self._queue.wait_s(self._exec_slots),
             inflight=self._inflight,
             exec_s=dict(self._exec_s.seconds),

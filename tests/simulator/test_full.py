@@ -333,3 +333,27 @@ def test_lazy_rates_are_those_of_the_coordinator_as_of_the_moment_they_were_give
 def test_options_are_checked_at_birth(wrong: Mapping[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         FullOptions(make_cache=Caches(), **wrong)
+
+
+# No herd
+
+
+@pytest.mark.parametrize("load_s", [0.05, 1.0])
+@pytest.mark.parametrize("asked_at", ["one", "all in turn", "any"])
+@pytest.mark.parametrize("locations", [2, 3, 4, 8])
+def test_cold_requests_that_come_together_are_spread(locations: int, asked_at: str, load_s: float) -> None:
+    rng = random.Random(1)
+    at = {
+        "one": lambda _: 0,
+        "all in turn": lambda number: number % locations,
+        "any": lambda _: rng.randrange(locations),
+    }
+    caches = Caches(capacity=1000, max_loads=2)
+    known = [(0.0, f"warm{number}", number) for number in range(locations)]
+    cold = [(5.0, f"cold{number:02}", at[asked_at](number)) for number in range(50)]
+    requests = trace(*known, *cold, locations=locations)
+    models = [profile(model_id, load_s=load_s) for model_id in requests.models]
+    simulate(requests, caches, models, coordination="forwarding", exec_slots=2)
+    loads = [cache.counters.loads - 1 for cache in caches.made]
+    assert sum(loads) == 50
+    assert max(loads) <= 1.5 * 50 / locations, loads

@@ -84,6 +84,8 @@ def report(
     load_s: Mapping[str, float] | None = None,
     demand: Mapping[str, int] | None = None,
     origin: str | None = None,
+    loading: int = 0,
+    load_slots: int = 1,
 ) -> WorkerReport:
     """A report of the worker ``<location>-1``; ``demand`` is of users of ``origin``, else of its own location."""
     held = {model.model_id: model for model in models}
@@ -96,6 +98,8 @@ def report(
         rss_bytes=0,
         models=held,
         exec_slots=exec_slots,
+        loading=loading,
+        load_slots=load_slots,
         queue_s=queue_s,
         inflight=0,
         exec_s=exec_s or {},

@@ -6,6 +6,7 @@ The model ``m`` takes 10 bytes, 1 s to load and 0.1 s to run; users are in Paris
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,6 +155,18 @@ CASES = {
     ),
     "forward: a copy at another location, as the queue here is long": Case(
         workers=(report("paris", queue_s=1.0), TOKYO),
+        outcome=FORWARD, replica="tokyo-1", expected_s=1.12,
+    ),
+    "load: rather than where other models load already": Case(
+        workers=(report("paris", loading=2), report("paris", "paris-2")),
+        outcome=LOAD, replica="paris-2", expected_s=1.1,
+    ),
+    "load: what others load takes its turn before": Case(
+        workers=(report("paris", loading=3, load_slots=2), report("tokyo", loading=2, load_slots=2)),
+        outcome=LOAD, replica="paris-1", expected_s=2.1,
+    ),
+    "forward: to load there, as others load here already": Case(
+        workers=(report("paris", loading=1), TOKYO),
         outcome=FORWARD, replica="tokyo-1", expected_s=1.12,
     ),
     "forward, and load here: what is popular here is worth a copy of its own, but a holder answers sooner": Case(
@@ -393,6 +406,16 @@ def test_measured_links_count_for_more_than_configured_ones() -> None:
     known = knowing(PARIS, report("tokyo", models=HOLDS))
     assert choose(errand(), known, rules()).outcome is FORWARD
     assert choose(errand(), known, rules(), table).outcome is LOAD
+
+
+def test_of_idle_locations_each_model_has_its_own_order() -> None:
+    """Otherwise all routers would send all that they cannot take to the same one."""
+    names = ("tokyo", "oslo", "lima", "cairo")
+    known = knowing(report("paris", queue_s=9.0), *(report(name) for name in names))
+    models = [profile(f"m{number}", 10, load_s=1.0, exec_s=0.1) for number in range(100)]
+    chosen = Counter(choose(errand(model=model), known, rules(staleness_s=0.5)).location for model in models)
+    assert set(chosen) == set(names)
+    assert max(chosen.values()) < 45
 
 
 # What losing a model costs

@@ -351,6 +351,8 @@ class Worker:
             rss_bytes=0,
             models=self._books,
             exec_slots=self._exec_slots,
+            loading=len(self._loads) + len(self._waiting),
+            load_slots=self.cache.max_loads,
             queue_s=self._reported_queue_s,
             inflight=self._queue.jobs,
             # Everything takes what the profile says, so there is nothing to measure.
