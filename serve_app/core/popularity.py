@@ -90,12 +90,8 @@ class Interest:
       have come. The steady rate is 0 then, and when requests come again, what they are after such a silence.
     """
 
-    #: So many requests of the very short memory, beyond chance, are a crowd. Fewer are a burst, which will come again.
-    CROWD = 40.0
-
     #: So many requests that should have come and have not mean that a popularity is over.
     MISSED = 4.0
-    DEVIATIONS = 2.0
     #: What comes at once is taken to have come in this time.
     LEAST_S = 1.0
 
@@ -108,8 +104,8 @@ class Interest:
         self._had_crowd = False
         self._crowd_since_s = 0.0
 
-    def add(self, now: float, count: int) -> None:
-        """Count ``count`` requests at ``now`` (seconds; never runs backwards)."""
+    def add(self, now: float, count: int, *, in_crowd: bool) -> None:
+        """Count ``count`` requests at ``now`` (seconds; never runs backwards), perhaps those of a crowd."""
         if self.is_over(now):
             self._steady.cap(1 / (now - self._last_s), now)
             self._had_crowd = False
@@ -118,8 +114,7 @@ class Interest:
         self._steady.add(now, count)
         self._crowd.add(now, count)
         self._last_s = now
-        if not self._had_crowd:
-            self._had_crowd = self._sure(now) >= self.CROWD
+        self._had_crowd = self._had_crowd or in_crowd
 
     def steady_per_s(self, now: float) -> float:
         """Requests per second that are to be expected for long."""
@@ -127,7 +122,7 @@ class Interest:
 
     def crowd_per_s(self, now: float) -> float:
         """Requests per second of a crowd, 0 if there is none."""
-        sure = self._sure(now)
+        sure = _beyond_chance(self._crowd.requests(now))
         if sure <= 0:
             return 0.0
         # Requests have come only for so long yet, which is less than what such a memory takes to fill.
@@ -143,24 +138,33 @@ class Interest:
         """Whether nothing worth mentioning is left of it."""
         return self._steady.requests(now) < Popularity.FORGET_REQUESTS
 
-    def _sure(self, now: float) -> float:
-        requests = self._crowd.requests(now)
-        return requests - self.DEVIATIONS * math.sqrt(requests)
+
+def _beyond_chance(requests: float) -> float:
+    """Two standard deviations less."""
+    return requests - 2.0 * math.sqrt(requests)
 
 
 class Interests:
     """``Interest`` of every location in every model."""
 
+    #: So many requests of the very short memory, of all locations and beyond chance, are a crowd. Fewer are a burst,
+    #: which will come again.
+    CROWD = 40.0
+
     def __init__(self, half_life_s: float, crowd_half_life_s: float) -> None:
         self._half_lives_s = half_life_s, crowd_half_life_s
         self._known: dict[str, dict[str, Interest]] = {}
+        self._everywhere: dict[str, DecayedRate] = {}
 
     def add(self, location: str, model_id: str, count: int, now: float) -> None:
         """Count ``count`` requests for ``model_id`` that users of ``location`` sent."""
         known = self._known.setdefault(location, {})
         if model_id not in known:
             known[model_id] = Interest(*self._half_lives_s)
-        known[model_id].add(now, count)
+        everywhere = self._everywhere.setdefault(model_id, DecayedRate(self._half_lives_s[1]))
+        everywhere.add(now, count)
+        in_crowd = _beyond_chance(everywhere.requests(now)) >= self.CROWD
+        known[model_id].add(now, count, in_crowd=in_crowd)
 
     def steady(self, now: float) -> dict[str, dict[str, float]]:
         """Steady requests per second of every model at every location that asks for it; forgets the rest."""
@@ -168,6 +172,7 @@ class Interests:
             self._known[location] = {
                 model_id: interest for model_id, interest in known.items() if not interest.is_forgotten(now)
             }
+        self._everywhere = {model_id: rate for model_id, rate in self._everywhere.items() if rate.requests(now) >= 1e-3}
         return {
             location: {model_id: interest.steady_per_s(now) for model_id, interest in known.items()}
             for location, known in self._known.items()
