@@ -1,7 +1,8 @@
 """What users notice when the head of a cluster is lost: ``python -m loadtests.head_loss``.
 
 Starts a cluster of a head and three locations on hosts of its own (``deploy.testbed``; needs root), keeps requests
-coming at every location's own address, and takes the head's power. Paris and Tokyo have too little memory for one of
+coming at every location's own address, and takes the head's power (``--stop``: only stops Ray there, which the others
+notice at once). Paris and Tokyo have too little memory for one of
 the models, so they forward requests for it to Virginia. Clients are those of ``loadtests.faults``: a request that
 fails, or is not answered within 5 s, is tried once more at another location. The first table says, by the time since
 the loss,
@@ -89,9 +90,10 @@ class Lasted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
-    """One loss of the head. ``steps`` are seconds since its power came back."""
+    """One loss of the head. ``steps`` are seconds since it came back."""
 
     store: Store
+    stopped: bool
     outage_s: float
     slices: Sequence[Slice]
     lasted: Sequence[Lasted]
@@ -132,24 +134,28 @@ class Watch:
         return {"ray": set(self._lab.raylets(location)), "worker": set(self._lab.pids(location, worker))}
 
 
-def lose(made: Lab, clients: Clients, outage_s: float | None, say: Callable[[str], None]) -> Loss:
-    """Take the head's power, wait, give it back, and see to it that all is whole again.
+def lose(made: Lab, clients: Clients, *, stop: bool, outage_s: float | None, say: Callable[[str], None]) -> Loss:
+    """Take the head away, wait, give it back, and see to it that all is whole again.
 
     Args:
         made: the cluster.
         clients: who asks it.
+        stop: only Ray is stopped on the head; else its power is taken.
         outage_s: how long the head is lost; None is until nothing serves.
         say: is told how far it is.
     """
     with Watch(made) as watch:
         began_s = time.monotonic()
-        made.host(HEAD).kill()
+        if stop:
+            made.stop_ray(HEAD)
+        else:
+            made.host(HEAD).kill()
         if outage_s is None:
             until("nothing serves", lambda: _nothing_serves(clients, watch, began_s), _GIVEN_UP_S)
         else:
             threading.Event().wait(outage_s)
         back_s = time.monotonic()
-        say(f"power is back after {back_s - began_s:.0f} s")
+        say(f"the head is back after {back_s - began_s:.0f} s")
         steps = [*_take_back(made, clients, outage_s is None, say)]
         steps = [(name, None if at_s is None else at_s - back_s) for name, at_s in steps]
         threading.Event().wait(_SETTLED_S)
@@ -159,6 +165,7 @@ def lose(made: Lab, clients: Clients, outage_s: float | None, say: Callable[[str
         steps.append(("then a worker was killed; seconds until all was well", _replaced_s(made, clients)))
     return Loss(
         store=made.store,
+        stopped=stop,
         outage_s=back_s - began_s,
         slices=_slices(answers, began_s, back_s),
         lasted=lasted,
@@ -179,8 +186,10 @@ def _take_back(
     made: Lab, clients: Clients, everywhere: bool, say: Callable[[str], None]
 ) -> list[tuple[str, float | None]]:
     """Bring the head back, and Ray everywhere if so; when which step was done, None if it never was."""
-    made.host(HEAD).boot()
-    steps: list[tuple[str, float | None]] = [("host booted", time.monotonic())]
+    steps: list[tuple[str, float | None]] = []
+    if not made.host(HEAD).processes():
+        made.host(HEAD).boot()
+        steps.append(("host booted", time.monotonic()))
     made.start_ray(HEAD)
     steps.append(("Ray on the head started", time.monotonic()))
     if everywhere:
@@ -277,14 +286,15 @@ def _show(loss: Loss, out: Console) -> None:
     for row in loss.slices:
         counts = (row.sent, row.hits, row.loads, row.forwards, row.broken, row.lost)
         table.add_row(row.when, row.location, *map(str, counts), end_section=row.location == LOCATIONS[-1])
-    table.title = f"head lost for {loss.outage_s:.0f} s, store: {loss.store}"
+    how = "Ray stopped on the head" if loss.stopped else "head lost"
+    table.title = f"{how} for {loss.outage_s:.0f} s, store: {loss.store}"
     out.print(table)
     table = Table("location", "last hit (s)", "last load", "last forward", "Ray ended", "worker ended")
     for one in loss.lasted:
         times = (one.hits_s, one.loads_s, one.forwards_s, one.ray_ended_s, one.worker_ended_s)
         table.add_row(one.location, *map(_seconds, times))
     out.print(table)
-    table = Table("since power is back", "s")
+    table = Table("since the head is back", "s")
     for name, at_s in loss.steps:
         table.add_row(name, "never" if at_s is None else f"{at_s:.1f}")
     out.print(table)
@@ -297,10 +307,11 @@ def _seconds(time_s: float | None) -> str:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, help=__doc__)
 @click.option("--redis", "store", flag_value="redis", help="The head keeps what it knows in a Redis on another host.")
 @click.option("--rocksdb", "store", flag_value="rocksdb", help="The head keeps what it knows on its own disk.")
+@click.option("--stop", is_flag=True, help="Only stop Ray on the head, in the place of taking its power.")
 @click.option("--outage", "outages_s", multiple=True, type=float, help="Seconds, with a store; by default 20 and 180.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--problems", is_flag=True, help="Say what went wrong with each request that failed.")
-def main(store: Store | None, outages_s: tuple[float, ...], as_json: bool, problems: bool) -> None:
+def main(store: Store | None, stop: bool, outages_s: tuple[float, ...], as_json: bool, problems: bool) -> None:
     """Lose the head, once or several times."""
     if store == "redis" and shutil.which("redis-server") is None:
         raise click.UsageError("--redis needs redis-server, which is not on this machine")
@@ -327,7 +338,7 @@ def main(store: Store | None, outages_s: tuple[float, ...], as_json: bool, probl
                 until("all see the cluster as it is", made.is_consistent, _RECOVERY_S)
                 threading.Event().wait(_BEFORE_S)
                 say(f"the head is lost {'until nothing serves' if outage_s is None else f'for {outage_s:.0f} s'}")
-                losses.append(lose(made, clients, outage_s, say))
+                losses.append(lose(made, clients, stop=stop, outage_s=outage_s, say=say))
                 if not as_json:
                     _show(losses[-1], out)
                 if problems:
