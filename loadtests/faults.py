@@ -32,119 +32,23 @@ from pathlib import Path
 
 import click
 import httpx
-import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from deploy.testbed import TestbedError
-from loadtests.lab import HEAD, Lab, LabError, lab, until
+from loadtests.clients import Clients
+from loadtests.lab import HEAD, Lab, LabError, executable, lab, until
 
 LOCATIONS = ("paris", "tokyo", "virginia")
 VICTIM = "paris"
 MODELS = ("squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v3_small", "mnasnet0_5", "shufflenet_v2_x1_0")
 #: Room for three of the five.
 _MEMORY = "45MiB"
-_PAUSE_S = 0.1
-_TIMEOUT_S, _CONNECT_S = 5.0, 1.0
 _SETTLED_S = 2.0
 _RECOVERY_S = 120.0
 _BROKEN_S = 8.0
 _HOUR_S = 3600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """One request: when it was sent and answered, where it was sent, what came back at the first and second address."""
-
-    sent_s: float
-    done_s: float
-    location: str
-    status: int
-    outcome: str
-    again: int | None
-    problem: str
-
-
-class Clients:
-    """One client for each location: sends an image, waits for the answer, pauses, and so on."""
-
-    def __init__(self, made: Lab) -> None:
-        self._lab = made
-        self._over = threading.Event()
-        self._lock = threading.Lock()
-        self.answers: list[Answer] = []
-        pixels = np.random.default_rng(0).integers(0, 255, (224, 224, 3), dtype=np.uint8)
-        file = BytesIO()
-        Image.fromarray(pixels).save(file, "JPEG")
-        self._photo = file.getvalue()
-        self._threads = [threading.Thread(target=self._run, args=(name,), daemon=True) for name in made.locations]
-
-    def __enter__(self) -> Clients:
-        """Start them."""
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop them when their requests have ended."""
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
-
-    def since(self, began_s: float) -> list[Answer]:
-        """What was sent since."""
-        with self._lock:
-            return [answer for answer in self.answers if answer.sent_s >= began_s]
-
-    def under_way(self, at_s: float) -> list[Answer]:
-        """What was under way at a time."""
-        with self._lock:
-            return [answer for answer in self.answers if answer.sent_s <= at_s <= answer.done_s]
-
-    def first_hit_s(self, location: str, after_s: float) -> float | None:
-        """When a request that was sent to a location after that was answered there, from memory."""
-        with self._lock:
-            return next(
-                (
-                    answer.done_s
-                    for answer in self.answers
-                    if answer.location == location
-                    and answer.sent_s > after_s
-                    and answer.status == httpx.codes.OK
-                    and answer.outcome == "hit"
-                ),
-                None,
-            )
-
-    def _run(self, location: str) -> None:
-        others = list(LOCATIONS)
-        others.remove(location)
-        turn = 0
-        limits = httpx.Timeout(_TIMEOUT_S, connect=_CONNECT_S)
-        with httpx.Client(timeout=limits, headers={"Content-Type": "image/jpeg"}) as http:
-            while not self._over.wait(_PAUSE_S):
-                turn += 1
-                path = f"/v1/classify?model={MODELS[turn % 3]}"
-                sent_s = time.monotonic()
-                status, outcome, problem = self._ask(http, self._lab.url(location) + path)
-                again = None
-                if status != httpx.codes.OK:
-                    again, _, problem_again = self._ask(http, self._lab.url(others[turn % 2]) + path)
-                    problem = f"{problem}; then {problem_again}" if problem_again else problem
-                answer = Answer(sent_s, time.monotonic(), location, status, outcome, again, problem)
-                with self._lock:
-                    self.answers.append(answer)
-
-    def _ask(self, http: httpx.Client, url: str) -> tuple[int, str, str]:
-        try:
-            answer = http.post(url, content=self._photo)
-        except httpx.HTTPError as error:
-            return 0, "", repr(error)
-        problem = "" if answer.status_code == httpx.codes.OK else f"{answer.status_code} {answer.text[:120]}"
-        ran_at = answer.headers.get("X-EdgeServe-Location", "")
-        outcome = answer.headers.get("X-EdgeServe-Outcome", "")
-        return answer.status_code, outcome if ran_at else "", problem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +88,7 @@ def _kill(title: str, host: str = VICTIM, number: int = signal.SIGKILL) -> Calla
 
 
 def _haproxy(made: Lab) -> None:
-    pids = [pid for pid in made.host(VICTIM).processes() if "haproxy" in _executable(pid)]
+    pids = [pid for pid in made.host(VICTIM).processes() if "haproxy" in executable(pid)]
     if not pids:
         raise LabError(f"no HAProxy runs at {VICTIM}")
     for pid in pids:
@@ -192,21 +96,13 @@ def _haproxy(made: Lab) -> None:
 
 
 def _raylet(made: Lab) -> None:
-    pids = [pid for pid in made.host(VICTIM).processes() if _executable(pid).endswith("raylet")]
-    for pid in pids:
+    for pid in made.raylets(VICTIM):
         os.kill(pid, signal.SIGKILL)
-
-
-def _executable(pid: int) -> str:
-    try:
-        return str(Path(f"/proc/{pid}/exe").readlink())
-    except OSError:
-        return ""
 
 
 def _restart_ray(made: Lab) -> None:
     # What the dead raylet has left would keep the ports.
-    made.run(VICTIM, "sh", str(Path(__file__).parents[1] / "deploy" / "stop-ray.sh"))
+    made.stop_ray(VICTIM)
     made.start_ray(VICTIM)
 
 
@@ -230,9 +126,9 @@ def _unload(made: Lab, model: str) -> None:
 
 
 def _blob(made: Lab, model: str) -> Path:
-    manifest = json.loads((made.store(VICTIM) / "models" / f"{model}.json").read_text())
+    manifest = json.loads((made.models(VICTIM) / "models" / f"{model}.json").read_text())
     names = [file["name"] for file in manifest["files"]]
-    return next(path for name in names for path in made.store(VICTIM).rglob(name))
+    return next(path for name in names for path in made.models(VICTIM).rglob(name))
 
 
 @contextmanager
@@ -337,14 +233,14 @@ def run(fault: Fault, made: Lab, clients: Clients) -> Row:
     try:
         until(f"{VICTIM} answers hits", lambda: clients.first_hit_s(VICTIM, mended_s) is not None, _RECOVERY_S)
         back_s = (clients.first_hit_s(VICTIM, mended_s) or 0.0) - mended_s
-        until("all see the cluster as it is", lambda: _is_consistent(made), _RECOVERY_S)
+        until("all see the cluster as it is", made.is_consistent, _RECOVERY_S)
         directory_s = time.monotonic() - mended_s
     except LabError as error:
         note = f"{note} {error}".strip()
     threading.Event().wait(_SETTLED_S)
     answers = clients.since(began_s) + [one for one in clients.under_way(began_s) if one.sent_s < began_s]
-    broken = [one for one in answers if one.status != httpx.codes.OK]
-    lost = [one for one in broken if one.again != httpx.codes.OK]
+    broken = [one for one in answers if one.broken]
+    lost = [one for one in broken if one.lost]
     restarted = [name for name in LOCATIONS if set(made.pids(name, _REPLICA)) != replicas[name]]
     if restarted:
         note = f"{note} new processes: {', '.join(restarted)}".strip()
@@ -358,17 +254,6 @@ def run(fault: Fault, made: Lab, clients: Clients) -> Row:
         bytes_exact=_books_add_up(made),
         note=note,
         problems=tuple(f"{one.sent_s - began_s:.2f} s, {one.location}: {one.problem}"[:400] for one in broken),
-    )
-
-
-def _is_consistent(made: Lab) -> bool:
-    """Whether every host knows of exactly one worker at each location, and of a coordinator."""
-    try:
-        seen = [made.status(at=host) for host in (HEAD, *LOCATIONS)]
-    except httpx.HTTPError:
-        return False
-    return all(
-        status["coordinator"]["up"] and all(status[name]["replicas"] == 1 for name in LOCATIONS) for status in seen
     )
 
 
@@ -421,7 +306,7 @@ def main(only: tuple[str, ...], step_clock: bool, as_json: bool, problems: bool)
     rows: list[Row] = []
     try:
         with lab(LOCATIONS, models, memory=_MEMORY, say=lambda said: out.print(said, style="dim")) as made:
-            with Clients(made) as clients:
+            with Clients(made, [f"/v1/classify?model={name}" for name in MODELS[:3]]) as clients:
                 for location in LOCATIONS:
                     until(f"{location} answers", lambda at=location: clients.first_hit_s(at, 0.0) is not None, 60.0)  # type: ignore[misc]
                 for fault in faults:

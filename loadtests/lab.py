@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import yaml
@@ -27,6 +27,12 @@ from serve_app.serving.local_ray import FAST_INGRESS
 ROOT = Path(__file__).parents[1]
 HEAD = "head"
 PORT = 8000
+
+#: Where the head may keep what it must not lose: nowhere, in a Redis on a host of its own, on its own disk.
+Store = Literal["memory", "redis", "rocksdb"]
+STORE = "store"
+#: How long Ray on other hosts then waits for the head.
+_WAITS_S = 600
 
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 _START_S = 120.0
@@ -59,6 +65,7 @@ class Lab:
     testbed: Testbed
     folder: Path
     locations: tuple[str, ...]
+    store: Store = "memory"
 
     def host(self, name: str) -> Host:
         """A host by the name of its location, or the head."""
@@ -80,8 +87,10 @@ class Lab:
 
     def environment(self) -> dict[str, str]:
         """What every command of this cluster needs."""
+        waits = {} if self.store == "memory" else {"RAY_gcs_rpc_server_reconnect_timeout_s": str(_WAITS_S)}
         return {
             **FAST_INGRESS,
+            **waits,
             "RAY_AUTH_MODE": "token",
             "PYTHONPATH": str(ROOT),
             "PATH": f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -91,12 +100,45 @@ class Lab:
     def start_ray(self, host: str) -> None:
         """Start Ray on a host: the head, or a location that joins it."""
         address = self.host(host).address
-        role = ["--head", "--port=6379"]
+        role, variables = ["--head", "--port=6379"], []
         if host != HEAD:
             role = [f"--address={self.host(HEAD).address}:6379", f"--labels=location={host}"]
+        elif self.store == "redis":
+            role += ["--redis-username=default", f"--redis-password={self._password.read_text()}"]
+            variables = [
+                f"RAY_REDIS_ADDRESS={self.host(STORE).address}:6379",
+                "RAY_external_storage_namespace=edgeserve",
+            ]
+        elif self.store == "rocksdb":
+            variables = ["RAY_gcs_storage=rocksdb", f"RAY_gcs_storage_path={self.testbed.home}/gcs"]
         options = [f"--object-store-memory={_OBJECT_STORE_BYTES}", "--disable-usage-stats"]
-        command = ["env", "-u", "RAY_ADDRESS", *_RAY, "start", *role, f"--node-ip-address={address}", *options]
+        command = [
+            "env",
+            "-u",
+            "RAY_ADDRESS",
+            *variables,
+            *_RAY,
+            "start",
+            *role,
+            f"--node-ip-address={address}",
+            *options,
+        ]
         self.run(host, *command, timeout_s=_START_S)
+
+    def start_store(self) -> None:
+        """Start the Redis in which the head keeps what it must not lose, as ``deploy/redis.conf`` has it."""
+        host = self.host(STORE)
+        self._password.write_text(secrets.token_hex(32))
+        settings = ["--requirepass", self._password.read_text(), "--dir", self.testbed.home, "--daemonize", "yes"]
+        host.run("redis-server", str(ROOT / "deploy" / "redis.conf"), *settings)
+
+    @property
+    def _password(self) -> Path:
+        return self.folder / "redis_password"
+
+    def stop_ray(self, host: str) -> None:
+        """Stop Ray on a host, and what a dead one has left: it would keep the ports."""
+        self.run(host, "sh", str(ROOT / "deploy" / "stop-ray.sh"))
 
     def deploy(self) -> None:
         """Deploy the locations, or bring them in line with what has changed."""
@@ -110,11 +152,26 @@ class Lab:
         )
         return {row["name"]: row for row in content["locations"]} | {"coordinator": content["coordinator"]}
 
+    def is_consistent(self) -> bool:
+        """Whether every host knows of exactly one worker at each location, and of a coordinator."""
+        try:
+            seen = [self.status(at=host) for host in (HEAD, *self.locations)]
+        except httpx.HTTPError:
+            return False
+        return all(
+            status["coordinator"]["up"] and all(status[name]["replicas"] == 1 for name in self.locations)
+            for status in seen
+        )
+
+    def raylets(self, host: str) -> list[int]:
+        """The process on a host without which Ray there is no more, as the machine numbers it."""
+        return [pid for pid in self.host(host).processes() if executable(pid).endswith("raylet")]
+
     def pids(self, host: str, title: str) -> list[int]:
         """Processes on a host whose command line begins like that, as the machine numbers them."""
         return [pid for pid in self.host(host).processes() if _command_line(pid).startswith(title)]
 
-    def store(self, host: str) -> Path:
+    def models(self, host: str) -> Path:
         """The model store of a host, as the machine sees it."""
         return self.host(host).folder / "home" / "store"
 
@@ -127,6 +184,7 @@ def lab(
     memory: str,
     edge: Mapping[str, Any] | None = None,
     workers: int = 1,
+    store: Store = "memory",
     name: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Iterator[Lab]:
@@ -138,6 +196,7 @@ def lab(
         memory: of each worker's cache.
         edge: more of ``edge.yaml``.
         workers: of each location.
+        store: where the head keeps what it must not lose; ``redis`` needs redis-server on this machine.
         name: of the testbed.
         say: is told how far it is.
     """
@@ -146,11 +205,14 @@ def lab(
     shared = (folder, Path(sys.prefix), ROOT)
     try:
         say("starting hosts")
-        with Testbed.up((HEAD, *locations), name=name or f"l{os.getpid()}", shared=shared) as testbed:
-            made = Lab(testbed, folder, tuple(locations))
+        hosts = (HEAD, *locations, *((STORE,) if store == "redis" else ()))
+        with Testbed.up(hosts, name=name or f"l{os.getpid()}", shared=shared) as testbed:
+            made = Lab(testbed, folder, tuple(locations), store)
             _configure(made, models, memory=memory, workers=workers, edge=edge or {})
             say("publishing models")
             _publish(made)
+            if store == "redis":
+                made.start_store()
             say("starting Ray")
             for host in (HEAD, *locations):
                 made.start_ray(host)
@@ -199,7 +261,15 @@ def _publish(made: Lab) -> None:
     edge = str(made.folder / "edge.yaml")
     made.run(HEAD, sys.executable, "-m", "serve_app", "publish", "--edge", edge, timeout_s=_UP_S)
     for location in made.locations:
-        shutil.copytree(made.store(HEAD), made.store(location))
+        shutil.copytree(made.models(HEAD), made.models(location))
+
+
+def executable(pid: int) -> str:
+    """The program that a process runs; nothing if it has ended."""
+    try:
+        return str(Path(f"/proc/{pid}/exe").readlink())
+    except OSError:
+        return ""
 
 
 def _command_line(pid: int) -> str:

@@ -54,6 +54,14 @@ def aws_cluster() -> dict[str, Any]:
     return {**cluster(), **yaml.safe_load("\n".join(lines))}
 
 
+def outliving_cluster() -> dict[str, Any]:
+    """``cluster.yaml`` with what lets the locations outlive the head in place."""
+    lines = (ROOT / "cluster.yaml").read_text().splitlines()
+    start = lines.index("# file_mounts:")
+    block = lines[start : lines.index("#", start)]
+    return {**cluster(), **yaml.safe_load("\n".join(line.removeprefix("# ") for line in block))}
+
+
 def validate(content: dict[str, Any]) -> dict[str, Any]:
     prepared: dict[str, Any] = prepare_config(content)
     validate_config(prepared)
@@ -95,6 +103,18 @@ def test_commented_aws_variant_is_valid_for_ray_and_has_every_location() -> None
     validate_config({**content, "cluster_synced_files": []})
     labels = [node["labels"]["location"] for node in content["available_node_types"].values() if "labels" in node]
     assert labels == list(load_edge(Path("deploy/cluster-edge.yaml")).locations)
+
+
+def test_commented_variant_with_a_store_is_valid_for_ray_and_hands_it_the_password(tmp_path: Path) -> None:
+    content = outliving_cluster()
+    validate(content)
+    assert content["file_mounts"].items() > cluster()["file_mounts"].items()
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "redis_password").write_text("secret\n")
+    command = content["head_start_ray_commands"][1]
+    assert "RAY_REDIS_ADDRESS=192.0.2.14:6379 RAY_external_storage_namespace=edgeserve ray start" in command
+    options = run_on_host(tmp_path, "192.0.2.10", command).split()
+    assert {"--head", "--port=6379", "--redis-username=default", "--redis-password=secret"} < set(options)
 
 
 def test_each_host_finds_its_own_location(tmp_path: Path) -> None:
