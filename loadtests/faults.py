@@ -74,6 +74,7 @@ class Fault:
     strike: Callable[[Lab], str | None]
     mend: Callable[[Lab], None] | None = None
     broken_s: float = _BROKEN_S
+    takes_coordinator: bool = False
 
 
 def _kill(title: str, host: str = VICTIM, number: int = signal.SIGKILL) -> Callable[[Lab], None]:
@@ -206,7 +207,7 @@ _REPLICA = "ray::ServeReplica"
 FAULTS = (
     Fault("kill -9 worker", _kill(f"{_REPLICA}:{VICTIM}:Worker")),
     Fault("kill -9 router", _kill(f"{_REPLICA}:{VICTIM}:Router")),
-    Fault("kill -9 coordinator", _kill("ray::Coordinator", HEAD)),
+    Fault("kill -9 coordinator", _kill("ray::Coordinator", HEAD), takes_coordinator=True),
     Fault("kill -9 HAProxy", _haproxy),
     Fault("worker hangs", _stop_worker, _continue_worker, 10.0),
     Fault("kill -9 raylet", _raylet, _restart_ray, 15.0),
@@ -223,6 +224,7 @@ FAULTS = (
 def run(fault: Fault, made: Lab, clients: Clients) -> Row:
     """Break one thing, wait until all is well, and look at what happened meanwhile."""
     replicas = {name: set(made.pids(name, _REPLICA)) for name in LOCATIONS}
+    epoch = made.status()["coordinator"]["epoch"] if fault.takes_coordinator else ""
     began_s = mended_s = time.monotonic()
     note = fault.strike(made) or ""
     if fault.mend is not None:
@@ -233,7 +235,7 @@ def run(fault: Fault, made: Lab, clients: Clients) -> Row:
     try:
         until(f"{VICTIM} answers hits", lambda: clients.first_hit_s(VICTIM, mended_s) is not None, _RECOVERY_S)
         back_s = (clients.first_hit_s(VICTIM, mended_s) or 0.0) - mended_s
-        until("all see the cluster as it is", made.is_consistent, _RECOVERY_S)
+        until("all see the cluster as it is", lambda: made.is_consistent(after_epoch=epoch), _RECOVERY_S)
         directory_s = time.monotonic() - mended_s
     except LabError as error:
         note = f"{note} {error}".strip()

@@ -146,20 +146,25 @@ class Lab:
         self.run(HEAD, *command, timeout_s=_UP_S)
 
     def status(self, *, at: str = HEAD) -> dict[str, Any]:
-        """The cluster as a host sees it: a row for each location, and the coordinator."""
-        content = (
-            httpx.get(f"http://{self.host(at).address}:{PORT}/v1/locations", timeout=5.0).raise_for_status().json()
-        )
+        """The cluster as the router of a location, or the gateway, sees it: its locations, and the coordinator."""
+        url = self.gateway if at == HEAD else self.url(at)
+        content = httpx.get(f"{url}/v1/locations", timeout=5.0).raise_for_status().json()
         return {row["name"]: row for row in content["locations"]} | {"coordinator": content["coordinator"]}
 
-    def is_consistent(self) -> bool:
-        """Whether every host knows of exactly one worker at each location, and of a coordinator."""
+    def is_consistent(self, *, after_epoch: str = "") -> bool:
+        """Whether every location knows of exactly one worker at each, and all of them of the same coordinator.
+
+        Args:
+            after_epoch: of a coordinator that has gone, and that nobody may go by any more.
+        """
         try:
             seen = [self.status(at=host) for host in (HEAD, *self.locations)]
         except httpx.HTTPError:
             return False
         return all(
-            status["coordinator"]["up"] and all(status[name]["replicas"] == 1 for name in self.locations)
+            status["coordinator"]["up"]
+            and status["coordinator"]["epoch"] == seen[0]["coordinator"]["epoch"] != after_epoch
+            and all(status[name]["replicas"] == 1 for name in self.locations)
             for status in seen
         )
 
