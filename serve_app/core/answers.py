@@ -81,13 +81,14 @@ class Grant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidentModel:
-    """One line of the cache's books."""
+    """One line of the cache's books; one that is ``kept`` is ``pinned`` until a request cannot be served otherwise."""
 
     model_id: str
     state: ModelState
     size_bytes: int
     uses: int
     pinned: bool
+    kept: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,18 +107,20 @@ class Books:
             entry.fixed = fixed
             self.fixed_bytes += entry.model.size_bytes if fixed else -entry.model.size_bytes
 
-    def keep(self, model_ids: Sequence[str], most_bytes: int, now: float) -> None:
-        """Keep these, the first ones first, as far as they take at most ``most_bytes``, and no others.
+    def keep(self, model_ids: Sequence[str], enough_bytes: int, most_bytes: int, now: float) -> None:
+        """Keep these, the first ones first, until they take ``enough_bytes``, but never more than ``most_bytes``.
 
-        A model that makes way for a request is not kept.
+        No others are kept, nor is a model that makes way for a request.
         """
         kept: set[str] = set()
+        taken_bytes = 0
         for model_id in model_ids:
             entry = self.entries.get(model_id)
-            if entry is None or entry.fixed or entry.draining or entry.model.size_bytes > most_bytes:
+            if entry is None or entry.fixed or entry.draining:
                 continue
-            most_bytes -= entry.model.size_bytes
-            kept.add(model_id)
+            if taken_bytes < enough_bytes and taken_bytes + entry.model.size_bytes <= most_bytes:
+                taken_bytes += entry.model.size_bytes
+                kept.add(model_id)
         if kept or self.kept_bytes:
             for model_id, entry in self.entries.items():
                 self._keep(entry, model_id in kept, now)

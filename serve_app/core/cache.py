@@ -294,12 +294,13 @@ class ModelCache:
     def keep(self, model_ids: Sequence[str], now: float) -> None:
         """Pin those of these models that are here, and no others, beside what is pinned for good.
 
-        They are the copies that the cluster cannot spare. Together they take at most half of the memory that is not
-        pinned for good, the first ones first, and they let go of it for a request that could never be served otherwise.
+        They are the copies that the cluster cannot spare. Together they take half of the memory that is not pinned for
+        good, the first ones first, and the one that exceeds it: else a model larger than that would never stay. They
+        let go of it for a request that could never be served otherwise.
         """
         room_bytes = self.capacity_bytes - self._books.fixed_bytes
         largest_bytes = max((model.size_bytes for model in self._waiting.values()), default=0)
-        self._books.keep(model_ids, min(room_bytes // 2, room_bytes - largest_bytes), now)
+        self._books.keep(model_ids, room_bytes // 2, room_bytes - largest_bytes, now)
 
     # Changes of the configuration
 
@@ -397,6 +398,7 @@ class ModelCache:
                 size_bytes=entry.model.size_bytes,
                 uses=entry.uses,
                 pinned=entry.pinned,
+                kept=entry.kept,
             )
             for model_id, entry in self._entries.items()
         )

@@ -217,7 +217,7 @@ class Placement:
             held=held,
             barred=ordered,
             fresh=just_ordered,
-            fixed=stays | ordered,
+            fixed=stays,
             keeps=report.keeps,
             unused={
                 model_id

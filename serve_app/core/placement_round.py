@@ -21,10 +21,11 @@ _Floats = NDArray[np.float64]
 class Site:
     """One worker, as placement sees it.
 
-    ``held`` is what it will hold when its orders have been carried out. ``fixed`` ones stay where they are, ``barred``
-    ones are not to be loaded unless they are urgent, ``fresh`` ones not at all. ``unused`` ones could go and have not
-    been used for long, and what it ``keeps`` others may do without. ``fill_bytes`` and ``empty_bytes`` are what may be
-    moved, by one round or by several.
+    ``held`` is what it will hold when its orders have been carried out. ``fixed`` ones stay where they are. Of what was
+    ordered lately, ``barred`` ones are not to be loaded unless they are urgent or required, nor unloaded unless for a
+    required copy; ``fresh`` ones neither way at all. ``unused`` ones could go and have not been used for long, and what
+    it ``keeps`` others may do without. ``fill_bytes`` and ``empty_bytes`` are what may be moved, by one round or by
+    several.
     """
 
     location: str
@@ -94,9 +95,12 @@ class Round:
         self._held = _marked(row, [site.held for site in sites])
         self._is_urgent = np.array([name in wants.urgent for name in self._models], dtype=np.bool_)
         soon = np.array([name in wants.urgent or name in wants.copies for name in self._models], dtype=np.bool_)
-        barred = _marked(row, [site.barred for site in sites]) & ~soon[:, None]
-        self._may_load = ~self._held & ~barred & ~_marked(row, [site.fresh for site in sites])
-        self._may_go = self._held & ~_marked(row, [site.fixed for site in sites])
+        barred = _marked(row, [site.barred for site in sites])
+        fresh = _marked(row, [site.fresh for site in sites])
+        self._may_load = ~self._held & ~(barred & ~soon[:, None]) & ~fresh
+        #: For a required copy; for others only what was not ordered lately.
+        self._must_go = self._held & ~fresh & ~_marked(row, [site.fixed for site in sites])
+        self._may_go = self._must_go & ~barred
         self._kept = _marked(row, [site.keeps for site in sites])
         self._unused = self._held & _marked(row, [wants.withdraw.intersection(site.unused) for site in sites])
         self._free = np.array([float(site.capacity_bytes - site.used_bytes) for site in sites])
@@ -128,7 +132,7 @@ class Round:
     def _requirements(self) -> Iterator[Command]:
         for model, wanted in self._copies.items():
             while (number := self._next_site(model, wanted)) is not None:
-                victims = self._least_missed(model, number, self._may_go[:, number])
+                victims = self._least_missed(model, number, self._must_go[:, number])
                 if victims is None or self._urgent[number] <= 0:
                     self._may_load[model, number] = False
                     continue
@@ -250,7 +254,7 @@ class Round:
         self._rested[number] = False
         self._held[model, number] = True
         self._may_load[model, number] = False
-        self._held[victims, number] = self._may_go[victims, number] = False
+        self._held[victims, number] = self._may_go[victims, number] = self._must_go[victims, number] = False
         self._value(np.array([model, *victims]))
 
     # The copies that nobody would miss

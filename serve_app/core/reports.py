@@ -75,10 +75,12 @@ class WorkerReport:
     keeps: frozenset[str] = frozenset()
     leaving: bool = False
 
-    def can_hold(self, model: ModelProfile) -> bool:
-        """Whether the model fits once everything that may be evicted has been."""
+    def can_hold(self, model: ModelProfile, *, beside_kept: bool = False) -> bool:
+        """Whether the model fits once everything that may go for a request has gone, or all of it but what is kept."""
         pinned_bytes = sum(
-            other.size_bytes for other in self.models.values() if other.pinned and other.model_id != model.model_id
+            other.size_bytes
+            for other in self.models.values()
+            if other.pinned and (beside_kept or not other.kept) and other.model_id != model.model_id
         )
         return model.size_bytes <= self.capacity_bytes - pinned_bytes
 

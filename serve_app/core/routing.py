@@ -318,7 +318,7 @@ def _victims_loss_s(model: ModelProfile, report: WorkerReport, view: View, rules
     missing_bytes = report.used_bytes + model.size_bytes - report.capacity_bytes
     if missing_bytes <= 0:
         return 0.0
-    if not report.can_hold(model):
+    if not report.can_hold(model, beside_kept=True):
         return math.inf
     elsewhere_s = forward_costs(report.location, view, rules)
     rates: Mapping[str, float] = view.rates.get(report.location, {})

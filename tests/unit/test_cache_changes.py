@@ -205,6 +205,20 @@ def test_no_more_than_half_is_kept() -> None:
     assert {model.model_id for model in cache.models() if model.pinned} == {"c", "d"}
 
 
+def test_a_model_larger_than_half_is_kept_too_and_nothing_after_it() -> None:
+    cache = ModelCache(capacity_bytes=40, policy=Ranked())
+    for name, size in (("large", 25), ("small", 10)):
+        cache.request(profile(name, size), 0.0)
+        cache.loaded(name, 1.0)
+        cache.finish(name, 2.0)
+    cache.keep(["large", "small"], 3.0)
+    assert [model.model_id for model in cache.models() if model.kept] == ["large"]
+    cache.keep(["small", "large"], 4.0)
+    assert [model.model_id for model in cache.models() if model.kept] == ["large", "small"]
+    assert cache.request(profile("other", 20), 5.0) == Load(("large",))
+    assert_books_balance(cache)
+
+
 def test_what_is_kept_lets_go_for_a_request_that_could_never_be_served_otherwise() -> None:
     cache = holding(*"abcd")
     cache.keep(list("ab"), 9.0)

@@ -255,6 +255,25 @@ def test_a_required_order_that_came_to_nothing_is_given_again_soon() -> None:
     assert times[1] - times[0] <= 12.0
 
 
+def test_a_required_copy_that_a_request_displaced_comes_back_soon_to_the_place_of_what_displaced_it() -> None:
+    cluster = Cluster([quick("a", 60), quick("b", 60)], locations=("oslo",), min_copies={"a": 1})
+    cluster.held["oslo"] = {"b"}
+    cluster.run(4.0)
+    assert cluster.holders("a") == {"oslo"}
+    for _ in range(3):
+        cluster.held["oslo"] = {"b"}
+        cluster.run(12.0, {"oslo": {"b": 0.5}})
+        assert cluster.holders("a") == {"oslo"}
+
+
+def test_an_eviction_for_a_required_copy_that_was_not_possible_is_ordered_again_soon() -> None:
+    cluster = Cluster([quick("a", 60), quick("b", 60)], locations=("oslo",), min_copies={"a": 1}, obey=False)
+    cluster.held["oslo"] = {"b"}
+    cluster.run(30.0)
+    assert [type(command) for _, command in cluster.given[:4]] == [EvictAt, PreloadAt] * 2
+    assert cluster.given[2][0] - cluster.given[0][0] <= 12.0
+
+
 # Leaving
 
 

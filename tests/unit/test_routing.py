@@ -5,6 +5,7 @@ The model ``m`` takes 10 bytes, 1 s to load and 0.1 s to run; users are in Paris
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -328,6 +329,15 @@ def test_a_worker_can_hold_what_fits_beside_its_pinned_models() -> None:
     assert worker.can_hold(profile("m", 20))
     assert not worker.can_hold(profile("m", 21))
     assert worker.can_hold(profile("p", 30))
+
+
+def test_a_worker_can_hold_what_fits_in_the_place_of_what_is_kept_but_at_a_price_without_end() -> None:
+    kept = dataclasses.replace(resident("k", pinned=True), kept=True)
+    worker = report("paris", capacity=30, models=[kept, resident("v")])
+    assert worker.can_hold(profile("m", 30))
+    assert not worker.can_hold(profile("m", 21), beside_kept=True)
+    plan = choose(errand(model=profile("m", 21)), knowing(worker), rules())
+    assert plan.cost_s == math.inf
 
 
 # What the router has seen since the last report
