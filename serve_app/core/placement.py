@@ -185,7 +185,7 @@ class Placement:
         }
         held = dict.fromkeys(report.models, True)
         used_bytes = report.used_bytes
-        ordered, just_ordered = set(), set()
+        ordered, just_ordered, missed = set(), set(), set()
         for (replica, model_id), order in self._orders.items():
             if replica != report.replica:
                 continue
@@ -193,6 +193,8 @@ class Placement:
             fresh = now - order.given_s <= self._rules.patience_s
             if fresh:
                 just_ordered.add(model_id)
+            elif order.preload and model_id not in report.models:
+                missed.add(model_id)
             if not fresh or order.preload == (model_id in held) or model_id not in self._routing.profiles:
                 continue
             if order.preload:
@@ -217,6 +219,7 @@ class Placement:
             held=held,
             barred=ordered,
             fresh=just_ordered,
+            missed=missed,
             fixed=stays,
             keeps=report.keeps,
             unused={

@@ -23,9 +23,9 @@ class Site:
 
     ``held`` is what it will hold when its orders have been carried out. ``fixed`` ones stay where they are. Of what was
     ordered lately, ``barred`` ones are not to be loaded unless they are urgent or required, nor unloaded unless for a
-    required copy; ``fresh`` ones neither way at all. ``unused`` ones could go and have not been used for long, and what
-    it ``keeps`` others may do without. ``fill_bytes`` and ``empty_bytes`` are what may be moved, by one round or by
-    several.
+    required copy; ``fresh`` ones neither way at all; ``missed`` ones should be there and are not. ``unused`` ones could
+    go and have not been used for long, and what it ``keeps`` others may do without. ``fill_bytes`` and ``empty_bytes``
+    are what may be moved, by one round or by several.
     """
 
     location: str
@@ -36,6 +36,7 @@ class Site:
     held: Collection[str]
     barred: Collection[str]
     fresh: Collection[str]
+    missed: Collection[str]
     fixed: Collection[str]
     keeps: Collection[str]
     unused: Collection[str]
@@ -101,6 +102,7 @@ class Round:
         #: For a required copy; for others only what was not ordered lately.
         self._must_go = self._held & ~fresh & ~_marked(row, [site.fixed for site in sites])
         self._may_go = self._must_go & ~barred
+        self._missed = _marked(row, [site.missed for site in sites])
         self._kept = _marked(row, [site.keeps for site in sites])
         self._unused = self._held & _marked(row, [wants.withdraw.intersection(site.unused) for site in sites])
         self._free = np.array([float(site.capacity_bytes - site.used_bytes) for site in sites])
@@ -140,11 +142,20 @@ class Round:
                 yield from self._place(model, number, victims, required=True)
 
     def _next_site(self, model: int, wanted: int) -> int | None:
-        """Where the next required copy belongs: where there is none nearby, most is gained, most is free."""
+        """Where the next required copy belongs.
+
+        Where there is none nearby, where it did not come to nothing lately, where most is gained, where most is free.
+        """
         there = {self._sites[number].location for number in np.flatnonzero(self._held[model])}
         count = int(self._held[model].sum())
         options = [
-            (self._sites[number].location in there, -self._gain[model, number], -self._free[number], int(number))
+            (
+                self._sites[number].location in there,
+                bool(self._missed[model, number]),
+                -self._gain[model, number],
+                -self._free[number],
+                int(number),
+            )
             for number in np.flatnonzero(self._may_load[model])
             if (count if self._sites[number].location in there else len(there)) < wanted
         ]

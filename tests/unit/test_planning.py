@@ -266,6 +266,12 @@ def test_a_required_copy_that_a_request_displaced_comes_back_soon_to_the_place_o
         assert cluster.holders("a") == {"oslo"}
 
 
+def test_a_required_order_that_came_to_nothing_is_given_to_somebody_else() -> None:
+    cluster = Cluster([quick("a")], locations=("lima", "oslo", "rome"), min_copies={"a": 1}, obey=False)
+    cluster.run(60.0)
+    assert {command.location for _, command in cluster.given[:3]} == {"lima", "oslo", "rome"}
+
+
 def test_an_eviction_for_a_required_copy_that_was_not_possible_is_ordered_again_soon() -> None:
     cluster = Cluster([quick("a", 60), quick("b", 60)], locations=("oslo",), min_copies={"a": 1}, obey=False)
     cluster.held["oslo"] = {"b"}
