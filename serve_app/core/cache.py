@@ -352,6 +352,9 @@ class ModelCache:
         self._evict(chosen, now)
         if self._books.excess_bytes > 0:
             self._make_way(now)
+        elif not self._waiting:
+            # Memory was taken away and given back before what made way had ended.
+            self._books.drain(())
         victims = (*(entry.model for entry in gone), *(ranked.model for ranked in chosen))
         return Shed(tuple(model.model_id for model in victims), self._advance(now))
 

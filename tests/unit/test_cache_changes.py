@@ -56,6 +56,14 @@ def test_what_is_in_use_goes_when_it_is_idle_and_takes_nobody_new() -> None:
     assert_books_balance(cache)
 
 
+def test_what_makes_way_for_less_memory_is_used_again_once_there_is_more() -> None:
+    cache = holding(*"ab", capacity=20, in_use="ab", a=1, b=2)
+    cache.resize(10, 9.0)
+    cache.resize(20, 10.0)
+    assert cache.request(profile("a"), 11.0) == Hit()
+    assert_books_balance(cache)
+
+
 def test_who_waits_for_what_can_never_fit_any_more_is_told_so() -> None:
     cache = holding("a", in_use="a", capacity=40)
     waiting = cache.request(profile("large", 35), 1.0)
