@@ -82,7 +82,9 @@ def write_configuration(folder: Path, port: int) -> None:
         for name in (*SMALL, LARGE, TOO_LARGE)
     }
     models[PINNED]["pinned"] = True
-    tiny = {"builder": "torchvision:squeezenet1_1", "weights": f"random:{SEED}"}
+    # Small images need little workspace: these fit beside others at every location, however it was measured.
+    size = {"resize_px": 64, "crop_px": 64}
+    tiny = {"builder": "torchvision:squeezenet1_1", "weights": f"random:{SEED}", "input": size}
     models |= {GUARDED: {**tiny, "min_copies": 2}, LISTED: tiny}
     edge = {
         "catalog": "catalog.yaml",
