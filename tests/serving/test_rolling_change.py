@@ -123,8 +123,8 @@ def test_a_location_that_goes_hands_over_what_it_is_popular_for(
 ) -> None:
     def add_oslo(files: dict[str, Any]) -> None:
         if "oslo" not in files["edge"]["locations"]:
-            files["edge"]["locations"]["oslo"] = {"memory": "90MiB"}
             files["local"]["applications"].append(application(deployment.folder, "oslo"))
+        files["edge"]["locations"]["oslo"] = {"memory": "90MiB"}
         # Loads nothing on its own, so that whoever holds the model afterwards was told to.
         files["edge"]["policy"] = {"name": "lru"}
         files["edge"]["coordinator"]["placement_every"] = "1h"
