@@ -107,7 +107,8 @@ class Round:
         self._unused = self._held & _marked(row, [wants.withdraw.intersection(site.unused) for site in sites])
         self._free = np.array([float(site.capacity_bytes - site.used_bytes) for site in sites])
         capacity = np.array([float(site.capacity_bytes) for site in sites])
-        self._may_load &= self._size[:, None] <= capacity
+        self._fits = self._size[:, None] <= capacity
+        self._may_load &= self._fits
         self._may_fill = np.array([site.fill_bytes for site in sites])
         self._may_empty = np.array([site.empty_bytes for site in sites])
         # What is required at once goes beyond what several rounds have used up, but not without bounds.
@@ -188,8 +189,10 @@ class Round:
     def _value(self, models: NDArray[np.intp]) -> None:
         """Bring what copies of these models are, or would be, worth up to date: seconds saved per second."""
         rate, held = self._rate[models], self._held[models]
-        # Who has no worker, because it has just left, must go to one in any case.
-        load_s = self._load_s[models, None] + self._way_s.min(axis=1)
+        # Who has no worker, because it has just left, must go to one in any case: the nearest that can take the model.
+        fits = self._fits[models]
+        fits |= ~fits.any(axis=1, keepdims=True)
+        load_s = self._load_s[models, None] + np.where(fits[:, None, :], self._way_s, np.inf).min(axis=2)
         ways_s = np.where(held[:, None, :], self._way_s, np.inf)
         nearest = ways_s.argmin(axis=2)
         cost_s = np.minimum(ways_s.min(axis=2), load_s)

@@ -19,6 +19,7 @@ from serve_app.core.commands import Command, EvictAt, PreloadAt
 from serve_app.core.coordination import CoordinatorRules, CoordinatorState, PlacementSettings
 from serve_app.core.keepers import Keeper
 from serve_app.core.knowledge import View
+from serve_app.core.placement import Placement
 from serve_app.core.placement_rules import PlacementRules
 from serve_app.core.reports import ViewDelta
 from serve_app.core.routing import Link, RoutingRules
@@ -297,6 +298,25 @@ def test_who_leaves_hands_over_what_it_is_popular_for_and_may_then_go() -> None:
     assert {command.model_id for command in commands} >= set(popular)
     assert cluster.last["oslo"].may_leave
     assert all(command.location != "oslo" for command in commands)
+
+
+@pytest.mark.parametrize("further_s", [0.004, 0.008, 0.5])
+def test_what_the_nearest_worker_is_too_small_for_is_handed_over_to_one_further_away(further_s: float) -> None:
+    """Though the way there is longer by more than a load takes."""
+    large = profile("large", 57, load_s=0.0015, exec_s=0.05)
+    links = {
+        ("oslo", "paris"): Link(rtt_s=0.005, bytes_per_s=1e9),
+        ("oslo", "rome"): Link(rtt_s=further_s, bytes_per_s=1e9),
+    }
+    routing = RoutingRules(
+        profiles={"large": large}, links=links, default_link=Link(rtt_s=0.1, bytes_per_s=1e9), horizon_s=10.0
+    )
+    leaving = dataclasses.replace(report("oslo", capacity=90, models=[resident("large", 57)]), leaving=True)
+    others = [report("paris", capacity=42), report("rome", capacity=180)]
+    placement = Placement(routing, PlacementRules(), payload_bytes=0)
+    assert placement.hand_over(leaving, [leaving, *others], {"oslo": {"large": 0.01}}, 10.0) == (
+        PreloadAt(location="rome", replica="rome-1", model_id="large", required=False),
+    )
 
 
 def test_if_everybody_leaves_nobody_waits() -> None:
