@@ -118,6 +118,39 @@ def test_a_location_comes_and_goes_and_no_request_is_lost(deployment: Deployment
     assert through_gateway.status_code == httpx.codes.OK
 
 
+def test_a_location_that_goes_hands_over_what_it_is_popular_for(
+    deployment: Deployment, change: Any, photo: bytes
+) -> None:
+    def add_oslo(files: dict[str, Any]) -> None:
+        if "oslo" not in files["edge"]["locations"]:
+            files["local"]["applications"].append(application(deployment.folder, "oslo"))
+        files["edge"]["locations"]["oslo"] = {"memory": "90MiB"}
+        # Room for one more beside everything that the clients ask for all the time.
+        files["edge"]["locations"]["virginia"]["memory"] = "180MiB"
+        # Loads nothing on its own, so that whoever holds the model afterwards was told to.
+        files["edge"]["policy"] = {"name": "lru"}
+        files["edge"]["coordinator"]["placement_every"] = "1h"
+
+    def remove_oslo(files: dict[str, Any]) -> None:
+        del files["edge"]["locations"]["oslo"]
+        files["local"]["applications"] = [app for app in files["local"]["applications"] if app["name"] != "oslo"]
+
+    require_none_lost(change(add_oslo))
+    for name in LOCATIONS:
+        deployment.cli("unload", LARGE, "--location", name, "--url", deployment.url)
+    for _ in range(20):
+        answer = httpx.post(
+            f"{deployment.location('oslo')}/v1/classify?model={LARGE}&forward=never",
+            content=photo, headers={"Content-Type": "image/jpeg"}, timeout=60,
+        )  # fmt: skip
+        assert answer.json()["location"] == "oslo"
+    assert not any(LARGE in {model["model"] for model in deployment.status()[name]["resident"]} for name in LOCATIONS)
+    require_none_lost(change(remove_oslo))
+    status = deployment.status()
+    assert "oslo" not in status
+    assert any(LARGE in {model["model"] for model in status[name]["resident"]} for name in LOCATIONS)
+
+
 def test_memory_policy_and_models_change_in_place(deployment: Deployment, change: Any, photo: bytes) -> None:
     before = set(deployment.processes("ray::ServeReplica"))
     assert deployment.cli("load", LARGE, "--location", "virginia", "--url", deployment.url).returncode == 0
