@@ -101,6 +101,11 @@ def check_directory_is_right(deployment) -> None:
     """Every location has one worker in the directory, and it holds what the directory says: nothing is loaded anew."""
     until(lambda: complete(deployment.status()), "every location is in the directory")
     until(lambda: _settled(deployment), "the last loads are reported")
+    until(lambda: _loads_nothing_anew(deployment), "nothing is loaded in the background meanwhile")
+
+
+def _loads_nothing_anew(deployment) -> bool:
+    """Loads all that should be there; False if the background displaced some of it meanwhile, and nothing was shown."""
     before = deployment.status()
     for name in LOCATIONS:
         for row in before[name]["resident"]:
@@ -109,9 +114,12 @@ def check_directory_is_right(deployment) -> None:
     version = deployment.status()["coordinator"]["version"]
     until(lambda: deployment.status()["coordinator"]["version"] > version + 10, "new reports are in")
     after = deployment.status()
+    if any(after[name]["preloads"] != before[name]["preloads"] for name in LOCATIONS):
+        return False
     assert {name: after[name]["model_loads"] for name in LOCATIONS} == {
         name: before[name]["model_loads"] for name in LOCATIONS
     }
+    return True
 
 
 def complete(status) -> bool:
@@ -126,7 +134,9 @@ def _settled(deployment) -> bool:
     until(lambda: deployment.status()["coordinator"]["version"] > version + 10, "new reports are in")
     after = deployment.status()
     return complete(after) and all(
-        before[name][field] == after[name][field] for name in LOCATIONS for field in ("requests", "model_loads")
+        before[name][field] == after[name][field]
+        for name in LOCATIONS
+        for field in ("requests", "model_loads", "preloads")
     )
 
 
