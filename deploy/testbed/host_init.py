@@ -1,7 +1,7 @@
 """The first process of a host: it sets up what only this host sees, starts sshd, and buries the dead.
 
 Run by path, as process 1 of new process, mount, hostname, IPC and cgroup namespaces, with one argument: the host's
-folder. What ``Testbed`` has put there says the rest (``_Files`` in ``testbed.py``).
+folder. What ``Testbed`` has put there says the rest (``disk.py``).
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fcntl import LOCK_EX, flock
 from pathlib import Path
 from typing import Any
@@ -220,3 +221,26 @@ def alone() -> Iterator[None]:
 def state_folder() -> Path:
     """Where testbeds keep keys, homes and logs."""
     return _STATE_PARENT / "edgeserve-testbed"
+
+
+def mac(address: str) -> str:
+    """Fixed, so that who knew a host before its reboot still does."""
+    return "02:e5:" + ":".join(f"{byte:02x}" for byte in ipaddress.IPv4Address(address).packed)
+
+
+def python() -> str:
+    """An interpreter that is there on every host, unlike one in a virtual environment below /tmp."""
+    return str(Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}")
+
+
+def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+    """Start something that outlives this process."""
+    with log.open("ab") as output:
+        subprocess.run(
+            [program("setsid"), "--fork", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            check=True,
+        )

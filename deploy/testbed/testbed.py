@@ -8,25 +8,20 @@ import ipaddress
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
 from deploy.testbed import machine
+from deploy.testbed.disk import PROXY_PORT, make_folder, write
+from deploy.testbed.host import BOOT_S, SCRIPTS, Host
 from deploy.testbed.machine import TestbedError, ip
 
-#: The user of every host: root by another name and with another home, so that root's own stays as it is.
-USER = "edgeserve"
 #: The machine itself, as an end of a delay.
 MACHINE = "machine"
 DEFAULT_NAME = "lab"
@@ -35,207 +30,6 @@ _NAME = re.compile(r"[a-z][a-z0-9]{0,10}")
 _HOST_NAME = re.compile(r"[a-z][a-z0-9-]{0,13}")
 _BRIDGE = "lan"
 _NUMBERS = range(10, 250)
-_PROXY_PORT = 3128
-_BOOT_S = 20.0
-_FOLDER = Path(__file__).resolve().parent
-#: Of the environment of who makes a testbed, what its hosts need to install packages the same way.
-_HANDED_ON = re.compile(r"PIP_\w+|\w*SSL_CERT_\w+|\w+_CA_BUNDLE|LANG|LC_\w+|TZ")
-
-
-@dataclass(frozen=True, slots=True)
-class Host:
-    """One host of a testbed. ``address`` is its own; everything else of it ends with it, but for its home."""
-
-    name: str
-    address: str
-    testbed: Testbed
-
-    @property
-    def namespace(self) -> str:
-        """Its network namespace, as ``ip netns`` knows it."""
-        return f"{self.testbed.namespace}.{self.name}"
-
-    @property
-    def folder(self) -> Path:
-        """Where the machine keeps its home (``home``) and the log of its sshd (``sshd.log``)."""
-        return self.testbed.folder / "hosts" / self.name
-
-    def command(self, *command: str, folder: str = "~") -> list[str]:
-        """What to run on the machine so that ``command`` runs on this host, as after a login.
-
-        It enters the host through the kernel, so it works where the network does not.
-
-        Raises:
-            TestbedError: the host is off.
-        """
-        first = machine.first_process(self.namespace) if self.namespace in machine.namespaces(self.namespace) else None
-        if first is None:
-            raise TestbedError(f"{self.name} is off; boot it first")
-        environment = [f"{name}={value}" for name, value in self.testbed.environment().items()]
-        where = folder if folder != "~" else self.testbed.home
-        return [
-            *self._joining(self._cgroup()),
-            machine.program("nsenter"), f"--target={first}", "--pid", "--net", "--mount", "--uts", "--ipc", "--cgroup",
-            "--", "env", "-i", *environment, "sh", "-c", 'cd "$0" && exec "$@"', where, *command,
-        ]  # fmt: skip
-
-    def run(
-        self, *command: str, timeout_s: float = 60.0, check: bool = True, folder: str = "~"
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a command on this host and wait for it.
-
-        Raises:
-            TestbedError: the host is off; or ``check``, and the command failed.
-            subprocess.TimeoutExpired: it took longer than ``timeout_s`` and was killed.
-        """
-        done = subprocess.run(
-            self.command(*command, folder=folder),
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
-        if check and done.returncode != 0:
-            raise TestbedError(f"{self.name}: {shlex.join(command)}: {done.stderr.strip() or done.returncode}")
-        return done
-
-    def ssh_command(self, *command: str) -> list[str]:
-        """What to run on the machine to log in to this host, or to run ``command`` on it."""
-        return [
-            machine.program("ssh"), "-i", str(self.testbed.key), "-o", "IdentitiesOnly=yes", "-o", "LogLevel=ERROR",
-            "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", f"{USER}@{self.address}", *command,
-        ]  # fmt: skip
-
-    def processes(self) -> list[int]:
-        """Every process of this host, its first one and its sshd included, as the machine numbers them."""
-        return machine.processes(self.namespace) if self.namespace in machine.namespaces(self.namespace) else []
-
-    def received_bytes(self) -> int:
-        """What has come in through its network interface so far. What a host sends to itself never gets there."""
-        return int(machine.links(self.namespace)["eth0"]["stats64"]["rx"]["bytes"])
-
-    def sent_bytes(self) -> int:
-        """What has gone out through its network interface so far."""
-        return int(machine.links(self.namespace)["eth0"]["stats64"]["tx"]["bytes"])
-
-    def used_bytes(self) -> int | None:
-        """The memory that it uses, page cache included; None if the testbed sets no limits."""
-        return machine.used_bytes(self.namespace)
-
-    def state(self) -> str:
-        """``up``, ``cut`` (off the network) or ``off``."""
-        if self.namespace not in machine.namespaces(self.namespace) or not self.processes():
-            return "off"
-        return "up" if "UP" in machine.links(self.testbed.namespace)[self.name]["flags"] else "cut"
-
-    def cut(self) -> None:
-        """Take it off the network; it runs on, and can still talk to itself."""
-        self._require_running()
-        ip("link", "set", "dev", self.name, "down", namespace=self.testbed.namespace)
-
-    def heal(self) -> None:
-        """Put it back on the network."""
-        self._require_running()
-        ip("link", "set", "dev", self.name, "up", namespace=self.testbed.namespace)
-
-    def kill(self) -> None:
-        """End it at once, as on loss of power: nobody is told, not even by the ends of its connections."""
-        if self.namespace not in machine.namespaces(self.namespace):
-            return
-        if self.name in machine.links(self.testbed.namespace):
-            ip("link", "delete", "dev", self.name, namespace=self.testbed.namespace)
-        machine.kill(self.processes)
-        # Its connections go with it: the next one to boot knows nothing of them.
-        ip("netns", "delete", self.namespace)
-
-    def boot(self) -> None:
-        """Start it, for the first time or after ``kill``: with its address and home, and an empty ``/tmp``.
-
-        Raises:
-            TestbedError: it runs already, or its sshd does not answer.
-        """
-        if self.processes():
-            raise TestbedError(f"{self.name} is running; kill it first")
-        self.kill()
-        lan = self.testbed.namespace
-        ip("netns", "add", self.namespace)
-        mac = _mac(self.address)
-        # fmt: off
-        ip("link", "add", "name", self.name, "type", "veth",
-           "peer", "name", "eth0", "address", mac, "netns", self.namespace, namespace=lan)
-        # fmt: on
-        address = f"{self.address}/{self.testbed.network.prefixlen}"
-        ip("address", "add", address, "dev", "eth0", namespace=self.namespace)
-        for device in ("lo", "eth0"):
-            ip("link", "set", "dev", device, "up", namespace=self.namespace)
-        ip("link", "set", "dev", self.name, "up", namespace=lan)
-        self.testbed.connect_ports()
-        self._start()
-        self._await_ssh()
-
-    def _start(self) -> None:
-        group = self._cgroup()
-        version = "" if group is None else "1" if group.parent.name == "memory" else "2"
-        home = self.testbed.home
-        plan = {
-            "hostname": self.name,
-            "home": home,
-            "cgroup": version,
-            "sshd": self._sshd(),
-            "shared": self.testbed.shared,
-        }
-        (self.folder / "plan.json").write_text(json.dumps(plan))
-        command = [
-            *self._joining(group), *machine.inside(self.namespace),
-            machine.program("unshare"), "--pid", "--fork", "--mount", "--uts", "--ipc", "--cgroup", "--mount-proc",
-            _python(), "-I", str(_FOLDER / "host_init.py"), str(self.folder),
-        ]  # fmt: skip
-        _start(command, self.folder / "sshd.log", self.testbed.environment())
-
-    def _sshd(self) -> list[str]:
-        """The command that runs the sshd of this host."""
-        variables = " ".join(f'"{name}={value}"' for name, value in self.testbed.environment().items())
-        options = {
-            "HostKey": self.testbed.folder / "host_key",
-            "AuthorizedKeysFile": self.testbed.folder / "key.pub",
-            "PidFile": "none",
-            "StrictModes": "no",
-            "UsePAM": "no",
-            "UseDNS": "no",
-            "PasswordAuthentication": "no",
-            "MaxStartups": "100",
-            "SetEnv": variables,
-        }
-        (self.folder / "sshd_config").write_text("".join(f"{name} {value}\n" for name, value in options.items()))
-        return [machine.program("sshd"), "-D", "-e", "-f", str(self.folder / "sshd_config")]
-
-    def _await_ssh(self) -> None:
-        deadline_s = time.monotonic() + _BOOT_S
-        started = False
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection((self.address, 22), timeout=1.0) as connection:
-                if connection.recv(4) == b"SSH-":
-                    return
-            running = bool(self.processes())
-            if time.monotonic() > deadline_s or (started and not running):
-                said = " ".join((self.folder / "sshd.log").read_text().split()[-40:])
-                raise TestbedError(f"{self.name} does not answer: {said or 'its sshd says nothing'}")
-            started = running
-            time.sleep(0.05)
-
-    def _cgroup(self) -> Path | None:
-        memory_bytes = self.testbed.memory_bytes
-        return machine.make_cgroup(self.namespace, memory_bytes) if memory_bytes else None
-
-    @staticmethod
-    def _joining(group: Path | None) -> list[str]:
-        """What a command begins with that is to run in a cgroup, as its children will."""
-        return ["sh", "-c", f'echo 0 > {shlex.quote(str(group / "cgroup.procs"))} && exec "$@"', "sh"] if group else []
-
-    def _require_running(self) -> None:
-        if self.state() == "off":
-            raise TestbedError(f"{self.name} is off; boot it first")
 
 
 class Testbed:
@@ -304,7 +98,7 @@ class Testbed:
                 "shared": [str(folder.resolve(strict=True)) for folder in shared],
             }
             try:
-                _make_folder(name, plan)
+                make_folder(_folder(name), plan)
                 testbed = cls(name)
                 testbed._make_network()
             except BaseException:
@@ -420,14 +214,14 @@ class Testbed:
         among = set(self.hosts) | chosen
         pairs = {(one, other) for one in among for other in among if one < other and chosen <= {one, other}}
         merged = self.delays() | dict.fromkeys(sorted(pairs), rtt_s)
-        _write(self.folder / "delays.json", json.dumps([[*pair, rtt_s] for pair, rtt_s in merged.items()]))
+        write(self.folder / "delays.json", json.dumps([[*pair, rtt_s] for pair, rtt_s in merged.items()]))
         self.connect_ports()
 
     def connect_ports(self) -> None:
         """Put the ports of all hosts to the bridge, or to the switch once a delay has been asked for."""
-        ports = {_mac(host.address): name for name, host in self.hosts.items()}
+        ports = {machine.mac(host.address): name for name, host in self.hosts.items()}
         there = machine.links(self.namespace)
-        ports = {mac: name for mac, name in {**ports, _mac(self._address): MACHINE}.items() if name in there}
+        ports = {mac: name for mac, name in {**ports, machine.mac(self._address): MACHINE}.items() if name in there}
         delays = self.delays()
         for name in ports.values():
             master = ("nomaster",) if delays else ("master", _BRIDGE)
@@ -443,14 +237,14 @@ class Testbed:
             for one in ports.values()
         }
         serial = str(time.time_ns())
-        _write(self._switch_file, json.dumps({"serial": serial, "ports": ports, "delays": one_way}))
+        write(self._switch_file, json.dumps({"serial": serial, "ports": ports, "delays": one_way}))
         running = self.switch()
         if running is not None:
             os.kill(running, signal.SIGHUP)
         else:
-            script = [_python(), "-I", str(_FOLDER / "switch.py"), str(self._switch_file)]
-            _start([*machine.inside(self.namespace), *script], self.folder / "switch.log", self.environment())
-        deadline_s = time.monotonic() + _BOOT_S
+            script = [machine.python(), "-I", str(SCRIPTS / "switch.py"), str(self._switch_file)]
+            machine.start([*machine.inside(self.namespace), *script], self.folder / "switch.log", self.environment())
+        deadline_s = time.monotonic() + BOOT_S
         while not self._taken_over(serial):
             if time.monotonic() > deadline_s:
                 said = " ".join((self.folder / "switch.log").read_text().split()[-40:])
@@ -479,7 +273,7 @@ class Testbed:
         ip("link", "add", "name", _BRIDGE, "type", "bridge", namespace=self.namespace)
         ip("link", "set", "dev", _BRIDGE, "up", namespace=self.namespace)
         # fmt: off
-        ip("link", "add", "name", device, "address", _mac(self._address), "type", "veth",
+        ip("link", "add", "name", device, "address", machine.mac(self._address), "type", "veth",
            "peer", "name", MACHINE, "netns", self.namespace)
         # fmt: on
         ip("link", "set", "dev", MACHINE, "master", _BRIDGE, "up", namespace=self.namespace)
@@ -487,9 +281,9 @@ class Testbed:
         ip("link", "set", "dev", device, "up")
         upstream = urlsplit(os.environ.get("https_proxy") or os.environ.get("HTTPS_PROXY") or "")
         handed_on = [f"{upstream.hostname}:{upstream.port or 80}"] if upstream.hostname else []
-        arguments = [self.namespace, f"{self._address}:{_PROXY_PORT}", str(self.network), *handed_on]
-        command = [_python(), "-I", str(_FOLDER / "proxy.py"), *arguments]
-        _start(command, self.folder / "proxy.log", dict(os.environ))
+        arguments = [self.namespace, f"{self._address}:{PROXY_PORT}", str(self.network), *handed_on]
+        command = [machine.python(), "-I", str(SCRIPTS / "proxy.py"), *arguments]
+        machine.start(command, self.folder / "proxy.log", dict(os.environ))
 
 
 def names() -> list[str]:
@@ -562,80 +356,3 @@ def _free_network(wanted: str | None) -> ipaddress.IPv4Network:
     if machine.in_use(network):
         raise TestbedError(f"addresses of {wanted} are in use on this machine; choose another")
     return network
-
-
-def _mac(address: str) -> str:
-    """Fixed, so that who knew a host before its reboot still does."""
-    return "02:e5:" + ":".join(f"{byte:02x}" for byte in ipaddress.IPv4Address(address).packed)
-
-
-def _python() -> str:
-    """An interpreter that is there on every host, unlike one in a virtual environment below /tmp."""
-    return str(Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}")
-
-
-def _start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
-    """Start something that outlives this process."""
-    with log.open("ab") as output:
-        subprocess.run(
-            [machine.program("setsid"), "--fork", *command],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env=environment,
-            check=True,
-        )
-
-
-def _write(file: Path, content: str) -> None:
-    """Whoever reads meanwhile finds the old content or the new."""
-    fresh = file.with_name(f".{file.name}")
-    fresh.write_text(content)
-    fresh.replace(file)
-
-
-def _make_folder(name: str, plan: dict[str, Any]) -> None:
-    """Everything that the hosts find on disk when they boot."""
-    folder = _folder(name)
-    (folder / "home").mkdir(parents=True)
-    # Above all the keys.
-    folder.chmod(0o700)
-    for key in ("key", "host_key"):
-        machine.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"testbed {name}", "-f", str(folder / key))
-    environment = _environment(folder, ipaddress.IPv4Network(plan["network"]))
-    _write(folder / "environment.json", json.dumps(environment))
-    user = f"{USER}:*:0:0:the user of a testbed:{folder / 'home'}:/bin/bash\n"
-    table = "".join(f"{address} {host}\n" for host, address in plan["hosts"].items())
-    pip_settings = Path("~/.config/pip/pip.conf").expanduser()
-    for host in plan["hosts"]:
-        home = folder / "hosts" / host / "home"
-        home.mkdir(parents=True)
-        (home.parent / "passwd").write_text(user + Path("/etc/passwd").read_text())
-        (home.parent / "hosts").write_text(f"127.0.0.1 localhost\n{table}")
-        # A login shell sets PATH anew.
-        (home / ".profile").write_text(". ~/.bashrc\n")
-        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in environment.items())
-        (home / ".bashrc").write_text(exports)
-        if pip_settings.is_file():
-            (home / ".config" / "pip").mkdir(parents=True)
-            shutil.copy(pip_settings, home / ".config" / "pip" / "pip.conf")
-    # Last: from now on it can be found.
-    _write(folder / "testbed.json", json.dumps(plan))
-
-
-def _environment(folder: Path, network: ipaddress.IPv4Network) -> dict[str, str]:
-    """The environment of the hosts: the machine's, as far as it matters for installing packages."""
-    handed_on = {name: value for name, value in os.environ.items() if _HANDED_ON.fullmatch(name)}
-    upstream = urlsplit(os.environ.get("https_proxy") or os.environ.get("HTTPS_PROXY") or "")
-    credentials = f"{upstream.netloc.rpartition('@')[0]}@" if "@" in upstream.netloc else ""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return {
-        "PIP_CACHE_DIR": str(Path(cache) / "pip"),
-        **handed_on,
-        # Of pip alone: other programs, Ray among them, would take it for their way from host to host.
-        "PIP_PROXY": f"http://{credentials}{network[1]}:{_PROXY_PORT}",
-        "PATH": f"{Path(sys.base_prefix) / 'bin'}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        "HOME": str(folder / "home"),
-        "USER": USER,
-        "SHELL": "/bin/bash",
-    }
