@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
@@ -140,20 +140,7 @@ def simulate(
     """
     outputs = _Outputs(as_json=as_json, csv=csv, plot=plot)
     workers = jobs or _cores()
-    if paper and benchmark:
-        raise click.UsageError("--paper and --benchmark are two commands; choose one")
-    if (paper or benchmark) and (policies or capacities or time_model != "load-delay"):
-        raise click.UsageError("--paper and --benchmark choose policies, capacities and the model of time themselves")
-    if benchmark and (trace or models or locations or as_json or csv or plot):
-        raise click.UsageError("--benchmark takes --data and --seed alone")
-    if data is not None and not (paper or benchmark):
-        raise click.UsageError("--data is for --paper and --benchmark")
-    if data is not None and (trace or models):
-        raise click.UsageError("--data names the reference files, --trace and --models others; choose one")
-    if seeds is not None and not paper:
-        raise click.UsageError("--seeds is for --paper")
-    if coordination is not None and time_model != "full":
-        raise click.UsageError("--coordination is for --time full")
+    _refuse_contradictions(click.get_current_context().params)
     if benchmark:
         _benchmark(data, seed)
         return
@@ -185,6 +172,30 @@ def simulate(
         _out().print(summary(rows), markup=False)
         _out().print(as_table(rows, ORACLES))
     _write(rows, outputs)
+
+
+def _refuse_contradictions(options: Mapping[str, Any]) -> None:
+    """Say which options do not go together.
+
+    Raises:
+        click.UsageError: some do not.
+    """
+    given = {name for name, value in options.items() if value not in (None, (), False)}
+    is_full = options["time_model"] == "full"
+    if given >= {"paper", "benchmark"}:
+        raise click.UsageError("--paper and --benchmark are two commands; choose one")
+    if given & {"paper", "benchmark"} and (is_full or given & {"policies", "capacities"}):
+        raise click.UsageError("--paper and --benchmark choose policies, capacities and the model of time themselves")
+    if "benchmark" in given and given & {"trace", "models", "locations", "as_json", "csv", "plot"}:
+        raise click.UsageError("--benchmark takes --data and --seed alone")
+    if "data" in given and not given & {"paper", "benchmark"}:
+        raise click.UsageError("--data is for --paper and --benchmark")
+    if "data" in given and given & {"trace", "models"}:
+        raise click.UsageError("--data names the reference files, --trace and --models others; choose one")
+    if "seeds" in given and "paper" not in given:
+        raise click.UsageError("--seeds is for --paper")
+    if "coordination" in given and not is_full:
+        raise click.UsageError("--coordination is for --time full")
 
 
 def _paper(
