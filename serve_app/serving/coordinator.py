@@ -88,9 +88,13 @@ class CoordinatorLink:
     ) -> ViewDelta | None:
         """Send a worker's report, or what a router has measured; get the news, or None: it cannot be reached."""
         try:
-            # Finding or making the actor blocks, so it must not happen on the event loop.
-            actor = self._actor or await asyncio.to_thread(self._connect)
-            self._actor = actor
+            actor = self._actor
+            if actor is None:
+                rules = self._rules
+                # Finding or making the actor blocks, so it must not happen on the event loop.
+                actor = await asyncio.to_thread(self._connect, rules)
+                # It has not been told of rules that have come meanwhile: then the next exchange connects anew.
+                self._actor = actor if rules is self._rules else None
             method = actor.report if isinstance(news, WorkerReport) else actor.view
             call = method.remote(news, epoch, version)
             delta: ViewDelta = await asyncio.wait_for(call, _CALL_TIMEOUT_S)
@@ -117,7 +121,7 @@ class CoordinatorLink:
             except (ray.exceptions.RayError, TimeoutError):
                 logger.info("the coordinator was not told that %s leaves", replica)
 
-    def _connect(self) -> Any:
+    def _connect(self, rules: CoordinatorRules) -> Any:
         actor = (
             ray.remote(Coordinator)
             .options(
@@ -129,10 +133,10 @@ class CoordinatorLink:
                 num_cpus=0,
                 resources={"node:__internal_head__": 0.001},
             )
-            .remote(self._rules)
+            .remote(rules)
         )
         # It may have been there before, with the rules of those who started it. Calls are answered in order.
-        actor.configure.remote(self._rules)
+        actor.configure.remote(rules)
         return actor
 
 
