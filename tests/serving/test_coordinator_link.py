@@ -1,4 +1,4 @@
-"""A participant's connection to the coordinator, which is none here."""
+"""A participant's connection to the coordinator, which is none here, and what is done again and again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fakes import view
 
 from serve_app.core.coordination import CoordinatorRules
 from serve_app.serving import coordinator
-from serve_app.serving.coordinator import CoordinatorLink
+from serve_app.serving.coordinator import CoordinatorLink, every
 
 OLD = CoordinatorRules(issued=1, half_life_s=60.0, stale_after_s=2.0)
 NEW = CoordinatorRules(issued=2, half_life_s=10.0, stale_after_s=2.0)
@@ -68,3 +68,23 @@ async def test_who_has_found_the_coordinator_does_not_look_for_it_again(cluster:
     for _ in range(3):
         await link.exchange({}, "", 0)
     assert cluster.told == [OLD]
+
+
+async def test_a_periodic_task_goes_on_when_what_it_waited_for_was_cancelled() -> None:
+    rounds: list[int] = []
+    again = asyncio.Event()
+
+    async def act() -> None:
+        rounds.append(len(rounds))
+        if len(rounds) > 1:
+            again.set()
+        cancelled = asyncio.get_running_loop().create_future()
+        cancelled.cancel()
+        await cancelled
+
+    task = asyncio.create_task(every(0.0, act))
+    async with asyncio.timeout(10):
+        await again.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
