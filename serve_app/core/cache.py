@@ -345,7 +345,8 @@ class ModelCache:
 
     def shed(self, now: float) -> Shed:
         """What goes now because its memory was taken away, or it is no longer in the catalogue."""
-        gone = [entry for entry in self._entries.values() if entry.model.model_id in self._gone and _spare(entry)]
+        # Even what is kept: it is no longer required of anybody.
+        gone = [entry for model_id, entry in self._entries.items() if model_id in self._gone and _settled(entry)]
         for entry in gone:
             self._unload(entry, now)
         chosen = self._books.take_least_useful(self._books.excess_bytes, now, idle)
@@ -604,7 +605,11 @@ class ModelCache:
 
 
 def _spare(entry: Entry) -> bool:
-    return entry.state is ModelState.READY and not entry.uses and not entry.pinned
+    return _settled(entry) and not entry.pinned
+
+
+def _settled(entry: Entry) -> bool:
+    return entry.state is ModelState.READY and not entry.uses
 
 
 def _anyway(model: ModelProfile, victims: Sequence[ModelProfile], now: float) -> bool:

@@ -295,3 +295,11 @@ def test_who_insists_displaces_what_is_worth_more_but_not_what_is_in_use() -> No
     assert cache.next_preload(9.0) is None
     cache.advise(profile("c"), 9.0, insist=True)
     assert cache.next_preload(9.0) == Preload(profile("c"), ("a",))
+
+
+def test_a_required_copy_of_what_is_no_longer_in_the_catalogue_goes_too() -> None:
+    cache = holding(*"ab")
+    cache.keep(["a"], 9.0)
+    assert cache.offer([profile("b")], (), 10.0) == Shed(("a",))
+    assert not cache.must_shed
+    assert_books_balance(cache)
