@@ -19,7 +19,7 @@ from serve_app.core.keepers import Keeper
 from serve_app.core.knowledge import Queue, View
 from serve_app.core.reports import Demand, OutcomeCounts, ViewDelta, WorkerReport
 from serve_app.core.routing import Outcome, RoutingRules, forward_costs
-from serve_app.errors import DeadlineExceeded, EdgeServeError, StoreError
+from serve_app.errors import DeadlineExceeded, EdgeServeError, StoreError, Unavailable
 from serve_app.models.images import decode_image, preprocess
 from serve_app.serving.coordinator import CoordinatorLink, every
 from serve_app.serving.messages import Done, FloatArray, NotHeld, Refused, Reply, Work
@@ -336,7 +336,12 @@ class Worker:
 
         self._queue.add(expected_s)
         loop = asyncio.get_running_loop()
-        job = self._executors.submit(run)
+        try:
+            job = self._executors.submit(run)
+        except RuntimeError as error:
+            # This worker is shut down, or the machine has no thread left; another worker may do better.
+            self._executed(lease, expected_s)
+            raise Unavailable(f"a worker of {self._identity.location} cannot run inferences: {error}") from error
         # Not when this coroutine ends: a cancelled request's thread runs on, and its model must stay until it is done.
         job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._executed, lease, expected_s))
         logits, began_s, ended_s = await asyncio.wrap_future(job)

@@ -21,7 +21,7 @@ from serve_app.core.eviction_policy import EvictionPolicy
 from serve_app.core.links import Link
 from serve_app.core.policies import make_policy
 from serve_app.core.routing import Outcome, RoutingRules
-from serve_app.errors import DeadlineExceeded, DoesNotFit, InvalidRequest, StoreError
+from serve_app.errors import DeadlineExceeded, DoesNotFit, InvalidRequest, StoreError, Unavailable
 from serve_app.serving.messages import Done, NotHeld, Refused, Work
 from serve_app.serving.model_host import ModelHost
 from serve_app.serving.worker import HoldingRules, Worker, WorkerIdentity
@@ -319,3 +319,14 @@ async def test_a_worker_that_stops_leaves_the_directory() -> None:
     async with running(FakeBackend(), link):
         pass
     assert link.departed == ["paris-1"]
+
+
+async def test_an_inference_for_which_no_thread_starts_gives_its_model_back() -> None:
+    async with running(FakeBackend()) as worker:
+        await worker.infer(work())
+        worker._executors.shutdown()
+        refused = await worker.infer(work())
+        assert isinstance(refused, Refused)
+        assert isinstance(refused.error, Unavailable)
+        report = worker.report()
+        assert (report.models["a"].uses, report.queue_s) == (0, 0.0)
