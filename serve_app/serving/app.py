@@ -337,7 +337,7 @@ def build(args: AppArgs) -> Any:
         settings=settings,
         entries=load_catalog(settings.catalog),
         location=args.location,
-        issued=max(find(path).stat().st_mtime_ns for path in (Path(args.edge), settings.catalog)),
+        issued=max(_put_there_ns(find(path)) for path in (Path(args.edge), settings.catalog)),
     )
     token = load_token(settings)
     common = {"user_config": deployed.to_json()}
@@ -351,6 +351,12 @@ def build(args: AppArgs) -> Any:
     worker = WorkerDeployment.options(num_replicas=location.workers, ray_actor_options=actor, **common)
     router = RouterDeployment.options(ray_actor_options=actor, **common)
     return _versioned(router, deployed, token).bind(deployed, token, _versioned(worker, deployed, token).bind(deployed))
+
+
+def _put_there_ns(path: Path) -> int:
+    """When a file was written or put there; a backup that is moved back has kept the time of its content."""
+    status = path.stat()
+    return max(status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _versioned(deployment: Any, deployed: Deployed, token: str | None) -> Any:
