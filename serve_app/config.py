@@ -248,9 +248,7 @@ class EdgeSettings(Settings):
     def restart_digest(self) -> str:
         """Changes when replicas cannot take these settings in place of those that they have, and must be replaced."""
         changeable = {"worker": {"idle_unload", "hand_over"}}
-        fixed = self.model_dump_json(
-            include={"store", "worker", "limits", "token_file", "default_location"}, exclude=changeable
-        )
+        fixed = self.model_dump_json(include={"store", "worker", "limits", "token_file"}, exclude=changeable)
         return hashlib.sha256(f"{fixed} {self.coordinator.report_every}".encode()).hexdigest()
 
     @property

@@ -364,7 +364,9 @@ def _versioned(deployment: Any, deployed: Deployed, token: str | None) -> Any:
 
     Serve has no public way to say this to ``serve.run``, and replaces all replicas every time if nobody says it.
     """
-    parts = (_code_digest(), deployed.settings.restart_digest(), token or "")
+    # Only the gateway stands in for a location, and it cannot move to another.
+    stands_in_for = deployed.settings.gateway_location if deployed.location is None else ""
+    parts = (_code_digest(), deployed.settings.restart_digest(), token or "", stands_in_for)
     deployment._version = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
     return deployment
 

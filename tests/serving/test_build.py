@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from deployment_support import write_configuration
 
 #: Ray's own, of another library, as it is imported.
@@ -43,3 +44,12 @@ def test_a_backup_that_is_put_back_is_the_newest_configuration(edge: Path, tmp_p
 
 def test_a_configuration_that_stays_is_as_new_as_before(edge: Path) -> None:
     assert issued(edge) == issued(edge)
+
+
+def test_the_gateway_is_replaced_when_it_would_stand_in_for_a_location_that_has_gone(edge: Path) -> None:
+    before = {name: built(edge, name)._version for name in (None, "tokyo")}
+    settings = yaml.safe_load(edge.read_text())
+    del settings["locations"]["paris"]
+    edge.write_text(yaml.safe_dump(settings, sort_keys=False))
+    assert built(edge)._version != before[None]
+    assert built(edge, "tokyo")._version == before["tokyo"]
