@@ -277,6 +277,7 @@ class _RouterReplica:
             catalog=catalog,
             locations=tuple(settings.locations),
             home=deployed.location or settings.gateway_location,
+            stands_in=deployed.location is None,
             rules=deployed.rules(catalog),
             pool=ServeWorkerPool(),
             link=deployed.link(catalog),

@@ -116,6 +116,7 @@ class Router:
         metrics: counters.
         request_time_s: the deadline of requests that bring none.
         max_inflight: requests under way; more are refused.
+        stands_in: it may be anywhere: what it measures is its own way, and nothing to tell others of ``home``.
         clock: monotonic seconds.
     """
 
@@ -131,12 +132,14 @@ class Router:
         metrics: RouterMetrics,
         request_time_s: float,
         max_inflight: int,
+        stands_in: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.catalog = catalog
         self.locations = locations
         self.known = Knowledge()
         self._home = home
+        self._stands_in = stands_in
         self._rules = rules
         self._ways = LinkTable(home, rules.link)
         self._pool = pool
@@ -183,7 +186,8 @@ class Router:
     async def refresh(self) -> None:
         """Ask the coordinator what is new."""
         epoch = self.known.view.epoch
-        delta = await self._link.exchange(self._ways.news(), epoch, self.known.view.version)
+        news = {} if self._stands_in else self._ways.news()
+        delta = await self._link.exchange(news, epoch, self.known.view.version)
         if delta is None or delta.epoch != epoch:
             self._ways.forget_told()
         if delta is not None:

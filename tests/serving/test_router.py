@@ -276,6 +276,14 @@ async def test_what_probes_measure_is_told_to_the_coordinator() -> None:
     assert set(link.links) == {("paris", "paris"), ("paris", "tokyo")}
 
 
+async def test_a_router_that_only_stands_in_for_a_location_does_not_say_how_far_it_is_from_there() -> None:
+    link = FakeLink()
+    router = make_router(FakePool(), report("paris"), report("tokyo"), link=link, stands_in=True)
+    await router.probe()
+    await router.refresh()
+    assert not link.links
+
+
 async def test_a_popular_model_is_forwarded_now_and_loaded_here_in_the_background() -> None:
     pool = FakePool(tokyo=[done("tokyo-1")])
     router = make_router(pool, report("paris", load_s={"small": 0.5}), report("tokyo", "small"))
