@@ -222,7 +222,8 @@ class Router:
         except (WorkerLost, TimeoutError):
             self._silent[location] += 1
             # Our own location is judged by its reports: there is nobody nearer who could know better.
-            if self._silent[location] >= _SILENT_PROBES and location != self._home:
+            is_own = location == self._home and not self._stands_in
+            if self._silent[location] >= _SILENT_PROBES and not is_own:
                 if self._silent[location] == _SILENT_PROBES:
                     logger.warning("location %s does not answer from here; it gets no requests until it does", location)
                 self._take_back(self.known.reach(location, reached=False))

@@ -268,6 +268,15 @@ async def test_the_own_location_is_never_cut_off() -> None:
     assert (await router.serve(query())).location == "paris"
 
 
+async def test_a_router_that_only_stands_in_for_a_location_does_without_it_when_it_is_cut_off() -> None:
+    pool = FakePool(tokyo=[done("tokyo-1")])
+    router = make_router(pool, report("paris", "small"), report("tokyo"), stands_in=True)
+    pool.cut_off = {"paris"}
+    for _ in range(2):
+        await router.probe()
+    assert (await router.serve(query())).location == "tokyo"
+
+
 async def test_what_probes_measure_is_told_to_the_coordinator() -> None:
     link = FakeLink()
     router = make_router(FakePool(), report("paris"), report("tokyo"), link=link)
