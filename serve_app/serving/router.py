@@ -153,6 +153,7 @@ class Router:
         self._listening: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[None] | None = None
         self._probes = 0
+        self._probed: Counter[str] = Counter()
         self._silent: Counter[str] = Counter()
         #: Orders that nobody waits for; kept, or they could be collected half done.
         self._orders: set[asyncio.Task[None]] = set()
@@ -214,7 +215,8 @@ class Router:
         await asyncio.gather(*(self._probe(location) for location in turn))
 
     async def _probe(self, location: str) -> None:
-        size_bytes = 0 if self._probes % 4 else _PROBE_BYTES
+        self._probed[location] += 1
+        size_bytes = 0 if self._probed[location] % 4 else _PROBE_BYTES
         began_s = self._clock()
         try:
             async with asyncio.timeout(_PROBE_TIMEOUT_S):

@@ -285,6 +285,17 @@ async def test_what_probes_measure_is_told_to_the_coordinator() -> None:
     assert set(link.links) == {("paris", "paris"), ("paris", "tokyo")}
 
 
+@pytest.mark.parametrize("count", [1, 3, 16, 17, 32, 64])
+async def test_every_way_is_measured_with_a_payload_however_many_there_are(count: int) -> None:
+    pool = FakePool()
+    router = make_router(pool, *(report(f"location-{number}") for number in range(count)))
+    for _ in range(32):
+        await router.probe()
+    for number in range(count):
+        sizes = {size_bytes for location, size_bytes in pool.pinged if location == f"location-{number}"}
+        assert len(sizes) == 2, f"location-{number}: {sizes}"
+
+
 async def test_a_router_that_only_stands_in_for_a_location_does_not_say_how_far_it_is_from_there() -> None:
     link = FakeLink()
     router = make_router(FakePool(), report("paris"), report("tokyo"), link=link, stands_in=True)
