@@ -417,8 +417,13 @@ class ModelCache:
 
     def _present(self, model_id: str, now: float) -> Hit | Join | None:
         entry = self._entries.get(model_id)
-        if entry is None or entry.draining:
+        if entry is None:
             return None
+        if entry.draining:
+            if self._waiting or self._books.excess_bytes > 0:
+                return None
+            # What it made way for has come to nothing.
+            self._books.drain(())
         entry.uses += 1
         entry.used_s = now
         entry.speculative = False
@@ -541,7 +546,8 @@ class ModelCache:
         """
         first = next(iter(self._waiting.values()), None)
         chosen: list[Ranked] = []
-        if first is not None:
+        # One that is here and is to go displaces nothing: it stays if memory has become enough meanwhile.
+        if first is not None and first.model_id not in self._entries:
             if self._loading >= self._max_loads:
                 # It would have to wait with every byte free: nothing is gained by turning hits away meanwhile.
                 return

@@ -64,6 +64,26 @@ def test_what_makes_way_for_less_memory_is_used_again_once_there_is_more() -> No
     assert_books_balance(cache)
 
 
+def test_who_waits_for_a_model_that_need_not_go_after_all_gets_it() -> None:
+    cache = holding(*"ab", capacity=20, in_use="ab", a=1, b=2)
+    cache.resize(10, 9.0)
+    waiting = cache.request(profile("a"), 9.0)
+    assert isinstance(waiting, Wait)
+    cache.finish("b", 10.0)
+    assert cache.shed(10.0) == Shed(("b",), (Grant(waiting.ticket, "a", Hit()),))
+    assert_books_balance(cache)
+
+
+def test_a_model_that_made_way_for_a_load_that_has_failed_is_used_again() -> None:
+    cache = holding("a", capacity=20, in_use="a")
+    assert cache.request(profile("b"), 8.0) == Load(())
+    cache.resize(10, 9.0)
+    cache.failed("b", "corrupt", 10.0)
+    cache.finish("a", 11.0)
+    assert cache.request(profile("a"), 12.0) == Hit()
+    assert_books_balance(cache)
+
+
 def test_who_waits_for_what_can_never_fit_any_more_is_told_so() -> None:
     cache = holding("a", in_use="a", capacity=40)
     waiting = cache.request(profile("large", 35), 1.0)
