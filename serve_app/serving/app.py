@@ -349,7 +349,13 @@ def build(args: AppArgs) -> Any:
     actor: dict[str, Any] = {"num_cpus": 0}
     if location.pin_to_nodes:
         actor["label_selector"] = {"location": args.location}
-    worker = WorkerDeployment.options(num_replicas=location.workers, ray_actor_options=actor, **common)
+    worker = WorkerDeployment.options(
+        num_replicas=location.workers,
+        ray_actor_options=actor,
+        # It hands over when its requests have ended.
+        graceful_shutdown_timeout_s=_COMMON["graceful_shutdown_timeout_s"] + settings.worker.hand_over,
+        **common,
+    )
     router = RouterDeployment.options(ray_actor_options=actor, **common)
     return _versioned(router, deployed, token).bind(deployed, token, _versioned(worker, deployed, token).bind(deployed))
 

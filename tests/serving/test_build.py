@@ -53,3 +53,18 @@ def test_the_gateway_is_replaced_when_it_would_stand_in_for_a_location_that_has_
     edge.write_text(yaml.safe_dump(settings, sort_keys=False))
     assert built(edge)._version != before[None]
     assert built(edge, "tokyo")._version == before["tokyo"]
+
+
+def test_a_worker_is_given_the_time_that_it_may_take_to_hand_over(edge: Path) -> None:
+    def given_s() -> float:
+        worker = built(edge, "paris").init_args[2]._bound_deployment
+        return float(worker._deployment_config.graceful_shutdown_timeout_s)
+
+    settings = yaml.safe_load(edge.read_text())
+    times = []
+    for hand_over in ("5s", "9s"):
+        settings["worker"] = {"hand_over": hand_over}
+        edge.write_text(yaml.safe_dump(settings))
+        times.append(given_s())
+    assert times[0] > 5
+    assert times[1] - times[0] == 4
