@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
+import grpc
 from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
@@ -116,3 +117,8 @@ async def _call(response: Awaitable[_Result]) -> _Result:
         return await response
     except _LOST as error:
         raise WorkerLost(type(error).__name__) from error
+    except grpc.aio.AioRpcError as error:
+        # A replica that is replaced cuts off what still runs there when its time is over.
+        if error.code() is not grpc.StatusCode.CANCELLED:
+            raise
+        raise WorkerLost("cut off") from error
