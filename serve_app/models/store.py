@@ -167,8 +167,11 @@ class ModelStore:
         with contextlib.suppress(OSError):
             self._whole.mkdir(exist_ok=True)
             temporary = self._whole / f".{name}.{os.getpid()}.{threading.get_ident()}"
-            temporary.write_text(json.dumps(looks))
-            temporary.replace(self._whole_path(name))
+            try:
+                temporary.write_text(json.dumps(looks))
+                temporary.replace(self._whole_path(name))
+            finally:
+                temporary.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def exclusive(self, on_wait: Callable[[], None] | None = None) -> Iterator[None]:

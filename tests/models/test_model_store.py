@@ -227,6 +227,18 @@ def test_file_that_cannot_grow_fails_with_advice_and_leaves_nothing(store: Model
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_full_disk_leaves_weights_usable_and_nothing_behind(small: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_half(path: Path, text: str) -> int:
+        path.write_bytes(text.encode()[: len(text) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    os.utime(blob_of(small))
+    before = set((small.root / "whole").iterdir())
+    monkeypatch.setattr(Path, "write_text", write_half)
+    small.require_whole(small.manifest("tied").files[0], "tied")
+    assert set((small.root / "whole").iterdir()) == before
+
+
 def test_full_disk_fails_with_advice_and_leaves_nothing(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
