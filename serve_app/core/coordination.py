@@ -93,8 +93,8 @@ class CoordinatorState:
         self._links_changed: dict[tuple[str, str], int] = {}
 
     def configure(self, rules: CoordinatorRules, now: float) -> None:
-        """Work by these rules from now on, unless newer ones are known."""
-        if rules == self._rules or rules.issued < self._rules.issued:
+        """Work by these rules from now on, if they are newer than those that are known."""
+        if rules.issued <= self._rules.issued:
             return
         before, self._rules = self._rules, rules
         self._popularity.change(rules.half_life_s, now)

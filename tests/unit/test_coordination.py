@@ -257,3 +257,15 @@ def test_a_reader_of_news_knows_what_a_reader_of_everything_knows(events: list[t
     for view in views:
         read(view)
         assert view == whole
+
+
+def test_of_rules_that_were_issued_at_once_the_first_ones_count() -> None:
+    """Each host measures its own models, so their rules differ a little; whoever reconnects must not change them."""
+    state = coordinator()
+    rules = CoordinatorRules(half_life_s=10.0, stale_after_s=100 * STALE_AFTER_S)
+    state.configure(rules, 0.0)
+    state.handle(report("paris"), 0.0)
+    assert replicas(everything(state, 2 * STALE_AFTER_S)) == set()
+    state.configure(dataclasses.replace(rules, issued=1), 0.0)
+    state.handle(report("paris"), 0.0)
+    assert replicas(everything(state, 2 * STALE_AFTER_S)) == {"paris-1"}
