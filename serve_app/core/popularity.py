@@ -139,6 +139,10 @@ class Interest:
         return self._steady.requests(now) < Popularity.FORGET_REQUESTS
 
 
+def _alive(known: dict[str, Interest], now: float) -> dict[str, Interest]:
+    return {model_id: interest for model_id, interest in known.items() if not interest.is_forgotten(now)}
+
+
 def _beyond_chance(requests: float) -> float:
     """Two standard deviations less."""
     return requests - 2.0 * math.sqrt(requests)
@@ -168,10 +172,7 @@ class Interests:
 
     def steady(self, now: float) -> dict[str, dict[str, float]]:
         """Steady requests per second of every model at every location that asks for it; forgets the rest."""
-        for location, known in self._known.items():
-            self._known[location] = {
-                model_id: interest for model_id, interest in known.items() if not interest.is_forgotten(now)
-            }
+        self._known = {location: kept for location, known in self._known.items() if (kept := _alive(known, now))}
         self._everywhere = {model_id: rate for model_id, rate in self._everywhere.items() if rate.requests(now) >= 1e-3}
         return {
             location: {model_id: interest.steady_per_s(now) for model_id, interest in known.items()}

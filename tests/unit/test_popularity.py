@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serve_app.core.popularity import DecayedRate, Popularity
+from serve_app.core.popularity import DecayedRate, Interests, Popularity
 
 LN2 = 0.6931471805599453
 
@@ -96,3 +96,11 @@ def test_rates_handed_out_do_not_change_afterwards() -> None:
     popularity.add("paris", "a", 1, now=0.0)
     popularity.add("paris", "b", 1, now=0.0)
     assert before == {"paris": {"a": pytest.approx(LN2 / 10)}}
+
+
+def test_a_location_that_asks_for_nothing_any_more_is_forgotten() -> None:
+    interests = Interests(10.0, 1.0)
+    interests.add("paris", "a", 5, 0.0)
+    interests.add("tokyo", "a", 5, 300.0)
+    assert set(interests.steady(300.0)) == {"tokyo"}
+    assert set(interests.crowds(300.0)) == {"tokyo"}
