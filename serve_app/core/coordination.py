@@ -135,7 +135,7 @@ class CoordinatorState:
             self._links |= links
             self._links_changed |= dict.fromkeys(links, self._version)
             if self._planner is not None:
-                self._planner.measured(self._links)
+                self._planner.measured(links)
 
     def expire(self, now: float) -> None:
         """Drop the replicas that have been silent for too long."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serve_app.core.answers import ModelState
 from serve_app.core.commands import Command, EvictAt, PreloadAt
@@ -56,7 +56,9 @@ class Placement:
         payload_bytes: int,
         min_copies: Mapping[str, int] | None = None,
     ) -> None:
-        self._routing = routing
+        #: Grow as routers measure; the rules that are given stay as they are.
+        self._links = dict(routing.links)
+        self._routing = replace(routing, links=self._links)
         self._rules = rules
         self._payload_bytes = payload_bytes
         self._min_copies = min_copies or {}
@@ -66,8 +68,8 @@ class Placement:
         self._used_s: dict[str, dict[str, float]] = {}
 
     def measured(self, links: Mapping[tuple[str, str], Link]) -> None:
-        """The ways take so long, as routers have measured."""
-        self._routing = self._routing.with_links(links)
+        """These ways take so long, as a router has measured."""
+        self._links.update(links)
 
     def used(self, replica: str, model_id: str, now: float) -> None:
         """A worker has served a request for a model."""
@@ -104,8 +106,7 @@ class Placement:
             self._payload_bytes,
         )
         commands = work.commands()
-        for site in sites:
-            left = work.left(site)
+        for site, left in zip(sites, work.left(), strict=True):
             self._credits[site.replica] = _Credit(*left)
         return self._given(commands, now)
 
@@ -136,6 +137,8 @@ class Placement:
     ) -> tuple[Mapping[str, Mapping[str, float]], frozenset[str]]:
         """Rates, and in their place those of crowds that would pay for a load before they may have gone; of what."""
         merged, urgent = dict(rates), set()
+        if not any(crowds.values()):
+            return merged, frozenset()
         furthest_s = max(
             link.seconds(self._payload_bytes) for link in (self._routing.default_link, *self._routing.links.values())
         )
@@ -175,9 +178,12 @@ class Placement:
         for known in (self._used_s, self._credits):
             for replica in known.keys() - replicas:
                 del known[replica]
-        return [self._site(report, now) for report in staying]
+        orders: dict[str, dict[str, _Order]] = {}
+        for (replica, model_id), order in self._orders.items():
+            orders.setdefault(replica, {})[model_id] = order
+        return [self._site(report, orders.get(report.replica, {}), now) for report in staying]
 
-    def _site(self, report: WorkerReport, now: float) -> Site:
+    def _site(self, report: WorkerReport, orders: Mapping[str, _Order], now: float) -> Site:
         """A worker as it will be when its orders have been carried out."""
         known = self._used_s.get(report.replica, {})
         used_s = self._used_s[report.replica] = {
@@ -186,9 +192,7 @@ class Placement:
         held = dict.fromkeys(report.models, True)
         used_bytes = report.used_bytes
         ordered, just_ordered, missed = set(), set(), set()
-        for (replica, model_id), order in self._orders.items():
-            if replica != report.replica:
-                continue
+        for model_id, order in orders.items():
             ordered.add(model_id)
             fresh = now - order.given_s <= self._rules.patience_s
             if fresh:

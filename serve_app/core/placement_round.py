@@ -1,10 +1,14 @@
-"""One round of placement: what is where and what is wanted goes in, commands come out."""
+"""One round of placement: what is where and what is wanted goes in, commands come out.
+
+What a copy would save is known exactly only for the models for which it can matter. For all others a bound is enough,
+and the bound takes time for who asks and who holds, not for every model at every location.
+"""
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +19,7 @@ from serve_app.core.placement_rules import PlacementRules
 from serve_app.core.routing import RoutingRules
 
 _Floats = NDArray[np.float64]
+_Rows = NDArray[np.intp]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,7 +69,15 @@ class Wants:
 
 
 class Round:
-    """Tables of models (rows) by locations that ask or sites that hold (columns), kept exact throughout."""
+    """Models (rows) asked for at locations and held by sites (columns); only pairs that exist take memory.
+
+    Args:
+        sites: the workers.
+        wants: of users and operators.
+        routing: profiles and links.
+        rules: how eager to be.
+        payload_bytes: of a typical request.
+    """
 
     def __init__(
         self, sites: list[Site], wants: Wants, routing: RoutingRules, rules: PlacementRules, payload_bytes: int
@@ -78,66 +91,139 @@ class Round:
         profiles = [routing.profiles[model_id] for model_id in self._models]
         self._load_s = np.array([profile.load_s for profile in profiles])
         self._size = np.array([float(profile.size_bytes) for profile in profiles])
-        self._way_s = np.array(
-            [
-                [
-                    0.0 if here == site.location else routing.link(here, site.location).seconds(payload_bytes)
-                    for site in sites
-                ]
-                for here in locations
-            ]
-        )
-        self._rate = np.zeros((len(row), len(locations)))
-        for number, location in enumerate(locations):
-            for model_id, per_s in wants.rates.get(location, {}).items():
-                if model_id in row:
-                    self._rate[row[model_id], number] = per_s
+        self._way_s = way_table(locations, [site.location for site in sites], routing, payload_bytes)
+        self._nearest_s = self._way_s.min(axis=1)
+        self._asking, self._rate, self._starts = _asked(row, locations, wants.rates)
         self._copies = {row[name]: count for name, count in sorted(wants.copies.items()) if name in row and count > 0}
-        self._held = _marked(row, [site.held for site in sites])
-        self._is_urgent = np.array([name in wants.urgent for name in self._models], dtype=np.bool_)
-        soon = np.array([name in wants.urgent or name in wants.copies for name in self._models], dtype=np.bool_)
-        barred = _marked(row, [site.barred for site in sites])
-        fresh = _marked(row, [site.fresh for site in sites])
-        self._may_load = ~self._held & ~(barred & ~soon[:, None]) & ~fresh
+        self._urgent_rows = frozenset(row[name] for name in wants.urgent if name in row)
+        self._placeable = None if wants.only is None else frozenset(row[name] for name in wants.only if name in row)
+        #: By model, the sites that hold it; by site, the models.
+        self._holders: list[set[int]] = [set() for _ in row]
+        self._barred_at: list[set[int]] = [set() for _ in row]
+        self._missed_at: dict[int, set[int]] = {}
+        self._kept_at: dict[int, set[int]] = {}
         #: For a required copy; for others only what was not ordered lately.
-        self._must_go = self._held & ~fresh & ~_marked(row, [site.fixed for site in sites])
-        self._may_go = self._must_go & ~barred
-        self._missed = _marked(row, [site.missed for site in sites])
-        self._kept = _marked(row, [site.keeps for site in sites])
-        self._unused = self._held & _marked(row, [wants.withdraw.intersection(site.unused) for site in sites])
+        self._must_go: list[set[int]] = []
+        self._may_go: list[set[int]] = []
+        self._unused: list[tuple[int, int]] = []
+        soon = self._urgent_rows | self._copies.keys() | {row[name] for name in wants.copies if name in row}
+        for number, site in enumerate(sites):
+            self._take_in(number, site, row, soon, wants.withdraw)
         self._free = np.array([float(site.capacity_bytes - site.used_bytes) for site in sites])
-        capacity = np.array([float(site.capacity_bytes) for site in sites])
-        self._fits = self._size[:, None] <= capacity
-        self._may_load &= self._fits
+        self._capacity = np.array([float(site.capacity_bytes) for site in sites])
         self._may_fill = np.array([site.fill_bytes for site in sites])
         self._may_empty = np.array([site.empty_bytes for site in sites])
         # What is required at once goes beyond what several rounds have used up, but not without bounds.
-        self._urgent = capacity * rules.share_per_round
+        self._urgent = self._capacity * rules.share_per_round
         #: Where nothing was moved lately, so that an urgent model may move though it is larger than a share.
         self._rested = (self._may_fill >= self._urgent) & (self._may_empty >= self._urgent)
-        self._placeable = np.array([wants.only is None or name in wants.only for name in self._models], dtype=np.bool_)
-        self._gain = np.zeros(self._held.shape)
-        self._loss = np.zeros(self._held.shape)
-        self._value(np.arange(len(row)))
+        self._places = _numbered([site.location for site in sites])
+        #: By model, what would be lost without the copy at a site; what requests cost now, by who asks; what all pay.
+        self._loss: list[dict[int, float]] = [{} for _ in row]
+        self._cost_s: dict[int, _Floats] = {}
+        self._gains: dict[int, _Floats] = {}
 
     def commands(self) -> tuple[Command, ...]:
         """The changes of this round."""
+        for model in range(len(self._models)):
+            if self._holders[model]:
+                self._value(model)
         commands = [*self._requirements(), *self._improvements(), *self._withdrawals()]
         return tuple(commands)
 
-    def left(self, site: Site) -> tuple[float, float]:
-        """What of ``fill_bytes`` and ``empty_bytes`` was not used up; less than 0 if it was exceeded."""
-        number = self._sites.index(site)
-        return float(self._may_fill[number]), float(self._may_empty[number])
+    def left(self) -> list[tuple[float, float]]:
+        """What of ``fill_bytes`` and ``empty_bytes`` of each site was not used up; less than 0 if it was exceeded."""
+        return list(zip(self._may_fill.tolist(), self._may_empty.tolist(), strict=True))
+
+    def _take_in(
+        self, number: int, site: Site, row: Mapping[str, int], soon: Collection[int], withdraw: frozenset[str]
+    ) -> None:
+        def rows(names: Collection[str]) -> set[int]:
+            return {row[name] for name in names if name in row}
+
+        held, fresh, barred = rows(site.held), rows(site.fresh), rows(site.barred)
+        for model in held:
+            self._holders[model].add(number)
+        for model in fresh | (barred - soon):
+            self._barred_at[model].add(number)
+        for model in rows(site.missed):
+            self._missed_at.setdefault(model, set()).add(number)
+        must_go = held - fresh - rows(site.fixed)
+        self._must_go.append(must_go)
+        self._may_go.append(must_go - barred)
+        if withdraw:
+            self._unused += [(model, number) for model in rows(withdraw.intersection(site.unused)) & held]
+            for model in rows(site.keeps):
+                self._kept_at.setdefault(model, set()).add(number)
+
+    # What copies are worth
+
+    def _askers(self, model: int) -> tuple[_Rows, _Floats]:
+        """The locations that ask for a model, and their rates."""
+        asked = slice(self._starts[model], self._starts[model + 1])
+        return self._asking[asked], self._rate[asked]
+
+    def _load_costs_s(self, model: int, askers: _Rows) -> _Floats:
+        """What a load costs those who ask.
+
+        Who has no worker, because it has just left, must go to one in any case: the nearest that can take the model.
+        """
+        fits = self._size[model] <= self._capacity
+        if fits.all() or not fits.any():
+            return self._load_s[model] + self._nearest_s[askers]
+        return self._load_s[model] + self._way_s[np.ix_(askers, np.flatnonzero(fits))].min(axis=1)
+
+    def _value(self, model: int) -> None:
+        """Bring up to date what requests for a model cost, and what the copies of it are worth: seconds per second."""
+        self._gains.pop(model, None)
+        askers, rate = self._askers(model)
+        holders = sorted(self._holders[model])
+        self._loss[model] = {}
+        if not len(askers):
+            return
+        load_s = self._load_costs_s(model, askers)
+        if not holders:
+            self._cost_s[model] = load_s
+            return
+        ways_s = self._way_s[askers[:, None], holders]
+        nearest = ways_s.argmin(axis=1)
+        cost_s = self._cost_s[model] = np.minimum(ways_s.min(axis=1), load_s)
+        # Without the nearest copy, requests go to the one that is now second.
+        ways_s[np.arange(len(askers)), nearest] = np.inf
+        lost = rate * (np.minimum(ways_s.min(axis=1), load_s) - cost_s)
+        losses = np.bincount(nearest, weights=lost, minlength=len(holders))
+        self._loss[model] = dict(zip(holders, losses.tolist(), strict=True))
+
+    def _gain(self, model: int) -> _Floats:
+        """What a copy would save at every site: seconds per second."""
+        gain = self._gains.get(model)
+        if gain is None:
+            askers, rate = self._askers(model)
+            if model not in self._cost_s:
+                self._value(model)
+            if len(askers):
+                saved_s = self._cost_s[model][:, None] - self._way_s[askers]
+                # Not a product of matrices: that may round alike columns differently, and ties must stay ties.
+                gain = np.einsum("l,ls->s", rate, np.maximum(saved_s, 0.0, out=saved_s))
+            else:
+                gain = np.zeros(len(self._sites))
+            self._gains[model] = gain
+        return gain
+
+    def _may_load(self, model: int) -> NDArray[np.bool_]:
+        """The sites that could take a copy."""
+        may = self._size[model] <= self._capacity
+        may[[*self._holders[model], *self._barred_at[model]]] = False
+        return may
 
     # The copies that there must be
 
     def _requirements(self) -> Iterator[Command]:
         for model, wanted in self._copies.items():
             while (number := self._next_site(model, wanted)) is not None:
-                victims = self._least_missed(model, number, self._must_go[:, number])
+                victims = self._least_missed(model, number, self._must_go[number])
                 if victims is None or self._urgent[number] <= 0:
-                    self._may_load[model, number] = False
+                    self._barred_at[model].add(number)
                     continue
                 self._urgent[number] -= self._size[model]
                 yield from self._place(model, number, victims, required=True)
@@ -147,25 +233,24 @@ class Round:
 
         Where there is none nearby, where it did not come to nothing lately, where most is gained, where most is free.
         """
-        there = {self._sites[number].location for number in np.flatnonzero(self._held[model])}
-        count = int(self._held[model].sum())
-        options = [
-            (
-                self._sites[number].location in there,
-                bool(self._missed[model, number]),
-                -self._gain[model, number],
-                -self._free[number],
-                int(number),
-            )
-            for number in np.flatnonzero(self._may_load[model])
-            if (count if self._sites[number].location in there else len(there)) < wanted
-        ]
-        return min(options)[-1] if options else None
+        holders = self._holders[model]
+        there = {self._sites[number].location for number in holders}
+        if len(there) >= wanted:
+            return None
+        numbers = np.flatnonzero(self._may_load(model))
+        is_there = np.isin(self._places[numbers], self._places[sorted(holders)])
+        if len(holders) >= wanted:
+            numbers, is_there = numbers[~is_there], is_there[~is_there]
+        if not len(numbers):
+            return None
+        missed = np.isin(numbers, sorted(self._missed_at.get(model, ())))
+        order = np.lexsort((-self._free[numbers], -self._gain(model)[numbers], missed, is_there))
+        return int(numbers[order[0]])
 
     def _needs(self, model: int, number: int) -> bool:
         """Whether there would be too few copies, or at too few locations, without this one."""
         wanted = self._copies.get(model, 0)
-        others = [other for other in np.flatnonzero(self._held[model]) if other != number]
+        others = self._holders[model] - {number}
         elsewhere = {self._sites[other].location for other in others}
         return len(others) < wanted or (self._sites[number].location not in elsewhere and len(elsewhere) < wanted)
 
@@ -173,84 +258,98 @@ class Round:
 
     def _improvements(self) -> Iterator[Command]:
         # Lazy greedy: worth only falls as copies are added, so whatever still leads after a second look is the best.
-        queue = self._candidates()
-        while queue:
-            negative, model, number = heapq.heappop(queue)
-            worth = self._gain[model, number] / self._size[model]
-            if not self._may_load[model, number] or worth <= 0:
-                continue
-            if worth < -negative:
-                heapq.heappush(queue, (-worth, model, number))
-                continue
-            victims = self._victims(model, number)
-            if victims is not None:
-                yield from self._place(model, number, victims, required=False)
-
-    def _value(self, models: NDArray[np.intp]) -> None:
-        """Bring what copies of these models are, or would be, worth up to date: seconds saved per second."""
-        rate, held = self._rate[models], self._held[models]
-        # Who has no worker, because it has just left, must go to one in any case: the nearest that can take the model.
-        fits = self._fits[models]
-        fits |= ~fits.any(axis=1, keepdims=True)
-        load_s = self._load_s[models, None] + np.where(fits[:, None, :], self._way_s, np.inf).min(axis=2)
-        ways_s = np.where(held[:, None, :], self._way_s, np.inf)
-        nearest = ways_s.argmin(axis=2)
-        cost_s = np.minimum(ways_s.min(axis=2), load_s)
-        self._gain[models] = np.einsum("ml,mls->ms", rate, np.maximum(cost_s[:, :, None] - self._way_s, 0.0))
-        # Without the nearest copy, requests go to the one that is now second.
-        np.put_along_axis(ways_s, nearest[:, :, None], np.inf, axis=2)
-        lost = rate * (np.minimum(ways_s.min(axis=2), load_s) - cost_s)
-        is_nearest = nearest[:, :, None] == np.arange(held.shape[1])
-        self._loss[models] = np.where(held, np.einsum("ml,mls->ms", lost, is_nearest), 0.0)
-
-    def _candidates(self) -> list[tuple[float, int, int]]:
-        """Copies that might be placed, the most worthwhile per byte on top; leaves out what surely cannot be."""
-        size = self._size[:, None]
-        least = np.where(self._may_go, self._loss / size, np.inf).min(axis=0, initial=math.inf)
-        missing = np.maximum(size - self._free, 0.0)
-        with np.errstate(invalid="ignore"):
-            price = np.where(missing > 0, missing * least * self._rules.hysteresis, 0.0)
-        worthwhile = self._gain * self._rules.payback_s >= self._load_s[:, None]
-        fits = (self._rested & self._is_urgent[:, None]) | ((size <= self._may_fill) & (missing <= self._may_empty))
-        able = self._may_load & self._placeable[:, None] & worthwhile & fits & (self._gain > price)
-        models, numbers = np.nonzero(able)
-        worth = self._gain[models, numbers] / self._size[models]
-        queue = list(zip((-worth).tolist(), models.tolist(), numbers.tolist(), strict=True))
+        waiting = self._candidates()
+        queue = [(candidates.lead, model) for model, candidates in waiting.items()]
         heapq.heapify(queue)
-        return queue
+        while queue:
+            lead, model = heapq.heappop(queue)
+            candidates, number = waiting[model], lead[1]
+            worth = self._gain(model) / self._size[model]
+            if worth[number] < -lead[0]:
+                candidates.sink(worth)
+            else:
+                candidates.drop()
+                if number not in self._barred_at[model] and number not in self._holders[model]:
+                    victims = self._victims(model, number)
+                    if victims is not None:
+                        yield from self._place(model, number, victims, required=False)
+            if candidates:
+                heapq.heappush(queue, (candidates.lead, model))
+
+    def _candidates(self) -> dict[int, _Candidates]:
+        """By model, the sites where a copy might be placed; leaves out what surely cannot be."""
+        least = self._least_losses()
+        found: dict[int, _Candidates] = {}
+        for model in self._worthwhile():
+            size, urgent = self._size[model], model in self._urgent_rows
+            missing = np.maximum(size - self._free, 0.0)
+            able = self._may_load(model)
+            able &= (size <= self._may_fill) & (missing <= self._may_empty) | (urgent & self._rested)
+            if not able.any():
+                continue
+            gain = self._gain(model)
+            with np.errstate(invalid="ignore"):
+                price = np.where(missing > 0, missing * least * self._rules.hysteresis, 0.0)
+            able &= (gain > price) & (gain * self._rules.payback_s >= self._load_s[model])
+            numbers = np.flatnonzero(able)
+            if len(numbers):
+                found[model] = _Candidates(numbers, gain[numbers] / size)
+        return found
+
+    def _worthwhile(self) -> list[int]:
+        """The models of which a copy could be worth its load anywhere, were it near everybody who asks."""
+        models = np.flatnonzero(np.diff(self._starts)).tolist()
+        worthwhile = []
+        for model in models:
+            if self._placeable is not None and model not in self._placeable:
+                continue
+            askers, rate = self._askers(model)
+            cost_s = self._cost_s.get(model)
+            if cost_s is None:
+                cost_s = self._cost_s[model] = self._load_costs_s(model, askers)
+            # A little more, so that rounding excludes nothing.
+            if float(rate @ cost_s) * self._rules.payback_s * (1 + 1e-9) >= self._load_s[model]:
+                worthwhile.append(model)
+        return worthwhile
+
+    def _least_losses(self) -> _Floats:
+        """At every site, the least that is lost for a byte."""
+        least = np.full(len(self._sites), np.inf)
+        size = self._size.tolist()
+        for number, rows in enumerate(self._may_go):
+            least[number] = min((self._loss[model].get(number, 0.0) / size[model] for model in rows), default=math.inf)
+        return least
 
     def _victims(self, model: int, number: int) -> list[int] | None:
         """Whom ``model`` displaces at a site; None if it does not fit, is not worth it, or moves too much."""
-        gain, rested = self._gain[model, number], self._rested[number] and self._is_urgent[model]
-        if gain * self._rules.payback_s < self._load_s[model]:
+        gain, rested = self._gain(model)[number], self._rested[number] and model in self._urgent_rows
+        if gain <= 0 or gain * self._rules.payback_s < self._load_s[model]:
             return None
         if self._size[model] > self._may_fill[number] and not rested:
             return None
-        may_go = self._may_go[:, number]
-        if self._held[model].any():
+        may_go = self._may_go[number]
+        if self._holders[model]:
             # A second copy of one model is never worth the last one of another that is asked for.
-            may_go = may_go & ~((self._held.sum(axis=1) == 1) & (self._rate.sum(axis=1) > 0))
+            may_go = {row for row in may_go if len(self._holders[row]) > 1 or not len(self._askers(row)[0])}
         victims = self._least_missed(model, number, may_go)
         if victims is None or (self._size[victims].sum() > self._may_empty[number] and not rested):
             return None
-        return victims if not victims or gain > self._rules.hysteresis * self._loss[victims, number].sum() else None
+        lost = sum(self._loss[victim].get(number, 0.0) for victim in victims)
+        return victims if not victims or gain > self._rules.hysteresis * lost else None
 
-    def _least_missed(self, model: int, number: int, may_go: NDArray[np.bool_]) -> list[int] | None:
+    def _least_missed(self, model: int, number: int, may_go: Collection[int]) -> list[int] | None:
         """What makes room for ``model`` at a site and is missed least; None if all together are not enough."""
-        missing = self._size[model] - self._free[number]
+        missing = float(self._size[model] - self._free[number])
         if missing <= 0:
             return []
-        rows = np.array(
-            [row for row in np.flatnonzero(may_go) if row not in self._copies or not self._needs(int(row), number)],
-            dtype=np.intp,
-        )
-        order = rows[np.argsort(self._loss[rows, number] / self._size[rows], kind="stable")]
-        enough = int(np.searchsorted(np.cumsum(self._size[order]), missing)) + 1
-        if enough > len(order):
+        rows = [row for row in sorted(may_go) if row not in self._copies or not self._needs(row, number)]
+        rows.sort(key=lambda row: self._loss[row].get(number, 0.0) / self._size[row])
+        enough = int(np.searchsorted(np.cumsum(self._size[rows]), missing)) + 1
+        if enough > len(rows):
             return None
         victims: list[int] = []
         # Of these, only the largest that suffice: a small model is spared when its bytes are not needed.
-        for victim in sorted(order[:enough].tolist(), key=lambda victim: -self._size[victim]):
+        for victim in sorted(rows[:enough], key=lambda victim: -self._size[victim]):
             if missing <= 0:
                 break
             victims.append(victim)
@@ -266,34 +365,116 @@ class Round:
         self._may_empty[number] -= freed
         self._may_fill[number] -= self._size[model]
         self._rested[number] = False
-        self._held[model, number] = True
-        self._may_load[model, number] = False
-        self._held[victims, number] = self._may_go[victims, number] = self._must_go[victims, number] = False
-        self._value(np.array([model, *victims]))
+        self._holders[model].add(number)
+        self._value(model)
+        for victim in victims:
+            self._go(victim, number)
+
+    def _go(self, model: int, number: int) -> None:
+        self._holders[model].discard(number)
+        self._may_go[number].discard(model)
+        self._must_go[number].discard(model)
+        # Not back in the round that takes it away.
+        self._barred_at[model].add(number)
+        self._value(model)
 
     # The copies that nobody would miss
 
     def _withdrawals(self) -> Iterator[Command]:
-        for model in np.flatnonzero((self._unused & self._held & ~self._kept).any(axis=1)).tolist():
-            for number in np.flatnonzero(self._unused[model] & self._held[model] & ~self._kept[model]).tolist():
-                others = self._kept[model] & self._held[model]
-                others[number] = False
-                loss_s = self._loss[model, number] * self._rules.payback_s * self._rules.hysteresis
-                if not others.any() or loss_s >= self._load_s[model] or self._needs(model, number):
-                    continue
-                if self._may_empty[number] < self._size[model] and not self._rested[number]:
-                    continue
-                site = self._sites[number]
-                yield EvictAt(location=site.location, replica=site.replica, model_id=self._models[model])
-                self._may_empty[number] -= self._size[model]
-                self._rested[number] = False
-                self._held[model, number] = self._may_go[model, number] = False
-                self._value(np.array([model]))
+        for model, number in sorted(self._unused):
+            kept = self._kept_at.get(model, set())
+            if number not in self._holders[model] or number in kept:
+                continue
+            others = kept & self._holders[model]
+            lost = self._loss[model].get(number, 0.0) * self._rules.payback_s * self._rules.hysteresis
+            if not others or lost >= self._load_s[model] or self._needs(model, number):
+                continue
+            if self._may_empty[number] < self._size[model] and not self._rested[number]:
+                continue
+            site = self._sites[number]
+            yield EvictAt(location=site.location, replica=site.replica, model_id=self._models[model])
+            self._may_empty[number] -= self._size[model]
+            self._rested[number] = False
+            self._go(model, number)
 
 
-def _marked(row: Mapping[str, int], columns: list[Collection[str]]) -> NDArray[np.bool_]:
-    """A table that says for every model, and for every column, whether it is named there."""
-    marked = np.zeros((len(row), len(columns)), dtype=np.bool_)
-    for number, names in enumerate(columns):
-        marked[[row[name] for name in names if name in row], number] = True
-    return marked
+class _Candidates:
+    """The sites where a copy of one model might be placed, the most worthwhile per byte first."""
+
+    __slots__ = ("_numbers", "_sorted", "_worth", "lead")
+
+    def __init__(self, numbers: _Rows, worth: _Floats) -> None:
+        self._numbers, self._worth = numbers, worth
+        self._sorted = False
+        self._look()
+
+    def __bool__(self) -> bool:
+        return len(self._numbers) > 0
+
+    def drop(self) -> None:
+        """Forget the first."""
+        self._sort()
+        self._numbers, self._worth = self._numbers[1:], self._worth[1:]
+        self._look()
+
+    def sink(self, worth: _Floats) -> None:
+        """A copy more has made them worth less, as told by site; forget those that are worth nothing any more."""
+        now = np.minimum(self._worth, worth[self._numbers])
+        left = now > 0
+        self._numbers, self._worth, self._sorted = self._numbers[left], now[left], False
+        self._look()
+
+    def _sort(self) -> None:
+        if not self._sorted:
+            order = np.lexsort((self._numbers, -self._worth))
+            self._numbers, self._worth, self._sorted = self._numbers[order], self._worth[order], True
+
+    def _look(self) -> None:
+        """Find the first; most are never asked for a second."""
+        if not len(self._numbers):
+            return
+        best = 0 if self._sorted else int(np.flatnonzero(self._worth == self._worth.max())[0])
+        self.lead: tuple[float, int] = (-float(self._worth[best]), int(self._numbers[best]))
+
+
+def way_table(
+    locations: Sequence[str], columns: Sequence[str], routing: RoutingRules, payload_bytes: int
+) -> _Floats:
+    """Seconds of the way from every location (rows) to those of all sites (columns); none within one."""
+    number = {location: place for place, location in enumerate(locations)}
+    table = np.full((len(locations), len(locations)), routing.default_link.seconds(payload_bytes))
+    known = [
+        (number[here], number[there], link.seconds(payload_bytes))
+        for (here, there), link in routing.links.items()
+        if here in number and there in number
+    ]
+    if known:
+        here, there, seconds = (np.array(column) for column in zip(*known, strict=True))
+        # Links hold in either direction, unless the other one has its own.
+        table[there, here] = seconds
+        table[here, there] = seconds
+    np.fill_diagonal(table, 0.0)
+    return table[:, [number[location] for location in columns]]
+
+
+def _asked(
+    row: Mapping[str, int], locations: Sequence[str], rates: Mapping[str, Mapping[str, float]]
+) -> tuple[_Rows, _Floats, list[int]]:
+    """Who asks how often, sorted by model; and where each model begins."""
+    models: list[int] = []
+    asking: list[int] = []
+    per_s: list[float] = []
+    for number, location in enumerate(locations):
+        asked = [(row[name], rate) for name, rate in rates.get(location, {}).items() if rate > 0 and name in row]
+        models += [model for model, _ in asked]
+        per_s += [rate for _, rate in asked]
+        asking += [number] * len(asked)
+    order = np.argsort(np.array(models, dtype=np.intp), kind="stable")
+    starts = np.concatenate(([0], np.cumsum(np.bincount(models, minlength=len(row))))) if models else [0] * (len(row) + 1)
+    return np.array(asking, dtype=np.intp)[order], np.array(per_s)[order], [int(start) for start in starts]
+
+
+def _numbered(names: Sequence[str]) -> _Rows:
+    """A number for each name, the same for the same."""
+    number = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    return np.array([number[name] for name in names], dtype=np.intp)

@@ -46,7 +46,7 @@ class Planner:
         self._handed_over: dict[str, tuple[float, tuple[PreloadAt, ...]]] = before._handed_over if before else {}
 
     def measured(self, links: Mapping[tuple[str, str], Link]) -> None:
-        """The ways take so long, as routers have measured."""
+        """These ways take so long, as a router has measured."""
         self._placement.measured(links)
 
     def hear(self, replica: str, demands: Iterable[Demand], now: float) -> None:

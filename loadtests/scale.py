@@ -1,0 +1,300 @@
+"""What decisions cost as the cluster grows: ``python -m loadtests.scale``.
+
+A cluster of 10, 100 and 1,000 locations and 10,000 models that is made up (``scale_world.py``) reports through the state
+machines that serve: one ``CoordinatorState``, and the ``Knowledge`` of some routers, which decide with ``choose`` while
+their views change. No Ray, no network: what is measured are our own decisions. Bytes are those of pickled ``ViewDelta``s
+to the worker and to the router of a location, each four times a second. Memory is resident memory. Every size runs in a
+process of its own; the last column is what the largest cluster costs over the smallest.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import pickle
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import click
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from loadtests.scale_world import TICK_S, World
+from serve_app.core.coordination import CoordinatorRules, CoordinatorState, PlacementSettings
+from serve_app.core.knowledge import Knowledge
+from serve_app.core.links import LinkTable
+from serve_app.core.placement_rules import PlacementRules
+from serve_app.core.reports import ViewDelta
+from serve_app.core.routing import Errand, Outcome, choose
+
+#: Routers that decide; the others' views are not kept.
+_ROUTERS = 8
+#: No measurement takes much longer, however slow what it measures.
+_LIMIT_S = 8.0
+_WARM_TICKS = 8
+
+#: What is measured, and what it should be with 1,000 locations and 10,000 models.
+AIMS = {
+    **{f"decision p99, {outcome.value} (us)": 20.0 for outcome in Outcome},
+    "decision p99, all (us)": 20.0,
+    "reports a second": 20_000.0,
+    "placement round, first (s)": 1.0,
+    "placement round (s)": 1.0,
+    "news (kB/s a location)": 64.0,
+}
+_MORE_IS_BETTER = {"reports a second"}
+
+
+@dataclass(slots=True)
+class Figures:
+    """One size of cluster: figures by name, in the order in which they were measured."""
+
+    locations: int
+    models: int
+    values: dict[str, float] = field(default_factory=dict)
+
+
+class _Bench:
+    def __init__(self, locations: int, models: int, seed: int) -> None:
+        self._world = world = World(locations, models, seed)
+        self._rng = random.Random(seed)
+        self._figures = Figures(locations, models)
+        self._now = 100.0
+        self._routers = {location: Knowledge() for location in world.locations[:_ROUTERS]}
+        self._ways = {location: LinkTable(location, world.rules.link) for location in self._routers}
+        #: What each worker has read.
+        self._read: dict[str, tuple[str, int]] = dict.fromkeys(world.locations, ("", 0))
+
+    def run(self) -> Figures:
+        values = self._figures.values
+        reports = [list(self._world.tick()) for _ in range(2)]
+        ways = [self._world.ways(location) for location in self._world.locations]
+        before_bytes = _resident_bytes()
+        self._state = CoordinatorState(
+            epoch="first",
+            rules=CoordinatorRules(
+                half_life_s=60.0,
+                stale_after_s=1e9,
+                placement=PlacementSettings(
+                    routing=self._world.rules, every_s=1e9, payload_bytes=100_000, rules=PlacementRules()
+                ),
+            ),
+        )
+        for measured in ways:
+            self._state.measured(measured)
+        for tick in reports:
+            self._hear(tick)
+        del reports, ways
+        values["coordinator (MB)"] = (_resident_bytes() - before_bytes) / 1e6
+        self._resynchronise()
+        self._settle()
+        self._reports()
+        self._news()
+        self._decide()
+        self._place()
+        return self._figures
+
+    def _hear(self, tick: list) -> None:
+        """Every worker reports, and nobody listens."""
+        self._now += TICK_S
+        for report in tick:
+            self._state.handle(report, self._now)
+
+    def _view(self, location: str, known: Knowledge) -> bytes:
+        delta = self._state.view(known.view.epoch, known.view.version, self._now, location)
+        return pickle.dumps(delta, pickle.HIGHEST_PROTOCOL)
+
+    def _resynchronise(self) -> None:
+        """Everybody reads everything: what a coordinator that starts anew is asked for."""
+        values = self._figures.values
+        sizes: list[int] = []
+        began_s = time.perf_counter()
+        for location in self._world.locations:
+            sizes.append(len(self._view(location, Knowledge())))
+            if time.perf_counter() - began_s > _LIMIT_S:
+                break
+        took_s = time.perf_counter() - began_s
+        values["first view of a reader (kB)"] = statistics.mean(sizes) / 1e3
+        values["first views of all readers, two a location (s)"] = took_s / len(sizes) * 2 * len(self._world.locations)
+        before_bytes = _resident_bytes()
+        for location, known in self._routers.items():
+            known.apply(pickle.loads(self._view(location, known)), self._now)
+        values["router (MB)"] = (_resident_bytes() - before_bytes) / 1e6 / len(self._routers)
+
+    def _settle(self) -> None:
+        """Some time passes in which everybody reports and reads, as far as there is time."""
+        began_s = time.perf_counter()
+        for _ in range(_WARM_TICKS):
+            self._now += TICK_S
+            for report in self._world.tick():
+                self._answer(report)
+                if time.perf_counter() - began_s > 2 * _LIMIT_S:
+                    return
+            self._refresh()
+
+    def _answer(self, report) -> ViewDelta:
+        epoch, version = self._read[report.location]
+        delta = self._state.answer(report, epoch, version, self._now)
+        self._read[report.location] = delta.epoch, delta.version
+        return delta
+
+    def _refresh(self) -> None:
+        for location, known in self._routers.items():
+            known.apply(pickle.loads(self._view(location, known)), self._now)
+
+    def _reports(self) -> None:
+        spent_s, count, began_s = 0.0, 0, time.perf_counter()
+        while time.perf_counter() - began_s < _LIMIT_S and count < 20_000:
+            tick = list(self._world.tick())
+            self._now += TICK_S
+            gc.collect()
+            before_s = time.perf_counter()
+            for report in tick:
+                self._answer(report)
+                count += 1
+                if time.perf_counter() - before_s > _LIMIT_S:
+                    break
+            spent_s += time.perf_counter() - before_s
+            self._refresh()
+        self._figures.values["reports a second"] = count / spent_s
+
+    def _news(self) -> None:
+        """Bytes of the news that a worker and a router get, mean of those of some locations."""
+        per_s: list[float] = []
+        began_s = time.perf_counter()
+        for _ in range(12):
+            sizes = dict.fromkeys(self._routers, 0)
+            self._now += TICK_S
+            for report in self._world.tick():
+                if report.location in sizes:
+                    sizes[report.location] += len(pickle.dumps(self._answer(report), pickle.HIGHEST_PROTOCOL))
+                else:
+                    self._state.handle(report, self._now)
+            for location, known in self._routers.items():
+                data = self._view(location, known)
+                sizes[location] += len(data)
+                known.apply(pickle.loads(data), self._now)
+            per_s.extend(size / TICK_S for size in sizes.values())
+            if time.perf_counter() - began_s > 3 * _LIMIT_S:
+                break
+        self._figures.values["news (kB/s a location)"] = statistics.mean(per_s) / 1e3
+
+    def _decide(self) -> None:
+        took: dict[str, list[int]] = {outcome.value: [] for outcome in Outcome}
+        applied: list[float] = []
+        began_s = time.perf_counter()
+        while time.perf_counter() - began_s < 2 * _LIMIT_S and sum(map(len, took.values())) < 20_000:
+            self._now += TICK_S
+            for report in self._world.tick():
+                self._state.handle(report, self._now)
+            for location, known in self._routers.items():
+                data = self._view(location, known)
+                before_s = time.perf_counter()
+                known.apply(pickle.loads(data), self._now)
+                applied.append(time.perf_counter() - before_s)
+                self._requests(location, known, took)
+        values = self._figures.values
+        everything = [nanoseconds for kind in took.values() for nanoseconds in kind]
+        for name, samples in (*took.items(), ("all", everything)):
+            values[f"decision p50, {name} (us)"] = _quantile(samples, 0.5) / 1e3
+            values[f"decision p99, {name} (us)"] = _quantile(samples, 0.99) / 1e3
+        values["news taken in by a router (ms)"] = statistics.median(applied) * 1e3
+
+    def _requests(self, location: str, known: Knowledge, took: dict[str, list[int]]) -> None:
+        """So many requests as are worth a second of decisions, with what each does to what the router knows."""
+        rules, ways = self._world.rules, self._ways[location]
+        for _ in range(50):
+            model = self._world.profiles[self._world.draw(location)]
+            errand = Errand(model=model, here=location, payload_bytes=100_000)
+            before_ns = time.perf_counter_ns()
+            plan = choose(errand, known, rules, ways)
+            took[plan.outcome.value].append(time.perf_counter_ns() - before_ns)
+            if plan.replica is None:
+                continue
+            known.sent(plan.replica, model.exec_s)
+            if plan.outcome is Outcome.LOAD:
+                known.expect_load(plan.replica, model.model_id)
+            if plan.preload is not None:
+                known.expect_load(plan.preload, model.model_id)
+            known.returned(plan.replica, model.exec_s)
+
+    def _place(self) -> None:
+        values, planner, state = self._figures.values, self._state._planner, self._state
+        assert planner is not None
+        rounds = []
+        for _ in range(3):
+            reports = list(state._reports.values())
+            before_s = time.perf_counter()
+            commands = planner.plan(reports, self._now)
+            rounds.append((time.perf_counter() - before_s, len(commands)))
+            if sum(seconds for seconds, _ in rounds) > 3 * _LIMIT_S:
+                break
+            for _ in range(4):
+                self._hear(list(self._world.tick()))
+        values["placement round, first (s)"], values["orders of the first round"] = rounds[0]
+        values["placement round (s)"] = statistics.median(seconds for seconds, _ in rounds)
+
+
+def _resident_bytes() -> int:
+    gc.collect()
+    return int(psutil.Process().memory_info().rss)
+
+
+def _quantile(samples: Sequence[float], share: float) -> float:
+    return sorted(samples)[min(len(samples) - 1, int(len(samples) * share))] if samples else float("nan")
+
+
+def measure(locations: int, models: int, seed: int) -> Figures:
+    """The figures of one size, measured in this process."""
+    return _Bench(locations, models, seed).run()
+
+
+@click.command(help=__doc__)
+@click.option("--locations", default="10,100,1000", show_default=True, help="Sizes of the cluster.")
+@click.option("--models", default=10_000, show_default=True, type=click.IntRange(300), help="In the catalogue.")
+@click.option("--seed", default=0, show_default=True, help="Of everything.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def main(locations: str, models: int, seed: int, as_json: bool) -> None:
+    """See the module."""
+    try:
+        sizes = sorted({int(size) for size in locations.split(",")})
+    except ValueError:
+        raise click.BadParameter(f"must be numbers like 10,100, not {locations!r}", param_hint="--locations") from None
+    if not sizes or sizes[0] < 2:
+        raise click.BadParameter("a cluster has at least 2 locations", param_hint="--locations")
+    found = []
+    for size in sizes:
+        # Memory of one size must not be counted as that of the next.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found.append(pool.apply(measure, (size, models, seed)))
+    if as_json:
+        rows = [{"locations": row.locations, "models": row.models, "figures": row.values} for row in found]
+        click.echo(json.dumps({"aims": AIMS, "rows": rows}))
+        return
+    Console(width=max(120, 60 + 14 * len(found))).print(_table(found))
+
+
+def _table(found: Sequence[Figures]) -> Table:
+    table = Table(title=f"{found[0].models:,} models")
+    table.add_column("locations")
+    for row in found:
+        table.add_column(f"{row.locations:,}", justify="right")
+    table.add_column("aim", justify="right")
+    table.add_column("growth", justify="right")
+    show: Callable[[float], str] = lambda value: f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"  # noqa: E731
+    for name in found[-1].values:
+        aim = AIMS.get(name)
+        bound = "" if aim is None else f"{'>' if name in _MORE_IS_BETTER else '<'} {aim:,.3g}".replace("2e+04", "20,000")
+        values = [row.values.get(name, float("nan")) for row in found]
+        growth = values[-1] / values[0] if values[0] else float("nan")
+        table.add_row(name, *map(show, values), bound, f"x {growth:.2g}")
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The sparse round does what a round over whole tables does, whatever the cluster looks like."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from core_support import profile
+from dense_round import DenseRound
+
+from serve_app.core.commands import Command, PreloadAt
+from serve_app.core.links import Link
+from serve_app.core.placement_round import Round, Site, Wants, way_table
+from serve_app.core.placement_rules import PlacementRules
+from serve_app.core.routing import RoutingRules
+
+
+class Case:
+    """A cluster of a few sites, drawn at random; rates and ways are all different, so that nothing depends on ties."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = rng = random.Random(seed)
+        self.rules = PlacementRules(
+            share_per_round=rng.choice([0.1, 0.5, 1.0]), hysteresis=rng.choice([1.0, 1.5, 3.0]), payback_s=10.0**rng.randrange(6)
+        )
+        self.names = [f"m{number:02}" for number in range(rng.randrange(2, 14))]
+        profiles = {
+            name: profile(name, rng.randrange(1, 30), load_s=rng.choice([0.05, 1.0, 5.0]) * rng.uniform(0.9, 1.1))
+            for name in self.names
+        }
+        places = [f"loc{number}" for number in range(rng.randrange(1, 7))]
+        links = {
+            (here, there): Link(rtt_s=rng.uniform(0.001, 1.0), bytes_per_s=1e6)
+            for here in places
+            for there in places
+            if here != there and rng.random() < 0.6
+        }
+        self.routing = RoutingRules(
+            profiles=profiles, links=links, default_link=Link(rtt_s=0.1, bytes_per_s=1e6), horizon_s=10.0
+        )
+        self.sites = [self._site(f"{place}-{number}", place) for place in places for number in range(rng.choice([0, 1, 1, 2]))]
+        self.wants = Wants(
+            rates={
+                place: {name: rng.choice([0.0, 10.0 ** rng.uniform(-4, 1)]) for name in self._some(0.7)}
+                for place in [*places, "elsewhere"]
+            },
+            copies={name: rng.randrange(4) for name in self._some(0.2)},
+            withdraw=self._some(0.3),
+            urgent=self._some(0.2),
+            only=rng.choice([None, None, self._some(0.5)]),
+        )
+
+    def _some(self, share: float) -> frozenset[str]:
+        return frozenset(name for name in self.names if self._rng.random() < share)
+
+    def _site(self, replica: str, location: str) -> Site:
+        rng, capacity, held, used = self._rng, self._rng.randrange(10, 90), {}, 0
+        share = rng.choice([0.2, 0.9])
+        for name in self.names:
+            if rng.random() < share and used + self.routing.profiles[name].size_bytes <= capacity:
+                held[name] = True
+                used += self.routing.profiles[name].size_bytes
+        return Site(
+            location=location,
+            replica=replica,
+            capacity_bytes=capacity,
+            used_bytes=used,
+            exec_slots=1,
+            held=held,
+            barred=self._some(0.1),
+            fresh=self._some(0.05),
+            missed=self._some(0.1),
+            fixed=self._some(0.1) & held.keys(),
+            keeps=self._some(0.6) & held.keys(),
+            unused=self._some(0.5) & held.keys(),
+            fill_bytes=capacity * self.rules.share_per_round * rng.choice([1.0, 1.0, 0.5]),
+            empty_bytes=capacity * self.rules.share_per_round * rng.choice([1.0, 1.0, 0.5]),
+        )
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_a_round_gives_the_commands_that_whole_tables_give(part: int) -> None:
+    given = 0
+    for seed in range(200 * part, 200 * part + 200):
+        case = Case(seed)
+        if not case.sites:
+            continue
+        sparse = Round(case.sites, case.wants, case.routing, case.rules, 0)
+        dense = DenseRound(case.sites, case.wants, case.routing, case.rules, 0)
+        commands = sparse.commands()
+        assert commands == dense.commands(), f"case {seed}"
+        assert np.array(sparse.left()) == pytest.approx(np.array(dense.left()))
+        given += len(commands)
+    assert given > 200
+
+
+def test_the_ways_are_those_of_the_links_in_either_direction() -> None:
+    case = next(case for case in map(Case, range(99)) if len(case.sites) > 4)
+    places = sorted({site.location for site in case.sites})
+    table = way_table(places, places, case.routing, 1000)
+    expected = [
+        [0.0 if here == there else case.routing.link(here, there).seconds(1000) for there in places] for here in places
+    ]
+    assert table.tolist() == expected
+
+
+def test_what_takes_no_part_changes_nothing() -> None:
+    """Models and locations far away, of which there are thousands in a large cluster, do not change who gets a copy."""
+    case = next(case for case in map(Case, range(999)) if len(case.sites) > 3 and _loads(case, case.wants))
+    asked = {**case.wants.rates, "far": {f"unknown{number}": 1.0 for number in range(50)}}
+    assert _loads(case, replace(case.wants, rates=asked)) == _loads(case, case.wants)
+
+
+def _loads(case: Case, wants: Wants) -> list[Command]:
+    commands = Round(case.sites, wants, case.routing, case.rules, 0).commands()
+    return [command for command in commands if isinstance(command, PreloadAt)]
