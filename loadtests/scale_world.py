@@ -84,6 +84,13 @@ class World:
             sent: WorkerReport = pickle.loads(pickle.dumps(worker, pickle.HIGHEST_PROTOCOL))
             yield sent
 
+    def history(self) -> Iterator[WorkerReport]:
+        """Reports that tell of everything that users of a location ask for, so that it is known for long."""
+        for location, worker in self.workers.items():
+            demand = tuple(Demand(location=location, model_id=name, count=1) for name in self.asked[location])
+            self.workers[location] = dataclasses.replace(worker, sequence=worker.sequence + 1)
+            yield dataclasses.replace(self.workers[location], demand=demand)
+
     def draw(self, location: str) -> str:
         """A model that a user of a location asks for."""
         return self._rng.choices(self.asked[location], self._weights)[0]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from serve_app.core.commands import Command
-from serve_app.core.links import Link
+from serve_app.core.directory import Directory
+from serve_app.core.links import HERE, Link
 from serve_app.core.placement_rules import PlacementRules
 from serve_app.core.planning import Planner
 from serve_app.core.popularity import Popularity
-from serve_app.core.reports import ViewDelta, WorkerReport
+from serve_app.core.reports import ViewDelta, WorkerChange, WorkerReport
 from serve_app.core.routing import RoutingRules
+from serve_app.core.scope import Scope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,29 +70,45 @@ class CoordinatorState:
 
     A coordinator that starts anew has an empty directory under a new ``epoch``; the next round of reports fills it.
 
+    While there are few workers, every reader gets every report. Then a reader gets those of its own location, and of its
+    ``Scope`` what changes decisions: news do not grow with the cluster. A reader of no location is told of everybody.
+
     Args:
         epoch: differs for every life of the coordinator; readers drop what they knew when it changes.
         rules: how to work, until ``configure`` says otherwise.
+        whole_up_to: so many workers are few.
     """
+
+    #: What is few: everybody's whole reports are then not much more than what else a reader gets.
+    WHOLE_UP_TO = 8
+    #: How often a worker is told of others where there are many: it sends them no requests, as routers do.
+    WORKERS_READ_EVERY_S = 1.0
+    #: How often rates are told where there are many workers: of one location, and of all.
+    RATES_EVERY_S = 2.0
+    ALL_RATES_EVERY_S = 10.0
 
     #: Dead replicas that are remembered for readers that lag behind; whoever lags further reads everything anew.
     MAX_DEPARTED = 1000
 
-    def __init__(self, *, epoch: str, rules: CoordinatorRules) -> None:
+    def __init__(self, *, epoch: str, rules: CoordinatorRules, whole_up_to: float = WHOLE_UP_TO) -> None:
         self._epoch = epoch
+        self._whole_up_to = whole_up_to
         self._rules = rules
         self._popularity = Popularity(rules.half_life_s)
         self._planner = _planner(rules, None)
         self._planned_s: float | None = None
         self._commands: dict[str, list[Command]] = {}
         self._version = 0
-        self._reports: dict[str, WorkerReport] = {}
+        self._reports = Directory()
+        #: Those heard longest ago first; the last departed last.
         self._heard_s: dict[str, float] = {}
-        self._changed: dict[str, int] = {}
         self._departed: dict[str, int] = {}
         self._complete_since = 0
+        #: By location; empty while there are few workers.
+        self._scopes: dict[str | None, Scope] = {}
         self._links: dict[tuple[str, str], Link] = {}
-        self._links_changed: dict[tuple[str, str], int] = {}
+        #: By location, the last ones last.
+        self._links_changed: dict[str, dict[tuple[str, str], int]] = {}
 
     def configure(self, rules: CoordinatorRules, now: float) -> None:
         """Work by these rules from now on, if they are newer than those that are known."""
@@ -111,44 +129,69 @@ class CoordinatorState:
         if known is not None and report.sequence <= known.sequence:
             return
         self._version += 1
-        self._reports[report.replica] = dataclasses.replace(report, demand=())
+        news = self._reports.hear(report, self._version)
+        self._heard_s.pop(report.replica, None)
         self._heard_s[report.replica] = now
-        self._changed[report.replica] = self._version
         self._departed.pop(report.replica, None)
+        for model_id in news:
+            if model_id in report.models:
+                self._follow(report.location, model_id)
         for demand in report.demand:
             self._popularity.add(demand.location, demand.model_id, demand.count, now)
+            self._follow(demand.location, demand.model_id)
         self._plan(report, now)
 
     def answer(self, report: WorkerReport, epoch: str, version: int, now: float) -> ViewDelta:
         """Take in a worker's report; answer with what it does not know yet, and what it should do."""
         self.handle(report, now)
-        return dataclasses.replace(
-            self.view(epoch, version, now, report.location),
-            commands=tuple(self._commands.pop(report.replica, ())),
-            may_leave=self._planner is None or self._planner.may_leave(report.replica, self._reports, now),
-        )
+        commands = tuple(self._commands.pop(report.replica, ()))
+        may_leave = self._planner is None or self._planner.may_leave(report.replica, self._reports, now)
+        if self._is_large():
+            entry = self._reports.entries[report.replica]
+            if epoch != self._epoch or entry.read_s is None or now - entry.read_s >= self.WORKERS_READ_EVERY_S:
+                entry.read_s = now
+                return self._scoped(epoch, version, now, report.location, report.replica, commands, may_leave)
+            return ViewDelta(
+                epoch=epoch,
+                version=version,
+                full=False,
+                workers=(),
+                gone=(),
+                rates=None,
+                scoped=True,
+                commands=commands,
+                may_leave=may_leave,
+            )
+        delta = self.view(epoch, version, now, report.location)
+        return dataclasses.replace(delta, commands=commands, may_leave=may_leave)
 
     def measured(self, links: Mapping[tuple[str, str], Link]) -> None:
         """A router has measured the ways from its location."""
         if links:
             self._version += 1
             self._links |= links
-            self._links_changed |= dict.fromkeys(links, self._version)
+            for way in links:
+                changed = self._links_changed.setdefault(way[0], {})
+                changed.pop(way, None)
+                changed[way] = self._version
             if self._planner is not None:
                 self._planner.measured(links)
 
     def expire(self, now: float) -> None:
         """Drop the replicas that have been silent for too long."""
-        for replica, heard_s in list(self._heard_s.items()):
-            if now - heard_s > self._rules.stale_after_s:
-                self.depart(replica)
+        while self._heard_s:
+            replica, heard_s = next(iter(self._heard_s.items()))
+            if now - heard_s <= self._rules.stale_after_s:
+                return
+            self.depart(replica)
 
     def depart(self, replica: str) -> None:
         """Drop a replica that is known to be gone; unknown ones are ignored."""
         if replica not in self._reports:
             return
         self._version += 1
-        del self._reports[replica], self._heard_s[replica], self._changed[replica]
+        self._reports.depart(replica)
+        del self._heard_s[replica]
         self._commands.pop(replica, None)
         if self._planner is not None:
             self._planner.departed(replica)
@@ -176,33 +219,145 @@ class CoordinatorState:
     def view(self, epoch: str, version: int, now: float, location: str | None = None) -> ViewDelta:
         """What a reader of ``location`` that last saw ``version`` of ``epoch`` does not know yet."""
         self.expire(now)
+        if self._is_large():
+            return self._scoped(epoch, version, now, location)
         full = epoch != self._epoch or not self._complete_since <= version <= self._version
         since = -1 if full else version
         return ViewDelta(
             epoch=self._epoch,
             version=self._version,
             full=full,
-            workers=tuple(self._reports[replica] for replica, changed in self._changed.items() if changed > since),
-            gone=() if full else tuple(replica for replica, changed in self._departed.items() if changed > since),
+            workers=tuple(entry.plain() for entry in self._reports.entries.values() if entry.changed > since),
+            gone=() if full else self._gone(since),
             rates=self.rates(now),
-            links={
-                way: self._links[way]
-                for way, changed in self._links_changed.items()
-                if changed > since and way[0] == location
-            },
+            links=self._new_links(location, since),
         )
+
+    def _is_large(self) -> bool:
+        """Whether news are by scope; who has read them the other way reads everything anew."""
+        is_large = len(self._reports) > self._whole_up_to
+        if not is_large and self._scopes:
+            self._scopes.clear()
+            self._version += 1
+            self._complete_since = self._version
+        return is_large
+
+    def _scoped(
+        self,
+        epoch: str,
+        version: int,
+        now: float,
+        location: str | None,
+        replica: str | None = None,
+        commands: tuple[Command, ...] = (),
+        may_leave: bool = True,
+    ) -> ViewDelta:
+        """What a reader of ``location`` does not know yet of what matters there; ``replica``: it is this worker."""
+        scope = self._scope(location, now)
+        full = epoch != self._epoch or not max(self._complete_since, scope.complete_since) <= version <= self._version
+        since = -1 if full else version
+        workers, changes = self._news(scope, location, replica, since)
+        return ViewDelta(
+            epoch=self._epoch,
+            version=self._version,
+            full=full,
+            scoped=True,
+            workers=tuple(workers),
+            changes=tuple(changes),
+            gone=() if full else self._gone(since),
+            beyond=() if full else scope.beyond(since),
+            rates=scope.rates if scope.rates_at > since else None,
+            links=self._new_links(location, since),
+            commands=commands,
+            may_leave=may_leave,
+        )
+
+    def _news(
+        self, scope: Scope, location: str | None, reader: str | None, since: int
+    ) -> tuple[list[WorkerReport], list[WorkerChange]]:
+        entries = self._reports.entries
+        workers: list[WorkerReport] = []
+        changes: list[WorkerChange] = []
+        names: Collection[str] | None = None
+        peers: Mapping[str, int] = {}
+        if location is None:
+            peers = dict.fromkeys(entries, 0)
+        else:
+            names, peers = scope.models, scope.peers
+            own = (entries[replica] for replica in self._reports.at(location) if replica != reader)
+            workers += [entry.plain() for entry in own if entry.changed > since]
+        for replica, joined in peers.items():
+            entry = entries.get(replica)
+            if entry is None or (entry.told_at <= since and joined <= since):
+                continue
+            if joined > since or entry.whole_at > since:
+                workers.append(entry.summary(names))
+            else:
+                changes.append(entry.last_change if since >= entry.told_before else entry.change(since))
+        # Of those who were peers before anybody here asked for this.
+        for model_id in scope.new_models(since):
+            for replica in peers.keys() & self._reports.holders(model_id):
+                entry = entries[replica]
+                if max(peers[replica], entry.whole_at) <= since:
+                    changes.append(entry.models((model_id,)))
+        return workers, changes
+
+    def _scope(self, location: str | None, now: float) -> Scope:
+        scope = self._scopes.get(location)
+        if scope is None:
+            self._version += 1
+            scope = self._scopes[location] = Scope(location or "", self._reports, self._version)
+            if location is not None:
+                held = [model_id for replica in self._reports.at(location) for model_id in self._reports[replica].models]
+                for model_id in (*self._popularity.rates_of(location, now), *held):
+                    scope.follow(model_id, self._version, self._way_s)
+        if location is not None and scope.look(self._version + 1, now, self._way_s):
+            self._version += 1
+        every_s = self.ALL_RATES_EVERY_S if location is None else self.RATES_EVERY_S
+        if scope.rated_s is None or now - scope.rated_s >= every_s:
+            self._version += 1
+            scope.rated_s, scope.rates_at = now, self._version
+            scope.rates = (
+                self.rates(now) if location is None else {location: self._popularity.rates_of(location, now)}
+            )
+        return scope
+
+    def _follow(self, location: str, model_id: str) -> None:
+        scope = self._scopes.get(location)
+        if scope is not None:
+            scope.follow(model_id, self._version, self._way_s)
+
+    def _way_s(self, here: str, there: str) -> float:
+        link = self._links.get((here, there))
+        if link is None:
+            placement = self._rules.placement
+            link = HERE if placement is None else placement.routing.link(here, there)
+        return link.rtt_s
+
+    def _gone(self, since: int) -> tuple[str, ...]:
+        gone = []
+        for replica, version in reversed(self._departed.items()):
+            if version <= since:
+                break
+            gone.append(replica)
+        return tuple(reversed(gone))
+
+    def _new_links(self, location: str | None, since: int) -> dict[tuple[str, str], Link]:
+        links: dict[tuple[str, str], Link] = {}
+        if location is not None:
+            for way, changed in reversed(self._links_changed.get(location, {}).items()):
+                if changed <= since:
+                    break
+                links[way] = self._links[way]
+        return links
 
     def holders(self, model_id: str) -> tuple[str, ...]:
         """The live replicas that hold a model or are loading it."""
-        return tuple(replica for replica, report in self._reports.items() if model_id in report.models)
+        return tuple(self._reports.holders(model_id))
 
     def holder_counts(self) -> dict[str, int]:
         """How many live replicas hold each model."""
-        counts: dict[str, int] = {}
-        for report in self._reports.values():
-            for model_id in report.models:
-                counts[model_id] = counts.get(model_id, 0) + 1
-        return counts
+        return {model_id: len(self._reports.holders(model_id)) for model_id in self._reports.held()}
 
     @property
     def links(self) -> Mapping[tuple[str, str], Link]:

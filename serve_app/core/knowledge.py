@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from serve_app.core.answers import ModelState
 from serve_app.core.links import Link
-from serve_app.core.reports import ViewDelta, WorkerReport
+from serve_app.core.reports import ViewDelta, WorkerChange, WorkerReport
 
 
 @dataclass(slots=True)
@@ -22,6 +22,9 @@ class View:
     rates: dict[str, Mapping[str, float]] = field(default_factory=dict)
     links: dict[tuple[str, str], Link] = field(default_factory=dict)
     _carried: dict[str, float] = field(default_factory=dict)
+    #: What ``workers`` says, by model and by location.
+    _holders: dict[str, dict[str, None]] = field(default_factory=dict, compare=False)
+    _locations: dict[str, dict[str, None]] = field(default_factory=dict, compare=False)
 
     #: A coordinator that has just started has heard of every live worker within this many seconds. Until then, what
     #: its predecessor knew still counts: otherwise everybody would send everything to whoever reported first.
@@ -30,22 +33,69 @@ class View:
     def apply(self, delta: ViewDelta, now: float) -> tuple[str, ...]:
         """Bring this copy up to date; returns the replicas that are known to be gone since."""
         gone = set(delta.gone)
+        unknown = set(delta.beyond)
         if delta.full and delta.epoch == self.epoch:
-            gone |= self.workers.keys() - {report.replica for report in delta.workers}
+            # Of a scoped view, who is not in it may be well, but does not matter here any more.
+            missing = unknown if delta.scoped else gone
+            missing |= self.workers.keys() - {report.replica for report in delta.workers}
         elif delta.full:
             self._carried = dict.fromkeys(self.workers, now + self.CARRY_S)
         for report in delta.workers:
-            self.workers[report.replica] = report
-            self._carried.pop(report.replica, None)
+            self._learn(report)
+        for change in delta.changes:
+            known = self.workers.get(change.replica)
+            if known is not None:
+                self._learn(_changed(known, change))
         gone |= {replica for replica, until_s in self._carried.items() if now >= until_s}
-        gone = {replica for replica in gone if self.workers.pop(replica, None) is not None}
-        for replica in gone:
-            self._carried.pop(replica, None)
-        self.rates = dict(delta.rates)
+        gone = {replica for replica in gone if self._forget(replica)}
+        for replica in unknown:
+            self._forget(replica)
+        if delta.rates is not None:
+            self.rates = dict(delta.rates)
         # Those of a coordinator that has gone still count until the new one has been told of them.
         self.links |= delta.links
         self.epoch, self.version, self.updated_s = delta.epoch, delta.version, now
         return tuple(sorted(gone))
+
+    def holders(self, model_id: str) -> Collection[str]:
+        """The replicas that have said to hold a model, or to be loading it."""
+        return self._holders.get(model_id, {}).keys()
+
+    def at(self, location: str) -> Collection[str]:
+        """The replicas of a location."""
+        return self._locations.get(location, {}).keys()
+
+    def _learn(self, report: WorkerReport) -> None:
+        replica = report.replica
+        self._carried.pop(replica, None)
+        before = self.workers.get(replica)
+        self.workers[replica] = report
+        if before is None:
+            self._locations.setdefault(report.location, {})[replica] = None
+            held: Collection[str] = ()
+        else:
+            held = before.models.keys()
+            for model_id in held - report.models.keys():
+                self._let_go(model_id, replica)
+        for model_id in report.models.keys() - held:
+            self._holders.setdefault(model_id, {})[replica] = None
+
+    def _forget(self, replica: str) -> bool:
+        """Whether it was known."""
+        report = self.workers.pop(replica, None)
+        self._carried.pop(replica, None)
+        if report is None:
+            return False
+        for model_id in report.models:
+            self._let_go(model_id, replica)
+        del self._locations[report.location][replica]
+        return True
+
+    def _let_go(self, model_id: str, replica: str) -> None:
+        holders = self._holders[model_id]
+        del holders[replica]
+        if not holders:
+            del self._holders[model_id]
 
     def rate(self, location: str, model_id: str) -> float:
         """Requests per second for a model by users of a location."""
@@ -54,6 +104,31 @@ class View:
     def age_s(self, now: float) -> float | None:
         """Seconds since the last word of the coordinator; None before the first."""
         return None if self.updated_s is None else max(0.0, now - self.updated_s)
+
+
+def _changed(report: WorkerReport, change: WorkerChange) -> WorkerReport:
+    models, exec_s, load_s = dict(report.models), dict(report.exec_s), dict(report.load_s)
+    keeps = set(report.keeps)
+    for model in change.models:
+        for known, news in ((models, model.resident), (exec_s, model.exec_s), (load_s, model.load_s)):
+            if news is None:
+                known.pop(model.model_id, None)  # type: ignore[attr-defined]
+            else:
+                known[model.model_id] = news  # type: ignore[index]
+        (keeps.add if model.keeps else keeps.discard)(model.model_id)
+    return replace(
+        report,
+        sequence=change.sequence,
+        capacity_bytes=change.capacity_bytes,
+        used_bytes=change.used_bytes,
+        loading=change.loading,
+        queue_s=change.queue_s,
+        leaving=change.leaving,
+        models=models,
+        exec_s=exec_s,
+        load_s=load_s,
+        keeps=frozenset(keeps),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,22 +178,31 @@ class Knowledge:
         self._queues: dict[str, Queue] = {}
         self._suspects: dict[str, int] = {}
         self._cut_off: frozenset[str] = frozenset()
+        #: By model, where it was seen or expected.
+        self._seen_at: dict[str, set[str]] = {}
+        self._usable: dict[str, WorkerReport] = {}
+        self._places: dict[str, int] = {}
+        self._at: dict[str, list[WorkerReport]] = {}
+        #: What readers have worked out from the view; forgotten with the next news.
+        self.worked_out: dict[str, object] = {}
 
     def apply(self, delta: ViewDelta, now: float) -> tuple[str, ...]:
         """Take in news from the coordinator (``now`` in seconds); returns the replicas that are gone since."""
         gone = self.view.apply(delta, now)
         for replica in list(self._sightings):
             report = self.view.workers.get(replica)
-            if report is None:
-                del self._sightings[replica]
-                continue
             sightings = self._sightings[replica]
-            for model_id in [m for m, sighting in sightings.items() if sighting.sequence <= report.sequence]:
-                del sightings[model_id]
+            for model_id, sighting in list(sightings.items()):
+                if report is None or sighting.sequence <= report.sequence:
+                    del sightings[model_id]
+                    self._unsee(replica, model_id)
+            if not sightings:
+                del self._sightings[replica]
         for replica, sequence in list(self._suspects.items()):
             report = self.view.workers.get(replica)
             if report is None or report.sequence > sequence:
                 del self._suspects[replica]
+        self._sort()
         return gone
 
     def workers(self) -> list[WorkerReport]:
@@ -126,36 +210,72 @@ class Knowledge:
 
         That is all but those under suspicion, and those cut off from here.
         """
-        reports = [
-            report
+        return list(self._usable.values())
+
+    def at(self, location: str) -> Sequence[WorkerReport]:
+        """Those of ``workers`` that are at a location."""
+        return self._at.get(location, ())
+
+    def maybe_holding(self, model_id: str) -> list[WorkerReport]:
+        """Those of ``workers`` of which ``state`` may know the model, in the same order."""
+        replicas = [replica for replica in self.view.holders(model_id) if replica in self._usable]
+        seen = self._seen_at.get(model_id)
+        if seen:
+            replicas += [replica for replica in seen if replica in self._usable and replica not in replicas]
+        if len(replicas) > 1:
+            replicas.sort(key=self._places.__getitem__)
+        return [self._usable[replica] for replica in replicas]
+
+    def _unsee(self, replica: str, model_id: str) -> None:
+        seen = self._seen_at[model_id]
+        seen.discard(replica)
+        if not seen:
+            del self._seen_at[model_id]
+
+    def _sort(self) -> None:
+        """Who may be sent to, after something has changed: looked at by every choice, so it is not worked out there."""
+        self.worked_out.clear()
+        suspects, cut_off = self._suspects, self._cut_off
+        usable = {
+            replica: report
             for replica, report in self.view.workers.items()
-            if replica not in self._suspects and report.location not in self._cut_off
-        ]
-        return [report for report in reports if not report.leaving] or reports
+            if replica not in suspects and report.location not in cut_off
+        }
+        staying = {replica: report for replica, report in usable.items() if not report.leaving}
+        self._usable = staying or usable
+        self._places = {replica: place for place, replica in enumerate(self._usable)}
+        self._at = {}
+        for report in self._usable.values():
+            self._at.setdefault(report.location, []).append(report)
 
     def reach(self, location: str, *, reached: bool) -> tuple[str, ...]:
         """Whether a location answers from here; returns the replicas that are cut off by this."""
         if reached:
-            self._cut_off -= {location}
+            if location in self._cut_off:
+                self._cut_off -= {location}
+                self._sort()
             return ()
         self._cut_off |= {location}
+        self._sort()
         return tuple(replica for replica, report in self.view.workers.items() if report.location == location)
 
     def state(self, report: WorkerReport, model_id: str) -> ModelState | None:
         """The state of a model at a worker, as far as known."""
-        sighting = self._sightings.get(report.replica, {}).get(model_id)
-        if sighting is not None:
+        sightings = self._sightings.get(report.replica)
+        if sightings is not None and (sighting := sightings.get(model_id)) is not None:
             return sighting.state
         resident = report.models.get(model_id)
         return resident.state if resident else None
 
     def loading(self, report: WorkerReport) -> int:
         """How many models load at a worker or wait for their turn to, those that this router has caused included."""
-        caused = sum(
+        sightings = self._sightings.get(report.replica)
+        if not sightings:
+            return report.loading
+        return report.loading + sum(
             sighting.state is ModelState.LOADING and model_id not in report.models
-            for model_id, sighting in self._sightings.get(report.replica, {}).items()
+            for model_id, sighting in sightings.items()
         )
-        return report.loading + caused
 
     def see(self, replica: str, model_id: str, state: ModelState | None, sequence: int) -> None:
         """A model was in ``state`` at ``replica`` after its report number ``sequence - 1``."""
@@ -163,6 +283,7 @@ class Knowledge:
         if report is not None and sequence <= report.sequence:
             return
         self._sightings.setdefault(replica, {})[model_id] = _Sighting(state, sequence)
+        self._seen_at.setdefault(model_id, set()).add(replica)
 
     def expect_load(self, replica: str, model_id: str) -> None:
         """A request that will load a model is on its way to ``replica``: later ones can join it."""
@@ -176,7 +297,9 @@ class Knowledge:
         report = self.view.workers.get(replica)
         if report is not None:
             self._suspects[replica] = report.sequence
-            self._sightings.pop(replica, None)
+            for model_id in self._sightings.pop(replica, {}):
+                self._unsee(replica, model_id)
+            self._sort()
 
     def sent(self, replica: str, exec_s: float) -> None:
         """A request of about ``exec_s`` seconds was sent to ``replica``."""

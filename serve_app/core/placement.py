@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from serve_app.core.answers import ModelState
 from serve_app.core.commands import Command, EvictAt, PreloadAt
@@ -20,6 +20,7 @@ from serve_app.core.placement_round import Round, Site, Wants
 from serve_app.core.placement_rules import PlacementRules
 from serve_app.core.reports import WorkerReport
 from serve_app.core.routing import RoutingRules
+from serve_app.core.way_table import WayTable
 
 __all__ = ["Command", "EvictAt", "Placement", "PlacementRules", "PreloadAt"]
 
@@ -56,11 +57,9 @@ class Placement:
         payload_bytes: int,
         min_copies: Mapping[str, int] | None = None,
     ) -> None:
-        #: Grow as routers measure; the rules that are given stay as they are.
-        self._links = dict(routing.links)
-        self._routing = replace(routing, links=self._links)
+        self._profiles = routing.profiles
+        self._ways = WayTable(routing.links, routing.default_link, payload_bytes)
         self._rules = rules
-        self._payload_bytes = payload_bytes
         self._min_copies = min_copies or {}
         self._orders: dict[tuple[str, str], _Order] = {}
         self._credits: dict[str, _Credit] = {}
@@ -69,7 +68,7 @@ class Placement:
 
     def measured(self, links: Mapping[tuple[str, str], Link]) -> None:
         """These ways take so long, as a router has measured."""
-        self._links.update(links)
+        self._ways.measured(links)
 
     def used(self, replica: str, model_id: str, now: float) -> None:
         """A worker has served a request for a model."""
@@ -101,9 +100,9 @@ class Placement:
         work = Round(
             sites,
             Wants(rates=merged, copies=self._copies(crowds, sites), urgent=urgent, withdraw=over),
-            self._routing,
+            self._profiles,
             self._rules,
-            self._payload_bytes,
+            self._ways,
         )
         commands = work.commands()
         for site, left in zip(sites, work.left(), strict=True):
@@ -125,7 +124,7 @@ class Placement:
             return ()
         models = frozenset(leaving.models)
         wants = Wants(rates=rates, copies=self._min_copies, urgent=models, only=models)
-        return self._given(Round(sites, wants, self._routing, self._rules, self._payload_bytes).commands(), now)
+        return self._given(Round(sites, wants, self._profiles, self._rules, self._ways).commands(), now)
 
     def _given(self, commands: tuple[Command, ...], now: float) -> tuple[Command, ...]:
         for command in commands:
@@ -139,13 +138,11 @@ class Placement:
         merged, urgent = dict(rates), set()
         if not any(crowds.values()):
             return merged, frozenset()
-        furthest_s = max(
-            link.seconds(self._payload_bytes) for link in (self._routing.default_link, *self._routing.links.values())
-        )
+        furthest_s = self._ways.furthest_s
         for location, crowd in crowds.items():
             asked = dict(merged.get(location, {}))
             for model_id, per_s in crowd.items():
-                profile = self._routing.profiles.get(model_id)
+                profile = self._profiles.get(model_id)
                 if profile is None or per_s <= asked.get(model_id, 0.0):
                     continue
                 saved_s = per_s * self._rules.crowd_payback_s * min(profile.load_s, furthest_s)
@@ -159,9 +156,9 @@ class Placement:
         """How many copies there must be of models of which one is not enough, or that nobody may ask for."""
         copies = dict(self._min_copies)
         busy = self._rules.busy_share * sum(site.exec_slots for site in sites) / len(sites)
-        for model_id in {model_id for crowd in crowds.values() for model_id in crowd} & self._routing.profiles.keys():
+        for model_id in {model_id for crowd in crowds.values() for model_id in crowd} & self._profiles.keys():
             per_s = sum(crowd.get(model_id, 0.0) for crowd in crowds.values())
-            needed = math.ceil(per_s * self._routing.profiles[model_id].exec_s / busy)
+            needed = math.ceil(per_s * self._profiles[model_id].exec_s / busy)
             if needed > 1:
                 copies[model_id] = max(copies.get(model_id, 0), min(needed, len(sites)))
         return copies
@@ -199,14 +196,14 @@ class Placement:
                 just_ordered.add(model_id)
             elif order.preload and model_id not in report.models:
                 missed.add(model_id)
-            if not fresh or order.preload == (model_id in held) or model_id not in self._routing.profiles:
+            if not fresh or order.preload == (model_id in held) or model_id not in self._profiles:
                 continue
             if order.preload:
                 held[model_id] = True
-                used_bytes += self._routing.profiles[model_id].size_bytes
+                used_bytes += self._profiles[model_id].size_bytes
             else:
                 del held[model_id]
-                used_bytes -= self._routing.profiles[model_id].size_bytes
+                used_bytes -= self._profiles[model_id].size_bytes
         stays = {
             resident.model_id
             for resident in report.models.values()

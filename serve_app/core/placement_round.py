@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from serve_app.core.catalog import ModelProfile
 from serve_app.core.commands import Command, EvictAt, PreloadAt
 from serve_app.core.placement_rules import PlacementRules
-from serve_app.core.routing import RoutingRules
+from serve_app.core.way_table import WayTable
 
 _Floats = NDArray[np.float64]
 _Rows = NDArray[np.intp]
@@ -74,24 +75,28 @@ class Round:
     Args:
         sites: the workers.
         wants: of users and operators.
-        routing: profiles and links.
+        profiles: of all models.
         rules: how eager to be.
-        payload_bytes: of a typical request.
+        ways: how far the locations are from each other.
     """
 
     def __init__(
-        self, sites: list[Site], wants: Wants, routing: RoutingRules, rules: PlacementRules, payload_bytes: int
+        self,
+        sites: list[Site],
+        wants: Wants,
+        profiles: Mapping[str, ModelProfile],
+        rules: PlacementRules,
+        ways: WayTable,
     ) -> None:
         self._sites, self._rules = sites, rules
         locations = sorted({site.location for site in sites} | wants.rates.keys())
         names = {name for asked in wants.rates.values() for name in asked}.union(*(site.held for site in sites))
         # Sorted, so that ties fall the same way every time.
-        self._models = sorted((names | wants.copies.keys()) & routing.profiles.keys())
+        self._models = sorted((names | wants.copies.keys()) & profiles.keys())
         row = {model_id: number for number, model_id in enumerate(self._models)}
-        profiles = [routing.profiles[model_id] for model_id in self._models]
-        self._load_s = np.array([profile.load_s for profile in profiles])
-        self._size = np.array([float(profile.size_bytes) for profile in profiles])
-        self._way_s = way_table(locations, [site.location for site in sites], routing, payload_bytes)
+        self._load_s = np.array([profiles[model_id].load_s for model_id in self._models])
+        self._size = np.array([float(profiles[model_id].size_bytes) for model_id in self._models])
+        self._way_s = ways.table(locations, [site.location for site in sites])
         self._nearest_s = self._way_s.min(axis=1)
         self._asking, self._rate, self._starts = _asked(row, locations, wants.rates)
         self._copies = {row[name]: count for name, count in sorted(wants.copies.items()) if name in row and count > 0}
@@ -261,17 +266,21 @@ class Round:
         waiting = self._candidates()
         queue = [(candidates.lead, model) for model, candidates in waiting.items()]
         heapq.heapify(queue)
-        while queue:
+        placed = 0
+        while queue and placed < self._rules.most_copies:
             lead, model = heapq.heappop(queue)
             candidates, number = waiting[model], lead[1]
             worth = self._gain(model) / self._size[model]
             if worth[number] < -lead[0]:
-                candidates.sink(worth)
+                # A little less, so that rounding excludes nothing.
+                least = self._load_s[model] / self._rules.payback_s / self._size[model] * (1 - 1e-9)
+                candidates.sink(worth, least)
             else:
-                candidates.drop()
+                candidates.drop(self._fills(model))
                 if number not in self._barred_at[model] and number not in self._holders[model]:
                     victims = self._victims(model, number)
                     if victims is not None:
+                        placed += 1
                         yield from self._place(model, number, victims, required=False)
             if candidates:
                 heapq.heappush(queue, (candidates.lead, model))
@@ -284,7 +293,11 @@ class Round:
             size, urgent = self._size[model], model in self._urgent_rows
             missing = np.maximum(size - self._free, 0.0)
             able = self._may_load(model)
-            able &= (size <= self._may_fill) & (missing <= self._may_empty) | (urgent & self._rested)
+            able &= self._fills(model)
+            if not urgent:
+                able &= missing <= self._may_empty
+            else:
+                able &= (missing <= self._may_empty) | self._rested
             if not able.any():
                 continue
             gain = self._gain(model)
@@ -314,11 +327,18 @@ class Round:
 
     def _least_losses(self) -> _Floats:
         """At every site, the least that is lost for a byte."""
-        least = np.full(len(self._sites), np.inf)
         size = self._size.tolist()
-        for number, rows in enumerate(self._may_go):
-            least[number] = min((self._loss[model].get(number, 0.0) / size[model] for model in rows), default=math.inf)
-        return least
+        return np.array(
+            [
+                min([self._loss[model].get(number, 0.0) / size[model] for model in rows], default=math.inf)
+                for number, rows in enumerate(self._may_go)
+            ]
+        )
+
+    def _fills(self, model: int) -> NDArray[np.bool_]:
+        """The sites where so much may be loaded in what is left of this round."""
+        fills = self._size[model] <= self._may_fill
+        return fills | self._rested if model in self._urgent_rows else fills
 
     def _victims(self, model: int, number: int) -> list[int] | None:
         """Whom ``model`` displaces at a site; None if it does not fit, is not worth it, or moves too much."""
@@ -411,16 +431,18 @@ class _Candidates:
     def __bool__(self) -> bool:
         return len(self._numbers) > 0
 
-    def drop(self) -> None:
-        """Forget the first."""
+    def drop(self, able: NDArray[np.bool_]) -> None:
+        """Forget the first, and those that are not able any more, as told by site."""
         self._sort()
-        self._numbers, self._worth = self._numbers[1:], self._worth[1:]
+        left = able[self._numbers]
+        left[0] = False
+        self._numbers, self._worth = self._numbers[left], self._worth[left]
         self._look()
 
-    def sink(self, worth: _Floats) -> None:
-        """A copy more has made them worth less, as told by site; forget those that are worth nothing any more."""
+    def sink(self, worth: _Floats, least: float) -> None:
+        """A copy more has made them worth less, as told by site; forget those that are worth too little now."""
         now = np.minimum(self._worth, worth[self._numbers])
-        left = now > 0
+        left = (now > 0) & (now >= least)
         self._numbers, self._worth, self._sorted = self._numbers[left], now[left], False
         self._look()
 
@@ -435,26 +457,6 @@ class _Candidates:
             return
         best = 0 if self._sorted else int(np.flatnonzero(self._worth == self._worth.max())[0])
         self.lead: tuple[float, int] = (-float(self._worth[best]), int(self._numbers[best]))
-
-
-def way_table(
-    locations: Sequence[str], columns: Sequence[str], routing: RoutingRules, payload_bytes: int
-) -> _Floats:
-    """Seconds of the way from every location (rows) to those of all sites (columns); none within one."""
-    number = {location: place for place, location in enumerate(locations)}
-    table = np.full((len(locations), len(locations)), routing.default_link.seconds(payload_bytes))
-    known = [
-        (number[here], number[there], link.seconds(payload_bytes))
-        for (here, there), link in routing.links.items()
-        if here in number and there in number
-    ]
-    if known:
-        here, there, seconds = (np.array(column) for column in zip(*known, strict=True))
-        # Links hold in either direction, unless the other one has its own.
-        table[there, here] = seconds
-        table[here, there] = seconds
-    np.fill_diagonal(table, 0.0)
-    return table[:, [number[location] for location in columns]]
 
 
 def _asked(

@@ -13,6 +13,7 @@ class PlacementRules:
         share_per_round: of a worker's memory, that one round may fill, and that it may empty. For a crowd a larger one
             may move, alone; then nothing does at this worker until its bytes have been made up for. Required copies
             have as much to themselves, and end with the one that exceeds it.
+        most_copies: that one round orders in the whole cluster because they are worth it; the others wait for the next.
         hysteresis: a copy displaces others only if it is worth so many times what they are.
         payback_s: a copy is worth its load only if it saves as many seconds within this time.
         patience_s: how long an order counts as carried out though no report confirms it.
@@ -26,6 +27,7 @@ class PlacementRules:
     """
 
     share_per_round: float = 0.1
+    most_copies: int = 500
     hysteresis: float = 3.0
     payback_s: float = 600.0
     patience_s: float = 10.0
@@ -44,7 +46,7 @@ class PlacementRules:
         if not self.hysteresis >= 1:
             raise ValueError(f"hysteresis must be at least 1, not {self.hysteresis}")
         for name in (
-            "payback_s", "patience_s", "repeat_s", "half_life_s", "crowd_half_life_s", "crowd_payback_s",
+            "most_copies", "payback_s", "patience_s", "repeat_s", "half_life_s", "crowd_half_life_s", "crowd_payback_s",
             "withdraw_after_s",
         ):  # fmt: skip
             if not getattr(self, name) > 0:

@@ -11,23 +11,25 @@ class DecayedRate:
     The weights are normalised so that a steady stream of r requests per second reads r.
     """
 
-    __slots__ = ("_decay_per_s", "_level", "_updated_s")
+    __slots__ = ("decay_per_s", "_level", "_updated_s")
 
     def __init__(self, half_life_s: float, per_s: float = 0.0, now: float = 0.0) -> None:
         if half_life_s <= 0:
             raise ValueError(f"half_life_s must be positive, not {half_life_s}")
-        self._decay_per_s = math.log(2) / half_life_s
+        #: By what share it falls in a second, at first.
+        self.decay_per_s = math.log(2) / half_life_s
         self._level = per_s
         self._updated_s = now
 
     def add(self, now: float, count: int = 1) -> None:
         """Count ``count`` requests at ``now`` (seconds; never runs backwards)."""
-        self._level = self.per_s(now) + count * self._decay_per_s
+        self._level = self.per_s(now) + count * self.decay_per_s
         self._updated_s = max(now, self._updated_s)
 
     def per_s(self, now: float) -> float:
         """The rate as of ``now``, in requests per second."""
-        return self._level * math.exp(-self._decay_per_s * max(0.0, now - self._updated_s))
+        since_s = now - self._updated_s
+        return self._level * math.exp(-self.decay_per_s * since_s) if since_s > 0 else self._level
 
     def cap(self, per_s: float, now: float) -> None:
         """Let the rate as of ``now`` be at most ``per_s``."""
@@ -36,11 +38,11 @@ class DecayedRate:
 
     def filled(self, since_s: float) -> float:
         """What part of a steady rate is read after so many seconds of it."""
-        return -math.expm1(-self._decay_per_s * since_s)
+        return -math.expm1(-self.decay_per_s * since_s)
 
     def requests(self, now: float) -> float:
         """How many requests of this very moment the rate as of ``now`` is worth."""
-        return self.per_s(now) / self._decay_per_s
+        return self.per_s(now) / self.decay_per_s
 
 
 class Popularity:
@@ -77,6 +79,16 @@ class Popularity:
             for location, known in self._rates.items()
         }
 
+    def rates_of(self, location: str, now: float) -> dict[str, float]:
+        """The same of one location."""
+        known = self._rates.get(location, {})
+        rates = {model_id: rate.per_s(now) for model_id, rate in known.items()}
+        least_per_s = self.FORGET_REQUESTS * math.log(2) / self._half_life_s
+        if rates and min(rates.values()) < least_per_s:
+            self._rates[location] = self._lately(known, now)
+            rates = {model_id: rates[model_id] for model_id in self._rates[location]}
+        return rates
+
     def _lately(self, known: dict[str, DecayedRate], now: float) -> dict[str, DecayedRate]:
         return {model_id: rate for model_id, rate in known.items() if rate.requests(now) >= self.FORGET_REQUESTS}
 
@@ -92,6 +104,8 @@ class Interest:
 
     #: So many requests that should have come and have not mean that a popularity is over.
     MISSED = 4.0
+    #: So many requests or fewer of the short memory are never beyond chance; a little less, for rounding.
+    CHANCE = 3.999
     #: What comes at once is taken to have come in this time.
     LEAST_S = 1.0
 
@@ -104,21 +118,31 @@ class Interest:
         self._had_crowd = False
         self._crowd_since_s = 0.0
 
-    def add(self, now: float, count: int, *, in_crowd: bool) -> None:
-        """Count ``count`` requests at ``now`` (seconds; never runs backwards), perhaps those of a crowd."""
+    def add(self, now: float, count: int, *, in_crowd: bool) -> bool:
+        """Count ``count`` requests at ``now`` (seconds; never runs backwards), perhaps those of a crowd.
+
+        Returns:
+            Whether it may be a crowd now, or was one.
+        """
         if self.is_over(now):
             self._steady.cap(1 / (now - self._last_s), now)
             self._had_crowd = False
-        if self._crowd.requests(now) < 1:
+        before = self._crowd.requests(now)
+        if before < 1:
             self._crowd_since_s = now
         self._steady.add(now, count)
         self._crowd.add(now, count)
         self._last_s = now
         self._had_crowd = self._had_crowd or in_crowd
+        return self._had_crowd or before + count > self.CHANCE
 
-    def steady_per_s(self, now: float) -> float:
-        """Requests per second that are to be expected for long."""
-        return 0.0 if self.is_over(now) else self._steady.per_s(now)
+    def steady_per_s(self, now: float) -> float | None:
+        """Requests per second that are to be expected for long; None when nothing worth mentioning is left of them."""
+        steady = self._steady
+        per_s = steady.per_s(now)
+        if per_s < Popularity.FORGET_REQUESTS * steady.decay_per_s:
+            return None
+        return 0.0 if self._had_crowd and self.is_over(now) else per_s
 
     def crowd_per_s(self, now: float) -> float:
         """Requests per second of a crowd, 0 if there is none."""
@@ -134,13 +158,9 @@ class Interest:
         silence_s = now - self._last_s
         return self._had_crowd and self._steady.per_s(now) * silence_s > self.MISSED
 
-    def is_forgotten(self, now: float) -> bool:
-        """Whether nothing worth mentioning is left of it."""
-        return self._steady.requests(now) < Popularity.FORGET_REQUESTS
-
-
-def _alive(known: dict[str, Interest], now: float) -> dict[str, Interest]:
-    return {model_id: interest for model_id, interest in known.items() if not interest.is_forgotten(now)}
+    def is_lively(self, now: float) -> bool:
+        """Whether there may be a crowd, or was one."""
+        return self._had_crowd or self._crowd.requests(now) > self.CHANCE
 
 
 def _beyond_chance(requests: float) -> float:
@@ -158,6 +178,8 @@ class Interests:
     def __init__(self, half_life_s: float, crowd_half_life_s: float) -> None:
         self._half_lives_s = half_life_s, crowd_half_life_s
         self._known: dict[str, dict[str, Interest]] = {}
+        #: Those of them that may be a crowd, or were one: few.
+        self._lively: dict[tuple[str, str], Interest] = {}
         self._everywhere: dict[str, DecayedRate] = {}
 
     def add(self, location: str, model_id: str, count: int, now: float) -> None:
@@ -168,28 +190,34 @@ class Interests:
         everywhere = self._everywhere.setdefault(model_id, DecayedRate(self._half_lives_s[1]))
         everywhere.add(now, count)
         in_crowd = _beyond_chance(everywhere.requests(now)) >= self.CROWD
-        known[model_id].add(now, count, in_crowd=in_crowd)
+        interest = known[model_id]
+        if interest.add(now, count, in_crowd=in_crowd):
+            self._lively[location, model_id] = interest
 
     def steady(self, now: float) -> dict[str, dict[str, float]]:
         """Steady requests per second of every model at every location that asks for it; forgets the rest."""
-        self._known = {location: kept for location, known in self._known.items() if (kept := _alive(known, now))}
         self._everywhere = {model_id: rate for model_id, rate in self._everywhere.items() if rate.requests(now) >= 1e-3}
-        return {
-            location: {model_id: interest.steady_per_s(now) for model_id, interest in known.items()}
-            for location, known in self._known.items()
-        }
+        steady: dict[str, dict[str, float]] = {}
+        for location, known in self._known.items():
+            rates = {model_id: interest.steady_per_s(now) for model_id, interest in known.items()}
+            for model_id in [model_id for model_id, per_s in rates.items() if per_s is None]:
+                del known[model_id], rates[model_id]
+                self._lively.pop((location, model_id), None)
+            if rates:
+                steady[location] = rates  # type: ignore[assignment]
+        self._known = {location: self._known[location] for location in steady}
+        return steady
 
     def crowds(self, now: float) -> dict[str, dict[str, float]]:
         """Requests per second of every crowd; of what is no crowd, nothing."""
-        return {
-            location: {
-                model_id: per_s for model_id, interest in known.items() if (per_s := interest.crowd_per_s(now)) > 0
-            }
-            for location, known in self._known.items()
-        }
+        self._lively = {key: interest for key, interest in self._lively.items() if interest.is_lively(now)}
+        crowds: dict[str, dict[str, float]] = {}
+        for (location, model_id), interest in self._lively.items():
+            per_s = interest.crowd_per_s(now)
+            if per_s > 0:
+                crowds.setdefault(location, {})[model_id] = per_s
+        return crowds
 
     def over(self, now: float) -> frozenset[str]:
         """Models for which there was a crowd somewhere, which has gone."""
-        return frozenset(
-            model_id for known in self._known.values() for model_id, interest in known.items() if interest.is_over(now)
-        )
+        return frozenset(model_id for (_, model_id), interest in self._lively.items() if interest.is_over(now))

@@ -86,10 +86,38 @@ class WorkerReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelChange:
+    """What is known now of one model at a worker; ``resident`` is None where it is not in memory."""
+
+    model_id: str
+    resident: ResidentModel | None
+    keeps: bool
+    exec_s: float | None
+    load_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerChange:
+    """What has changed at a worker of which the reader knows the rest; fields as in ``WorkerReport``."""
+
+    replica: str
+    sequence: int
+    capacity_bytes: int
+    used_bytes: int
+    loading: int
+    queue_s: float
+    leaving: bool
+    models: tuple[ModelChange, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ViewDelta:
     """What has changed in the cluster since a version; ``full`` replaces everything that was known before.
 
-    ``rates`` holds requests per second of every model at every location and is always whole: rates fall by themselves.
+    ``workers`` are whole reports, ``changes`` add to reports that the reader has. One that is ``scoped`` tells only of
+    the workers that matter to the reader; those ``beyond`` matter no more, but may be well.
+    ``rates`` holds requests per second of every model at every location, or at the reader's where it is scoped, and is
+    always whole: rates fall by themselves. None: as before.
     ``links`` are the measured ways from the reader's location that have changed.
     ``commands`` are for the worker whose report this answers. If that one is leaving, ``may_leave`` says that nothing
     is left to be handed over.
@@ -100,7 +128,10 @@ class ViewDelta:
     full: bool
     workers: tuple[WorkerReport, ...]
     gone: tuple[str, ...]
-    rates: Mapping[str, Mapping[str, float]]
+    rates: Mapping[str, Mapping[str, float]] | None
     links: Mapping[tuple[str, str], Link] = field(default_factory=dict)
     commands: tuple[Command, ...] = ()
     may_leave: bool = True
+    scoped: bool = False
+    changes: tuple[WorkerChange, ...] = ()
+    beyond: tuple[str, ...] = ()

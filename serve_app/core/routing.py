@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Collection, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from heapq import nsmallest
+from itertools import accumulate
 from operator import attrgetter, itemgetter
 from typing import Protocol
 
@@ -134,8 +137,42 @@ def choose(errand: Errand, known: Knowledge, rules: RoutingRules, ways: Ways | N
     return _Choice(errand, known, rules, ways or rules).best()
 
 
+class _Option:
+    """A plan in the making."""
+
+    __slots__ = ("cost_s", "expected_s", "must_hold", "outcome", "report", "wait_s")
+
+    def __init__(self, outcome: Outcome, report: WorkerReport, wait_s: float, expected_s: float, cost_s: float) -> None:
+        self.outcome = outcome
+        self.report = report
+        self.wait_s = wait_s
+        self.expected_s = expected_s
+        self.cost_s = cost_s
+        self.must_hold = False
+
+    def plan(self, preload: str | None = None, cost_s: float | None = None) -> Plan:
+        """As it is carried out."""
+        return Plan(
+            outcome=self.outcome,
+            location=self.report.location,
+            replica=self.report.replica,
+            wait_s=self.wait_s,
+            expected_s=self.expected_s,
+            cost_s=self.cost_s if cost_s is None else cost_s,
+            must_hold=self.must_hold,
+            preload=preload,
+        )
+
+
 class _Choice:
     """One choice, with what every option of it needs."""
+
+    __slots__ = ("_errand", "_known", "_local", "_model", "_rules", "_run_s", "_way_s", "_ways")
+
+    #: Of more workers than ``MANY`` at other locations only ``LOOKED_AT`` are considered: the nearest holders; of those
+    #: that would have to load the model, others for each model.
+    MANY = 16
+    LOOKED_AT = 8
 
     def __init__(self, errand: Errand, known: Knowledge, rules: RoutingRules, ways: Ways) -> None:
         self._errand = errand
@@ -143,92 +180,110 @@ class _Choice:
         self._known = known
         self._rules = rules
         self._ways = ways
-        workers = known.workers()
+        here: Sequence[WorkerReport] = known.at(errand.here)
         if errand.avoid:
-            workers = [report for report in workers if report.replica not in errand.avoid]
-        self._workers = workers
-        here = [report for report in workers if report.location == errand.here]
-        self._run_s = max((exec_s(self._model, report) for report in here), default=0.0)
+            here = [report for report in here if report.replica not in errand.avoid]
+        self._run_s = max([exec_s(self._model, report) for report in here]) if here else 0.0
         self._way_s = ways.link(errand.here, errand.here).seconds(errand.payload_bytes) if here else 0.0
-        #: The best that this location offers, and of whom.
-        self._local: Plan | None = None
-        self._report: WorkerReport | None = None
+        #: The best that this location offers.
+        self._local: _Option | None = None
         for report in here:
-            plan = self._here(report)
-            if self._local is None or plan.cost_s < self._local.cost_s:
-                self._local, self._report = plan, report
+            option = self._here(report)
+            if self._local is None or option.cost_s < self._local.cost_s:
+                self._local = option
 
     def best(self) -> Plan:
         local, errand = self._local, self._errand
         if local is None:
-            return self._best_elsewhere() or _plan_blindly(errand)
+            there = self._best_elsewhere()
+            return _plan_blindly(errand) if there is None else there.plan()
         if errand.forwarding is Forwarding.NEVER or (
             local.outcome is Outcome.HIT and local.wait_s - self._way_s <= self._rules.staleness_s
         ):
-            return local
+            return local.plan()
         there = self._best_elsewhere()
         if there is None:
-            return local
+            return local.plan()
         prefer = errand.forwarding is Forwarding.PREFER and local.outcome is Outcome.LOAD
         if prefer or there.cost_s < local.cost_s:
-            return there
-        return self._in_background(local, there) if local.outcome is Outcome.LOAD else local
+            return there.plan()
+        return self._in_background(local, there) if local.outcome is Outcome.LOAD else local.plan()
 
-    def _here(self, report: WorkerReport) -> Plan:
+    def _here(self, report: WorkerReport) -> _Option:
         state = self._known.state(report, self._model.model_id)
         load_wait_s, loss_s = self._until_ready(state, report)
         wait_s = self._way_s + self._known.queue_s(report) + load_wait_s
         expected_s = wait_s + self._run_s
-        return Plan(
-            outcome=_OUTCOMES_HERE[state],
-            location=report.location,
-            replica=report.replica,
-            wait_s=wait_s,
-            expected_s=expected_s,
-            cost_s=expected_s + loss_s,
-        )
+        return _Option(_OUTCOMES_HERE[state], report, wait_s, expected_s, expected_s + loss_s)
 
-    def _best_elsewhere(self) -> Plan | None:
+    def _best_elsewhere(self) -> _Option | None:
         """The best that other locations offer.
 
         Of those that would load the model, all are as good whose difference may be older than the news: if every router
         took the one that looked best, all would take the same. Instead each model has an order of its own.
         """
-        plans = list(self._elsewhere())
-        best = min(plans, key=_cost_s, default=None)
-        if best is None or best.must_hold:
+        options = self._elsewhere()
+        if not options:
+            return None
+        best = min(options, key=_cost_s)
+        if best.must_hold:
             return best
         limit_s = best.cost_s + self._rules.staleness_s
-        alike = [plan for plan in plans if not plan.must_hold and plan.cost_s <= limit_s]
-        return min(alike, key=lambda plan: rank(self._model.model_id, plan.replica or ""))
+        alike = [option for option in options if not option.must_hold and option.cost_s <= limit_s]
+        return min(alike, key=lambda option: rank(self._model.model_id, option.report.replica))
 
-    def _elsewhere(self) -> Iterator[Plan]:
+    def _elsewhere(self) -> list[_Option]:
         """What other locations offer; of those that do not hold the model, only to be rid of a long queue here."""
-        errand, known = self._errand, self._known
+        errand, known, model_id = self._errand, self._known, self._model.model_id
         if errand.forwarding is Forwarding.NEVER:
-            return
+            return []
         may_load = self._local is None or self._local.cost_s == math.inf
-        if self._report is not None and errand.forwarding is Forwarding.AUTO:
-            may_load = may_load or self._is_busy(self._report)
-        for report in self._workers:
-            if report.location != errand.here:
-                state = known.state(report, self._model.model_id)
-                if may_load or state is not None:
-                    yield self._there(report, state)
+        if self._local is not None and errand.forwarding is Forwarding.AUTO:
+            may_load = may_load or self._is_busy(self._local)
+        there = [
+            report
+            for report in known.maybe_holding(model_id)
+            if report.location != errand.here and report.replica not in errand.avoid
+        ]
+        if len(there) > self.MANY:
+            there = nsmallest(
+                self.LOOKED_AT, there, key=lambda report: self._ways.link(errand.here, report.location).rtt_s
+            )
+        options = [
+            self._there(report, state) for report in there if (state := known.state(report, model_id)) is not None
+        ]
+        if may_load:
+            options += [self._there(report, None) for report in self._others()]
+        return options
 
-    def _is_busy(self, report: WorkerReport) -> bool:
+    def _others(self) -> list[WorkerReport]:
+        """Workers of other locations that would have to load the model; all of them if it cannot be loaded here."""
+        errand, known, model_id = self._errand, self._known, self._model.model_id
+        workers = known.workers()
+        if len(workers) > self.MANY and self._local is not None and self._local.cost_s < math.inf:
+            first = rank(model_id, errand.here) % len(workers)
+            workers = [*workers[first:], *workers[:first]][: self.LOOKED_AT]
+        return [
+            report
+            for report in workers
+            if report.location != errand.here
+            and report.replica not in errand.avoid
+            and known.state(report, model_id) is None
+        ]
+
+    def _is_busy(self, local: _Option) -> bool:
         """Whether a request waits here clearly longer than it would if it were the only one."""
-        others_s = self._known.queue_s(report)
-        if self._local is not None and self._local.outcome is Outcome.LOAD:
-            others_s += load_s(self._model, report) * (self._turns(report) - 1)
+        others_s = self._known.queue_s(local.report)
+        if local.outcome is Outcome.LOAD:
+            others_s += load_s(self._model, local.report) * (self._turns(local.report) - 1)
         return others_s > self._rules.staleness_s
 
-    def _there(self, report: WorkerReport, state: ModelState | None) -> Plan:
-        errand, model, known, rules = self._errand, self._model, self._known, self._rules
+    def _there(self, report: WorkerReport, state: ModelState | None) -> _Option:
+        errand, model, known, rules, local = self._errand, self._model, self._known, self._rules, self._local
         load_wait_s, loss_s = self._until_ready(state, report)
         queue_s, run_s = known.queue_s(report), exec_s(model, report)
-        if self._report is not None:
-            queue_here_s = known.queue_s(self._report)
+        if local is not None:
+            queue_here_s = known.queue_s(local.report)
             queue_s = _believed(queue_s, queue_here_s, queue_here_s - rules.staleness_s)
             # Execution times are noisy: only twice as fast is faster, and only if it was measured.
             measured = model.model_id in report.exec_s
@@ -236,40 +291,31 @@ class _Choice:
         way_s = self._ways.link(errand.here, report.location).seconds(errand.payload_bytes)
         wait_s = way_s + queue_s + load_wait_s
         later_s = 0.0
-        if self._local is None or self._local.outcome is Outcome.LOAD:
+        if local is None or local.outcome is Outcome.LOAD:
             rate = known.view.rate(errand.here, model.model_id)
             later_s = rules.horizon_s * rate * max(0.0, way_s - self._way_s)
-        return Plan(
-            outcome=Outcome.FORWARD,
-            location=report.location,
-            replica=report.replica,
-            wait_s=wait_s,
-            expected_s=wait_s + run_s,
-            cost_s=wait_s + run_s + loss_s + later_s,
-            must_hold=state is not None,
-        )
+        option = _Option(Outcome.FORWARD, report, wait_s, wait_s + run_s, wait_s + run_s + loss_s + later_s)
+        option.must_hold = state is not None
+        return option
 
-    def _in_background(self, local: Plan, there: Plan) -> Plan:
+    def _in_background(self, local: _Option, there: _Option) -> Plan:
         """``local``, a load worth its time; in the background if this request is answered sooner by a holder."""
-        assert self._report is not None
         rate = self._known.view.rate(self._errand.here, self._model.model_id)
         # Requests that come before the load has ended are forwarded as well.
-        meanwhile_s = rate * load_s(self._model, self._report) * (there.expected_s - self._run_s)
+        meanwhile_s = rate * load_s(self._model, local.report) * (there.expected_s - self._run_s)
         if not there.must_hold or there.expected_s + meanwhile_s >= local.expected_s:
-            return local
-        return replace(there, preload=local.replica, cost_s=local.cost_s - local.expected_s + there.expected_s)
+            return local.plan()
+        return there.plan(local.report.replica, local.cost_s - local.expected_s + there.expected_s)
 
     def _until_ready(self, state: ModelState | None, report: WorkerReport) -> tuple[float, float]:
         """Seconds until the model is in memory there, and what later requests lose by its victims' absence."""
-        match state:
-            case ModelState.READY:
-                return 0.0, 0.0
-            case ModelState.LOADING:
-                # A load seen under way is half done, on average.
-                return load_s(self._model, report) / 2, 0.0
-            case None:
-                loss_s = _victims_loss_s(self._model, report, self._known.view, self._rules)
-                return load_s(self._model, report) * self._turns(report), loss_s
+        if state is ModelState.READY:
+            return 0.0, 0.0
+        if state is ModelState.LOADING:
+            # A load seen under way is half done, on average.
+            return load_s(self._model, report) / 2, 0.0
+        loss_s = _victims_loss_s(self._model, report, self._known, self._rules)
+        return load_s(self._model, report) * self._turns(report), loss_s
 
     def _turns(self, report: WorkerReport) -> int:
         """How many loads, one after the other, it takes until a model that would be loaded there now has come."""
@@ -313,34 +359,73 @@ def _plan_blindly(errand: Errand) -> Plan:
     )
 
 
-def _victims_loss_s(model: ModelProfile, report: WorkerReport, view: View, rules: RoutingRules) -> float:
+def prepare(known: Knowledge, here: str, rules: RoutingRules) -> None:
+    """Work out at once, after news, what the first choice of a location would have to: what its workers' models are worth.
+
+    Only to be faster; a choice does not depend on it.
+    """
+    for report in known.at(here):
+        _losses(report, known, rules)
+
+
+class _Losses:
+    """What is lost at one worker if so many bytes must go: the least worthy first."""
+
+    __slots__ = ("_lost_per_s", "_until_bytes", "report", "rules")
+
+    def __init__(self, report: WorkerReport, known: Knowledge, rules: RoutingRules) -> None:
+        self.report, self.rules = report, rules
+        self._until_bytes: list[int] = []
+        self._lost_per_s: list[float] = []
+        rates = known.view.rates.get(report.location)
+        if not rates:
+            return
+        losses: list[tuple[float, float, int]] = []
+        for model_id, resident in report.models.items():
+            profile = rules.profiles.get(model_id)
+            if resident.pinned or profile is None:
+                continue
+            per_s = rates.get(model_id, 0.0)
+            if per_s:
+                again_s = load_s(profile, report)
+                per_s *= min(again_s, _forward_s(model_id, report.location, known.view, rules, again_s))
+            losses.append((per_s / resident.size_bytes, per_s, resident.size_bytes))
+        losses.sort(key=itemgetter(0))
+        self._until_bytes = list(accumulate(size_bytes for _, _, size_bytes in losses))
+        self._lost_per_s = list(accumulate(per_s for _, per_s, _ in losses))
+
+    def per_s(self, missing_bytes: int) -> float:
+        """Seconds lost per second."""
+        if not self._until_bytes:
+            return 0.0
+        return self._lost_per_s[min(bisect_left(self._until_bytes, missing_bytes), len(self._lost_per_s) - 1)]
+
+
+def _losses(report: WorkerReport, known: Knowledge, rules: RoutingRules) -> _Losses:
+    losses = known.worked_out.get(report.replica)
+    if not isinstance(losses, _Losses) or losses.report is not report or losses.rules is not rules:
+        losses = known.worked_out[report.replica] = _Losses(report, known, rules)
+    return losses
+
+
+def _forward_s(model_id: str, here: str, view: View, rules: RoutingRules, otherwise_s: float) -> float:
+    """Extra seconds of a small request forwarded to the nearest holder at another location."""
+    ways_s = [
+        rules.link(here, report.location).rtt_s
+        for report in map(view.workers.__getitem__, view.holders(model_id))
+        if report.location != here and not report.leaving
+    ]
+    return min(ways_s, default=otherwise_s)
+
+
+def _victims_loss_s(model: ModelProfile, report: WorkerReport, known: Knowledge, rules: RoutingRules) -> float:
     """Seconds that later requests at ``report.location`` lose because ``model`` displaces others there."""
     missing_bytes = report.used_bytes + model.size_bytes - report.capacity_bytes
     if missing_bytes <= 0:
         return 0.0
     if not report.can_hold(model, beside_kept=True):
         return math.inf
-    elsewhere_s = forward_costs(report.location, view, rules)
-    rates: Mapping[str, float] = view.rates.get(report.location, {})
-    losses: list[tuple[float, float, int]] = []
-    # The longest loop of a choice: what is rarely asked for is most of what is resident.
-    for model_id, resident in report.models.items():
-        profile = rules.profiles.get(model_id)
-        if resident.pinned or profile is None:
-            continue
-        per_s = rates.get(model_id, 0.0)
-        if per_s:
-            again_s = load_s(profile, report)
-            per_s *= min(again_s, elsewhere_s.get(model_id, again_s))
-        losses.append((per_s / resident.size_bytes, per_s, resident.size_bytes))
-    losses.sort(key=itemgetter(0))
-    lost_per_s = 0.0
-    for _, per_s, size_bytes in losses:
-        if missing_bytes <= 0:
-            break
-        lost_per_s += per_s
-        missing_bytes -= size_bytes
-    return lost_per_s * rules.horizon_s
+    return _losses(report, known, rules).per_s(missing_bytes) * rules.horizon_s
 
 
 def exec_s(model: ModelProfile, report: WorkerReport) -> float:

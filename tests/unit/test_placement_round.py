@@ -12,9 +12,10 @@ from dense_round import DenseRound
 
 from serve_app.core.commands import Command, PreloadAt
 from serve_app.core.links import Link
-from serve_app.core.placement_round import Round, Site, Wants, way_table
+from serve_app.core.placement_round import Round, Site, Wants
 from serve_app.core.placement_rules import PlacementRules
 from serve_app.core.routing import RoutingRules
+from serve_app.core.way_table import WayTable
 
 
 class Case:
@@ -52,6 +53,10 @@ class Case:
             only=rng.choice([None, None, self._some(0.5)]),
         )
 
+    def round(self, wants: Wants | None = None) -> Round:
+        ways = WayTable(self.routing.links, self.routing.default_link, 0)
+        return Round(self.sites, wants or self.wants, self.routing.profiles, self.rules, ways)
+
     def _some(self, share: float) -> frozenset[str]:
         return frozenset(name for name in self.names if self._rng.random() < share)
 
@@ -87,7 +92,7 @@ def test_a_round_gives_the_commands_that_whole_tables_give(part: int) -> None:
         case = Case(seed)
         if not case.sites:
             continue
-        sparse = Round(case.sites, case.wants, case.routing, case.rules, 0)
+        sparse = case.round()
         dense = DenseRound(case.sites, case.wants, case.routing, case.rules, 0)
         commands = sparse.commands()
         assert commands == dense.commands(), f"case {seed}"
@@ -96,14 +101,21 @@ def test_a_round_gives_the_commands_that_whole_tables_give(part: int) -> None:
     assert given > 200
 
 
-def test_the_ways_are_those_of_the_links_in_either_direction() -> None:
-    case = next(case for case in map(Case, range(99)) if len(case.sites) > 4)
-    places = sorted({site.location for site in case.sites})
-    table = way_table(places, places, case.routing, 1000)
-    expected = [
-        [0.0 if here == there else case.routing.link(here, there).seconds(1000) for there in places] for here in places
-    ]
-    assert table.tolist() == expected
+def test_the_ways_are_those_of_the_links_in_either_direction_as_they_are_learned() -> None:
+    rng, names = random.Random(0), ["oslo", "paris", "rome", "tokyo"]
+    default = Link(rtt_s=0.5, bytes_per_s=1e6)
+    ways = WayTable({}, default, 1000)
+    links: dict[tuple[str, str], Link] = {}
+    for step in range(200):
+        news = {(rng.choice(names), rng.choice(names)): Link(rtt_s=rng.random(), bytes_per_s=1e6)}
+        links |= news
+        ways.measured(news)
+        known = names[: 2 + step // 80]
+        rules = RoutingRules(profiles={}, links=links, default_link=default, horizon_s=1.0)
+        assert ways.table(known, known[::-1]).tolist() == [
+            [0.0 if here == there else rules.link(here, there).seconds(1000) for there in known[::-1]] for here in known
+        ]
+    assert ways.furthest_s == max(link.seconds(1000) for link in (default, *links.values()))
 
 
 def test_what_takes_no_part_changes_nothing() -> None:
@@ -114,5 +126,5 @@ def test_what_takes_no_part_changes_nothing() -> None:
 
 
 def _loads(case: Case, wants: Wants) -> list[Command]:
-    commands = Round(case.sites, wants, case.routing, case.rules, 0).commands()
+    commands = case.round(wants).commands()
     return [command for command in commands if isinstance(command, PreloadAt)]

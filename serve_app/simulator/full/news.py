@@ -91,7 +91,9 @@ class News:
     ) -> None:
         # Silence means that nothing has changed, so nobody is ever taken for dead.
         self.state = CoordinatorState(
-            epoch="simulated", rules=CoordinatorRules(half_life_s=half_life_s, stale_after_s=math.inf)
+            epoch="simulated",
+            rules=CoordinatorRules(half_life_s=half_life_s, stale_after_s=math.inf),
+            whole_up_to=math.inf,
         )
         self._agenda = agenda
         self._report_every_s = report_every_s
