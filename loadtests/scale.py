@@ -1,11 +1,11 @@
 """What decisions cost as the cluster grows: ``python -m loadtests.scale``.
 
-A cluster of 10, 100 and 1,000 locations and 10,000 models that is made up (``scale_world.py``) reports through the state
+A made-up cluster (``scale_world.py``) of 10, 100 and 1,000 locations and 10,000 models reports through the state
 machines that serve: one ``CoordinatorState``, and the ``Knowledge`` of some routers, which decide with ``choose`` while
-their views change. No Ray, no network: what is measured are our own decisions. Bytes are those of pickled ``ViewDelta``s
-to the worker and to the router of a location, each four times a second. Memory is resident memory; times are processor time, so
-that others on the machine do not count. Every size runs in a process of its own; the last column is what the largest
-cluster costs over the smallest.
+their views change. No Ray, no network: what is measured are our own decisions. Bytes are those of pickled
+``ViewDelta``s to the worker and to the router of a location, each four times a second. Memory is resident memory. Times
+are processor time, so that others on the machine count less. Every size runs in a process of its own; the last column
+is what the largest cluster costs over the smallest.
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtests.scale_world import TICK_S, World
+from serve_app.core.answers import ModelState
 from serve_app.core.coordination import CoordinatorRules, CoordinatorState, PlacementSettings
 from serve_app.core.knowledge import Knowledge
 from serve_app.core.links import LinkTable
 from serve_app.core.placement_rules import PlacementRules
-from serve_app.core.reports import ViewDelta
+from serve_app.core.reports import ViewDelta, WorkerReport
 from serve_app.core.routing import Errand, Outcome, choose, prepare
 
 #: Routers that decide; the others' views are not kept.
 _ROUTERS = 8
 #: No measurement takes much longer, however slow what it measures.
 _LIMIT_S = 8.0
+#: Of every router between two views.
+_REQUESTS = 10
 _WARM_TICKS = 8
 
 #: What is measured, and what it should be with 1,000 locations and 10,000 models.
@@ -105,7 +108,7 @@ class _Bench:
         self._place()
         return self._figures
 
-    def _hear(self, tick: list) -> None:
+    def _hear(self, tick: Sequence[WorkerReport]) -> None:
         """Every worker reports, and nobody listens."""
         self._now += TICK_S
         for report in tick:
@@ -143,7 +146,7 @@ class _Bench:
                     return
             self._refresh()
 
-    def _answer(self, report) -> ViewDelta:
+    def _answer(self, report: WorkerReport) -> ViewDelta:
         epoch, version = self._read[report.location]
         delta = self._state.answer(report, epoch, version, self._now)
         self._read[report.location] = delta.epoch, delta.version
@@ -213,9 +216,9 @@ class _Bench:
         values["news taken in by a router (ms)"] = statistics.median(applied) * 1e3
 
     def _requests(self, location: str, known: Knowledge, took: dict[str, list[int]]) -> None:
-        """So many requests as are worth a second of decisions, with what each does to what the router knows."""
+        """A few requests, with what each and its answer tell the router; one load in five is still under way."""
         rules, ways = self._world.rules, self._ways[location]
-        for _ in range(50):
+        for _ in range(_REQUESTS):
             model = self._world.profiles[self._world.draw(location)]
             errand = Errand(model=model, here=location, payload_bytes=100_000)
             before_ns = time.thread_time_ns()
@@ -224,10 +227,12 @@ class _Bench:
             if plan.replica is None:
                 continue
             known.sent(plan.replica, model.exec_s)
-            if plan.outcome is Outcome.LOAD:
-                known.expect_load(plan.replica, model.model_id)
-            if plan.preload is not None:
-                known.expect_load(plan.preload, model.model_id)
+            for replica in (plan.preload, plan.replica if plan.outcome is Outcome.LOAD else None):
+                if replica is not None:
+                    known.expect_load(replica, model.model_id)
+                    if self._rng.random() < 0.8:
+                        sequence = known.view.workers[replica].sequence + 1
+                        known.see(replica, model.model_id, ModelState.READY, sequence)
             known.returned(plan.replica, model.exec_s)
 
     def _place(self) -> None:
@@ -299,7 +304,9 @@ def _table(found: Sequence[Figures]) -> Table:
     show: Callable[[float], str] = lambda value: f"{value:,.3g}" if value < 1000 else f"{value:,.0f}"  # noqa: E731
     for name in found[-1].values:
         aim = AIMS.get(name)
-        bound = "" if aim is None else f"{'>' if name in _MORE_IS_BETTER else '<'} {aim:,.3g}".replace("2e+04", "20,000")
+        bound = (
+            "" if aim is None else f"{'>' if name in _MORE_IS_BETTER else '<'} {aim:,.3g}".replace("2e+04", "20,000")
+        )
         values = [row.values.get(name, float("nan")) for row in found]
         growth = values[-1] / values[0] if values[0] else float("nan")
         table.add_row(name, *map(show, values), bound, f"x {growth:.2g}")

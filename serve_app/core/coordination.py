@@ -70,8 +70,8 @@ class CoordinatorState:
 
     A coordinator that starts anew has an empty directory under a new ``epoch``; the next round of reports fills it.
 
-    While there are few workers, every reader gets every report. Then a reader gets those of its own location, and of its
-    ``Scope`` what changes decisions: news do not grow with the cluster. A reader of no location is told of everybody.
+    While there are few workers, every reader gets every report. Then a reader gets those of its own location, and of
+    its ``Scope`` what changes decisions: news do not grow with the cluster. One of no location is told of everybody.
 
     Args:
         epoch: differs for every life of the coordinator; readers drop what they knew when it changes.
@@ -233,6 +233,23 @@ class CoordinatorState:
             links=self._new_links(location, since),
         )
 
+    def everything(self, now: float) -> ViewDelta:
+        """Every report and all rates, whoever asks; for a reader that keeps nothing."""
+        self.expire(now)
+        return ViewDelta(
+            epoch=self._epoch,
+            version=self._version,
+            full=True,
+            workers=tuple(entry.plain() for entry in self._reports.entries.values()),
+            gone=(),
+            rates=self.rates(now),
+        )
+
+    @property
+    def rated(self) -> int:
+        """Of how many pairs of location and model there are rates."""
+        return self._popularity.pairs
+
     def _is_large(self) -> bool:
         """Whether news are by scope; who has read them the other way reads everything anew."""
         is_large = len(self._reports) > self._whole_up_to
@@ -253,7 +270,7 @@ class CoordinatorState:
         may_leave: bool = True,
     ) -> ViewDelta:
         """What a reader of ``location`` does not know yet of what matters there; ``replica``: it is this worker."""
-        scope = self._scope(location, now)
+        scope = self._scope(location, now, rates=replica is None)
         full = epoch != self._epoch or not max(self._complete_since, scope.complete_since) <= version <= self._version
         since = -1 if full else version
         workers, changes = self._news(scope, location, replica, since)
@@ -266,7 +283,8 @@ class CoordinatorState:
             changes=tuple(changes),
             gone=() if full else self._gone(since),
             beyond=() if full else scope.beyond(since),
-            rates=scope.rates if scope.rates_at > since else None,
+            # Workers decide nothing by them.
+            rates=scope.rates if replica is None and scope.rates_at > since else None,
             links=self._new_links(location, since),
             commands=commands,
             may_leave=may_leave,
@@ -299,27 +317,27 @@ class CoordinatorState:
             for replica in peers.keys() & self._reports.holders(model_id):
                 entry = entries[replica]
                 if max(peers[replica], entry.whole_at) <= since:
-                    changes.append(entry.models((model_id,)))
+                    changes.append(entry.of(model_id))
         return workers, changes
 
-    def _scope(self, location: str | None, now: float) -> Scope:
+    def _scope(self, location: str | None, now: float, *, rates: bool) -> Scope:
         scope = self._scopes.get(location)
         if scope is None:
             self._version += 1
             scope = self._scopes[location] = Scope(location or "", self._reports, self._version)
             if location is not None:
-                held = [model_id for replica in self._reports.at(location) for model_id in self._reports[replica].models]
+                held = [
+                    model_id for replica in self._reports.at(location) for model_id in self._reports[replica].models
+                ]
                 for model_id in (*self._popularity.rates_of(location, now), *held):
                     scope.follow(model_id, self._version, self._way_s)
         if location is not None and scope.look(self._version + 1, now, self._way_s):
             self._version += 1
         every_s = self.ALL_RATES_EVERY_S if location is None else self.RATES_EVERY_S
-        if scope.rated_s is None or now - scope.rated_s >= every_s:
+        if rates and (scope.rated_s is None or now - scope.rated_s >= every_s):
             self._version += 1
             scope.rated_s, scope.rates_at = now, self._version
-            scope.rates = (
-                self.rates(now) if location is None else {location: self._popularity.rates_of(location, now)}
-            )
+            scope.rates = self.rates(now) if location is None else {location: self._popularity.rates_of(location, now)}
         return scope
 
     def _follow(self, location: str, model_id: str) -> None:

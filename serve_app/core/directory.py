@@ -31,6 +31,7 @@ class Entry:
     REMEMBERED = 256
 
     __slots__ = (
+        "_changes",
         "_exec_s", "_load_s", "_plain", "_touched", "changed", "last_change", "read_s", "report", "told", "told_at",
         "told_before", "whole_at",
     )  # fmt: skip
@@ -41,8 +42,10 @@ class Entry:
         #: The last report, and the last that distant readers know of; times as they know them.
         self.report = self.told = report
         self._exec_s, self._load_s = dict(report.exec_s), dict(report.load_s)
-        #: The models that were told of since it joined, the last ones last.
-        self._touched: dict[str, int] = {}
+        #: What was told of models since it joined and as of which version, the last ones last.
+        self._touched: dict[str, tuple[int, ModelChange]] = {}
+        #: What readers were told since the last news, by what they had been told before: the same for most.
+        self._changes: dict[int, WorkerChange] = {}
         self._plain: WorkerReport | None = None
         #: What was told last, which is all that most readers need: those who know what was told as of ``told_before``.
         self.told_before = version
@@ -60,16 +63,17 @@ class Entry:
             touched |= self._remeasured(report)
         if not (touched or is_due or self._is_notable(told, report)):
             return ()
+        self.told_before, self.told_at, self.told = self.told_at, version, report
         for model_id in touched:
-            self._touched.pop(model_id, None)
-            self._touched[model_id] = version
             for said, measured in ((self._exec_s, report.exec_s), (self._load_s, report.load_s)):
                 if model_id in measured:
                     said[model_id] = measured[model_id]
+            self._touched.pop(model_id, None)
+            self._touched[model_id] = version, self._model(model_id)
         while len(self._touched) > self.REMEMBERED:
-            self.whole_at = self._touched.pop(next(iter(self._touched)))
-        self.told_before, self.told_at, self.told = self.told_at, version, report
-        self.last_change = self._changed(touched)
+            self.whole_at, _ = self._touched.pop(next(iter(self._touched)))
+        self._changes.clear()
+        self.last_change = self.change(self.told_before)
         return touched
 
     def plain(self) -> WorkerReport:
@@ -80,26 +84,28 @@ class Entry:
 
     def change(self, since: int) -> WorkerChange:
         """What a reader does not know that knows the worker as of version ``since``."""
-        if since >= self.told_before:
-            return self.last_change
-        touched = []
-        for model_id, version in reversed(self._touched.items()):
+        seen, touched = 0, []
+        for version, model in reversed(self._touched.values()):
             if version <= since:
+                seen = version
                 break
-            touched.append(model_id)
-        return self._changed(touched)
+            touched.append(model)
+        change = self._changes.get(seen)
+        if change is None:
+            change = self._changes[seen] = self._changed(tuple(touched))
+        return change
 
-    def models(self, names: Collection[str]) -> WorkerChange:
-        """All that is told of some of its models."""
-        return self._changed(names)
+    def of(self, model_id: str) -> WorkerChange:
+        """All that is told of one of its models."""
+        return self._changed((self._model(model_id),))
 
     def summary(self, names: Collection[str] | None) -> WorkerReport:
         """All that a reader is told who is interested in some models, or in all."""
         told = self.told
         models = {
-            model_id: _plain(model)
+            model_id: plain
             for model_id, model in told.models.items()
-            if names is None or model_id in names or model.pinned
+            if (names is None or model_id in names or model.pinned) and (plain := _plain(model)) is not None
         }
         return dataclasses.replace(
             told,
@@ -111,7 +117,7 @@ class Entry:
             keeps=told.keeps.intersection(models),
         )
 
-    def _changed(self, names: Collection[str]) -> WorkerChange:
+    def _changed(self, models: tuple[ModelChange, ...]) -> WorkerChange:
         told = self.told
         return WorkerChange(
             replica=told.replica,
@@ -121,23 +127,23 @@ class Entry:
             loading=told.loading,
             queue_s=told.queue_s,
             leaving=told.leaving,
-            models=tuple(
-                ModelChange(
-                    model_id=model_id,
-                    resident=_plain(told.models.get(model_id)),
-                    keeps=model_id in told.keeps,
-                    exec_s=self._exec_s.get(model_id),
-                    load_s=self._load_s.get(model_id),
-                )
-                for model_id in names
-            ),
+            models=models,
+        )
+
+    def _model(self, model_id: str) -> ModelChange:
+        return ModelChange(
+            model_id=model_id,
+            resident=_plain(self.told.models.get(model_id)),
+            keeps=model_id in self.told.keeps,
+            exec_s=self._exec_s.get(model_id),
+            load_s=self._load_s.get(model_id),
         )
 
     def _moved(self, told: WorkerReport, report: WorkerReport) -> set[str]:
         """The models that have come, gone, or are in another state; and those it keeps now, or no more."""
         before, after = told.models, report.models
         moved = set() if after.keys() == before.keys() else set(after.keys() ^ before.keys())
-        # Where nothing loads, and nothing did, all are ready; what is pinned can wait for the next time that all is told.
+        # Where nothing loads, and nothing did, all are ready; what is pinned can wait until all is told again.
         if told.loading or report.loading or report.sequence - told.sequence >= self.EVERY_REPORTS:
             for model_id, model in after.items():
                 known = before.get(model_id)

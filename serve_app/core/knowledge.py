@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from serve_app.core.answers import ModelState
 from serve_app.core.links import Link
 from serve_app.core.reports import ViewDelta, WorkerChange, WorkerReport
+
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
@@ -21,6 +23,8 @@ class View:
     workers: dict[str, WorkerReport] = field(default_factory=dict)
     rates: dict[str, Mapping[str, float]] = field(default_factory=dict)
     links: dict[tuple[str, str], Link] = field(default_factory=dict)
+    #: Whether only the workers that matter to the reader are in it.
+    scoped: bool = False
     _carried: dict[str, float] = field(default_factory=dict)
     #: What ``workers`` says, by model and by location.
     _holders: dict[str, dict[str, None]] = field(default_factory=dict, compare=False)
@@ -54,7 +58,7 @@ class View:
             self.rates = dict(delta.rates)
         # Those of a coordinator that has gone still count until the new one has been told of them.
         self.links |= delta.links
-        self.epoch, self.version, self.updated_s = delta.epoch, delta.version, now
+        self.epoch, self.version, self.updated_s, self.scoped = delta.epoch, delta.version, now, delta.scoped
         return tuple(sorted(gone))
 
     def holders(self, model_id: str) -> Collection[str]:
@@ -106,15 +110,20 @@ class View:
         return None if self.updated_s is None else max(0.0, now - self.updated_s)
 
 
+def _replace(known: dict[str, _T], name: str, news: _T | None) -> None:
+    if news is None:
+        known.pop(name, None)
+    else:
+        known[name] = news
+
+
 def _changed(report: WorkerReport, change: WorkerChange) -> WorkerReport:
     models, exec_s, load_s = dict(report.models), dict(report.exec_s), dict(report.load_s)
     keeps = set(report.keeps)
     for model in change.models:
-        for known, news in ((models, model.resident), (exec_s, model.exec_s), (load_s, model.load_s)):
-            if news is None:
-                known.pop(model.model_id, None)  # type: ignore[attr-defined]
-            else:
-                known[model.model_id] = news  # type: ignore[index]
+        _replace(models, model.model_id, model.resident)
+        _replace(exec_s, model.model_id, model.exec_s)
+        _replace(load_s, model.model_id, model.load_s)
         (keeps.add if model.keeps else keeps.discard)(model.model_id)
     return replace(
         report,

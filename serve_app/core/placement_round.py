@@ -21,6 +21,7 @@ from serve_app.core.way_table import WayTable
 
 _Floats = NDArray[np.float64]
 _Rows = NDArray[np.intp]
+_Flags = NDArray[np.bool_]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -111,7 +112,7 @@ class Round:
         self._must_go: list[set[int]] = []
         self._may_go: list[set[int]] = []
         self._unused: list[tuple[int, int]] = []
-        soon = self._urgent_rows | self._copies.keys() | {row[name] for name in wants.copies if name in row}
+        soon = {row[name] for name in wants.urgent | wants.copies.keys() if name in row}
         for number, site in enumerate(sites):
             self._take_in(number, site, row, soon, wants.withdraw)
         self._free = np.array([float(site.capacity_bytes - site.used_bytes) for site in sites])
@@ -141,7 +142,7 @@ class Round:
         return list(zip(self._may_fill.tolist(), self._may_empty.tolist(), strict=True))
 
     def _take_in(
-        self, number: int, site: Site, row: Mapping[str, int], soon: Collection[int], withdraw: frozenset[str]
+        self, number: int, site: Site, row: Mapping[str, int], soon: set[int], withdraw: frozenset[str]
     ) -> None:
         def rows(names: Collection[str]) -> set[int]:
             return {row[name] for name in names if name in row}
@@ -173,10 +174,12 @@ class Round:
 
         Who has no worker, because it has just left, must go to one in any case: the nearest that can take the model.
         """
-        fits = self._size[model] <= self._capacity
+        fits: _Flags = self._size[model] <= self._capacity
         if fits.all() or not fits.any():
-            return self._load_s[model] + self._nearest_s[askers]
-        return self._load_s[model] + self._way_s[np.ix_(askers, np.flatnonzero(fits))].min(axis=1)
+            way_s: _Floats = self._nearest_s[askers]
+        else:
+            way_s = self._way_s[np.ix_(askers, np.flatnonzero(fits))].min(axis=1)
+        return way_s + float(self._load_s[model])
 
     def _value(self, model: int) -> None:
         """Bring up to date what requests for a model cost, and what the copies of it are worth: seconds per second."""
@@ -215,9 +218,9 @@ class Round:
             self._gains[model] = gain
         return gain
 
-    def _may_load(self, model: int) -> NDArray[np.bool_]:
+    def _may_load(self, model: int) -> _Flags:
         """The sites that could take a copy."""
-        may = self._size[model] <= self._capacity
+        may: _Flags = self._size[model] <= self._capacity
         may[[*self._holders[model], *self._barred_at[model]]] = False
         return may
 
@@ -335,9 +338,9 @@ class Round:
             ]
         )
 
-    def _fills(self, model: int) -> NDArray[np.bool_]:
+    def _fills(self, model: int) -> _Flags:
         """The sites where so much may be loaded in what is left of this round."""
-        fills = self._size[model] <= self._may_fill
+        fills: _Flags = self._size[model] <= self._may_fill
         return fills | self._rested if model in self._urgent_rows else fills
 
     def _victims(self, model: int, number: int) -> list[int] | None:
@@ -431,7 +434,7 @@ class _Candidates:
     def __bool__(self) -> bool:
         return len(self._numbers) > 0
 
-    def drop(self, able: NDArray[np.bool_]) -> None:
+    def drop(self, able: _Flags) -> None:
         """Forget the first, and those that are not able any more, as told by site."""
         self._sort()
         left = able[self._numbers]
@@ -472,7 +475,9 @@ def _asked(
         per_s += [rate for _, rate in asked]
         asking += [number] * len(asked)
     order = np.argsort(np.array(models, dtype=np.intp), kind="stable")
-    starts = np.concatenate(([0], np.cumsum(np.bincount(models, minlength=len(row))))) if models else [0] * (len(row) + 1)
+    starts = (
+        np.concatenate(([0], np.cumsum(np.bincount(models, minlength=len(row))))) if models else [0] * (len(row) + 1)
+    )
     return np.array(asking, dtype=np.intp)[order], np.array(per_s)[order], [int(start) for start in starts]
 
 

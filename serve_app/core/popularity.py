@@ -11,7 +11,7 @@ class DecayedRate:
     The weights are normalised so that a steady stream of r requests per second reads r.
     """
 
-    __slots__ = ("decay_per_s", "_level", "_updated_s")
+    __slots__ = ("_level", "_updated_s", "decay_per_s")
 
     def __init__(self, half_life_s: float, per_s: float = 0.0, now: float = 0.0) -> None:
         if half_life_s <= 0:
@@ -88,6 +88,11 @@ class Popularity:
             self._rates[location] = self._lately(known, now)
             rates = {model_id: rates[model_id] for model_id in self._rates[location]}
         return rates
+
+    @property
+    def pairs(self) -> int:
+        """Of how many pairs of location and model there are rates, some of which may be forgotten soon."""
+        return sum(map(len, self._rates.values()))
 
     def _lately(self, known: dict[str, DecayedRate], now: float) -> dict[str, DecayedRate]:
         return {model_id: rate for model_id, rate in known.items() if rate.requests(now) >= self.FORGET_REQUESTS}

@@ -360,7 +360,7 @@ def _plan_blindly(errand: Errand) -> Plan:
 
 
 def prepare(known: Knowledge, here: str, rules: RoutingRules) -> None:
-    """Work out at once, after news, what the first choice of a location would have to: what its workers' models are worth.
+    """Work out after news what the first choice of a location would have to: what its workers' models are worth.
 
     Only to be faster; a choice does not depend on it.
     """
@@ -371,10 +371,12 @@ def prepare(known: Knowledge, here: str, rules: RoutingRules) -> None:
 class _Losses:
     """What is lost at one worker if so many bytes must go: the least worthy first."""
 
-    __slots__ = ("_lost_per_s", "_until_bytes", "report", "rules")
+    __slots__ = ("_lost_per_s", "_until_bytes", "pinned_bytes", "report", "rules")
 
     def __init__(self, report: WorkerReport, known: Knowledge, rules: RoutingRules) -> None:
         self.report, self.rules = report, rules
+        #: What no request can displace.
+        self.pinned_bytes = sum([resident.size_bytes for resident in report.models.values() if resident.pinned])
         self._until_bytes: list[int] = []
         self._lost_per_s: list[float] = []
         rates = known.view.rates.get(report.location)
@@ -423,9 +425,12 @@ def _victims_loss_s(model: ModelProfile, report: WorkerReport, known: Knowledge,
     missing_bytes = report.used_bytes + model.size_bytes - report.capacity_bytes
     if missing_bytes <= 0:
         return 0.0
-    if not report.can_hold(model, beside_kept=True):
+    losses = _losses(report, known, rules)
+    resident = report.models.get(model.model_id)
+    pinned_bytes = losses.pinned_bytes - (resident.size_bytes if resident is not None and resident.pinned else 0)
+    if model.size_bytes > report.capacity_bytes - pinned_bytes:
         return math.inf
-    return _losses(report, known, rules).per_s(missing_bytes) * rules.horizon_s
+    return losses.per_s(missing_bytes) * rules.horizon_s
 
 
 def exec_s(model: ModelProfile, report: WorkerReport) -> float:

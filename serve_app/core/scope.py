@@ -11,10 +11,10 @@ from serve_app.core.directory import Directory
 class Scope:
     """The workers of other locations, *peers*, of which a location is told.
 
-    | event                                       | effect                                                            |
-    |---------------------------------------------|-------------------------------------------------------------------|
-    | a model is asked for here, or loaded here   | a holder of it becomes a peer, the nearest that is known, unless one is |
-    | more than ``PEERS``                         | who was of use longest ago is a peer no more; the nearest stay    |
+    | event                            | effect                                                        |
+    |----------------------------------|---------------------------------------------------------------|
+    | a model is asked for or loaded   | if no peer holds it, the nearest holder becomes one           |
+    | more than ``PEERS``              | who was of use longest ago goes; the nearest workers stay     |
 
     In a cluster of no more than ``PEERS`` workers everybody is a peer. So what a location is told, and what that costs,
     is bounded by what its users ask for, whatever the number of locations.
@@ -34,8 +34,18 @@ class Scope:
     LOOK_EVERY_S = 30.0
 
     __slots__ = (
-        "_directory", "_left", "_location", "_looked_s", "_members", "_near", "complete_since", "models",
-        "peers", "rates", "rates_at", "rated_s",
+        "_directory",
+        "_left",
+        "_location",
+        "_looked_s",
+        "_members",
+        "_near",
+        "complete_since",
+        "models",
+        "peers",
+        "rated_s",
+        "rates",
+        "rates_at",
     )  # fmt: skip
 
     def __init__(self, location: str, directory: Directory, version: int) -> None:

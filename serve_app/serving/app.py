@@ -147,7 +147,7 @@ class Deployed:
 
     def link(self, catalog: Catalog) -> CoordinatorLink:
         """A connection to the coordinator."""
-        return CoordinatorLink(self.coordination(catalog))
+        return CoordinatorLink(self.coordination(catalog), self.location)
 
 
 _DEPLOYED = TypeAdapter(Deployed)

@@ -23,6 +23,8 @@ NAMESPACE = "edgeserve"
 NAME = "coordinator"
 
 _METRICS_EVERY_S = 1.0
+#: So many pairs of location and model have their rate in the metrics, or none.
+_MAX_RATES = 10_000
 _CALL_TIMEOUT_S = 2.0
 
 
@@ -49,12 +51,18 @@ class Coordinator:
         """A worker says that it is shutting down."""
         self._state.depart(replica)
 
-    def view(self, links: Mapping[tuple[str, str], Link], epoch: str, version: int) -> ViewDelta:
+    def view(
+        self, links: Mapping[tuple[str, str], Link], epoch: str, version: int, location: str | None = None
+    ) -> ViewDelta:
         """Take the ways that a router has measured; answer with what it does not know yet."""
         self._state.measured(links)
         now = time.monotonic()
         self._measure_if_due(now)
-        return self._state.view(epoch, version, now)
+        return self._state.view(epoch, version, now, location)
+
+    def everything(self) -> ViewDelta:
+        """Every worker's last report and all rates, for people to look at."""
+        return self._state.everything(time.monotonic())
 
     def _measure_if_due(self, now: float) -> None:
         if now - self._measured_s >= _METRICS_EVERY_S:
@@ -62,9 +70,11 @@ class Coordinator:
             self._measure(now)
 
     def _measure(self, now: float) -> None:
-        for location, rates in self._state.rates(now).items():
-            for model_id, per_s in rates.items():
-                self._metrics.model_rate.set(per_s, tags={"location": location, "model": model_id})
+        # Of more, nobody could look at all, and to tell them would take longer than all else.
+        if self._state.rated <= _MAX_RATES:
+            for location, rates in self._state.rates(now).items():
+                for model_id, per_s in rates.items():
+                    self._metrics.model_rate.set(per_s, tags={"location": location, "model": model_id})
         holders = self._state.holder_counts()
         for model_id in self._counted_models | holders.keys():
             self._metrics.model_holders.set(holders.get(model_id, 0), tags={"model": model_id})
@@ -76,10 +86,12 @@ class CoordinatorLink:
 
     Args:
         rules: for the coordinator. Whoever comes first starts it; all tell it theirs, and the newest count.
+        location: of whose interest a router's news are; None: of everybody's.
     """
 
-    def __init__(self, rules: CoordinatorRules) -> None:
+    def __init__(self, rules: CoordinatorRules, location: str | None = None) -> None:
         self._rules = rules
+        self._location = location
         self._actor: Any = None
         self.up = False
 
@@ -95,8 +107,10 @@ class CoordinatorLink:
                 actor = await asyncio.to_thread(self._connect, rules)
                 # It has not been told of rules that have come meanwhile: then the next exchange connects anew.
                 self._actor = actor if rules is self._rules else None
-            method = actor.report if isinstance(news, WorkerReport) else actor.view
-            call = method.remote(news, epoch, version)
+            if isinstance(news, WorkerReport):
+                call = actor.report.remote(news, epoch, version)
+            else:
+                call = actor.view.remote(news, epoch, version, self._location)
             delta: ViewDelta = await asyncio.wait_for(call, _CALL_TIMEOUT_S)
         except (ray.exceptions.RayError, TimeoutError, ValueError) as error:
             if self.up:
@@ -112,6 +126,16 @@ class CoordinatorLink:
         """There is another configuration; the coordinator is told before anything else is said to it."""
         self._rules = rules
         self._actor = None
+
+    async def everything(self) -> ViewDelta | None:
+        """Every worker's last report, or None: the coordinator cannot be reached."""
+        if self._actor is None:
+            return None
+        try:
+            whole: ViewDelta = await asyncio.wait_for(self._actor.everything.remote(), _CALL_TIMEOUT_S)
+        except (ray.exceptions.RayError, TimeoutError):
+            return None
+        return whole
 
     async def depart(self, replica: str) -> None:
         """Say that a worker is leaving; best effort."""

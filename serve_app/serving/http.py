@@ -225,7 +225,7 @@ class Endpoints:
         router = self._router
         return JsonResponse(
             cluster_status(
-                router.known.view,
+                await router.whole_view(),
                 router.locations,
                 coordinator_up=router.coordinator_up,
                 view_age_s=router.view_age_s(),

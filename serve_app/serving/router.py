@@ -18,9 +18,9 @@ from typing import Protocol
 from serve_app.core.cache import ModelState
 from serve_app.core.catalog import Catalog, PublishedModel, most_accurate_first
 from serve_app.core.coordination import CoordinatorRules
-from serve_app.core.knowledge import Knowledge
+from serve_app.core.knowledge import Knowledge, View
 from serve_app.core.links import LinkTable
-from serve_app.core.routing import Errand, Forwarding, Outcome, Plan, RoutingRules, choose, exec_s
+from serve_app.core.routing import Errand, Forwarding, Outcome, Plan, RoutingRules, choose, exec_s, prepare
 from serve_app.errors import DeadlineExceeded, EdgeServeError, NotFound, StoreError, Unavailable
 from serve_app.serving.coordinator import CoordinatorLink, every
 from serve_app.serving.messages import Done, FloatArray, NotHeld, Refused, Reply, Work
@@ -194,6 +194,17 @@ class Router:
         if delta is not None:
             # Dead or hanging workers.
             self._take_back(self.known.apply(delta, self._clock()))
+            prepare(self.known, self._home, self._rules)
+
+    async def whole_view(self) -> View:
+        """What there is in the whole cluster, for people to look at; what this router knows if nobody can tell."""
+        view = self.known.view
+        whole = await self._link.everything() if view.scoped else None
+        if whole is None:
+            return view
+        found = View()
+        found.apply(whole, self._clock())
+        return found
 
     def _take_back(self, replicas: Iterable[str]) -> None:
         """Have the requests that wait for these replicas served elsewhere."""

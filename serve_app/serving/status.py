@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 from typing import Any
 
 from serve_app.core.knowledge import View
@@ -12,8 +11,12 @@ from serve_app.core.reports import OutcomeCounts, WorkerReport
 
 def cluster_status(view: View, locations: Sequence[str], *, coordinator_up: bool, view_age_s: float | None) -> Any:
     """Every location with what it holds, and how well it has served its users so far."""
+    served: dict[str, OutcomeCounts] = {}
+    for report in view.workers.values():
+        for origin, counts in report.outcomes.items():
+            served[origin] = served.get(origin, OutcomeCounts()) + counts
     return {
-        "locations": [_location(view, name) for name in locations],
+        "locations": [_location(view, name, served.get(name, OutcomeCounts())) for name in locations],
         "coordinator": {
             "up": coordinator_up,
             "view_age_s": None if view_age_s is None else round(view_age_s, 3),
@@ -23,10 +26,8 @@ def cluster_status(view: View, locations: Sequence[str], *, coordinator_up: bool
     }
 
 
-def _location(view: View, name: str) -> dict[str, Any]:
-    reports = [report for report in view.workers.values() if report.location == name]
-    served = [report.outcomes[name] for report in view.workers.values() if name in report.outcomes]
-    counts = reduce(OutcomeCounts.__add__, served, OutcomeCounts())
+def _location(view: View, name: str, counts: OutcomeCounts) -> dict[str, Any]:
+    reports = [view.workers[replica] for replica in view.at(name)]
     return {
         "name": name,
         "replicas": len(reports),

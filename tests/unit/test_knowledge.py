@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Mapping
 
 import pytest
@@ -254,3 +255,35 @@ def test_everything_anew_from_the_same_coordinator_names_who_is_gone() -> None:
     view = View()
     view.apply(delta(report("paris"), report("tokyo")), 0.0)
     assert view.apply(delta(report("tokyo"), full=True, version=5), 1.0) == ("paris-1",)
+
+
+# Who may hold a model
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whoever_is_known_to_hold_a_model_is_found_by_its_name(seed: int) -> None:
+    rng, known, sequence = random.Random(seed), Knowledge(), 0
+    places = ("oslo", "paris", "rome", "tokyo")
+    for version in range(300):
+        place, name, sequence = rng.choice(places), rng.choice("abc"), sequence + 1
+        held = [resident(model_id) for model_id in "abc" if rng.random() < 0.5]
+        worker = dataclasses.replace(report(place, sequence=sequence, models=held), leaving=rng.random() < 0.1)
+        match rng.randrange(6):
+            case 0:
+                known.apply(delta(worker, version=version), 0.0)
+            case 1:
+                known.see(f"{place}-1", name, rng.choice([READY, LOADING, None]), sequence + rng.randrange(3))
+            case 2:
+                known.expect_load(f"{place}-1", name)
+            case 3:
+                known.suspect(f"{place}-1")
+            case 4:
+                known.reach(place, reached=rng.random() < 0.7)
+            case 5:
+                known.apply(delta(worker, gone=(f"{rng.choice(places)}-1",), version=version), 0.0)
+        usable = known.workers()
+        assert [worker for place in places for worker in known.at(place)] == sorted(usable, key=lambda w: w.location)
+        for model_id in "abc":
+            holding = [worker for worker in usable if known.state(worker, model_id) is not None]
+            found = [worker for worker in known.maybe_holding(model_id) if known.state(worker, model_id) is not None]
+            assert found == holding

@@ -24,7 +24,9 @@ class Case:
     def __init__(self, seed: int) -> None:
         self._rng = rng = random.Random(seed)
         self.rules = PlacementRules(
-            share_per_round=rng.choice([0.1, 0.5, 1.0]), hysteresis=rng.choice([1.0, 1.5, 3.0]), payback_s=10.0**rng.randrange(6)
+            share_per_round=rng.choice([0.1, 0.5, 1.0]),
+            hysteresis=rng.choice([1.0, 1.5, 3.0]),
+            payback_s=10.0 ** rng.randrange(6),
         )
         self.names = [f"m{number:02}" for number in range(rng.randrange(2, 14))]
         profiles = {
@@ -41,13 +43,15 @@ class Case:
         self.routing = RoutingRules(
             profiles=profiles, links=links, default_link=Link(rtt_s=0.1, bytes_per_s=1e6), horizon_s=10.0
         )
-        self.sites = [self._site(f"{place}-{number}", place) for place in places for number in range(rng.choice([0, 1, 1, 2]))]
+        self.sites = [
+            self._site(f"{place}-{number}", place) for place in places for number in range(rng.choice([0, 1, 1, 2]))
+        ]
         self.wants = Wants(
             rates={
-                place: {name: rng.choice([0.0, 10.0 ** rng.uniform(-4, 1)]) for name in self._some(0.7)}
+                place: {name: rng.choice([0.0, 10.0 ** rng.uniform(-4, 1)]) for name in sorted(self._some(0.7))}
                 for place in [*places, "elsewhere"]
             },
-            copies={name: rng.randrange(4) for name in self._some(0.2)},
+            copies={name: rng.randrange(4) for name in sorted(self._some(0.2))},
             withdraw=self._some(0.3),
             urgent=self._some(0.2),
             only=rng.choice([None, None, self._some(0.5)]),

@@ -1,0 +1,270 @@
+"""News of a large cluster: a location is told of what matters to it, and of that never less than there is."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator
+
+import pytest
+from core_support import report, resident
+
+from serve_app.core.answers import ModelState
+from serve_app.core.coordination import CoordinatorRules, CoordinatorState
+from serve_app.core.directory import Entry
+from serve_app.core.knowledge import View
+from serve_app.core.links import Link
+from serve_app.core.reports import Demand, WorkerReport
+from serve_app.core.scope import Scope
+
+PLACES = ("lima", "oslo", "paris", "quito", "rome", "tokyo")
+
+
+@pytest.fixture(autouse=True)
+def few_peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small numbers, so that small clusters are large ones."""
+    monkeypatch.setattr(Scope, "PEERS", 3)
+    monkeypatch.setattr(Scope, "NEAR", 1)
+    monkeypatch.setattr(Scope, "MODELS", 4)
+    monkeypatch.setattr(Entry, "REMEMBERED", 3)
+    return
+
+
+class Cluster:
+    """Workers that report to one coordinator, and who reads what it says."""
+
+    def __init__(self, whole_up_to: int = 1) -> None:
+        self.now, self.lives, self._whole_up_to = 0.0, 0, whole_up_to
+        self.last: dict[str, WorkerReport] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        self.lives += 1
+        rules = CoordinatorRules(half_life_s=10.0, stale_after_s=5.0)
+        self.state = CoordinatorState(epoch=f"life {self.lives}", rules=rules, whole_up_to=self._whole_up_to)
+
+    def report(
+        self, place: str, *held: str, asks: str = "", number: int = 1, loading: bool = False, **changes: object
+    ) -> None:
+        replica = f"{place}-{number}"
+        before = self.last.get(replica)
+        state = ModelState.LOADING if loading else ModelState.READY
+        made = report(
+            place,
+            replica,
+            sequence=before.sequence + 1 if before else 1,
+            models=[resident(name, state=state) for name in held],
+            loading=len(held) if loading else 0,
+        )
+        demand = tuple(Demand(location=place, model_id=name, count=1) for name in asks)
+        made = self.last[replica] = dataclasses.replace(made, keeps=frozenset(held), demand=demand, **changes)  # type: ignore[arg-type]
+        self.state.handle(made, self.now)
+
+    def read(self, view: View, place: str) -> View:
+        view.apply(self.state.view(view.epoch, view.version, self.now, place), self.now)
+        return view
+
+
+def matters(view: View, scope: Scope) -> dict[str, object]:
+    """What a reader knows of the workers that matter to it, as far as it is interested."""
+    return {
+        replica: (
+            worker.capacity_bytes,
+            worker.queue_s,
+            worker.leaving,
+            {name: model for name, model in worker.models.items() if name in scope.models},
+            worker.keeps & scope.models.keys(),
+            {name: s for name, s in worker.exec_s.items() if name in scope.models and name in worker.models},
+        )
+        for replica, worker in view.workers.items()
+    }
+
+
+class Life(Cluster):
+    """A cluster in which anything may happen."""
+
+    READERS = ("oslo", "oslo", "rome")
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._rng = random.Random(seed)
+        self._views = [View() for _ in self.READERS]
+
+    def step(self) -> None:
+        rng = self._rng
+        (event,) = rng.choices(["report", "read", "depart", "wait", "restart"], [60, 30, 4, 6, 0.3])
+        match event:
+            case "report":
+                held = [name for name in "abcdef" if rng.random() < 0.4]
+                self.report(
+                    rng.choice(PLACES), *held, number=rng.choice([1, 1, 2]), asks=rng.choice(["", *"abcdef"]),
+                    loading=rng.random() < 0.2, queue_s=rng.choice([0.0, 0.1, 1.0]),
+                    exec_s=dict.fromkeys(held, rng.choice([0.1, 0.2])),
+                )  # fmt: skip
+            case "read":
+                number = rng.randrange(len(self.READERS))
+                self.read(self._views[number], self.READERS[number])
+                self.compare(self.READERS[number], self._views[number])
+            case "depart":
+                self.state.depart(f"{rng.choice(PLACES)}-{rng.choice([1, 2])}")
+            case "wait":
+                self.now += rng.choice([0.25, 3.0, 40.0])
+            case "restart":
+                self.restart()
+                self._views = [View() for _ in self.READERS]
+
+    def compare(self, place: str, view: View) -> None:
+        """A reader knows what one that reads everything is told, and that is so."""
+        whole, reports = self.read(View(), place), self.state._reports
+        self.read(view, place)
+        scope = self.state._scopes.get(place)
+        if scope is None:
+            assert view == whole
+            return
+        assert matters(view, scope) == matters(whole, scope)
+        assert set(view.workers) == (scope.peers.keys() & set(reports)) | set(reports.at(place))
+        for replica, worker in view.workers.items():
+            last = reports[replica]
+            if worker.location == place:
+                assert worker == dataclasses.replace(last, demand=())
+                continue
+            assert abs(worker.queue_s - last.queue_s) <= Entry.QUEUE_S
+            for name in scope.models:
+                known, there = worker.models.get(name), last.models.get(name)
+                assert (known and known.state) == (there and there.state)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_happens_readers_know_of_what_matters_what_a_new_reader_is_told(seed: int) -> None:
+    life = Life(seed)
+    for _ in range(400):
+        life.step()
+
+
+def test_a_reader_goes_on_by_what_it_knew_when_the_coordinator_starts_anew() -> None:
+    cluster, view = Cluster(), View()
+    for place in PLACES:
+        cluster.report(place, "a", asks="a")
+    before = set(cluster.read(view, "oslo").workers)
+    cluster.restart()
+    cluster.report("oslo")
+    cluster.report("lima")
+    assert set(cluster.read(view, "oslo").workers) == before
+    cluster.now += View.CARRY_S
+    assert set(cluster.read(view, "oslo").workers) == {"oslo-1", "lima-1"}
+
+
+def test_a_location_is_told_who_holds_what_it_is_asked_for() -> None:
+    cluster, view = Cluster(), View()
+    for place in PLACES:
+        cluster.report(place, place[0])
+    cluster.read(view, "oslo")
+    cluster.report("oslo", "o", asks="tq")
+    cluster.read(view, "oslo")
+    assert [list(view.holders(name)) for name in "tq"] == [["tokyo-1"], ["quito-1"]]
+
+
+def test_who_is_of_no_use_any_more_is_not_followed_and_not_taken_for_gone() -> None:
+    cluster, view = Cluster(), View()
+    for place in (*PLACES, "cairo", "delhi"):
+        cluster.report(place, place[0])
+    cluster.read(view, "oslo")
+    for name in "tqrlcdp":
+        cluster.report("oslo", "o", asks=name)
+        delta = cluster.state.view(view.epoch, view.version, cluster.now, "oslo")
+        assert view.apply(delta, cluster.now) == ()
+        assert len(view.workers) <= 1 + Scope.PEERS
+    assert list(view.holders("p")) == ["paris-1"]
+
+
+def test_the_nearest_holder_is_followed() -> None:
+    cluster, view = Cluster(), View()
+    for place in PLACES:
+        cluster.report(place, *("m" if place not in ("oslo", "lima") else ()))
+    near = {("oslo", place): Link(rtt_s=0.01 * (7 - number), bytes_per_s=1e9) for number, place in enumerate(PLACES)}
+    cluster.state.measured({**near, ("oslo", "lima"): Link(rtt_s=0.001, bytes_per_s=1e9)})
+    cluster.read(view, "oslo")
+    assert set(view.workers) == {"oslo-1", "lima-1"}
+    cluster.report("oslo", asks="m")
+    cluster.read(view, "oslo")
+    assert set(view.holders("m")) == {"tokyo-1"}
+
+
+def test_noise_of_distant_workers_is_no_news_but_now_and_then() -> None:
+    cluster, view = Cluster(), View()
+    for place in PLACES[:3]:
+        cluster.report(place, "a", asks="a")
+    cluster.read(view, "oslo")
+    told = []
+    for _ in range(Entry.EVERY_REPORTS):
+        cluster.report("paris", "a", queue_s=0.1)
+        delta = cluster.state.view(view.epoch, view.version, cluster.now, "oslo")
+        view.apply(delta, cluster.now)
+        told.append(len(delta.changes))
+    assert told == [0] * (Entry.EVERY_REPORTS - 1) + [1]
+    assert (view.workers["paris-1"].sequence, view.workers["paris-1"].queue_s) == (1 + Entry.EVERY_REPORTS, 0.1)
+
+
+def test_few_workers_become_many_and_few_again() -> None:
+    cluster, view = Cluster(whole_up_to=3), View()
+    for place in PLACES:
+        cluster.report(place, "a")
+        cluster.read(view, "oslo")
+    assert view.scoped
+    assert "oslo-1" in view.workers
+    assert len(view.workers) == 1 + Scope.NEAR
+    for place in PLACES[:1] + PLACES[2:4]:
+        cluster.state.depart(f"{place}-1")
+        cluster.read(view, "oslo")
+    assert not view.scoped
+    assert set(view.workers) == {"oslo-1", "rome-1", "tokyo-1"}
+
+
+def test_a_worker_gets_its_orders_and_its_own_news_though_it_reads_less_often() -> None:
+    cluster, view = Cluster(), View()
+    for place in PLACES[:4]:
+        cluster.report(place, place[0], asks="p")
+    worker = cluster.last["oslo-1"]
+    versions = []
+    for step in range(8):
+        cluster.now += 0.25
+        cluster.report("paris", "p", "b" if step % 2 else "c")
+        worker = dataclasses.replace(worker, sequence=worker.sequence + 1)
+        view.apply(cluster.state.answer(worker, view.epoch, view.version, cluster.now), cluster.now)
+        versions.append(view.version)
+    assert len(set(versions)) == 2
+    assert "oslo-1" not in view.workers
+    assert "p" in view.workers["paris-1"].models
+
+
+def test_rates_are_those_of_the_location_and_fall() -> None:
+    cluster, view = Cluster(), View()
+    for place in PLACES:
+        cluster.report(place, asks=place[0])
+    cluster.read(view, "oslo")
+    assert set(view.rates) == {"oslo"}
+    before = view.rate("oslo", "o")
+    cluster.now += 4.0
+    cluster.read(view, "oslo")
+    assert 0 < view.rate("oslo", "o") < before
+
+
+def test_a_reader_of_no_location_is_told_of_everybody() -> None:
+    cluster, view = Cluster(), View()
+    for place in PLACES:
+        cluster.report(place, "a", asks="a")
+    view.apply(cluster.state.view("", 0, cluster.now), cluster.now)
+    cluster.report("rome", "b")
+    view.apply(cluster.state.view(view.epoch, view.version, cluster.now), cluster.now)
+    assert set(view.workers) == {f"{place}-1" for place in PLACES}
+    assert set(view.workers["rome-1"].models) == {"b"}
+    assert set(view.rates) == set(PLACES)
+
+
+def test_everything_is_there_for_who_wants_to_look() -> None:
+    cluster = Cluster()
+    for place in PLACES:
+        cluster.report(place, "a", asks="a")
+    whole = cluster.state.everything(cluster.now)
+    assert {worker.replica for worker in whole.workers} == {f"{place}-1" for place in PLACES}
+    assert not any(worker.demand for worker in whole.workers)
