@@ -73,6 +73,9 @@ class Wants:
 class Round:
     """Models (rows) asked for at locations and held by sites (columns); only pairs that exist take memory.
 
+    A site that was not worth a copy any more is not looked at again in this round, though a copy that goes later may
+    make it so: the next round will see.
+
     Args:
         sites: the workers.
         wants: of users and operators.
@@ -470,10 +473,13 @@ def _asked(
     asking: list[int] = []
     per_s: list[float] = []
     for number, location in enumerate(locations):
-        asked = [(row[name], rate) for name, rate in rates.get(location, {}).items() if rate > 0 and name in row]
-        models += [model for model, _ in asked]
-        per_s += [rate for _, rate in asked]
-        asking += [number] * len(asked)
+        before = len(models)
+        for name, rate in rates.get(location, {}).items():
+            model = row.get(name)
+            if model is not None and rate > 0:
+                models.append(model)
+                per_s.append(rate)
+        asking += [number] * (len(models) - before)
     order = np.argsort(np.array(models, dtype=np.intp), kind="stable")
     starts = (
         np.concatenate(([0], np.cumsum(np.bincount(models, minlength=len(row))))) if models else [0] * (len(row) + 1)

@@ -172,7 +172,7 @@ class _Choice:
     #: Of more workers than ``MANY`` at other locations only ``LOOKED_AT`` are considered: the nearest holders; of those
     #: that would have to load the model, others for each model.
     MANY = 16
-    LOOKED_AT = 8
+    LOOKED_AT = 4
 
     def __init__(self, errand: Errand, known: Knowledge, rules: RoutingRules, ways: Ways) -> None:
         self._errand = errand
