@@ -266,12 +266,15 @@ def cost_per_s(sites: list[WorkerReport], rates: Mapping[str, Mapping[str, float
     total = 0.0
     for location, asked in rates.items():
         for model_id, per_s in asked.items():
-            ways = [
-                0.0 if worker.location == location else rules.link(location, worker.location).rtt_s
+            profile = rules.profiles[model_id]
+            way_s = {
+                worker.replica: 0.0 if worker.location == location else rules.link(location, worker.location).rtt_s
                 for worker in sites
-                if model_id in worker.models
-            ]
-            total += per_s * min([rules.profiles[model_id].load_s, *ways])
+            }
+            held = [way_s[worker.replica] for worker in sites if model_id in worker.models]
+            # Its own worker may be too small to load it.
+            large = [way_s[worker.replica] for worker in sites if worker.capacity_bytes >= profile.size_bytes]
+            total += per_s * min([profile.load_s + min(large or way_s.values()), *held])
     return total
 
 
