@@ -1,0 +1,1 @@
+"""EdgeServe beside what else serves many models from little memory: ``python -m loadtests.compare``."""
