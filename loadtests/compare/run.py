@@ -22,8 +22,8 @@ from loadtests.compare.zoo import Zoo
 
 KINDS: tuple[Kind, ...] = ("closed", "open")
 _ALL_CLASSES = 1000
-#: Logarithms of probabilities may differ by so much between sides that compute in a different order.
-_SAME = 0.02
+#: Probabilities may differ by this share between sides that compute in a different order; below the second, they are 0.
+_SAME, _NOTHING = 0.02, 1e-6
 #: The open loop sends this share of what the slowest side has served in the closed loop.
 _BEARABLE = 0.5
 _IMAGE_PX = (320, 240)
@@ -182,7 +182,7 @@ def _differences(answers: Mapping[str, Mapping[str, Reply]]) -> dict[str, str]:
 
 def _is_same(ours: Mapping[int, float], theirs: Mapping[int, float]) -> bool:
     return ours.keys() == theirs.keys() and all(
-        abs(math.log(probability / theirs[index])) < _SAME for index, probability in ours.items()
+        math.isclose(probability, theirs[index], rel_tol=_SAME, abs_tol=_NOTHING) for index, probability in ours.items()
     )
 
 

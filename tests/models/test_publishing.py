@@ -127,6 +127,10 @@ def test_model_that_cannot_be_served_is_reported_and_the_others_are_published(
     assert len(list((store.root / "blobs").iterdir())) == 1, "weights of the failed model must be swept"
 
 
+def test_last_bits_of_very_large_logits_do_not_keep_a_model_from_being_published(store: ModelStore) -> None:
+    assert publish(store, [tiny("large", "LastBits")], reachable=offline).published == ("large",)
+
+
 def test_constructor_that_reads_values_is_served_all_the_same(store: ModelStore) -> None:
     assert publish(store, [tiny("reads", "ReadsValues")], reachable=offline).published == ("reads",)
     model = ModelLoader(store).load("reads")
