@@ -60,6 +60,10 @@ class EdgeServe:
         """Router, worker and HAProxy serve."""
         return self._processes.memory()
 
+    def cpu_s(self) -> float:
+        """Of Ray, too."""
+        return self._processes.cpu_s()
+
     def held_bytes(self) -> int:
         """Weights of what is resident, without the workspaces that its own books count in."""
         http = Http(self._port)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import http.client
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-_TIMEOUT_S = 90.0
+_TIMEOUT_S = 30.0
 _OK = 200
+#: A connection that was idle for longer is made anew: servers close idle ones, and such a request would seem to fail.
+_IDLE_S = 1.0
 
 
 class RequestFailed(Exception):
@@ -34,6 +37,7 @@ class Http:
 
     def __init__(self, port: int) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
+        self._used_s = time.monotonic()
 
     def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> tuple[http.client.HTTPMessage, bytes]:
         """Headers and body of the answer; raises ``RequestFailed``."""
@@ -50,6 +54,8 @@ class Http:
     def _send(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
     ) -> tuple[http.client.HTTPMessage, bytes]:
+        if time.monotonic() - self._used_s > _IDLE_S:
+            self._connection.close()
         try:
             self._connection.request(method, path, body, dict(headers))
             answer = self._connection.getresponse()
@@ -57,6 +63,8 @@ class Http:
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
             raise RequestFailed(f"{type(error).__name__}: {error}") from None
+        finally:
+            self._used_s = time.monotonic()
         if answer.status != _OK:
             raise RequestFailed(f"{answer.status} {content[:200].decode(errors='replace')}")
         return answer.headers, content

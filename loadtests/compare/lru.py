@@ -12,7 +12,7 @@ from typing import Literal
 class Step:
     """What a request has to do: use the model, wait for its load, load it, or ask again when something has changed.
 
-    ``victims`` are to be unloaded before the load; the books have let go of them already.
+    ``victims`` are to be unloaded before the load, each told by ``unloaded``; nobody can ask for them before that.
     """
 
     kind: Literal["hit", "join", "load", "wait"]
@@ -43,6 +43,7 @@ class LruBooks:
         self._capacity_bytes = capacity_bytes
         self._sizes = dict(sizes)
         self._held: OrderedDict[str, _Held] = OrderedDict()
+        self._leaving: set[str] = set()
 
     @property
     def used_bytes(self) -> int:
@@ -61,6 +62,9 @@ class LruBooks:
             held.uses += 1
             self._held.move_to_end(model)
             return Step(kind="hit" if held.is_ready else "join")
+        if model in self._leaving:
+            # A load that overtakes the unload would be undone by it.
+            return Step(kind="wait")
         victims: list[str] = []
         missing = self.used_bytes + self._sizes[model] - self._capacity_bytes
         for candidate, state in self._held.items():
@@ -73,8 +77,13 @@ class LruBooks:
             return Step(kind="wait")
         for victim in victims:
             del self._held[victim]
+            self._leaving.add(victim)
         self._held[model] = _Held(is_ready=False, uses=1)
         return Step(kind="load", victims=tuple(victims))
+
+    def unloaded(self, model: str) -> None:
+        """A victim has left the server's memory."""
+        self._leaving.discard(model)
 
     def is_ready(self, model: str) -> bool | None:
         """Whether a load has ended well; None if it has failed."""

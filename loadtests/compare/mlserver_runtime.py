@@ -35,5 +35,5 @@ class Classifier(MLModel):  # type: ignore[misc]
 
     async def unload(self) -> bool:
         """Let go of the weights."""
-        del self._module
+        self._module = None
         return True

@@ -17,7 +17,8 @@ from loadtests.compare.lru import LruBooks
 from loadtests.compare.processes import Memory, Processes, SideFailed, free_ports
 from loadtests.compare.zoo import Zoo
 
-_MLSERVER = "mlserver~=1.7.0"
+#: MLServer 1.7 does not start workers with newer ones of uvloop.
+_MLSERVER = ("mlserver~=1.7.0", "uvloop<0.22")
 _INSTALL_S = 900.0
 _UP_S = 60.0
 #: In the virtual environment once everything is installed.
@@ -62,6 +63,10 @@ class MLServer:
     def memory(self) -> Memory:
         """All of its processes serve."""
         return self._processes.memory()
+
+    def cpu_s(self) -> float:
+        """Of all processes."""
+        return self._processes.cpu_s()
 
     def held_bytes(self) -> int:
         """What the books say."""
@@ -125,7 +130,7 @@ class HeldModels:
         is_loaded = False
         try:
             for victim in victims:
-                http.post(f"/v2/repository/models/{victim}/unload", b"", {})
+                self._unload(victim, http)
             http.post(f"/v2/repository/models/{model}/load", b"", {})
             is_loaded = True
         finally:
@@ -134,6 +139,14 @@ class HeldModels:
                     self._books.loaded(model)
                 else:
                     self._books.failed(model)
+                self._changed.notify_all()
+
+    def _unload(self, victim: str, http: Http) -> None:
+        try:
+            http.post(f"/v2/repository/models/{victim}/unload", b"", {})
+        finally:
+            with self._changed:
+                self._books.unloaded(victim)
                 self._changed.notify_all()
 
 
@@ -188,7 +201,7 @@ def environment(cache: Path) -> Path:
     if (folder / _COMPLETE).is_file():
         return python
     shutil.rmtree(folder, ignore_errors=True)
-    packages = (_MLSERVER, f"torch=={torch}", f"torchvision=={torchvision}", "numpy", "pillow")
+    packages = (*_MLSERVER, f"torch=={torch}", f"torchvision=={torchvision}", "numpy", "pillow")
     try:
         for command in (
             [sys.executable, "-m", "venv", str(folder)],

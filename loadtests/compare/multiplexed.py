@@ -64,6 +64,10 @@ class Multiplexed:
         """Replica and proxies serve."""
         return self._processes.memory()
 
+    def cpu_s(self) -> float:
+        """Of Ray, too."""
+        return self._processes.cpu_s()
+
     def held_bytes(self) -> int:
         """Weights of the modules that exist."""
         http = Http(self._port)

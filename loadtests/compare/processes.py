@@ -114,6 +114,15 @@ class Processes:
             psutil.wait_procs(left, timeout=1.0)
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def cpu_s(self) -> float:
+        """Seconds of processor time that they have used; of those that have ended, nothing is known."""
+        used_s = 0.0
+        for process in self._family():
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                used_s += times.user + times.system
+        return used_s
+
     def memory(self) -> Memory:
         """What they take now, and have taken at most."""
         family = self._family()

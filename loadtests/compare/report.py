@@ -109,11 +109,23 @@ def as_json(result: Result) -> dict[str, Any]:
 
 
 def _absolute(outcome: Outcome, names: Sequence[str], kind: Kind) -> Table:
-    columns = ("requests", "failed", "per s", "p50 ms", "p99 ms", "p99.9 ms", "misses", "load delay ms", "reported ms")
+    columns = (
+        "requests",
+        "failed",
+        "per s",
+        "p50 ms",
+        "p99 ms",
+        "p99.9 ms",
+        "misses",
+        "load delay ms",
+        "reported ms",
+        "CPU ms",
+    )
     table = Table(f"{kind} loop", *columns, title=f"{kind} loop: medians of repeats", title_justify="left")
     for name in names:
-        rows = _by_repeat(outcome.sides.get(name), kind)
-        if not rows:
+        measured = outcome.sides.get(name)
+        rows = _by_repeat(measured, kind)
+        if measured is None:
             table.add_row(name, *("-" for _ in columns))
             continue
         failed_s = spread(row.failed_latency_s for row in rows)
@@ -126,6 +138,7 @@ def _absolute(outcome: Outcome, names: Sequence[str], kind: Kind) -> Table:
             *(_ms([getattr(row, figure) for row in rows]) for figure in ("p50_s", "p99_s", "p999_s")),
             _median([row.miss_ratio for row in rows], "{:.0%}"),
             *(_ms([getattr(row, figure) for row in rows]) for figure in ("load_delay_s", "reported_wait_s")),
+            _ms(measured.cpu_s[kind]),
         )
     return table
 
@@ -140,18 +153,22 @@ def _ratios(result: Result, names: Sequence[str], kind: Kind) -> Table:
 
 
 def _memory(outcome: Outcome, names: Sequence[str]) -> Table:
-    columns = ("weights held at most", "RSS peak, serving", "RSS now, serving", "RSS now, all", "processes")
-    table = Table("memory, MiB", *columns, f"RSS peak over {OURS}'s")
+    columns = ("weights held", "RSS peak, serving", "over ours", "RSS, serving", "RSS, all", "processes", "idle cores")
+    table = Table("memory, MiB", *columns)
     ours = outcome.sides[OURS].memory.serving_peak_bytes
     for name in names:
         measured = outcome.sides.get(name)
         if measured is None:
-            table.add_row(name, *("-" for _ in range(len(columns) + 1)))
+            table.add_row(name, *("-" for _ in columns))
             continue
         memory = measured.memory
-        sizes = (measured.held_bytes, memory.serving_peak_bytes, memory.serving_bytes, memory.all_bytes)
-        shown = [f"{size / _MIB:.0f}" for size in sizes]
-        table.add_row(name, *shown, str(memory.processes), f"{memory.serving_peak_bytes / ours:.2f}")
+        held, peak, now, everything = (
+            f"{size / _MIB:.0f}"
+            for size in (measured.held_bytes, memory.serving_peak_bytes, memory.serving_bytes, memory.all_bytes)
+        )
+        over_ours = f"{memory.serving_peak_bytes / ours:.2f}"
+        idle = f"{measured.idle_cpu:.2f}"
+        table.add_row(name, held, peak, over_ours, now, everything, str(memory.processes), idle)
     return table
 
 

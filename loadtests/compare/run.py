@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ _SAME, _NOTHING = 0.02, 1e-6
 #: The open loop sends this share of what the slowest side has served in the closed loop.
 _BEARABLE = 0.5
 _IMAGE_PX = (320, 240)
+#: A side that answers for none of so many models is left out.
+_TRIED = 3
 
 Say = Callable[[str], None]
 
@@ -49,7 +52,8 @@ class Load:
 class Measured:
     """One side: its figures by kind of load, one for each repeat, its samples of the open loop, and its memory.
 
-    ``held_bytes`` are the weights that it held at most when it was looked, after every slice.
+    ``held_bytes`` are the weights that it held at most when it was looked, after every slice. ``cpu_s`` is processor time
+    by request, of all its processes; ``idle_cpu`` the cores that they keep busy while it is the turn of others.
     """
 
     figures: Mapping[Kind, Sequence[Figures]]
@@ -57,6 +61,8 @@ class Measured:
     problems: Sequence[str]
     memory: Memory
     held_bytes: int
+    cpu_s: Mapping[Kind, Sequence[float]]
+    idle_cpu: float
 
 
 @dataclass(slots=True)
@@ -74,6 +80,8 @@ class _Book:
     warm_up: list[Sample] = field(default_factory=list)
     slices: dict[Kind, list[list[Sample]]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     held_bytes: int = 0
+    cpu_s: dict[Kind, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    busy_s: float = 0.0
 
 
 def run(zoo: Zoo, names: Sequence[str], stream: Stream, load: Load, say: Say) -> Outcome:
@@ -83,23 +91,28 @@ def run(zoo: Zoo, names: Sequence[str], stream: Stream, load: Load, say: Say) ->
     with _deployed(zoo, names, outcome, say) as sides:
         books = {name: _Book() for name in sides}
         answers: dict[str, dict[str, Reply]] = {}
-        for name, side in sides.items():
+        for name, side in list(sides.items()):
             say(f"{name} answers for every model, twice")
-            answers[name] = _warm_up(side, zoo, image, books[name])
+            try:
+                answers[name] = _warm_up(side, zoo, image, books[name])
+            except SideFailed as error:
+                _leave_out(name, error, outcome, say)
+                del sides[name], books[name]
         outcome.differ = _differences(answers)
         order = list(sides)
+        began_s, cpu_began_s = time.perf_counter(), {name: side.cpu_s() for name, side in sides.items()}
         for repeat in range(load.repeats):
             for kind in KINDS:
                 for name in order:
                     say(f"repeat {repeat + 1} of {load.repeats}: {kind} loop, {name}")
-                    samples = _slice(kind, sides[name], stream, repeat, load, outcome.rate_per_s, image)
-                    books[name].slices[kind].append(samples)
-                    books[name].held_bytes = max(books[name].held_bytes, _held_bytes(sides[name]))
+                    _turn(kind, sides[name], books[name], stream, repeat, load, outcome.rate_per_s, image)
                 if kind == "closed" and not repeat:
                     outcome.rate_per_s = load.rate_per_s or _bearable(books)
             order = order[1:] + order[:1]
+        lasted_s = time.perf_counter() - began_s
         for name in (name for name in names if name in sides):
-            outcome.sides[name] = _measured(books[name], sides[name].memory())
+            used_s = sides[name].cpu_s() - cpu_began_s[name]
+            outcome.sides[name] = _measured(books[name], sides[name].memory(), used_s, lasted_s)
     return outcome
 
 
@@ -125,10 +138,7 @@ def _deployed(zoo: Zoo, names: Sequence[str], outcome: Outcome, say: Say) -> Ite
                 start.result()
                 up[name] = made[name]
             except (SideFailed, OSError) as error:
-                outcome.gaps[name] = " ".join(str(error).split())
-                say(f"{name} is left out: {outcome.gaps[name]}")
-        if OURS not in up:
-            raise SideFailed(f"{OURS} did not come up: {outcome.gaps[OURS]}")
+                _leave_out(name, error, outcome, say)
         yield up
     finally:
         say("stopping")
@@ -137,11 +147,25 @@ def _deployed(zoo: Zoo, names: Sequence[str], outcome: Outcome, say: Say) -> Ite
                 stop.result()
 
 
+def _leave_out(name: str, error: Exception, outcome: Outcome, say: Say) -> None:
+    outcome.gaps[name] = " ".join(str(error).split())
+    say(f"{name} is left out: {outcome.gaps[name]}")
+    if name == OURS:
+        raise SideFailed(f"{OURS} cannot be measured: {outcome.gaps[name]}")
+
+
 def _warm_up(side: Side, zoo: Zoo, image: bytes, book: _Book) -> dict[str, Reply]:
-    """Every model twice: all files are in the page cache afterwards, and every model was hit once."""
-    connection, answers = side.connect(), {}
+    """Every model twice: all files are in the page cache afterwards, and every model was hit once.
+
+    Raises:
+        SideFailed: none of the first few could be had.
+    """
+    answers: dict[str, Reply] = {}
+    connection = side.connect()
     try:
-        for model in zoo.sizes:
+        for number, model in enumerate(zoo.sizes):
+            if number == _TRIED and not answers:
+                raise SideFailed(f"it comes up, but does not answer: {book.warm_up[0].problem}")
             for _ in range(2):
                 try:
                     reply = connection.classify(model, image, _ALL_CLASSES)
@@ -186,6 +210,17 @@ def _is_same(ours: Mapping[int, float], theirs: Mapping[int, float]) -> bool:
     )
 
 
+def _turn(
+    kind: Kind, side: Side, book: _Book, stream: Stream, repeat: int, load: Load, rate_per_s: float, image: bytes
+) -> None:
+    cpu_began_s, began_s = side.cpu_s(), time.perf_counter()
+    samples = _slice(kind, side, stream, repeat, load, rate_per_s, image)
+    book.busy_s += time.perf_counter() - began_s
+    book.cpu_s[kind].append(side.cpu_s() - cpu_began_s)
+    book.slices[kind].append(samples)
+    book.held_bytes = max(book.held_bytes, _held_bytes(side))
+
+
 def _slice(
     kind: Kind, side: Side, stream: Stream, repeat: int, load: Load, rate_per_s: float, image: bytes
 ) -> list[Sample]:
@@ -210,7 +245,7 @@ def _held_bytes(side: Side) -> int:
         return 0
 
 
-def _measured(book: _Book, memory: Memory) -> Measured:
+def _measured(book: _Book, memory: Memory, used_s: float, lasted_s: float) -> Measured:
     counted: dict[Kind, list[Figures]] = {}
     for kind, slices in book.slices.items():
         hits = hits_of((sample for samples in slices for sample in samples), book.warm_up)
@@ -226,4 +261,9 @@ def _measured(book: _Book, memory: Memory) -> Measured:
         problems=tuple(problems),
         memory=memory,
         held_bytes=book.held_bytes,
+        cpu_s={
+            kind: [used / len(samples) for used, samples in zip(book.cpu_s[kind], slices, strict=True) if samples]
+            for kind, slices in book.slices.items()
+        },
+        idle_cpu=max(0.0, used_s - sum(map(sum, book.cpu_s.values()))) / max(lasted_s - book.busy_s, 1e-9),
     )

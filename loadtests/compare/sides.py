@@ -25,6 +25,9 @@ class Side(Protocol):
     def memory(self) -> Memory:
         """What its processes take."""
 
+    def cpu_s(self) -> float:
+        """Seconds of processor time that its processes have used."""
+
     def held_bytes(self) -> int:
         """Weights of the models in its memory now; raises ``RequestFailed``."""
 

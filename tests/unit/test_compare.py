@@ -170,6 +170,8 @@ def load(books: LruBooks, model: str) -> tuple[str, ...]:
     """A request that loads a model, from beginning to end; what it displaced."""
     step = books.ask(model)
     assert step.kind == "load"
+    for victim in step.victims:
+        books.unloaded(victim)
     books.loaded(model)
     books.done(model)
     return step.victims
@@ -209,6 +211,17 @@ def test_a_second_request_joins_a_load_and_uses_the_model() -> None:
     assert books.ask("large").kind == "wait"
     books.done("a")
     assert books.ask("large").victims == ("a",)
+
+
+def test_a_model_is_not_loaded_before_it_has_been_unloaded() -> None:
+    books = LruBooks(100, SIZES)
+    load(books, "a")
+    assert books.ask("large").victims == ("a",)
+    books.loaded("large")
+    books.done("large")
+    assert books.ask("a").kind == "wait"
+    books.unloaded("a")
+    assert books.ask("a").kind == "load"
 
 
 def test_a_model_that_is_being_loaded_is_not_displaced() -> None:
