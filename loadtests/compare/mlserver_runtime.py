@@ -7,6 +7,7 @@ from pathlib import Path
 from mlserver import MLModel
 from mlserver.codecs import Base64Codec, StringCodec
 from mlserver.types import InferenceRequest, InferenceResponse
+from torch import nn
 
 from loadtests.compare.peer_model import PeerModels
 
@@ -21,12 +22,13 @@ class Classifier(MLModel):  # type: ignore[misc]
         """Construct it and load its weights."""
         global _models
         _models = _models or PeerModels(Path(os.environ["COMPARE_SPEC"]))
-        self._module = _models.load(self.name)
+        self._module: nn.Module | None = _models.load(self.name)
         return True
 
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
         """Classify one JPEG."""
         assert _models is not None
+        assert self._module is not None
         (image,) = Base64Codec.decode_input(payload.inputs[0])
         asked = payload.inputs[0].parameters
         done = _models.classify(self._module, self.name, image, getattr(asked, "top_k", 5))

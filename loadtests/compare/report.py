@@ -109,19 +109,9 @@ def as_json(result: Result) -> dict[str, Any]:
 
 
 def _absolute(outcome: Outcome, names: Sequence[str], kind: Kind) -> Table:
-    columns = (
-        "requests",
-        "failed",
-        "per s",
-        "p50 ms",
-        "p99 ms",
-        "p99.9 ms",
-        "misses",
-        "load delay ms",
-        "reported ms",
-        "CPU ms",
-    )
-    table = Table(f"{kind} loop", *columns, title=f"{kind} loop: medians of repeats", title_justify="left")
+    columns = ("requests", "failed", "per s", "p50", "p99", "p99.9", "misses", "load delay", "reported", "exec", "CPU")
+    title = f"{kind} loop: medians of repeats; latencies, delays and processor time of a request in ms"
+    table = Table(f"{kind} loop", *columns, title=title, title_justify="left")
     for name in names:
         measured = outcome.sides.get(name)
         rows = _by_repeat(measured, kind)
@@ -137,7 +127,7 @@ def _absolute(outcome: Outcome, names: Sequence[str], kind: Kind) -> Table:
             _median([row.throughput_per_s for row in rows], "{:.1f}"),
             *(_ms([getattr(row, figure) for row in rows]) for figure in ("p50_s", "p99_s", "p999_s")),
             _median([row.miss_ratio for row in rows], "{:.0%}"),
-            *(_ms([getattr(row, figure) for row in rows]) for figure in ("load_delay_s", "reported_wait_s")),
+            *(_ms([getattr(row, figure) for row in rows]) for figure in ("load_delay_s", "reported_wait_s", "exec_s")),
             _ms(measured.cpu_s[kind]),
         )
     return table

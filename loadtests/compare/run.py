@@ -52,8 +52,8 @@ class Load:
 class Measured:
     """One side: its figures by kind of load, one for each repeat, its samples of the open loop, and its memory.
 
-    ``held_bytes`` are the weights that it held at most when it was looked, after every slice. ``cpu_s`` is processor time
-    by request, of all its processes; ``idle_cpu`` the cores that they keep busy while it is the turn of others.
+    ``held_bytes`` are the weights that it held at most when it was looked, after every slice. ``cpu_s`` is processor
+    time by request, of all its processes; ``idle_cpu`` the cores that they keep busy while it is the turn of others.
     """
 
     figures: Mapping[Kind, Sequence[Figures]]
