@@ -93,6 +93,7 @@ def main(
     folder = (cache or _default_cache()).expanduser().absolute()
     results = []
     try:
+        _require_writable(json_file, plot_file)
         for name in settings or (["small"] if quick else SETTINGS):
             zoo = prepare(SETTINGS[name], folder, share=share, whole=TUNED in chosen, say=say)
             spec = trace or f"zipf:models={len(zoo.sizes)}&requests={_REQUESTS}"
@@ -111,6 +112,13 @@ def main(
         raise click.ClickException(" ".join(str(error).split())) from None
     except KeyboardInterrupt:
         raise click.ClickException("interrupted") from None
+
+
+def _require_writable(*files: Path | None) -> None:
+    """Say now, and not after minutes, that results cannot be kept."""
+    for file in files:
+        if file is not None and not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+            raise SideFailed(f"{file} cannot be written")
 
 
 def _default_cache() -> Path:

@@ -19,7 +19,7 @@ from serve_app.models.images import decode_image, preprocess, top_k
 from serve_app.models.torchvision_compat import import_torchvision
 
 _MAX_PIXELS = 50_000_000
-#: Their constructors draw initial weights for minutes, or build what only training uses, unless told not to.
+#: Their constructors draw initial weights slowly, and build what only training uses, unless told not to.
 _ARGUMENTS = {name: {"init_weights": False, "aux_logits": False} for name in ("googlenet", "inception_v3")}
 
 
