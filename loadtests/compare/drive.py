@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -79,7 +79,7 @@ def closed_loop(
         return [sample for done in clients for sample in done.result()]
 
 
-def open_loop(connect: Callable[[], Connection], arrivals: Sequence[tuple[float, str]], image: bytes) -> list[Sample]:
+def open_loop(connect: Callable[[], Connection], arrivals: Iterable[tuple[float, str]], image: bytes) -> list[Sample]:
     """Every request is sent at its time, in seconds from the beginning, whether or not others have been answered."""
     due: queue.SimpleQueue[tuple[float, str] | None] = queue.SimpleQueue()
     began_s = time.perf_counter()
@@ -95,11 +95,14 @@ def open_loop(connect: Callable[[], Connection], arrivals: Sequence[tuple[float,
 
     with ThreadPoolExecutor(_OPEN_CONNECTIONS) as pool:
         clients = [pool.submit(client) for _ in range(_OPEN_CONNECTIONS)]
-        for arrival in arrivals:
-            time.sleep(max(0.0, began_s + arrival[0] - time.perf_counter()))
-            due.put(arrival)
-        for _ in clients:
-            due.put(None)
+        try:
+            for arrival in arrivals:
+                time.sleep(max(0.0, began_s + arrival[0] - time.perf_counter()))
+                due.put(arrival)
+        finally:
+            # Also where we are interrupted: the threads would wait for ever, and we for them.
+            for _ in clients:
+                due.put(None)
         return [sample for done in clients for sample in done.result()]
 
 

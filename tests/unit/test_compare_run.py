@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from loadtests.compare import run as course
+from loadtests.compare.drive import open_loop
 from loadtests.compare.http import Reply, RequestFailed
 from loadtests.compare.processes import Memory, SideFailed
 from loadtests.compare.report import Result, as_json, ratio, verdicts
@@ -126,6 +127,15 @@ def test_failed_requests_are_counted_and_said(monkeypatch: pytest.MonkeyPatch) -
     measured = result.outcome.sides["mlserver"]
     assert all(row.failures for row in measured.figures["closed"])
     assert measured.problems == ("503 busy",)
+
+
+def test_an_interrupted_open_loop_ends() -> None:
+    def arrivals() -> Iterator[tuple[float, str]]:
+        yield 0.0, "m0"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        open_loop(Fake, arrivals(), b"")
 
 
 def test_a_side_that_answers_otherwise_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
