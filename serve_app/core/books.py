@@ -56,6 +56,8 @@ class Books:
 
     def __init__(self, capacity_bytes: int, policy: EvictionPolicy) -> None:
         self.capacity_bytes = capacity_bytes
+        #: Of the capacity, what is taken by something that is no model.
+        self.reserved_bytes = 0
         self.entries: dict[str, Entry] = {}
         self.used_bytes = 0
         self.fixed_bytes = 0
@@ -66,8 +68,17 @@ class Books:
 
     @property
     def excess_bytes(self) -> int:
-        """What is in memory beyond its capacity, which may have been reduced."""
-        return self.used_bytes - self.capacity_bytes
+        """What is in memory beyond its capacity, which may have been reduced; negative: what is free."""
+        return self.missing_bytes(0)
+
+    def missing_bytes(self, size_bytes: int) -> int:
+        """What would have to go so that a request's model of that size fits; negative: what would still be free.
+
+        The reserve yields to what is pinned or kept, and to a model that could not be served beside it otherwise.
+        """
+        most_bytes = self.capacity_bytes - self.fixed_bytes - self.kept_bytes - size_bytes
+        held_back_bytes = max(0, min(self.reserved_bytes, most_bytes))
+        return self.used_bytes + size_bytes + held_back_bytes - self.capacity_bytes
 
     def enter(self, entry: Entry, now: float) -> None:
         """A model takes up memory from now on."""
@@ -148,13 +159,12 @@ class Books:
 
     # Who goes
 
-    def choose_victims(self, size_bytes: int, now: float, eligible: Callable[[Entry], bool]) -> list[Ranked] | None:
-        """What to unload so that ``size_bytes`` more fit, out of the ranking; None if all together are not enough.
+    def choose_victims(self, missing_bytes: int, now: float, eligible: Callable[[Entry], bool]) -> list[Ranked] | None:
+        """What to unload for ``missing_bytes``, out of the ranking; None if all together are not enough.
 
         Takes the lowest utilities until enough bytes are free. If the policy says so, it then keeps only the largest of
         those that suffice: a small model is spared when its bytes are not needed.
         """
-        missing_bytes = self.used_bytes + size_bytes - self.capacity_bytes
         if missing_bytes <= 0:
             return []
         taken = self.take_least_useful(missing_bytes, now, eligible)

@@ -179,7 +179,7 @@ class ModelCache:
             return None
         if (ordered := self._first_possible(self._orders, now)) is not None:
             return ordered
-        for model in self._policy.wishes(now, self.capacity_bytes - self.used_bytes):
+        for model in self._policy.wishes(now, -self._books.excess_bytes):
             preload = self._preload(model, now, self._policy.worthwhile)
             if preload is not None:
                 return preload
@@ -317,6 +317,17 @@ class ModelCache:
         self._books.release(0, now)
         return self.shed(now)
 
+    def reserve(self, reserved_bytes: int, now: float) -> Shed:
+        """Leave so much of the capacity to what is no model; what is in use meanwhile stays until it is idle.
+
+        No request is refused for it: it yields to what is pinned or kept, and to a model that does not fit beside it,
+        which then goes as soon as it is idle.
+        """
+        if reserved_bytes < 0:
+            raise ValueError(f"reserved_bytes must not be negative, not {reserved_bytes}")
+        self._books.reserved_bytes = reserved_bytes
+        return self.shed(now)
+
     def use(self, policy: EvictionPolicy, now: float) -> None:
         """Rank by another policy, which is told of everything that it cannot have seen."""
         policy.preloading = self._max_preloads > 0
@@ -365,6 +376,11 @@ class ModelCache:
     def capacity_bytes(self) -> int:
         """What all models, resident and loading, may take together."""
         return self._books.capacity_bytes
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Of the capacity, what is left to what is no model."""
+        return self._books.reserved_bytes
 
     @property
     def review_s(self) -> float:
@@ -469,7 +485,8 @@ class ModelCache:
         failure = self._failures.get(model_id)
         if failure is not None and now < failure.until_s:
             return None
-        chosen = self._books.choose_victims(model.size_bytes, now, idle)
+        # The reserve does not yield to a guess, which would go again at once.
+        chosen = self._books.choose_victims(self._books.excess_bytes + model.size_bytes, now, idle)
         if chosen is None:
             return None
         if not worthwhile(model, [ranked.model for ranked in chosen], now):
@@ -488,7 +505,7 @@ class ModelCache:
         if self._loading >= self._max_loads or model.model_id in self._entries:
             return None
         self._books.release(model.size_bytes, now)
-        chosen = self._books.choose_victims(model.size_bytes, now, idle)
+        chosen = self._books.choose_victims(self._books.missing_bytes(model.size_bytes), now, idle)
         if chosen is None:
             return None
         self._loading += 1
@@ -551,7 +568,7 @@ class ModelCache:
             if self._loading >= self._max_loads:
                 # It would have to wait with every byte free: nothing is gained by turning hits away meanwhile.
                 return
-            chosen = self._books.choose_victims(first.size_bytes, now, evictable) or []
+            chosen = self._books.choose_victims(self._books.missing_bytes(first.size_bytes), now, evictable) or []
         if not chosen and self._books.excess_bytes > 0:
             chosen = self._books.take_least_useful(self._books.excess_bytes, now, evictable)
         self._books.put_back(chosen, now)

@@ -91,7 +91,7 @@ class ModelEntry:
 class ModelProfile:
     """The numbers that decisions are made from.
 
-    ``size_bytes`` is what one resident copy costs in memory: weights, buffers and the workspace of one inference.
+    ``size_bytes`` is what one resident copy costs in memory, and what its eviction gives back: weights and buffers.
     """
 
     model_id: str
@@ -111,6 +111,7 @@ class ModelProfile:
 class PublishedModel:
     """A model that the store holds: everything a router needs to know, without torch.
 
+    ``workspace_bytes`` is what one inference needs beside the weights, while it runs; see ``budget.py``.
     ``weights_requested`` and ``weights_actual`` differ when pretrained weights could not be fetched.
     """
 

@@ -187,7 +187,7 @@ class Placement:
             model_id: now if resident.uses else known.get(model_id, now) for model_id, resident in report.models.items()
         }
         held = dict.fromkeys(report.models, True)
-        used_bytes = report.used_bytes
+        used_bytes = report.used_bytes + report.unaccounted_bytes
         ordered, just_ordered, missed = set(), set(), set()
         for model_id, order in orders.items():
             ordered.add(model_id)

@@ -49,6 +49,10 @@ class WorkerReport:
     measurements per model, absent where nothing was measured yet. ``outcomes`` is keyed by the location whose users
     sent the requests: another one's are forwards. ``keeps`` are the models that the worker does not let go as if they
     were duplicates; see ``keepers.py``. One that is ``leaving`` still serves, but others should be preferred.
+
+    ``capacity_bytes`` and ``used_bytes`` are of models. Beside them the worker sets ``workspace_bytes`` aside for
+    executions. It holds ``unaccounted_bytes`` of the capacity back for what the kernel sees of the process
+    (``rss_bytes``) beyond models, workspace, and ``base_bytes``, which it took before its first model.
     """
 
     location: str
@@ -57,6 +61,9 @@ class WorkerReport:
     capacity_bytes: int
     used_bytes: int
     rss_bytes: int
+    base_bytes: int = 0
+    workspace_bytes: int = 0
+    unaccounted_bytes: int = 0
     models: Mapping[str, ResidentModel]
     exec_slots: int
     loading: int = 0

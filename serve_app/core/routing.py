@@ -422,7 +422,7 @@ def _forward_s(model_id: str, here: str, view: View, rules: RoutingRules, otherw
 
 def _victims_loss_s(model: ModelProfile, report: WorkerReport, known: Knowledge, rules: RoutingRules) -> float:
     """Seconds that later requests at ``report.location`` lose because ``model`` displaces others there."""
-    missing_bytes = report.used_bytes + model.size_bytes - report.capacity_bytes
+    missing_bytes = report.used_bytes + report.unaccounted_bytes + model.size_bytes - report.capacity_bytes
     if missing_bytes <= 0:
         return 0.0
     losses = _losses(report, known, rules)

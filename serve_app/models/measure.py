@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from serve_app.models.heap import exact_heap, give_back_free_memory
 from serve_app.models.loader import LoadedModel
 
 REPEATS = 3
@@ -66,7 +66,9 @@ def measure(load: Callable[[], LoadedModel], batch: NDArray[np.float32], module:
 
 
 def _workspace_bytes(module: nn.Module, run: Callable[[], object]) -> int:
-    growths = [growth for growth in (peak_growth_bytes(run) for _ in range(REPEATS)) if growth is not None]
+    # Otherwise chance decides how much counts of what the allocator has kept, or takes in advance.
+    with exact_heap():
+        growths = [growth for growth in (peak_growth_bytes(run) for _ in range(REPEATS)) if growth is not None]
     return int(statistics.median(growths)) if growths else _activation_bytes(module, run)
 
 
@@ -75,7 +77,8 @@ def peak_growth_bytes(run: Callable[[], object]) -> int | None:
 
     Returns None where the kernel cannot reset its record of the peak.
     """
-    _trim()
+    # Using it again is to count as growth.
+    give_back_free_memory()
     try:
         (_PROC / "clear_refs").write_text("5")  # forget the peak so far, see proc_pid_clear_refs(5)
         before = _status_bytes("VmRSS")
@@ -88,12 +91,6 @@ def peak_growth_bytes(run: Callable[[], object]) -> int | None:
 def _status_bytes(key: str) -> int:
     fields = dict(line.split(":", 1) for line in (_PROC / "status").read_text().splitlines())
     return int(fields[key].split()[0]) * 1024
-
-
-def _trim() -> None:
-    """Gives freed heap back to the kernel, so that using it again counts as growth."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _activation_bytes(module: nn.Module, run: Callable[[], object]) -> int:

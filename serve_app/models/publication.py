@@ -164,12 +164,7 @@ def _draft(
 
 
 def _measured(model: PublishedModel, measured: Measurement) -> PublishedModel:
-    profile = dataclasses.replace(
-        model.profile,
-        size_bytes=max(1, model.weights_bytes + measured.workspace_bytes),
-        load_s=measured.load_s,
-        exec_s=measured.exec_s,
-    )
+    profile = dataclasses.replace(model.profile, load_s=measured.load_s, exec_s=measured.exec_s)
     return dataclasses.replace(model, workspace_bytes=measured.workspace_bytes, profile=profile)
 
 

@@ -333,7 +333,8 @@ def _overlay(manifest: Manifest, entry: ModelEntry) -> PublishedModel:
         family=entry.family,
         pinned=entry.pinned,
         image=entry.input or manifest.default_image,
-        profile=dataclasses.replace(model.profile, accuracy=accuracy),
+        # Manifests have counted workspace with the size once.
+        profile=dataclasses.replace(model.profile, accuracy=accuracy, size_bytes=max(1, model.weights_bytes)),
     )
 
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from serve_app.config import EdgeSettings, LocationSettings, find, load_catalog, load_edge, load_token
+from serve_app.core.budget import Budget, divide
 from serve_app.core.cache import ModelCache
 from serve_app.core.catalog import Catalog, ModelEntry
 from serve_app.core.coordination import CoordinatorRules, PlacementSettings
@@ -36,6 +36,7 @@ from serve_app.serving.model_host import ModelHost
 from serve_app.serving.router import Router
 from serve_app.serving.scrape import MetricsScraper
 from serve_app.serving.worker import HoldingRules, Worker, WorkerIdentity
+from serve_app.serving.worker_memory import WorkerMemory
 from serve_app.serving.worker_pool import WORKER, NamedReplicaRouter, ServeWorkerPool
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,10 @@ class Deployed:
     def from_json(content: Any) -> "Deployed":
         """What ``to_json`` has made plain."""
         return _DEPLOYED.validate_python(content)
+
+    def budget(self, catalog: Catalog) -> Budget:
+        """How a worker of this location divides its memory."""
+        return divide(self.here.memory, catalog.models, self.settings.worker.parallel_inferences)
 
     @property
     def here(self) -> LocationSettings:
@@ -158,6 +163,7 @@ class _WorkerReplica:
 
     async def __init__(self, deployed: Deployed) -> None:  # type: ignore[misc]
         # Here and not above: the router's process must not pay for torch.
+        from serve_app.models.heap import give_back_free_memory, process_memory
         from serve_app.models.loader import ModelLoader
         from serve_app.models.runtime import use_threads
 
@@ -174,8 +180,9 @@ class _WorkerReplica:
         catalog = self._prepared(deployed)
         self._replica = replica = context.replica_id.unique_id
         metrics = WorkerMetrics(location, replica)
+        budget = deployed.budget(catalog)
         cache = ModelCache(
-            capacity_bytes=deployed.here.memory,
+            capacity_bytes=budget.models_bytes,
             policy=deployed.policy(replica),
             max_loads=settings.worker.parallel_loads,
             max_preloads=settings.worker.parallel_preloads,
@@ -201,7 +208,7 @@ class _WorkerReplica:
             rules=deployed.rules(catalog),
             holding=deployed.holding(),
             metrics=metrics,
-            rss_bytes=lambda: psutil.Process().memory_info().rss,
+            memory=WorkerMemory(budget, read=process_memory, give_back=give_back_free_memory),
             max_pixels=settings.limits.image_pixels,
         )
         await self._worker.preload_pinned()
@@ -228,7 +235,7 @@ class _WorkerReplica:
         try:
             self._worker.reconfigure(
                 catalog=catalog,
-                capacity_bytes=deployed.here.memory,
+                budget=deployed.budget(catalog),
                 policy=deployed.policy(self._replica) if other_policy else None,
                 rules=deployed.rules(catalog),
                 holding=deployed.holding(),

@@ -80,7 +80,14 @@ class WorkerMetrics:
             tag_keys=("location",),
         )
         self.used_bytes = _gauge("edgeserve_cache_used_bytes", "Bytes of all models in memory.", where)
-        self.capacity_bytes = _gauge("edgeserve_cache_capacity_bytes", "Bytes that models may take.", where)
+        self.capacity_bytes = _gauge(
+            "edgeserve_cache_capacity_bytes", "Bytes for models, workspace and what is unaccounted for.", where
+        )
+        self.workspace_bytes = _gauge("edgeserve_worker_workspace_bytes", "Bytes set aside for executions.", where)
+        self.unaccounted_bytes = _gauge(
+            "edgeserve_worker_unaccounted_bytes", "Bytes held back: the process has grown beyond its books.", where
+        )
+        self.base_bytes = _gauge("edgeserve_worker_base_bytes", "Resident memory before the first model.", where)
         self.resident_models = _gauge("edgeserve_resident_models", "Models in memory.", where)
         self.rss_bytes = _gauge("edgeserve_worker_rss_bytes", "Resident memory of the process.", where)
 

@@ -46,8 +46,8 @@ class ModelBackend(Protocol):
 
 
 #: What made a model leave: room for a request's load, room for a background load, an order by hand, an order of
-#: placement, that nobody asked for it, or another configuration.
-EvictionReason = Literal["capacity", "preload", "unload", "placement", "idle", "reconfigure"]
+#: placement, that nobody asked for it, another configuration, or that the process has grown by something else.
+EvictionReason = Literal["capacity", "preload", "unload", "placement", "idle", "reconfigure", "memory"]
 
 
 class HostObserver(Protocol):
@@ -204,6 +204,10 @@ class ModelHost:
         """Give the models more memory, or less; raises ``ValueError`` if the pinned ones need more."""
         self._shed(self.cache.resize(capacity_bytes, self._clock()), "reconfigure")
 
+    def reserve(self, reserved_bytes: int) -> None:
+        """Leave so much of the memory to what is no model; see ``ModelCache.reserve``."""
+        self._shed(self.cache.reserve(reserved_bytes, self._clock()), "memory")
+
     def use(self, policy: EvictionPolicy) -> None:
         """Rank by another policy from now on."""
         self.cache.use(policy, self._clock())
@@ -297,7 +301,11 @@ class ModelHost:
     def _finish(self, model_id: str) -> None:
         self._carry_out(self.cache.finish(model_id, self._clock()))
         if self.cache.must_shed:
-            self._shed(self.cache.shed(self._clock()), "reconfigure")
+            self._shed_rest()
+
+    def _shed_rest(self) -> None:
+        """What was in use when its memory was taken away may be idle now."""
+        self._shed(self.cache.shed(self._clock()), "memory" if self.cache.reserved_bytes else "reconfigure")
 
     def _shed(self, shed: Shed, reason: EvictionReason) -> None:
         for victim in shed.victims:
@@ -384,7 +392,7 @@ class ModelHost:
         self._carry_out(self.cache.loaded(model_id, self._clock()))
         if self.cache.must_shed:
             # Whoever has asked for it uses it already, so only a load that nobody asked for may have come in vain.
-            self._shed(self.cache.shed(self._clock()), "reconfigure")
+            self._shed_rest()
 
     def _failed(self, model_id: str, error: Exception, background: bool) -> StoreError:
         detail = str(error) if isinstance(error, EdgeServeError) else f"{type(error).__name__}: {error}"

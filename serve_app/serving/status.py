@@ -31,8 +31,11 @@ def _location(view: View, name: str, counts: OutcomeCounts) -> dict[str, Any]:
     return {
         "name": name,
         "replicas": len(reports),
-        "capacity_bytes": sum(report.capacity_bytes for report in reports),
+        "capacity_bytes": sum(report.capacity_bytes + report.workspace_bytes for report in reports),
         "used_bytes": sum(report.used_bytes for report in reports),
+        "workspace_bytes": sum(report.workspace_bytes for report in reports),
+        "unaccounted_bytes": sum(report.unaccounted_bytes for report in reports),
+        "base_bytes": sum(report.base_bytes for report in reports),
         "rss_bytes": sum(report.rss_bytes for report in reports),
         "inflight": sum(report.inflight for report in reports),
         "resident": [resident for report in reports for resident in _resident(view, name, report)],

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from serve_app.core.answers import ModelState
+from serve_app.core.budget import Budget
 from serve_app.core.catalog import Catalog, PublishedModel
 from serve_app.core.commands import Command, EvictAt, PreloadAt
 from serve_app.core.coordination import CoordinatorRules
@@ -25,6 +26,7 @@ from serve_app.serving.coordinator import CoordinatorLink, every
 from serve_app.serving.messages import Done, FloatArray, NotHeld, Refused, Reply, Work
 from serve_app.serving.metrics import WorkerMetrics
 from serve_app.serving.model_host import Lease, ModelHost
+from serve_app.serving.worker_memory import WorkerMemory
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ class Worker:
         link: the way to the coordinator.
         rules: links and horizon, for the price of losing a model.
         metrics: counters.
-        rss_bytes: resident memory of this process.
+        memory: the memory of this process.
         max_pixels: the largest image that is decoded.
         holding: what it holds beside what its policy finds worth it.
         clock: monotonic seconds.
@@ -98,7 +100,7 @@ class Worker:
         link: CoordinatorLink,
         rules: RoutingRules,
         metrics: WorkerMetrics,
-        rss_bytes: Callable[[], int],
+        memory: WorkerMemory,
         max_pixels: int,
         holding: HoldingRules = _NOTHING_ELSE,
         clock: Callable[[], float] = time.monotonic,
@@ -111,7 +113,7 @@ class Worker:
         self._link = link
         self._rules = rules
         self._metrics = metrics
-        self._rss_bytes = rss_bytes
+        self._memory = memory
         self._max_pixels = max_pixels
         self._holding = holding
         self._keeper = Keeper(identity.replica, identity.location, holding.min_copies)
@@ -206,7 +208,7 @@ class Worker:
         self,
         *,
         catalog: Catalog,
-        capacity_bytes: int,
+        budget: Budget,
         policy: EvictionPolicy | None,
         rules: RoutingRules,
         holding: HoldingRules,
@@ -216,7 +218,7 @@ class Worker:
 
         Args:
             catalog: the models that may be asked for now; others leave when they are idle.
-            capacity_bytes: of the cache; what is in use beyond it stays until it is idle.
+            budget: for models and for executions; what is in use beyond it stays until it is idle.
             policy: a fresh one; None: that of before goes on.
             rules, holding: as at birth, but ``holding.preload`` is of no use any more.
             coordination: for the coordinator.
@@ -226,12 +228,13 @@ class Worker:
         """
         pinned = [model for model in catalog.models if model.pinned]
         held = {model.model_id: model.size_bytes for model in self._host.cache.models()}
-        if sum(held.get(model.model_id, 0) for model in pinned) > capacity_bytes:
-            raise ValueError(f"{capacity_bytes} bytes of memory are less than what the pinned models need")
+        if sum(held.get(model.model_id, 0) for model in pinned) > budget.models_bytes:
+            raise ValueError(f"{budget.models_bytes} bytes for models are less than what the pinned ones need")
         self._catalog, self._rules, self._holding = catalog, rules.with_links(self._view.links), holding
         self._keeper = Keeper(self._identity.replica, self._identity.location, holding.min_copies)
         self._host.offer(catalog.profiles().values(), [model.model_id for model in pinned])
-        self._host.resize(capacity_bytes)
+        self._host.resize(budget.models_bytes)
+        self._memory.divide(budget)
         if policy is not None:
             self._host.use(policy)
         for model in pinned:
@@ -269,7 +272,10 @@ class Worker:
             sequence=self._sequence,
             capacity_bytes=cache.capacity_bytes,
             used_bytes=cache.used_bytes,
-            rss_bytes=self._rss_bytes(),
+            rss_bytes=self._memory.rss_bytes,
+            base_bytes=self._memory.base_bytes,
+            workspace_bytes=self._memory.workspace_bytes,
+            unaccounted_bytes=self._memory.unaccounted_bytes,
             models={model.model_id: model for model in models},
             exec_slots=self._exec_slots,
             loading=sum(model.state is ModelState.LOADING for model in models) + cache.waiting,
@@ -291,6 +297,7 @@ class Worker:
         )
 
     async def _infer(self, work: Work, model: PublishedModel) -> Done:
+        self._memory.require(model)
         decode_s = 0.0
         if isinstance(work.payload, bytes):
             # Decoded before anything is loaded: a bad image must not displace a good model.
@@ -331,8 +338,9 @@ class Worker:
         asked_s = self._clock()
 
         def run() -> tuple[FloatArray, float, float]:
-            began_s = self._clock()
-            return lease.runnable.infer(batch), began_s, self._clock()
+            with self._memory.workspace(model.workspace_bytes):
+                began_s = self._clock()
+                return lease.runnable.infer(batch), began_s, self._clock()
 
         self._queue.add(expected_s)
         loop = asyncio.get_running_loop()
@@ -366,6 +374,7 @@ class Worker:
     async def _report(self) -> None:
         if self._holding.idle_unload_s is not None:
             self._host.withdraw_unused(self._holding.idle_unload_s)
+        await self._memory.look(self._host, self._clock())
         await self._exchange()
 
     async def _exchange(self) -> ViewDelta | None:
@@ -418,6 +427,9 @@ class Worker:
 
     def _measure(self, report: WorkerReport) -> None:
         self._metrics.used_bytes.set(report.used_bytes)
-        self._metrics.capacity_bytes.set(report.capacity_bytes)
+        self._metrics.capacity_bytes.set(report.capacity_bytes + report.workspace_bytes)
+        self._metrics.workspace_bytes.set(report.workspace_bytes)
+        self._metrics.unaccounted_bytes.set(report.unaccounted_bytes)
+        self._metrics.base_bytes.set(report.base_bytes)
         self._metrics.resident_models.set(len(report.models))
         self._metrics.rss_bytes.set(report.rss_bytes)

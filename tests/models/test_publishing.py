@@ -48,8 +48,8 @@ def test_published_model_describes_itself(shared: ModelStore) -> None:
     assert len(model.labels) == 1000
     assert profile.accuracy == 0.67668
     assert 10_000_000 < model.weights_bytes < 10_400_000
-    assert profile.size_bytes == model.weights_bytes + model.workspace_bytes
-    assert 1_000_000 < model.workspace_bytes < 100_000_000
+    assert profile.size_bytes == model.weights_bytes
+    assert 1_000_000 < model.workspace_bytes < 5_000_000
     assert 0 < profile.load_s < profile.exec_s
     assert not model.fallback
 
@@ -288,6 +288,20 @@ def test_peak_growth_sees_memory_that_is_already_given_back() -> None:
     growth = measure.peak_growth_bytes(lambda: np.ones(8_000_000))
     assert growth is not None
     assert 60_000_000 < growth < 80_000_000
+
+
+def test_workspace_is_the_same_whenever_it_is_measured(shared: ModelStore) -> None:
+    loader = ModelLoader(shared)
+
+    def workspace_bytes() -> int:
+        module = loader._prepared("squeezenet1_1").module
+        return measure.measure(lambda: loader.load("squeezenet1_1"), images(), module).workspace_bytes
+
+    first = workspace_bytes()
+    # Freed heap of other sizes is what the allocator would hand out instead of asking the kernel for more.
+    kept = [np.ones(size) for size in range(10_000, 40_000)[::100]]
+    del kept[::2]
+    assert workspace_bytes() == pytest.approx(first, rel=0.05)
 
 
 def test_workspace_is_estimated_where_the_kernel_cannot_tell(

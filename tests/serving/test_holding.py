@@ -13,6 +13,7 @@ import pytest
 from fakes import FakeLink, ManualClock, published, report, view
 from test_worker import FakeBackend, running, work
 
+from serve_app.core.budget import Budget
 from serve_app.core.catalog import Catalog
 from serve_app.core.commands import Command, EvictAt, PreloadAt
 from serve_app.core.coordination import CoordinatorRules
@@ -183,7 +184,7 @@ async def test_a_worker_goes_on_by_another_configuration_without_losing_a_reques
         catalog = Catalog((published("a"), published("d")))
         worker.reconfigure(
             catalog=catalog,
-            capacity_bytes=150,
+            budget=Budget(models_bytes=150, workspace_bytes=30),
             policy=make_policy("gdsf", random.Random(0)),
             rules=RoutingRules(
                 profiles=catalog.profiles(), links={}, default_link=Link(rtt_s=1.0, bytes_per_s=1e9), horizon_s=10
@@ -197,6 +198,7 @@ async def test_a_worker_goes_on_by_another_configuration_without_losing_a_reques
         await until_held(worker)
         assert isinstance(await worker.infer(work("d")), Done)
         assert worker.report().capacity_bytes == 150
+        assert worker.report().workspace_bytes == 30
         assert link.configured == [COORDINATION]
 
 
@@ -207,7 +209,7 @@ async def test_a_configuration_that_cannot_be_is_refused_whole() -> None:
         with pytest.raises(ValueError, match="pinned"):
             worker.reconfigure(
                 catalog=Catalog((pinned,)),
-                capacity_bytes=50,
+                budget=Budget(models_bytes=50, workspace_bytes=0),
                 policy=None,
                 rules=worker._rules,
                 holding=HoldingRules(),

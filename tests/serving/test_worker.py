@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -12,9 +13,10 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 from deployment_support import encoded
-from fakes import CLASSES, FakeLink, FakeMetrics, published, view
+from fakes import CLASSES, FakeLink, FakeMetrics, ManualClock, published, view
 from PIL import Image
 
+from serve_app.core.budget import Budget, ProcessMemory
 from serve_app.core.cache import ModelCache, ModelState
 from serve_app.core.catalog import Catalog, ModelProfile
 from serve_app.core.eviction_policy import EvictionPolicy
@@ -25,7 +27,10 @@ from serve_app.errors import DeadlineExceeded, DoesNotFit, InvalidRequest, Store
 from serve_app.serving.messages import Done, NotHeld, Refused, Work
 from serve_app.serving.model_host import ModelHost
 from serve_app.serving.worker import HoldingRules, Worker, WorkerIdentity
+from serve_app.serving.worker_memory import WorkerMemory
 
+BASE = ProcessMemory(anonymous_bytes=5, file_bytes=2)
+BUDGET = Budget(models_bytes=250, workspace_bytes=0)
 BATCH = np.zeros((2, 3, 8, 8), np.float32)
 
 
@@ -98,6 +103,7 @@ async def running(
     policy: EvictionPolicy | None = None,
     holding: HoldingRules | None = None,
     clock: Callable[[], float] | None = None,
+    memory: WorkerMemory | None = None,
 ) -> AsyncIterator[Worker]:
     """A worker with memory for two of its models; at the end every pin must be back and the bytes add up."""
     catalog = Catalog((*map(published, "abc"), published("huge", size_bytes=9999)))
@@ -125,9 +131,10 @@ async def running(
                 profiles=catalog.profiles(), links={}, default_link=Link(rtt_s=0.001, bytes_per_s=1e9), horizon_s=10
             ),
             metrics=metrics,
-            rss_bytes=lambda: 7,
+            memory=memory or WorkerMemory(BUDGET, read=lambda: BASE),
             max_pixels=10_000,
             holding=holding or HoldingRules(),
+            clock=clock or loop.time,
         )
         yield worker
         backend.gate.set()
@@ -330,3 +337,118 @@ async def test_an_inference_for_which_no_thread_starts_gives_its_model_back() ->
         assert isinstance(refused.error, Unavailable)
         report = worker.report()
         assert (report.models["a"].uses, report.queue_s) == (0, 0.0)
+
+
+async def test_a_report_says_what_is_counted_and_what_the_kernel_says() -> None:
+    kernel = [BASE]
+    memory = WorkerMemory(Budget(models_bytes=250, workspace_bytes=30), read=lambda: kernel[-1])
+    async with running(FakeBackend(), memory=memory) as worker:
+        await worker.infer(work())
+        kernel.append(ProcessMemory(anonymous_bytes=40, file_bytes=90))
+        report = worker.report()
+    assert (report.base_bytes, report.rss_bytes) == (7, 130)
+    assert (report.used_bytes, report.workspace_bytes, report.unaccounted_bytes) == (100, 30, 0)
+
+
+async def test_models_leave_room_for_what_the_process_has_grown_by_and_get_it_back() -> None:
+    kernel, clock = [BASE], ManualClock()
+    memory = WorkerMemory(BUDGET, read=lambda: kernel[-1])
+
+    async def reports(worker: Worker, count: int) -> None:
+        for _ in range(count):
+            clock.now += 0.25
+            await worker._report()
+
+    async with running(FakeBackend(), memory=memory, clock=clock) as worker:
+        for model_id in "ab":
+            await worker.infer(work(model_id))
+        kernel.append(ProcessMemory(anonymous_bytes=105, file_bytes=2))
+        await reports(worker, 1)
+        assert set(worker.report().models) == {"a", "b"}, "a peak of a moment is none"
+        await reports(worker, 40)
+        assert worker.report().unaccounted_bytes >= 100
+        assert set(worker.report().models) == {"b"}
+        assert worker.report().capacity_bytes == 250
+        assert isinstance(await worker.infer(work("a")), Done), "requests are served as ever"
+        kernel.append(BASE)
+        await reports(worker, 400)
+        assert worker.report().unaccounted_bytes == 0
+        await worker.infer(work("b"))
+        assert set(worker.report().models) == {"a", "b"}
+
+
+async def test_free_heap_is_given_back_after_an_eviction_and_not_after_a_hit() -> None:
+    given_back: list[None] = []
+    memory = WorkerMemory(BUDGET, read=lambda: BASE, give_back=lambda: given_back.append(None))
+    async with running(FakeBackend(), memory=memory) as worker:
+        for model_id in "aaab":
+            await worker.infer(work(model_id))
+            await worker._report()
+        assert len(given_back) == 1, "once before the first model"
+        await worker.infer(work("c"))
+        await worker._report()
+        await worker._report()
+        assert len(given_back) == 2
+
+
+async def test_free_heap_is_given_back_before_models_go_for_it() -> None:
+    kernel, clock = [BASE], ManualClock()
+    memory = WorkerMemory(BUDGET, read=lambda: kernel[0], give_back=lambda: kernel.__setitem__(0, BASE))
+    async with running(FakeBackend(), memory=memory, clock=clock) as worker:
+        for model_id in "ab":
+            await worker.infer(work(model_id))
+        for _ in range(40):
+            kernel[0] = ProcessMemory(anonymous_bytes=205, file_bytes=2)
+            clock.now += 0.25
+            await worker._report()
+        assert worker.report().unaccounted_bytes == 0
+        assert set(worker.report().models) == {"a", "b"}
+
+
+async def test_a_model_that_there_is_never_workspace_for_is_refused() -> None:
+    memory = WorkerMemory(Budget(models_bytes=250, workspace_bytes=10), read=lambda: BASE)
+    large = dataclasses.replace(published("large"), workspace_bytes=11)
+    backend = FakeBackend()
+    async with running(backend, memory=memory) as worker:
+        worker._catalog = Catalog((large,))
+        refused = await worker.infer(work("large"))
+    assert isinstance(refused, Refused)
+    assert isinstance(refused.error, DoesNotFit)
+    assert backend.loads == []
+
+
+def test_executions_that_need_more_workspace_than_there_is_run_one_after_another() -> None:
+    memory = WorkerMemory(Budget(models_bytes=100, workspace_bytes=10), read=lambda: BASE)
+    gate, began = threading.Event(), threading.Semaphore(0)
+    running_now, most = 0, 0
+
+    def run(needed_bytes: int) -> None:
+        nonlocal running_now, most
+        with memory.workspace(needed_bytes):
+            running_now += needed_bytes
+            most = max(most, running_now)
+            began.release()
+            gate.wait(10)
+            running_now -= needed_bytes
+
+    with ThreadPoolExecutor(3) as threads:
+        jobs = [threads.submit(run, needed_bytes) for needed_bytes in (6, 4, 6)]
+        assert began.acquire(timeout=10)
+        assert began.acquire(timeout=10)
+        gate.set()
+        for job in jobs:
+            job.result(10)
+    assert most == 10
+
+
+def test_more_workspace_lets_those_run_that_wait_for_it() -> None:
+    memory = WorkerMemory(Budget(models_bytes=100, workspace_bytes=10), read=lambda: BASE)
+    with ThreadPoolExecutor(1) as threads, memory.workspace(10):
+
+        def run() -> None:
+            with memory.workspace(10):
+                pass
+
+        job = threads.submit(run)
+        memory.divide(Budget(models_bytes=90, workspace_bytes=20))
+        job.result(10)

@@ -1,0 +1,342 @@
+"""Memory that is bounded and returned: ``python -m loadtests.memory``.
+
+Each part runs the real worker, without Ray and coordinator, in a process of its own, on the published models.
+
+``--evictions``: every model is loaded, run and evicted. Printed is how much of its bytes resident memory falls by at
+once, how much more when free heap is given back, and what of its file stays in the page cache
+(``release_page_cache: true``).
+``--leak N``: N times a small model is loaded, run and evicted. Printed is the slope of resident memory.
+``--churn SECONDS``: models that are not there are asked for at ``--rate``, in a memory cgroup (root) of the capacity
+and what the process took before its first model; as many of them run as there are slots for. Printed is whether it
+lives, and what it took at most.
+
+Without options all parts run, for about three minutes; with ``--full`` 10,000 cycles and 10 minutes of churn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import itertools
+import json
+import mmap
+import os
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from deploy.testbed import TestbedError
+from deploy.testbed.machine import make_cgroup, remove_cgroups
+from loadtests.memory_worker import Bench, bench
+from serve_app.core.catalog import PublishedModel
+from serve_app.errors import EdgeServeError, StoreError
+from serve_app.models.heap import give_back_free_memory, process_memory
+
+_GROUP = "edgeserve-memory"
+_UNLIMITED = 2**50
+_SMALL_S = 0.02
+_SAMPLES = 20
+_MB = 1e6
+
+
+async def evictions(made: Bench) -> dict[str, Any]:
+    """Load, run and evict every model that fits, one at a time."""
+    rows = []
+    for model in made.models:
+        path = made.weights(model)
+        before = process_memory()
+        await made.infer(model)
+        await made.infer(model)
+        resident = process_memory()
+        await made.worker.unload(model.model_id)
+        at_once_bytes = resident.rss_bytes - process_memory().rss_bytes
+        give_back_free_memory()
+        await asyncio.sleep(0.3)
+        rows.append(
+            {
+                "model": model.model_id,
+                "bytes": model.profile.size_bytes,
+                "grown": resident.rss_bytes - before.rss_bytes,
+                "fall": at_once_bytes,
+                "later": resident.rss_bytes - process_memory().rss_bytes - at_once_bytes,
+                "cached": _cached_bytes(path),
+            }
+        )
+    return {"rows": rows}
+
+
+async def leak(made: Bench, cycles: int) -> dict[str, Any]:
+    """Load, run and evict small models again and again; resident memory every now and then."""
+    small = [model for model in made.models if model.profile.exec_s < _SMALL_S]
+    samples: list[tuple[int, int]] = []
+    for cycle, model in zip(range(cycles + 1), itertools.cycle(small), strict=False):
+        if cycle % max(1, cycles // _SAMPLES) == 0:
+            give_back_free_memory()
+            samples.append((cycle, process_memory().rss_bytes))
+        await made.infer(model)
+        await made.worker.unload(model.model_id)
+    return {"samples": samples, "models": len(small)}
+
+
+async def churn(made: Bench, seconds: float, rate: float) -> dict[str, Any]:
+    """Ask for absent models at a rate, small ones more often; as many run as there are slots for."""
+    for model in made.models:
+        # Pages that are in memory already count for whoever has read them.
+        with made.weights(model).open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    chance = random.Random(0)
+    loop = asyncio.get_running_loop()
+    cache, memory = made.host.cache, made.memory
+    under_way: set[asyncio.Task[None]] = set()
+    running = done = failed = peak = unaccounted = over = 0
+    over_counted = False
+    began_s = loop.time()
+
+    async def ask(model: PublishedModel) -> None:
+        nonlocal running, done, failed
+        if running >= made.slots:
+            await made.worker.preload(model.model_id)
+            return
+        running += 1
+        try:
+            await made.infer(model)
+            done += 1
+        except EdgeServeError:
+            failed += 1
+        finally:
+            running -= 1
+
+    for turn in itertools.count(1):
+        absent = [model for model in made.models if cache.state(model.model_id) is None]
+        if absent:
+            (model,) = chance.choices(absent, [1 / model.profile.size_bytes for model in absent])
+            task = asyncio.create_task(ask(model))
+            under_way.add(task)
+            task.add_done_callback(under_way.discard)
+        beyond = memory.rss_bytes - memory.base_bytes
+        peak, unaccounted = max(peak, beyond), max(unaccounted, memory.unaccounted_bytes)
+        over += beyond > cache.capacity_bytes + memory.workspace_bytes
+        over_counted |= cache.used_bytes > cache.capacity_bytes
+        if loop.time() - began_s > seconds:
+            break
+        await asyncio.sleep(max(0.0, began_s + turn / rate - loop.time()))
+    await asyncio.gather(*under_way)
+    took_s = loop.time() - began_s
+    counters = cache.counters
+    return {
+        "loads_per_s": (counters.loads + counters.preloads) / took_s,
+        "runs_per_s": done / took_s,
+        "failed": failed,
+        "seconds": took_s,
+        "capacity": cache.capacity_bytes + memory.workspace_bytes,
+        "base": memory.base_bytes,
+        "peak": peak,
+        "over_share": over / turn,
+        "over_counted": over_counted,
+        "unaccounted": unaccounted,
+    }
+
+
+def _cached_bytes(path: Path) -> int:
+    """How much of a file the kernel has in memory."""
+    size = path.stat().st_size
+    with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) as mapped:
+        pages = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
+        start = np.frombuffer(mapped, np.uint8)
+        ctypes.CDLL(None).mincore(ctypes.c_void_p(start.ctypes.data), ctypes.c_size_t(size), pages.ctypes)
+        # It holds the mapping open.
+        del start
+        return int(np.count_nonzero(pages & 1)) * mmap.PAGESIZE
+
+
+# The other process
+
+
+def _in_process(part: str, *, memory: str, timeout_s: float, group: bool = False, **options: float) -> dict[str, Any]:
+    """Run one part in a process, in a cgroup where asked; what it found, and how the kernel judged it."""
+    command = [sys.executable, "-m", "loadtests.memory", "--part", part, "--memory", memory]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    if group:
+        folder = make_cgroup(_GROUP, _UNLIMITED)
+        command = ["sh", "-c", f'echo $$ > {folder}/cgroup.procs && exec "$@"', "sh", *command]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        budget = json.loads(child.stdout.readline() or "{}")
+        found: dict[str, Any] = {}
+        if group and budget:
+            make_cgroup(_GROUP, budget["base"] + budget["capacity"])
+            found["limit"] = budget["base"] + budget["capacity"]
+        output, _ = child.communicate("go\n", timeout=timeout_s)
+        found |= {"exit": child.returncode, **json.loads(output or "{}")}
+        if child.returncode and not group:
+            raise StoreError(f"the process that measures {part} ended with {child.returncode}; see above")
+        if group:
+            found["group_peak"] = _peak_bytes(folder)
+    finally:
+        child.kill()
+        child.wait()
+        if group:
+            remove_cgroups(_GROUP)
+    return found
+
+
+def _peak_bytes(folder: Path) -> int:
+    """The most that a cgroup, of version 1 or 2, has used."""
+    version_1 = folder / "memory.max_usage_in_bytes"
+    return int((version_1 if version_1.exists() else folder / "memory.peak").read_text())
+
+
+def _as_part(part: str, memory: str, cycles: int, seconds: float, rate: float) -> None:
+    """What the other process does: say what it took to start, wait, work, say what came of it."""
+
+    async def run() -> dict[str, Any]:
+        # What nobody has asked for must not come in between where single models are measured.
+        async with bench(memory, preloads=2 if part == "churn" else 0, release_page_cache=part == "evictions") as made:
+            budget = {
+                "base": made.memory.base_bytes,
+                "capacity": made.host.cache.capacity_bytes + made.memory.workspace_bytes,
+            }
+            click.echo(json.dumps(budget))
+            await asyncio.to_thread(sys.stdin.readline)
+            match part:
+                case "evictions":
+                    return await evictions(made)
+                case "leak":
+                    return await leak(made, cycles)
+                case _:
+                    return await churn(made, seconds, rate)
+
+    click.echo(json.dumps(asyncio.run(run())))
+
+
+# What is printed
+
+
+def _print_evictions(console: Console, found: dict[str, Any]) -> None:
+    rows = found["rows"]
+    falls = [row["fall"] / row["bytes"] for row in rows]
+    beyond = [row["model"] for row, fall in zip(rows, falls, strict=True) if abs(fall - 1) > 0.05]
+    console.print(f"evictions of {len(rows)} models")
+    _aims(
+        console,
+        ("fall of resident memory at once, over the model's bytes", "0.95 to 1.05", _least_and_most(falls)),
+        ("models beyond that", "none", ", ".join(beyond) or "none"),
+        (
+            "free heap given back later, MB",
+            "",
+            _least_and_most([row["later"] / _MB for row in rows]),
+        ),
+        (
+            "of its file left in the page cache, share",
+            "0",
+            _least_and_most([row["cached"] / row["bytes"] for row in rows]),
+        ),
+    )
+
+
+def _print_leak(console: Console, found: dict[str, Any]) -> None:
+    # What libraries set up once comes in the first tenth.
+    samples = found["samples"][max(1, len(found["samples"]) // 10) :]
+    cycles, sizes = np.array(samples, float).T
+    per_cycle, _ = np.polyfit(cycles, sizes, 1)
+    console.print(f"{found['samples'][-1][0]} cycles of {found['models']} models")
+    _aims(
+        console,
+        ("slope of resident memory, bytes a cycle", "about 0", f"{per_cycle:+.0f}"),
+        (
+            "resident memory, MB: after a tenth / at the end / range",
+            "",
+            f"{sizes[0] / _MB:.1f} / {sizes[-1] / _MB:.1f} / {(sizes.max() - sizes.min()) / _MB:.1f}",
+        ),
+    )
+
+
+def _print_churn(console: Console, found: dict[str, Any], rate: float) -> None:
+    if "seconds" not in found:
+        console.print(f"churn: the worker ended with {found['exit']} under a limit of {found.get('limit')} bytes")
+        return
+    console.print(
+        f"churn for {found['seconds']:.0f} s under a limit of {found['limit'] / _MB:.0f} MB "
+        f"(capacity {found['capacity'] / _MB:.0f}, base {found['base'] / _MB:.0f})"
+    )
+    _aims(
+        console,
+        ("the worker lives", "yes", "yes" if found["exit"] == 0 else f"no, {found['exit']}"),
+        ("loads a second", f"{rate:g}", f"{found['loads_per_s']:.1f}"),
+        ("inferences a second, failed", "as many as run, 0", f"{found['runs_per_s']:.1f}, {found['failed']}"),
+        ("models ever beyond what they may take", "no", "yes" if found["over_counted"] else "no"),
+        ("most resident memory beyond the base, over capacity", "1", f"{found['peak'] / found['capacity']:.2f}"),
+        ("share of the time above capacity", "0", f"{found['over_share']:.3f}"),
+        ("most that was held back, over capacity", "", f"{found['unaccounted'] / found['capacity']:.2f}"),
+        ("peak of the cgroup, page cache included, over its limit", "1", f"{found['group_peak'] / found['limit']:.2f}"),
+    )
+
+
+def _least_and_most(values: Sequence[float]) -> str:
+    return f"{min(values):.3f} to {max(values):.3f}, median {statistics.median(values):.3f}"
+
+
+def _aims(console: Console, *rows: tuple[str, str, str]) -> None:
+    table = Table(box=None, header_style="bold")
+    for column in ("", "aim", "found"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+@click.command()
+@click.option("--evictions", "want_evictions", is_flag=True, help="Only how memory falls with evictions.")
+@click.option("--leak", "cycles", type=int, help="Only so many cycles of load, inference and eviction.")
+@click.option("--churn", "seconds", type=float, help="Only so many seconds of churn in a cgroup (root).")
+@click.option("--rate", default=50.0, show_default=True, help="Loads a second of the churn.")
+@click.option("--memory", default="512MiB", show_default=True, help="Capacity of the worker.")
+@click.option("--full", is_flag=True, help="10,000 cycles, and 10 minutes of churn.")
+@click.option("--part", hidden=True)
+def main(
+    want_evictions: bool,
+    cycles: int | None,
+    seconds: float | None,
+    rate: float,
+    memory: str,
+    full: bool,
+    part: str | None,
+) -> None:
+    """Show that a worker's memory is bounded, and given back."""
+    if part is not None:
+        _as_part(part, memory, cycles or 0, seconds or 0.0, rate)
+        return
+    console = Console()
+    everything = not want_evictions and cycles is None and seconds is None
+    if everything:
+        cycles, seconds = (10_000, 600.0) if full else (2_000, 60.0)
+    try:
+        if everything or want_evictions:
+            _print_evictions(console, _in_process("evictions", memory=memory, timeout_s=240.0))
+        if cycles is not None:
+            _print_leak(console, _in_process("leak", memory=memory, timeout_s=60 + cycles * 0.1, leak=cycles))
+        if seconds is not None and os.geteuid() != 0:
+            console.print("churn needs root: it makes a memory cgroup")
+        elif seconds is not None:
+            churned = _in_process(
+                "churn", memory=memory, timeout_s=120 + 2 * seconds, group=True, churn=seconds, rate=rate
+            )
+            _print_churn(console, churned, rate)
+    except (EdgeServeError, TestbedError, subprocess.TimeoutExpired) as error:
+        raise SystemExit(f"memory: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""How a worker's memory is divided, and what it holds back when the process is larger than its books say."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+from core_support import Ranked, assert_books_balance, profile
+
+from serve_app.core.budget import Budget, MemoryGuard, ProcessMemory, divide
+from serve_app.core.cache import Hit, Load, ModelCache, Reject, Wait
+from serve_app.core.catalog import ImageInput, PublishedModel
+
+BASE = ProcessMemory(anonymous_bytes=300, file_bytes=100)
+BUDGET = Budget(models_bytes=900, workspace_bytes=100)
+
+
+def model(name: str, weights: int, workspace: int) -> PublishedModel:
+    return PublishedModel(
+        model_id=name,
+        builder="tests:factory",
+        family=None,
+        weights_requested="random:0",
+        weights_actual="random:0",
+        dtype="float32",
+        pinned=False,
+        image=ImageInput(),
+        inputs=(),
+        outputs=(),
+        labels=(),
+        weights_bytes=weights,
+        workspace_bytes=workspace,
+        profile=profile(name, weights),
+    )
+
+
+def grown(anonymous: int = 0, files: int = 0) -> ProcessMemory:
+    return ProcessMemory(anonymous_bytes=300 + anonymous, file_bytes=100 + files)
+
+
+# Dividing
+
+
+def test_every_slot_has_room_for_the_largest_workspace() -> None:
+    assert divide(1000, [model("a", 500, 100), model("b", 10, 40)], exec_slots=2) == Budget(
+        models_bytes=800, workspace_bytes=200
+    )
+
+
+def test_workspace_for_all_slots_takes_no_more_than_a_quarter() -> None:
+    assert divide(1000, [model("a", 500, 100)], exec_slots=8).workspace_bytes == 250
+
+
+def test_one_execution_always_has_room() -> None:
+    assert divide(1000, [model("a", 500, 400)], exec_slots=8).workspace_bytes == 400
+
+
+def test_a_model_that_can_never_run_takes_no_room_from_others() -> None:
+    assert divide(1000, [model("a", 500, 50), model("huge", 900, 200)], exec_slots=1).workspace_bytes == 50
+
+
+def test_whatever_fits_into_both_parts_fits_into_the_whole() -> None:
+    models = [model("a", 900, 30), model("b", 960, 50), model("c", 100, 20)]
+    budget = divide(1000, models, exec_slots=1)
+    fitting = [m for m in models if m.weights_bytes <= budget.models_bytes and m.workspace_bytes <= 30]
+    assert all(m.weights_bytes + m.workspace_bytes <= 1000 for m in fitting)
+
+
+def test_memory_without_models_is_for_models() -> None:
+    assert divide(1000, [], exec_slots=2) == Budget(models_bytes=1000, workspace_bytes=0)
+
+
+def test_models_get_something_whatever_one_execution_wants() -> None:
+    assert divide(1000, [dataclasses.replace(model("a", 1, 1000), weights_bytes=0)], exec_slots=1).models_bytes == 1
+
+
+# Looking
+
+
+@pytest.mark.parametrize(
+    ("now", "used", "beyond"),
+    [
+        (grown(), 0, 0),
+        (grown(anonymous=100), 0, 0),
+        (grown(anonymous=140), 0, 40),
+        (grown(anonymous=100, files=500), 500, 0),
+        (grown(anonymous=100, files=530), 500, 30),
+        # Models that were mapped and not touched do not hide what the process has grown by.
+        (grown(anonymous=140, files=0), 500, 40),
+        (grown(anonymous=0, files=0), 500, 0),
+        (grown(anonymous=-50, files=-50), 0, 0),
+    ],
+)
+def test_what_is_beyond_the_books(now: ProcessMemory, used: int, beyond: int) -> None:
+    assert MemoryGuard(BASE, step_bytes=10).beyond_bytes(now, BUDGET, used) == beyond
+
+
+def looked(guard: MemoryGuard, beyond: int, since: float, until: float) -> list[int]:
+    return [guard.look(beyond, since + 0.25 * turn) for turn in range(int((until - since) * 4))]
+
+
+def test_growth_that_stays_is_held_back_whole_and_smoothly() -> None:
+    held = looked(MemoryGuard(BASE, step_bytes=10), 95, 0, 10)
+    assert held[0] == 0
+    assert held == sorted(held)
+    assert held[-1] == 100
+    assert max(after - before for before, after in itertools.pairwise(held)) <= 30
+
+
+def test_what_is_gone_is_given_back_whole() -> None:
+    guard = MemoryGuard(BASE, step_bytes=10)
+    looked(guard, 95, 0, 10)
+    held = looked(guard, 0, 10, 80)
+    assert held == sorted(held, reverse=True)
+    assert held[-1] == 0
+
+
+def test_a_moments_peak_moves_nothing() -> None:
+    guard = MemoryGuard(BASE, step_bytes=100)
+    looked(guard, 0, 0, 5)
+    assert guard.look(150, 5.0) == 0
+    assert looked(guard, 0, 5.25, 10) == [0] * 19
+
+
+def test_noise_around_a_level_changes_nothing() -> None:
+    guard = MemoryGuard(BASE, step_bytes=10)
+    looked(guard, 95, 0, 10)
+    assert {guard.look(95 + (-1) ** turn * 5, 10 + 0.25 * turn) for turn in range(400)} == {100}
+
+
+def test_growth_below_half_a_step_is_none() -> None:
+    assert set(looked(MemoryGuard(BASE, step_bytes=10), 4, 0, 20)) == {0}
+
+
+def test_steps_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="step_bytes"):
+        MemoryGuard(BASE, step_bytes=0)
+
+
+# Holding back
+
+
+def holding(*names: str, capacity: int = 100, size: int = 30) -> ModelCache:
+    cache = ModelCache(capacity_bytes=capacity, policy=Ranked(**{name: rank for rank, name in enumerate(names)}))
+    for name in names:
+        assert isinstance(cache.request(profile(name, size), 0.0), Load)
+        cache.loaded(name, 0.0)
+        cache.finish(name, 0.0)
+    return cache
+
+
+def test_models_leave_room_for_what_is_reserved() -> None:
+    cache = holding("a", "b", "c")
+    assert cache.reserve(10, 1.0).victims == ()
+    assert cache.reserve(40, 1.0).victims == ("a",)
+    assert cache.used_bytes + cache.reserved_bytes == 100
+    assert_books_balance(cache)
+
+
+def test_nothing_that_is_loaded_later_takes_what_is_reserved() -> None:
+    cache = holding("a", "b")
+    cache.reserve(20, 1.0)
+    answer = cache.request(profile("c", 30), 1.0)
+    assert isinstance(answer, Load)
+    assert answer.victims == ("a",)
+
+
+def test_what_is_in_use_stays_until_it_is_idle() -> None:
+    cache = holding("a", "b", "c")
+    for name in "abc":
+        assert isinstance(cache.request(profile(name, 30), 1.0), Hit)
+    assert cache.reserve(40, 1.0).victims == ()
+    assert cache.must_shed
+    for name in "abc":
+        cache.finish(name, 2.0)
+    assert cache.shed(2.0).victims == ("a",)
+    assert not cache.must_shed
+
+
+def test_what_is_given_back_can_be_used_again() -> None:
+    cache = holding("a", "b")
+    cache.reserve(40, 1.0)
+    cache.reserve(0, 2.0)
+    answer = cache.request(profile("c", 30), 2.0)
+    assert isinstance(answer, Load)
+    assert answer.victims == ()
+
+
+def test_no_request_is_refused_for_what_is_reserved() -> None:
+    cache = holding("a", "b")
+    cache.reserve(50, 1.0)
+    answer = cache.request(profile("large", 90), 1.0)
+    assert isinstance(answer, Load)
+    assert answer.victims == ("b",)
+    cache.loaded("large", 1.0)
+    cache.finish("large", 1.0)
+    # It was served, but it does not stay.
+    assert cache.shed(1.0).victims == ("large",)
+
+
+def test_those_who_wait_get_their_turn_though_everything_is_reserved() -> None:
+    cache = ModelCache(capacity_bytes=100, policy=Ranked())
+    cache.reserve(100, 0.0)
+    assert isinstance(cache.request(profile("a", 30), 0.0), Load)
+    cache.loaded("a", 0.0)
+    assert isinstance(cache.request(profile("b", 30), 0.0), Wait)
+    (grant,) = cache.finish("a", 1.0)
+    assert grant.model_id == "b"
+    assert isinstance(grant.answer, Load)
+
+
+def test_a_guess_gets_nothing_of_what_is_reserved() -> None:
+    policy = Ranked(large=9)
+    policy.wanted = [profile("large", 90)]
+    cache = ModelCache(capacity_bytes=100, policy=policy)
+    cache.reserve(50, 0.0)
+    assert cache.next_preload(0.0) is None
+
+
+def test_what_is_pinned_stays_whatever_is_reserved() -> None:
+    cache = ModelCache(capacity_bytes=100, policy=Ranked(), pinned=["a"])
+    cache.preload(profile("a", 80), 0.0)
+    cache.loaded("a", 0.0)
+    cache.finish("a", 0.0)
+    assert cache.reserve(50, 1.0).victims == ()
+    assert not cache.must_shed
+    assert isinstance(cache.request(profile("b", 20), 1.0), Load)
+
+
+def test_what_is_kept_does_not_stand_in_the_way_of_requests() -> None:
+    cache = holding("a")
+    cache.keep(["a"], 1.0)
+    cache.reserve(60, 1.0)
+    assert isinstance(cache.request(profile("b", 30), 1.0), Load)
+
+
+def test_what_can_never_fit_is_refused_as_ever() -> None:
+    cache = holding("a")
+    cache.reserve(50, 1.0)
+    assert isinstance(cache.request(profile("huge", 101), 1.0), Reject)
+
+
+def test_less_than_nothing_cannot_be_reserved() -> None:
+    with pytest.raises(ValueError, match="reserved_bytes"):
+        holding("a").reserve(-1, 1.0)
