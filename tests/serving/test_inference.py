@@ -8,9 +8,11 @@ import itertools
 import httpx
 import numpy as np
 import pytest
-from deployment_support import LARGE, LOCATIONS, SEED, SMALL
+from deployment_support import LARGE, LOCATIONS, MEMORY, SEED, SMALL
 from oip_client import infer_binary, infer_json, logits_of
 from PIL import Image
+
+from serve_app.config import parse_size
 
 OUTCOMES = {"hit", "join", "load", "forward"}
 
@@ -144,6 +146,19 @@ def test_health_and_server_metadata_answer_at_every_prefix(deployment) -> None:
     assert httpx.get(f"{deployment.url}/v2/models/squeezenet1_1/versions/1/ready", timeout=60).json()["ready"] is True
 
 
+def test_every_location_says_what_it_counts_and_what_the_kernel_says(deployment) -> None:
+    status = deployment.status()
+    for name in LOCATIONS:
+        row = status[name]
+        assert row["capacity_bytes"] == parse_size(MEMORY[name])
+        assert row["used_bytes"] == sum(model["bytes"] for model in row["resident"])
+        assert row["workspace_bytes"] > 0
+        assert row["used_bytes"] + row["workspace_bytes"] <= row["capacity_bytes"]
+        assert row["unaccounted_bytes"] >= 0
+        assert row["base_bytes"] > 0
+        assert row["rss_bytes"] > 0
+
+
 def test_metrics_are_prometheus_text_with_our_names(deployment, photo) -> None:
     url = f"{deployment.location('paris')}/v1/classify?model=squeezenet1_1"
     httpx.post(url, content=photo, headers={"Content-Type": "image/jpeg"}, timeout=60).raise_for_status()
@@ -153,6 +168,10 @@ def test_metrics_are_prometheus_text_with_our_names(deployment, photo) -> None:
         "ray_edgeserve_exec_seconds_bucket",
         "ray_edgeserve_cache_used_bytes",
         "ray_edgeserve_cache_capacity_bytes",
+        "ray_edgeserve_worker_rss_bytes",
+        "ray_edgeserve_worker_base_bytes",
+        "ray_edgeserve_worker_workspace_bytes",
+        "ray_edgeserve_worker_unaccounted_bytes",
     }
     _until(lambda: all(name in httpx.get(f"{deployment.url}/metrics", timeout=60).text for name in wanted))
 

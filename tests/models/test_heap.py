@@ -1,0 +1,57 @@
+"""What the kernel says of this process, and that memory goes back to it."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from model_support import images
+
+from serve_app.models.heap import exact_heap, give_back_free_memory, process_memory
+from serve_app.models.loader import ModelLoader
+from serve_app.models.store import ModelStore
+
+SIZE = 64 * 2**20
+
+
+def test_own_pages_and_pages_of_files_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(SIZE))
+    before = process_memory()
+    with path.open("rb") as file, mmap.mmap(file.fileno(), SIZE, access=mmap.ACCESS_READ) as mapped:
+        assert not np.frombuffer(mapped, np.uint8)[:: mmap.PAGESIZE].any()
+        touched = process_memory()
+    own = np.ones(SIZE, np.uint8)
+    after = process_memory()
+    assert touched.file_bytes - before.file_bytes == pytest.approx(SIZE, rel=0.05)
+    assert touched.anonymous_bytes - before.anonymous_bytes < SIZE / 20
+    assert after.anonymous_bytes - touched.anonymous_bytes == pytest.approx(own.nbytes, rel=0.05)
+    assert after.rss_bytes == after.anonymous_bytes + after.file_bytes
+
+
+def test_free_heap_goes_back_to_the_kernel() -> None:
+    # Small enough to come from the heap; every second one stays, so that the heap cannot shrink by itself.
+    kept = [np.ones(48 * 2**10, np.uint8) for _ in range(2000)]
+    del kept[::2]
+    before = process_memory()
+    give_back_free_memory()
+    assert before.anonymous_bytes - process_memory().anonymous_bytes > 1000 * 40 * 2**10
+
+
+def test_what_is_freed_while_the_heap_is_exact_is_gone_at_once() -> None:
+    with exact_heap():
+        kept = [np.ones(2**18, np.uint8) for _ in range(256)]
+        full = process_memory()
+        del kept[::2]
+        assert full.anonymous_bytes - process_memory().anonymous_bytes > 30 * 2**20
+
+
+def test_resident_memory_falls_by_the_bytes_of_a_model_that_is_unloaded(shared: ModelStore) -> None:
+    model = ModelLoader(shared).load("squeezenet1_1")
+    model.infer(images())
+    resident = process_memory()
+    model.unload()
+    fallen_bytes = resident.rss_bytes - process_memory().rss_bytes
+    assert fallen_bytes == pytest.approx(shared.manifest("squeezenet1_1").model.profile.size_bytes, rel=0.05)
