@@ -124,6 +124,7 @@ class Entry:
             sequence=told.sequence,
             capacity_bytes=told.capacity_bytes,
             used_bytes=told.used_bytes,
+            unaccounted_bytes=told.unaccounted_bytes,
             loading=told.loading,
             queue_s=told.queue_s,
             leaving=told.leaving,

@@ -130,6 +130,7 @@ def _changed(report: WorkerReport, change: WorkerChange) -> WorkerReport:
         sequence=change.sequence,
         capacity_bytes=change.capacity_bytes,
         used_bytes=change.used_bytes,
+        unaccounted_bytes=change.unaccounted_bytes,
         loading=change.loading,
         queue_s=change.queue_s,
         leaving=change.leaving,

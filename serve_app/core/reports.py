@@ -111,6 +111,7 @@ class WorkerChange:
     sequence: int
     capacity_bytes: int
     used_bytes: int
+    unaccounted_bytes: int = 0
     loading: int
     queue_s: float
     leaving: bool
