@@ -6,6 +6,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,11 @@ def measure(load: Callable[[], LoadedModel], batch: NDArray[np.float32], module:
 
 
 def _workspace_bytes(module: nn.Module, run: Callable[[], object]) -> int:
-    # Otherwise chance decides how much counts of what the allocator has kept, or takes in advance.
-    with exact_heap():
-        growths = [growth for growth in (peak_growth_bytes(run) for _ in range(REPEATS)) if growth is not None]
+    # Otherwise chance decides how much counts of what the allocator has kept, or takes in advance. A thread has a heap
+    # of its own, with no free room of earlier models in it.
+    with exact_heap(), ThreadPoolExecutor(1) as thread:
+        measured = [thread.submit(peak_growth_bytes, run).result() for _ in range(REPEATS)]
+        growths = [growth for growth in measured if growth is not None]
     return int(statistics.median(growths)) if growths else _activation_bytes(module, run)
 
 
