@@ -18,13 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from serve_app import __version__
+from serve_app.cli_profile import profile
+from serve_app.cli_publish import chosen_entries, publish_with_progress
 from serve_app.cli_simulate import simulate
-from serve_app.config import load_catalog, load_edge
+from serve_app.config import DEFAULT_EDGE, load_edge
 from serve_app.errors import ConfigError, EdgeServeError, StoreError, TraceError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_CONFIG = "deploy/local.yaml"
-DEFAULT_EDGE = "deploy/edge.yaml"
 
 _EXIT_FAILED = 1
 _EXIT_USAGE = 2
@@ -75,10 +76,12 @@ def cli() -> None:
     edgeserve up                          start three locations on this machine
     edgeserve infer resnet50 cat.jpg      classify an image
     edgeserve status                      see what is in memory where
+    edgeserve profile                     measure what loads and inferences take here
     edgeserve simulate                    compare eviction policies on a request stream
     """
 
 
+cli.add_command(profile)
 cli.add_command(simulate)
 
 
@@ -297,14 +300,7 @@ def publish(names: tuple[str, ...], edge: Path, store: Path | None, force: bool)
 
 def _publish(edge: Path, names: tuple[str, ...], *, force: bool, store: Path | None) -> None:
     settings = load_edge(edge)
-    entries = load_catalog(settings.catalog)
-    unknown = sorted(set(names) - {entry.model_id for entry in entries})
-    if unknown:
-        raise ConfigError(f"no model {', '.join(unknown)} in {settings.catalog}; see what there is in that file")
-    entries = tuple(entry for entry in entries if not names or entry.model_id in names)
-
-    from serve_app.cli_publish import publish_with_progress
-
+    entries = chosen_entries(settings, names)
     publish_with_progress(store or settings.store, entries, force=force, out=_out, err=_err)
 
 

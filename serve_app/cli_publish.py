@@ -9,9 +9,23 @@ from statistics import median
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from serve_app.config import EdgeSettings, load_catalog
 from serve_app.core.catalog import ModelEntry
-from serve_app.errors import StoreError
+from serve_app.errors import ConfigError, StoreError
 from serve_app.models.store import ModelStore
+
+
+def chosen_entries(settings: EdgeSettings, names: Sequence[str]) -> tuple[ModelEntry, ...]:
+    """The entries of the catalogue with these names, in its order; all of them if no name is given.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    entries = load_catalog(settings.catalog)
+    unknown = sorted(set(names) - {entry.model_id for entry in entries})
+    if unknown:
+        raise ConfigError(f"no model {', '.join(unknown)} in {settings.catalog}; see what there is in that file")
+    return tuple(entry for entry in entries if not names or entry.model_id in names)
 
 
 def publish_with_progress(

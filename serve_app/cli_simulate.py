@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from serve_app.cli_output import check_writable, stderr, stdout, writing
 from serve_app.config import WorkerSettings
 from serve_app.core.policies import ORACLES, POLICIES
-from serve_app.errors import EdgeServeError
 
 # numpy, matplotlib and the simulator itself are imported when a command runs: --help should not wait for them.
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ _DEFAULT_CAPACITIES = ("50%",)
 _DEFAULT_SEEDS = 3
 _PAPER_PLOT = Path("edgeserve-paper.png")
 _PLOT_FORMATS = (".png", ".svg", ".pdf")
-#: Where no terminal says how wide it is, a table is not broken.
-_WIDE = 200
 
 _Parsed = TypeVar("_Parsed")
 
@@ -169,8 +166,8 @@ def simulate(
     from serve_app.simulator.report import as_table, summary
 
     if not as_json:
-        _out().print(summary(rows), markup=False)
-        _out().print(as_table(rows, ORACLES))
+        stdout().print(summary(rows), markup=False)
+        stdout().print(as_table(rows, ORACLES))
     _write(rows, outputs)
 
 
@@ -218,7 +215,7 @@ def _paper(
         asked = trace or _DEFAULT_TRACE
         reference = Reference(label=f"{asked}, as asked for", trace=asked, models=models)
     if reference.warning:
-        _err().print(reference.warning, style="bold yellow", markup=False)
+        stderr().print(reference.warning, style="bold yellow", markup=False)
     workloads = [
         make_workload(
             trace=reference.trace, models=reference.models, keep=mapping == "keep", locations=locations, seed=seed
@@ -230,15 +227,15 @@ def _paper(
     rows = _run(paper_plan(workloads), jobs)
     results = Results(rows)
     # What is for people goes elsewhere when programs read the output.
-    console = _err() if outputs.as_json else _out()
+    shown = stderr() if outputs.as_json else stdout()
     first = workloads[0].trace
     several = f"; seeds {seeds[0]} to {seeds[-1]}, least .. most" if len(seeds) > 1 else ""
     counts = f"{len(first):,} requests for {len(first.models):,} models"
-    console.print(f"{reference.label}: {counts} (seed {seeds[0]}){several}\n", markup=False)
-    console.print(policies_table(results))
-    console.print()
-    console.print(claims_table(results))
-    console.print(f"\n{NOTES}", markup=False)
+    shown.print(f"{reference.label}: {counts} (seed {seeds[0]}){several}\n", markup=False)
+    shown.print(policies_table(results))
+    shown.print()
+    shown.print(claims_table(results))
+    shown.print(f"\n{NOTES}", markup=False)
     _write(rows, outputs, drawn=[row for row in rows if row.seed == seeds[0]])
 
 
@@ -246,7 +243,7 @@ def _benchmark(data: Path | None, seed: int) -> None:
     from serve_app.simulator.benchmark import benchmark
     from serve_app.simulator.reference import find_reference
 
-    benchmark(find_reference(data), seed=seed, out=_out(), err=_err())
+    benchmark(find_reference(data), seed=seed, out=stdout(), err=stderr())
 
 
 def _run(plan: Plan, jobs: int) -> tuple[Row, ...]:
@@ -264,12 +261,12 @@ def _run(plan: Plan, jobs: int) -> tuple[Row, ...]:
 @contextmanager
 def _progress(requests: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr where somebody watches, else nothing."""
-    console = _err()
-    if not console.is_terminal:
+    watched = stderr()
+    if not watched.is_terminal:
         yield lambda _: None
         return
     columns = (TextColumn("replaying"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=watched, transient=True) as progress:
         task = progress.add_task("", total=requests)
         yield lambda done: progress.update(task, completed=done)
 
@@ -308,7 +305,7 @@ def _say_what_is_rejected(rows: Sequence[Row], largest_bytes: int) -> None:
 
 
 def _warn(text: str) -> None:
-    _err().print(f"warning: {text}", style="yellow", markup=False)
+    stderr().print(f"warning: {text}", style="yellow", markup=False)
 
 
 def _write(rows: Sequence[Row], outputs: _Outputs, drawn: Sequence[Row] = ()) -> None:
@@ -317,34 +314,21 @@ def _write(rows: Sequence[Row], outputs: _Outputs, drawn: Sequence[Row] = ()) ->
     if outputs.as_json:
         click.echo(as_json(rows))
     if outputs.csv:
-        with _writing(outputs.csv):
+        with writing(outputs.csv):
             outputs.csv.write_text(as_csv(rows), encoding="utf-8")
     if outputs.plot:
         # matplotlib takes a second.
         from serve_app.simulator.plot import plot
 
-        with _writing(outputs.plot):
+        with writing(outputs.plot):
             plot(drawn or rows, outputs.plot, oracles=ORACLES)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise EdgeServeError(f"{path}: cannot be written ({error.strerror or error})") from None
-    _err().print(f"wrote {path}", markup=False)
 
 
 def _check_writable(outputs: _Outputs) -> None:
     """Say before a long run what would come to light only after it."""
     for option, path in (("--csv", outputs.csv), ("--plot", outputs.plot)):
-        if path is None:
-            continue
-        if not path.absolute().parent.is_dir():
-            raise click.BadParameter(f"{path}: there is no folder {path.parent}", param_hint=option)
-        if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-            raise click.BadParameter(f"{path}: cannot be written", param_hint=option)
+        if path is not None:
+            check_writable(option, path)
     if outputs.plot is not None and outputs.plot.suffix.lower() not in _PLOT_FORMATS:
         raise click.BadParameter(f"{outputs.plot}: must end in {', '.join(_PLOT_FORMATS)}", param_hint="--plot")
 
@@ -358,16 +342,3 @@ def _parsed(parse: Callable[[Sequence[str]], _Parsed], texts: Sequence[str], opt
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _out() -> Console:
-    return _console(stderr=False)
-
-
-def _err() -> Console:
-    return _console(stderr=True)
-
-
-def _console(*, stderr: bool) -> Console:
-    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, soft_wrap=True, width=_WIDE)

@@ -14,10 +14,12 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
-from serve_app.core.catalog import MODEL_ID_PATTERN, ImageInput, ModelEntry
+from serve_app.core.catalog import MODEL_ID_PATTERN, Dtype, ImageInput, ModelEntry
 from serve_app.core.links import Link
 from serve_app.core.policies import make_policy, policy_parameters
 from serve_app.errors import ConfigError
+
+DEFAULT_EDGE = "deploy/edge.yaml"
 
 _SIZE_UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -277,7 +279,7 @@ class _ModelSettings(Settings):
     builder: str
     weights: str = "pretrained"
     family: str | None = None
-    dtype: Literal["float32"] = "float32"
+    dtype: Dtype = "float32"
     accuracy: float | None = Field(default=None, ge=0, le=1)
     input: _ImageSettings | None = None
     pinned: bool = False

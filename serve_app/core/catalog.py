@@ -13,6 +13,9 @@ MODEL_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 Interpolation = Literal["bilinear", "bicubic"]
 
+#: What a model computes in; its inputs and logits are float32 all the same.
+Dtype = Literal["float32", "bfloat16"]
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -65,7 +68,7 @@ class ModelEntry:
     family: str | None = None
     accuracy: float | None = None
     input: ImageInput | None = None
-    dtype: Literal["float32"] = "float32"
+    dtype: Dtype = "float32"
     pinned: bool = False
     min_copies: int = 0
 

@@ -8,11 +8,10 @@ slot. The page cache of the kernel holds the weights once per machine, whatever 
 from __future__ import annotations
 
 import contextlib
-import math
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,9 @@ from torch import nn
 
 from serve_app.errors import InvalidRequest, StoreError
 from serve_app.models.builders import skeleton
-from serve_app.models.manifest import BlobFile, Manifest, TensorPlace
+from serve_app.models.manifest import ITEM_BYTES, BlobFile, Manifest, TensorPlace
+from serve_app.models.optimise import fold, named_slots, run
+from serve_app.models.read_ahead import ReadAhead, is_resident
 from serve_app.models.store import ModelStore, check_size
 
 #: torch's names for the element types of safetensors.
@@ -46,16 +47,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 
 
-def named_slots(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Every parameter and buffer, non-persistent ones included, as (full name, table that owns it, key in it).
-
-    A tensor that is tied to another appears under each of its names.
-    """
-    for prefix, owner in module.named_modules():
-        for table in (owner._parameters, owner._buffers):
-            for key, tensor in table.items():
-                if tensor is not None:
-                    yield f"{prefix}.{key}" if prefix else key, table, key
+#: What models compute in, by the names of the catalogue.
+TORCH_COMPUTE_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +63,14 @@ class _Slot:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """One distinct tensor of the files; tied slots share it."""
+    """One distinct tensor of the files, ``offset`` elements from the start; tied slots share it."""
 
     file: int
     offset: int
-    count: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    strides: tuple[int, ...]
     is_parameter: bool
-    aligned: bool
 
 
 class Skeleton:
@@ -91,14 +83,20 @@ class Skeleton:
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self.module = skeleton(manifest.model.builder, manifest.model.weights_actual)
+        self.dtype = TORCH_COMPUTE_DTYPES[manifest.model.dtype]
+        self._restructure()
         self._places: list[_Place] = []
         self._slots: list[_Slot] = []
         self._files = [file.name for file in manifest.files]
         self._match_slots({place.name: place for place in manifest.tensors})
+        self._flats = {(place.file, place.dtype) for place in self._places}
 
     def fill(self, files: list[mmap.mmap]) -> None:
         """Points every slot at its bytes in the mapped ``files``, which are in the manifest's order."""
-        tensors = [_tensor(place, files[place.file]) for place in self._places]
+        # Inference mode spares each tensor what autograd would note of it, and that is half of the time.
+        with torch.inference_mode():
+            flat = {key: _flat(files[key[0]], key[1]) for key in self._flats}
+            tensors = [_tensor(place, flat[place.file, place.dtype]) for place in self._places]
         for slot in self._slots:
             slot.table[slot.key] = tensors[slot.place]
 
@@ -106,6 +104,18 @@ class Skeleton:
         """Puts meta tensors back into every slot; this drops the last references to the mapped files."""
         for slot in self._slots:
             slot.table[slot.key] = slot.empty
+
+    def _restructure(self) -> None:
+        """Does to the module what was done to it when it was published."""
+        model = self.manifest.model
+        try:
+            fold(self.module, self.manifest.execution.folded)
+        except AttributeError as error:
+            raise StoreError(
+                f"{model.builder} does not have the layers of model {model.model_id!r} any more ({error}); "
+                "publish the model again"
+            ) from error
+        self.module.to(self.dtype)
 
     def _match_slots(self, by_name: dict[str, TensorPlace]) -> None:
         distinct: dict[tuple[object, ...], int] = {}
@@ -117,7 +127,7 @@ class Skeleton:
                     f"tensor {name!r} of model {model.model_id!r} is not in the store as {model.builder} builds it "
                     "now; publish the model again"
                 )
-            identity = (place.file, place.offset, place.dtype, place.shape, place.kind)
+            identity = (place.file, place.offset, place.dtype, place.shape, place.layout, place.kind)
             if identity not in distinct:
                 distinct[identity] = len(self._places)
                 self._places.append(self._place(place))
@@ -129,22 +139,32 @@ class Skeleton:
             )
 
     def _place(self, place: TensorPlace) -> _Place:
-        dtype = TORCH_DTYPES[place.dtype]
         return _Place(
             file=self._files.index(place.file),
-            offset=place.offset,
-            count=math.prod(place.shape),
-            dtype=dtype,
+            offset=place.offset // ITEM_BYTES[place.dtype],
+            dtype=TORCH_DTYPES[place.dtype],
             shape=place.shape,
+            strides=place.strides,
             is_parameter=place.kind == "parameter",
-            aligned=place.offset % dtype.itemsize == 0,
         )
 
 
 class LoadedModel:
-    """A model in memory; made by ``ModelLoader.load``."""
+    """A model in memory; made by ``ModelLoader.load``.
 
-    def __init__(self, filled: Skeleton, unloaded: Callable[[Manifest], object] | None = None) -> None:
+    Args:
+        filled: what runs.
+        reading: who reads the weights meanwhile; stopped when the model is unloaded.
+        unloaded: called when it has been unloaded.
+    """
+
+    def __init__(
+        self,
+        filled: Skeleton,
+        reading: Sequence[ReadAhead] = (),
+        unloaded: Callable[[Manifest], object] | None = None,
+    ) -> None:
+        self._reading = reading
         self._unloaded = unloaded
         self.model_id = filled.manifest.model.model_id
         self.weights_bytes = filled.manifest.model.weights_bytes
@@ -172,16 +192,22 @@ class LoadedModel:
             raise InvalidRequest(f"input of {self.model_id!r} must have shape {expected}, not {batch.shape}")
         # torch takes neither read-only nor negatively strided arrays without complaint.
         images = torch.from_numpy(np.require(batch, dtype=np.float32, requirements=["C", "W"]))
+        channels_last = loaded.manifest.execution.channels_last
         with torch.inference_mode():
             # One at a time: the workspace of one image is what the model is counted with, and on a CPU a batch is
             # hardly faster.
-            logits = [loaded.module(image).float() for image in images.unsqueeze(1)]
+            logits = [
+                run(loaded.module, image, channels_last=channels_last, dtype=loaded.dtype)
+                for image in images.unsqueeze(1)
+            ]
             return np.array(torch.cat(logits).numpy(), dtype=np.float32)
 
     def unload(self) -> None:
         """Gives the memory back at once; the caller makes sure that no inference runs. Twice is harmless."""
         if self._skeleton is not None:
             manifest = self._skeleton.manifest
+            for reader in self._reading:
+                reader.stop()
             self._skeleton.empty()
             self._skeleton = None
             if self._unloaded is not None:
@@ -265,14 +291,18 @@ class ModelLoader:
 def fill(store: ModelStore, empty: Skeleton, unloaded: Callable[[Manifest], object] | None = None) -> LoadedModel:
     """Maps the files of a prepared model and fills it; ``unloaded`` is called when it has been unloaded again.
 
+    Files that are not in the page cache are read on in the background.
+
     Raises:
         StoreError: a file is missing, truncated or corrupt; the module stays empty.
     """
     model_id = empty.manifest.model.model_id
     for file in empty.manifest.files:
         store.require_whole(file, model_id)
-    empty.fill([_map(store, file, model_id) for file in empty.manifest.files])
-    return LoadedModel(empty, unloaded)
+    mapped = [_map(store, file, model_id) for file in empty.manifest.files]
+    empty.fill([file for file, _ in mapped])
+    reading = [ReadAhead(file, _flat(file, torch.uint8).data_ptr()) for file, is_warm in mapped if not is_warm]
+    return LoadedModel(empty, reading, unloaded)
 
 
 def _forget_pages(path: Path) -> None:
@@ -281,14 +311,18 @@ def _forget_pages(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _map(store: ModelStore, file: BlobFile, model_id: str) -> mmap.mmap:
-    """Maps a blob whole; a truncated one is refused, because touching its missing pages would kill the process."""
+def _map(store: ModelStore, file: BlobFile, model_id: str) -> tuple[mmap.mmap, bool]:
+    """Maps a blob whole, and says whether it is in the page cache.
+
+    A truncated one is refused, because touching its missing pages would kill the process.
+    """
     path = store.blob_path(file.name)
     try:
         with path.open("rb", buffering=0) as blob:
             size_bytes = os.fstat(blob.fileno()).st_size
             if size_bytes == file.size_bytes:
-                return mmap.mmap(blob.fileno(), size_bytes, access=mmap.ACCESS_COPY)
+                is_warm = is_resident(blob.fileno(), size_bytes)
+                return mmap.mmap(blob.fileno(), size_bytes, access=mmap.ACCESS_COPY), is_warm
     except OSError as error:
         raise StoreError(
             f"weights {path} of model {model_id!r} cannot be opened ({error.strerror}); publish it again"
@@ -298,13 +332,12 @@ def _map(store: ModelStore, file: BlobFile, model_id: str) -> mmap.mmap:
     )
 
 
-def _tensor(place: _Place, file: mmap.mmap) -> torch.Tensor:
-    if place.count == 0:
-        flat = torch.empty(0, dtype=place.dtype)
-    elif place.aligned:
-        flat = torch.frombuffer(file, dtype=place.dtype, count=place.count, offset=place.offset)
-    else:
-        content = file[place.offset : place.offset + place.count * place.dtype.itemsize]
-        flat = torch.frombuffer(bytearray(content), dtype=place.dtype)
-    tensor = flat.view(place.shape)
-    return nn.Parameter(tensor, requires_grad=False) if place.is_parameter else tensor
+def _flat(file: mmap.mmap, dtype: torch.dtype) -> torch.Tensor:
+    """A whole file as elements of one type; what is left over at the end is no tensor's."""
+    return torch.frombuffer(file, dtype=dtype, count=len(file) // dtype.itemsize)
+
+
+def _tensor(place: _Place, flat: torch.Tensor) -> torch.Tensor:
+    tensor = flat.as_strided(place.shape, place.strides, place.offset)
+    # What nn.Parameter does, less the questions it asks first: there are hundreds in a load.
+    return torch.Tensor._make_subclass(nn.Parameter, tensor, False) if place.is_parameter else tensor

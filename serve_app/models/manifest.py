@@ -19,7 +19,7 @@ from typing import Any, Literal
 from serve_app.core.catalog import ImageInput, PublishedModel
 from serve_app.errors import StoreError
 
-FORMAT = 1
+FORMAT = 2
 
 BLOB_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 
@@ -41,11 +41,15 @@ ITEM_BYTES = {
 }
 
 
+Layout = Literal["row_major", "channels_last"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorPlace:
-    """Where one parameter or buffer lies: ``nbytes`` from byte ``offset`` of the blob ``file``, row-major.
+    """Where one parameter or buffer lies: ``nbytes`` from byte ``offset`` of the blob ``file``.
 
-    Tied tensors are two names with the same place.
+    A ``channels_last`` tensor of shape (N, C, H, W) lies there as (N, H, W, C). Tied tensors are two names with the
+    same place.
     """
 
     name: str
@@ -55,14 +59,29 @@ class TensorPlace:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+    layout: Layout
 
     def __post_init__(self) -> None:
+        if self.layout == "channels_last" and len(self.shape) != 4:
+            raise ValueError(f"tensor {self.name!r} cannot be channels_last with the shape {self.shape}")
         if self.dtype not in ITEM_BYTES:
             raise ValueError(f"tensor {self.name!r} has the unknown dtype {self.dtype!r}")
         if self.offset < 0 or any(size < 0 for size in self.shape):
             raise ValueError(f"tensor {self.name!r} has a negative offset or shape")
+        if self.offset % ITEM_BYTES[self.dtype]:
+            raise ValueError(f"tensor {self.name!r} starts at {self.offset}, within an element of its dtype")
         if self.nbytes != math.prod(self.shape) * ITEM_BYTES[self.dtype]:
             raise ValueError(f"tensor {self.name!r} has {self.nbytes} bytes, which does not match its shape and dtype")
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Elements from one index to the next, per dimension."""
+        order = (0, 2, 3, 1) if self.layout == "channels_last" else range(len(self.shape))
+        strides, step = [0] * len(self.shape), 1
+        for dimension in reversed(order):
+            strides[dimension] = step
+            step *= self.shape[dimension]
+        return tuple(strides)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +98,26 @@ class BlobFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FoldedNorm:
+    """A batch norm whose scale and shift are in the weights of the convolution before it; both by module name."""
+
+    conv: str
+    norm: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """What is done to the module of a builder so that it runs the stored tensors, and how it gets its input.
+
+    ``runtime`` says who runs it; ``channels_last`` that images come with their channels last in memory.
+    """
+
+    runtime: Literal["torch"] = "torch"
+    channels_last: bool = False
+    folded: tuple[FoldedNorm, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """One published model.
 
@@ -89,6 +128,7 @@ class Manifest:
 
     model: PublishedModel
     default_image: ImageInput
+    execution: Execution
     tensors: tuple[TensorPlace, ...]
     files: tuple[BlobFile, ...]
     format: int = FORMAT

@@ -56,17 +56,18 @@ def measure(load: Callable[[], LoadedModel], batch: NDArray[np.float32], module:
                 started = time.perf_counter()
                 model.infer(batch)
                 exec_times.append(time.perf_counter() - started)
-            workspace_bytes = _workspace_bytes(module, lambda: model.infer(batch))
+            workspace = workspace_bytes(module, lambda: model.infer(batch))
     finally:
         model.unload()
     return Measurement(
         load_s=statistics.median(load_times),
         exec_s=statistics.median(exec_times),
-        workspace_bytes=workspace_bytes,
+        workspace_bytes=workspace,
     )
 
 
-def _workspace_bytes(module: nn.Module, run: Callable[[], object]) -> int:
+def workspace_bytes(module: nn.Module, run: Callable[[], object]) -> int:
+    """The memory that one call of ``run`` takes beside what is there already; ``module`` is what runs."""
     # Otherwise chance decides how much counts of what the allocator has kept, or takes in advance. A thread has a heap
     # of its own, with no free room of earlier models in it.
     with exact_heap(), ThreadPoolExecutor(1) as thread:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -11,19 +11,20 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from serve_app.core.catalog import ImageInput, ModelEntry, ModelProfile, PublishedModel, TensorSpec
+from serve_app.core.catalog import Dtype, ImageInput, ModelEntry, ModelProfile, PublishedModel, TensorSpec
 from serve_app.errors import StoreError
 from serve_app.models import builders
 from serve_app.models.blob import BlobTensor, plan_blob, write_blob
-from serve_app.models.loader import TORCH_DTYPES, Skeleton, fill, named_slots
-from serve_app.models.manifest import BlobFile, Manifest, TensorPlace
+from serve_app.models.loader import TORCH_COMPUTE_DTYPES, TORCH_DTYPES, Skeleton, fill
+from serve_app.models.manifest import BlobFile, Execution, Layout, Manifest, TensorPlace
 from serve_app.models.measure import Measurement, measure
+from serve_app.models.optimise import ROUNDING, largest_difference, named_slots, optimise, order_of_use
 from serve_app.models.store import ModelStore
 from serve_app.models.zoo import Metadata
 
-#: Largest difference allowed between the logits of the stored and of the directly built model: of the largest of them,
-#: where that is above 1. Random weights may make logits of a billion, of which the last bits depend on alignment.
-TOLERANCE = 1e-4
+#: Largest difference allowed between the logits of the stored and of the directly built model, in parts of the largest
+#: logit, by what the stored one computes in: bfloat16 has eight bits, and their rounding adds up over the layers.
+TOLERANCE: dict[Dtype, float] = {"float32": ROUNDING, "bfloat16": 0.1}
 
 Step = Literal["writing", "verifying", "measuring", "published"]
 
@@ -49,14 +50,18 @@ def publish_module(
     image = entry.input or metadata.image
     batch = _probe_input(image)
     expected = _run_directly(entry, module, batch)
+    execution = optimise(module, batch, expected, entry.model_id)
+    dtype = TORCH_COMPUTE_DTYPES[entry.dtype]
+    module.to(dtype)
+    order = order_of_use(module, torch.from_numpy(batch[:1]), execution, dtype)
     weights_bytes = sum(tensor.nbytes for tensor in _distinct(module).values())
     tell("writing", weights_bytes)
-    places, blob = _write(store, module)
+    places, blob = _write(store, module, order, execution)
     tell("verifying", weights_bytes)
     model = _draft(entry, weights, metadata, image, expected.shape[1], weights_bytes)
-    manifest = Manifest(model=model, default_image=metadata.image, tensors=places, files=(blob,))
+    manifest = Manifest(model=model, default_image=metadata.image, execution=execution, tensors=places, files=(blob,))
     prepared = Skeleton(manifest)
-    _verify(store, prepared, batch, expected)
+    _verify(store, prepared, batch, expected, entry.dtype)
     tell("measuring", weights_bytes)
     measured = measure(lambda: fill(store, prepared), batch[:1], prepared.module)
     store.commit(dataclasses.replace(manifest, model=_measured(model, measured)))
@@ -92,13 +97,19 @@ def _distinct(module: nn.Module) -> dict[tuple[object, ...], torch.Tensor]:
     return {_identity(table[key]): table[key] for _, table, key in named_slots(module)}
 
 
-def _write(store: ModelStore, module: nn.Module) -> tuple[tuple[TensorPlace, ...], BlobFile]:
-    """Writes all parameters and buffers into one blob; tied tensors once."""
+def _write(
+    store: ModelStore, module: nn.Module, order: Mapping[str, int], execution: Execution
+) -> tuple[tuple[TensorPlace, ...], BlobFile]:
+    """Writes all parameters and buffers into one blob, in order of use; tied tensors once."""
+    convs = {id(conv.weight) for conv in module.modules() if isinstance(conv, nn.Conv2d)}
     owner: dict[tuple[object, ...], str] = {}
     tensors: dict[str, torch.Tensor] = {}
-    for name, table, key in named_slots(module):
-        if owner.setdefault(_identity(table[key]), name) == name:
-            tensors[name] = table[key]
+    layouts: dict[str, Layout] = {}
+    for name, table, key in sorted(named_slots(module), key=lambda slot: order[slot[0]]):
+        tensor = table[key]
+        layouts[name] = "channels_last" if execution.channels_last and id(tensor) in convs else "row_major"
+        if owner.setdefault(_identity(tensor), name) == name:
+            tensors[name] = _as_stored(tensor, layouts[name])
     layout = plan_blob(
         [
             BlobTensor(name=name, dtype=_dtype_name(name, tensor), shape=tuple(tensor.shape))
@@ -119,9 +130,15 @@ def _write(store: ModelStore, module: nn.Module) -> tuple[tuple[TensorPlace, ...
                 nbytes=tensor.nbytes,
                 dtype=_dtype_name(name, tensor),
                 shape=tuple(tensor.shape),
+                layout=layouts[name],
             )
         )
     return tuple(places), blob
+
+
+def _as_stored(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The tensor with its dimensions in the order in which they lie in the file."""
+    return tensor.permute(0, 2, 3, 1) if layout == "channels_last" else tensor
 
 
 def _dtype_name(name: str, tensor: torch.Tensor) -> str:
@@ -168,7 +185,9 @@ def _measured(model: PublishedModel, measured: Measurement) -> PublishedModel:
     return dataclasses.replace(model, workspace_bytes=measured.workspace_bytes, profile=profile)
 
 
-def _verify(store: ModelStore, prepared: Skeleton, batch: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+def _verify(
+    store: ModelStore, prepared: Skeleton, batch: NDArray[np.float32], expected: NDArray[np.float32], dtype: Dtype
+) -> None:
     """Runs the model as workers will and compares its logits with those of the directly built module."""
     builder = prepared.manifest.model.builder
     model = fill(store, prepared)
@@ -187,11 +206,12 @@ def _verify(store: ModelStore, prepared: Skeleton, batch: NDArray[np.float32], e
         ) from error
     finally:
         model.unload()
-    difference = float(np.max(np.abs(actual - expected)))
-    if not difference < TOLERANCE * max(1.0, float(np.max(np.abs(expected)))):
+    difference = largest_difference(actual, expected)
+    if not difference < TOLERANCE[dtype]:
         raise StoreError(
-            f"{builder} loaded from the store differs from the built one by {difference:.3g}; "
-            "does it keep state that is neither parameter nor buffer?"
+            f"{builder} loaded from the store differs from the built one by {difference:.2g} of its largest logit; "
+            "does it keep state that is neither parameter nor buffer"
+            + ("?" if dtype == "float32" else f", or does it need more precision than {dtype}?")
         )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 from pathlib import Path
 
 import numpy as np
@@ -34,3 +37,19 @@ def offline(url: str) -> bool:
 def mapped(path: Path) -> bool:
     """Whether this process has the file in its memory map."""
     return path.name in Path("/proc/self/maps").read_text()
+
+
+def cached_pages(path: Path) -> int:
+    """How many pages of a file the kernel has in memory (mincore(2))."""
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file, mmap.mmap(file.fileno(), size_bytes, access=mmap.ACCESS_COPY) as mapped:
+        pages = (ctypes.c_ubyte * -(-size_bytes // mmap.PAGESIZE))()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), pages) == 0
+        return sum(page & 1 for page in pages)
+
+
+def forget_pages(path: Path) -> None:
+    """Make the kernel drop what it has of a file in memory."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,7 +1,5 @@
-import ctypes
 import dataclasses
 import gc
-import mmap
 import os
 import pickle
 import threading
@@ -13,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from model_support import VISION, images, mapped, offline, tiny, vision
+from model_support import VISION, cached_pages, images, mapped, offline, tiny, vision
 
 from serve_app.errors import InvalidRequest, StoreError
 from serve_app.models import builders
-from serve_app.models.loader import ModelLoader, named_slots
-from serve_app.models.manifest import Manifest
+from serve_app.models.loader import ModelLoader
+from serve_app.models.optimise import named_slots
 from serve_app.models.publish import publish
 from serve_app.models.store import ModelStore
 from serve_app.models.torchvision_compat import import_torchvision
@@ -217,16 +215,6 @@ def test_unloading_gives_the_page_cache_back_if_it_is_told_to(small: ModelStore,
         assert time.monotonic() < deadline_s
 
 
-def cached_pages(path: Path) -> int:
-    """How many pages of a file the kernel has in memory (mincore(2))."""
-    size_bytes = path.stat().st_size
-    with path.open("rb") as file, mmap.mmap(file.fileno(), size_bytes, access=mmap.ACCESS_COPY) as mapped:
-        pages = (ctypes.c_ubyte * -(-size_bytes // mmap.PAGESIZE))()
-        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), pages) == 0
-        return sum(page & 1 for page in pages)
-
-
 def test_unknown_model_is_refused(shared: ModelStore) -> None:
     with pytest.raises(StoreError, match="publish it first"):
         ModelLoader(shared).load("unknown")
@@ -252,31 +240,12 @@ def test_builder_that_changed_since_publishing_is_refused(small: ModelStore) -> 
             ModelLoader(small).prepare("tied")
 
 
-def test_misaligned_tensors_are_copied_instead_of_mapped(small: ModelStore) -> None:
-    manifest = small.manifest("tied")
-    content = small.blob_path(manifest.files[0].name).read_bytes()
-    expected = ModelLoader(small).load("tied").infer(images(1, 32))
-    with small.exclusive():
-        shifted = small.put_blob(lambda path: path.write_bytes(b"x" + content) and None)
-        places = tuple(
-            dataclasses.replace(place, file=shifted.name, offset=place.offset + 1) for place in manifest.tensors
-        )
-        small.commit(dataclasses.replace(manifest, tensors=places, files=(shifted,)))
-    loader = ModelLoader(small)
-    model = loader.load("tied")
-    for _, table, key in named_slots(loader._prepared("tied").module):
-        assert table[key].data_ptr() % table[key].itemsize == 0
-    assert np.array_equal(model.infer(images(1, 32)), expected)
-
-
 def test_tensors_may_lie_in_the_blob_of_another_model(small: ModelStore) -> None:
     publish(small, [tiny("other", weights="random:9")], reachable=offline)
     mine, other = small.manifest("tied"), small.manifest("other")
     borrowed = {place.name: place for place in other.tensors}
     places = tuple(borrowed[place.name] if place.name.startswith("head") else place for place in mine.tensors)
-    small.commit(
-        Manifest(model=mine.model, default_image=mine.default_image, tensors=places, files=mine.files + other.files)
-    )
+    small.commit(dataclasses.replace(mine, tensors=places, files=mine.files + other.files))
     loader = ModelLoader(small)
     model = loader.load("tied")
     expected = builders.build(tiny("other"), "random:9").get_parameter("head.weight")

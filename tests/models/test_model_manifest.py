@@ -22,7 +22,10 @@ def test_manifest_survives_json(shared: ModelStore) -> None:
     [
         (lambda raw: raw.pop("files"), r"missing keys \['files'\]"),
         (lambda raw: raw.update(color="red"), r"unknown keys \['color'\]"),
-        (lambda raw: raw.update(format=2), "format 2 is not the format 1"),
+        (lambda raw: raw.update(format=1), "format 1 is not the format 2"),
+        (lambda raw: raw["execution"].update(runtime="steam"), "'steam' is not one of"),
+        (lambda raw: raw["tensors"][0].update(layout="channels_last"), "cannot be channels_last"),
+        (lambda raw: raw["tensors"][0].update(offset=1), "within an element"),
         (lambda raw: raw["model"].update(weights_bytes="many"), "model.weights_bytes: expected int, found str"),
         (lambda raw: raw["model"].update(weights_bytes=True), "model.weights_bytes: expected int, found bool"),
         (lambda raw: raw["model"]["profile"].update(exec_s=-1), "exec_s of tied must be >= 0"),

@@ -1,5 +1,6 @@
 import contextlib
 import http.server
+import json
 import re
 import signal
 import socket
@@ -147,6 +148,17 @@ def test_changed_weights_builder_or_crop_are_published_again(store: ModelStore) 
     assert publish(store, [tiny("tied", weights="random:4")], reachable=offline).published == ("tied",)
     assert not blobs & set((store.root / "blobs").iterdir()), "the replaced weights must be swept"
     assert publish(store, [tiny("tied", "ReadsValues", "random:4")], reachable=offline).published == ("tied",)
+
+
+def test_model_of_an_older_format_is_left_out_until_it_is_published_again(store: ModelStore) -> None:
+    publish(store, [tiny("tied")], reachable=offline)
+    path = store.root / "models" / "tied.json"
+    older = json.loads(path.read_bytes()) | {"format": 1}
+    del older["execution"]
+    path.write_text(json.dumps(older))
+    assert "tied" not in store.catalog([tiny("tied")])
+    assert publish(store, [tiny("tied")], reachable=never).published == ("tied",)
+    assert "tied" in store.catalog([tiny("tied")])
 
 
 def test_input_of_the_entry_decides_the_shape(store: ModelStore) -> None:

@@ -30,6 +30,88 @@ class Tied(nn.Module):
         return self.head(self.norm(self.third(torch.relu(self.second(hidden)))) * self.scalar)
 
 
+class Convolved(nn.Module):
+    """Convolutions with batch norms that have seen something, called in another order than they are defined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 5)
+        self.second = nn.Conv2d(8, 8, 3, groups=2, bias=True)
+        self.first = nn.Conv2d(3, 8, 3, bias=False)
+        self.second_norm = nn.BatchNorm2d(8)
+        self.first_norm = nn.BatchNorm2d(8)
+        for norm in (self.first_norm, self.second_norm):
+            norm.running_mean.uniform_(-1, 1)
+            norm.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(norm.weight, 0.5, 2)
+            nn.init.uniform_(norm.bias, -1, 1)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.second_norm(self.second(torch.relu(self.first_norm(self.first(images))))))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(images).mean((2, 3)))
+
+
+class NeedsContiguous(Convolved):
+    """Takes the memory layout of its features for granted."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.features(images)
+        return self.head(features.view(-1)[: features.numel()].view(features.shape).mean((2, 3)))
+
+
+class LooksAtValues(Convolved):
+    """What it runs depends on the image, which no trace can follow."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images) if bool(images.sum() < 1e9) else self.head(self.second_norm.bias[None])
+
+
+class ReadsItsConvolution(Convolved):
+    """Uses the weights of a convolution in another way as well."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images) * self.first.weight.mean()
+
+
+class ConvolvesTwice(Convolved):
+    """Uses its second convolution and norm for two things."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.second_norm(self.second(self.features(images)))
+        return self.head(features.mean((2, 3)))
+
+
+class SharedNorm(Convolved):
+    """One batch norm behind both convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second_norm = self.first_norm
+
+
+class Branching(Convolved):
+    """Uses what is between a convolution and its norm."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        raw = self.first(images)
+        return self.head(self.second_norm(self.second(self.first_norm(raw) + raw)).mean((2, 3)))
+
+
+class TiedConvolutions(Convolved):
+    """Two convolutions with one weight, each with a norm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.third = nn.Conv2d(8, 8, 3, groups=2, bias=False)
+        self.third.weight = self.second.weight
+        self.third_norm = nn.BatchNorm2d(8)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.third_norm(self.third(self.features(images))).mean((2, 3)))
+
+
 class ConstantBuffer(nn.Module):
     """Answers with a view of one of its buffers: the result must outlive the model."""
 
