@@ -300,8 +300,8 @@ def fill(store: ModelStore, empty: Skeleton, unloaded: Callable[[Manifest], obje
     for file in empty.manifest.files:
         store.require_whole(file, model_id)
     mapped = [_map(store, file, model_id) for file in empty.manifest.files]
-    empty.fill([file for file, _ in mapped])
     reading = [ReadAhead(file, _flat(file, torch.uint8).data_ptr()) for file, is_warm in mapped if not is_warm]
+    empty.fill([file for file, _ in mapped])
     return LoadedModel(empty, reading, unloaded)
 
 

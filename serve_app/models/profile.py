@@ -53,12 +53,23 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cold:
-    """One model whose weights are not in memory; ``read_s`` is what reading them in order takes, and no more."""
+    """One model whose weights are not in memory; ``read_s`` is what reading them in order takes, and no more.
+
+    ``rounds`` has a miss and the hit after it, in seconds, of every round.
+    """
 
     load_s: float
-    miss_s: float
-    hit_s: float
+    rounds: tuple[tuple[float, float], ...]
     read_s: float
+
+    @property
+    def miss_s(self) -> float:
+        """The median."""
+        return statistics.median(miss_s for miss_s, _ in self.rounds)
+
+    def over_bound(self, read_s: float) -> float:
+        """How many times the longer of a hit and of ``read_s`` a miss took; the median of the rounds."""
+        return statistics.median(miss_s / max(hit_s, read_s) for miss_s, hit_s in self.rounds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +162,7 @@ def summarise(profiles: Sequence[Profile]) -> Summary:
         worst=max(ratios, key=lambda model_id: ratios[model_id]),
         read_bytes_per_s=bandwidth,
         cold_over_bound={
-            model_id: each.miss_s / max(each.hit_s, size_bytes / bandwidth)
+            model_id: each.over_bound(size_bytes / bandwidth)
             for model_id, (size_bytes, each) in cold.items()
             if bandwidth
         },
@@ -176,7 +187,6 @@ def as_json(profiles: Sequence[Profile]) -> list[dict[str, Any]]:
             "rounds": each.rounds,
             "cold_load_ms": _ms(each.cold.load_s) if each.cold else None,
             "cold_miss_ms": _ms(each.cold.miss_s) if each.cold else None,
-            "cold_hit_ms": _ms(each.cold.hit_s) if each.cold else None,
             "cold_over_bound": round(summary.cold_over_bound[each.model_id], 4) if each.cold else None,
             "disk_bytes_per_s": round(summary.read_bytes_per_s) if summary.read_bytes_per_s else None,
         }
@@ -233,8 +243,7 @@ def _cold(store: ModelStore, prepared: Skeleton, load: Callable[[], LoadedModel]
         reads.append(_seconds(lambda: _read(paths)))
     return Cold(
         load_s=statistics.median(each.load_s for each in rounds),
-        miss_s=statistics.median(each.miss_s for each in rounds),
-        hit_s=statistics.median(each.hit_s for each in rounds),
+        rounds=tuple((each.miss_s, each.hit_s) for each in rounds),
         read_s=statistics.median(reads),
     )
 

@@ -11,13 +11,18 @@ import ctypes
 import errno
 import mmap
 import os
-import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 
 #: Linux 5.14 and newer; older ones say EINVAL, and read ahead as they always do.
 _MADV_POPULATE_READ = 22
 
-#: How much is read before it is asked again whether it is still wanted.
-_CHUNK_BYTES = 1 << 20
+#: How much is read before it is asked again whether it is still wanted; asking takes the interpreter's lock, for which
+#: the model that runs meanwhile competes.
+_CHUNK_BYTES = 8 << 20
+
+#: Models read at the same time; more wait their turn, and are read by the kernel as they run.
+_READERS = 4
 
 #: Places in a file at which to look whether it is in memory: a call of about a microsecond each.
 _PROBES = 8
@@ -43,7 +48,7 @@ def is_resident(descriptor: int, size_bytes: int) -> bool:
 
 
 class ReadAhead:
-    """Reads a mapped file into memory from front to back, in a thread of its own.
+    """Reads a mapped file into memory from front to back, in a thread that waits for such work.
 
     Args:
         file: mapped whole; its owner calls ``stop`` before it goes.
@@ -54,15 +59,15 @@ class ReadAhead:
         self._size_bytes = len(file)
         self._address = address
         self._is_wanted = True
-        self._thread = threading.Thread(target=self._read, name="read-ahead", daemon=True)
+        self._job: Future[None] | None = None
         with contextlib.suppress(RuntimeError):  # without a thread it is only slower
-            self._thread.start()
+            self._job = _readers().submit(self._read)
 
     def stop(self) -> None:
         """Returns once the file is not touched any more, after one chunk at most. Twice is harmless."""
         self._is_wanted = False
-        if self._thread.ident is not None:
-            self._thread.join()
+        if self._job is not None and not self._job.cancel():
+            self._job.result()
 
     def _read(self) -> None:
         for offset in range(0, self._size_bytes, _CHUNK_BYTES):
@@ -72,3 +77,8 @@ class ReadAhead:
             # Called by ctypes, because mmap.madvise would keep the interpreter's lock while it waits for the disk.
             if _libc.madvise(self._address + offset, length, _MADV_POPULATE_READ) and ctypes.get_errno() != errno.EINTR:
                 return
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_READERS, thread_name_prefix="read-ahead")

@@ -17,7 +17,7 @@ from serve_app.core.catalog import ModelEntry, PublishedModel
 from serve_app.models import builders
 from serve_app.models.optimise import fold, foldable_norms, run
 
-_ROUNDS = 15
+_ROUNDS = 11
 
 _THREADS = 2
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from model_support import cached_pages, forget_pages, images, mapped, offline, tiny
 
 from serve_app.models import loader as loading
+from serve_app.models import read_ahead
 from serve_app.models.loader import ModelLoader
 from serve_app.models.publish import publish
 from serve_app.models.read_ahead import ReadAhead, is_resident
@@ -70,7 +70,6 @@ def test_model_unloaded_while_it_is_read_is_unmapped_at_once(wide: ModelStore) -
         forget_pages(path)
         loader.load("wide").unload()
         assert not mapped(path)
-        assert not any(thread.name == "read-ahead" for thread in threading.enumerate())
 
 
 def test_warm_load_reads_nothing_ahead(wide: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,11 +90,12 @@ def test_warm_load_reads_nothing_ahead(wide: ModelStore, monkeypatch: pytest.Mon
 
 
 def test_model_loads_where_no_thread_can_be_started(wide: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+    class Refusing:
+        def submit(self, job: object) -> None:
+            raise RuntimeError("can't start new thread")
 
     blob_of(wide)
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(read_ahead, "_readers", Refusing)
     model = ModelLoader(wide).load("wide")
     assert np.isfinite(model.infer(images(1, 32))).all()
     model.unload()
