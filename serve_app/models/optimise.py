@@ -27,8 +27,7 @@ logger = logging.getLogger(__name__)
 #: Largest difference of logits that comes from rounding alone, in parts of the largest logit.
 ROUNDING = 1e-4
 
-#: Differences below this are rounding, however small all logits are.
-_NOISE = 1e-6
+_TINY = float(np.finfo(np.float32).tiny)
 
 _NORM_AFTER: dict[type, type] = {
     nn.Conv1d: nn.BatchNorm1d,
@@ -84,7 +83,7 @@ def run(module: nn.Module, images: torch.Tensor, *, channels_last: bool, dtype: 
 
 def largest_difference(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
     """By how much logits differ at most, in parts of the largest expected one; NaN if any is not finite."""
-    return float(np.max(np.abs(actual - expected)) / (np.max(np.abs(expected)) + _NOISE / ROUNDING))
+    return float(np.max(np.abs(actual - expected)) / max(float(np.max(np.abs(expected))), _TINY))
 
 
 def foldable_norms(module: nn.Module, name: str) -> tuple[FoldedNorm, ...]:

@@ -24,7 +24,7 @@ from serve_app.models.zoo import Metadata
 
 #: Largest difference allowed between the logits of the stored and of the directly built model, in parts of the largest
 #: logit, by what the stored one computes in: bfloat16 has eight bits, and their rounding adds up over the layers.
-TOLERANCE: dict[Dtype, float] = {"float32": ROUNDING, "bfloat16": 0.1}
+TOLERANCE: dict[Dtype, float] = {"float32": ROUNDING, "bfloat16": 0.05}
 
 Step = Literal["writing", "verifying", "measuring", "published"]
 

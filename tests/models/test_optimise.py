@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import numpy as np
@@ -109,14 +110,14 @@ def test_weights_lie_in_the_order_of_their_use(store: ModelStore) -> None:
     assert [place.name.partition(".")[0] for place in places] == ["first"] * 2 + ["second"] * 2 + ["head"] * 2
 
 
-def test_weights_that_only_functions_use_lie_in_order_as_well(shared: ModelStore) -> None:
+def test_weights_that_only_functions_use_lie_in_order_as_well() -> None:
     """Attention hands its weights to a function; no module is called that owns them."""
     module = builders.build(vision("vit_b_16"), "random:1")
     order = order_of_use(module, torch.zeros(1, 3, 224, 224), Execution(), torch.float32)
     layers = [f"encoder.layers.encoder_layer_{number}.self_attention" for number in range(12)]
     used = [name for layer in layers for name in (f"{layer}.in_proj_weight", f"{layer}.out_proj.weight")]
     assert sorted(used, key=order.__getitem__) == used
-    assert max(order.values()) == order["heads.head.weight"] or order["heads.head.bias"]
+    assert max(order, key=order.__getitem__).startswith("heads.head.")
 
 
 def test_what_the_probe_does_not_use_comes_last() -> None:
@@ -149,7 +150,7 @@ def test_model_in_bfloat16_takes_half_the_memory_and_answers_nearly_alike(store:
         answers.append(model.infer(batch))
         model.unload()
     assert answers[1].dtype == np.float32
-    np.testing.assert_allclose(answers[1], answers[0], atol=0.1 * np.abs(answers[0]).max())
+    np.testing.assert_allclose(answers[1], answers[0], atol=0.05 * np.abs(answers[0]).max())
     assert not np.array_equal(answers[1], answers[0])
 
 
@@ -159,8 +160,6 @@ def test_another_dtype_in_the_catalogue_is_published_again(store: ModelStore) ->
 
 
 def test_builder_without_the_folded_layers_is_refused(store: ModelStore) -> None:
-    import dataclasses
-
     publish(store, [tiny("m", "Convolved")], reachable=offline)
     manifest = store.manifest("m")
     execution = Execution(folded=(FoldedNorm(conv="tenth", norm="tenth_norm"),))
