@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import threading
 import time
 from pathlib import Path
 
@@ -70,6 +72,25 @@ def test_model_unloaded_while_it_is_read_is_unmapped_at_once(wide: ModelStore) -
         forget_pages(path)
         loader.load("wide").unload()
         assert not mapped(path)
+
+
+def test_stop_waits_for_the_step_under_way_and_no_other_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was unmapped may be somebody else's memory at once."""
+    entered, stopped, touched = threading.Event(), threading.Event(), []
+
+    class Disk:
+        def madvise(self, address: int, length: int, advice: int) -> int:
+            entered.set()
+            touched.append((address, stopped.wait(0.2)))
+            return 0
+
+    monkeypatch.setattr(read_ahead, "_libc", Disk())
+    with mmap.mmap(-1, 64 << 20) as memory:
+        reader = ReadAhead(memory, 0)
+        assert entered.wait(10)
+        reader.stop()
+        stopped.set()
+    assert touched == [(0, False)]
 
 
 def test_warm_load_reads_nothing_ahead(wide: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
