@@ -403,6 +403,11 @@ def ray_temp_dir() -> Path:
     return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
 
 
+def lines_dir() -> Path:
+    """Where this user's workers on this machine listen for routers; socket paths must be short."""
+    return ray_temp_dir() / f"edgeserve-{os.getuid()}"
+
+
 def state_dir() -> Path:
     """Where this user's EdgeServe remembers what it has started."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "edgeserve"

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from serve_app.config import EdgeSettings, LocationSettings, find, load_catalog, load_edge, load_token
+from serve_app.config import EdgeSettings, LocationSettings, find, lines_dir, load_catalog, load_edge, load_token
 from serve_app.core.budget import Budget, divide
 from serve_app.core.cache import ModelCache
 from serve_app.core.catalog import Catalog, ModelEntry
@@ -31,6 +31,7 @@ from serve_app.errors import ConfigError
 from serve_app.models.store import ModelStore
 from serve_app.serving.coordinator import CoordinatorLink
 from serve_app.serving.http import HttpSettings, build_http_app
+from serve_app.serving.line import Exchange
 from serve_app.serving.metrics import RouterMetrics, WorkerMetrics
 from serve_app.serving.model_host import ModelHost
 from serve_app.serving.router import Router
@@ -211,6 +212,11 @@ class _WorkerReplica:
             memory=WorkerMemory(budget, read=process_memory, give_back=give_back_free_memory),
             max_pixels=settings.limits.image_pixels,
         )
+        self._exchange = Exchange(self._worker.infer)
+        try:
+            await self._exchange.open(lines_dir(), replica)
+        except OSError as error:
+            logger.warning("routers of this host must take the long way, by Serve: %s", error)
         await self._worker.preload_pinned()
         self._worker.start(settings.coordinator.report_every)
 
@@ -268,6 +274,9 @@ class _WorkerReplica:
         return await self._worker.unload(model_id)
 
     async def __del__(self) -> None:
+        # By now Serve has seen its own calls through. Routers learn in here that they should ask others.
+        await self._worker.leave()
+        await self._exchange.close()
         await self._worker.stop()
 
 
@@ -286,7 +295,7 @@ class _RouterReplica:
             home=deployed.location or settings.gateway_location,
             stands_in=deployed.location is None,
             rules=deployed.rules(catalog),
-            pool=ServeWorkerPool(),
+            pool=ServeWorkerPool(lines_dir()),
             link=deployed.link(catalog),
             metrics=RouterMetrics(serve.get_replica_context().replica_id.unique_id),
             request_time_s=settings.limits.request_time,

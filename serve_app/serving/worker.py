@@ -118,6 +118,7 @@ class Worker:
         self._holding = holding
         self._keeper = Keeper(identity.replica, identity.location, holding.min_copies)
         self._is_leaving = False
+        self._has_left = False
         self._report_every_s = 0.0
         self._clock = clock
         self._view = View()
@@ -137,12 +138,19 @@ class Worker:
         self._report_every_s = report_every_s
         self._reporting = asyncio.get_running_loop().create_task(every(report_every_s, self._report))
 
-    async def stop(self) -> None:
-        """Hand popular models over, leave the directory and give all memory back."""
+    async def leave(self) -> None:
+        """Hand popular models over and leave the directory; who asks nevertheless is still served."""
+        if self._has_left:
+            return
+        self._has_left = True
         if self._reporting is not None:
             self._reporting.cancel()
         await self._hand_over()
         await self._link.depart(self._identity.replica)
+
+    async def stop(self) -> None:
+        """Leave, and give all memory back."""
+        await self.leave()
         # A request that was given up may still run in its thread, on the weights that would be taken away.
         await asyncio.to_thread(self._executors.shutdown)
         self._host.close()

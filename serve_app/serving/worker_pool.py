@@ -1,4 +1,4 @@
-"""The way from routers to workers: Serve handles, each call aimed at one replica."""
+"""The way from routers to workers: lines on the same host, else Serve handles; each call aimed at one replica."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import random
 import time
 from collections.abc import Awaitable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -14,6 +15,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostErro
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from serve_app.serving.line import Line, LineBroken, connect
 from serve_app.serving.messages import Refused, Reply, Work
 from serve_app.serving.router import WorkerLost
 
@@ -80,14 +82,37 @@ class NamedReplicaRouter(RequestRouter):  # type: ignore[misc]
 
 
 class ServeWorkerPool:
-    """All workers of the cluster; a location's application is looked up when it is first needed."""
+    """All workers of the cluster; a location's application is looked up when it is first needed.
 
-    def __init__(self) -> None:
+    Args:
+        lines: the folder in which workers of this host listen.
+    """
+
+    def __init__(self, lines: Path) -> None:
         self._handles: dict[str, Any] = {}
+        self._folder = lines
+        self._lines: dict[str, Line] = {}
 
     async def infer(self, location: str, replica: str | None, work: Work) -> Reply:
         """Run one inference; raises ``WorkerLost``."""
+        try:
+            line = None if replica is None else self._lines.get(replica) or await self._connect(replica)
+            if line is not None:
+                return await line.infer(work)
+        except LineBroken as error:
+            self._lines.pop(replica or "", None)
+            raise WorkerLost(str(error)) from error
         return await _call(self._handle(location).infer.remote(work, replica=replica))
+
+    async def _connect(self, replica: str) -> Line | None:
+        line = await connect(self._folder, replica)
+        if line is None:
+            return None
+        self._lines = {name: known for name, known in self._lines.items() if not known.is_broken}
+        # Another call may have connected meanwhile.
+        if self._lines.setdefault(replica, line) is not line:
+            line.hang_up()
+        return self._lines[replica]
 
     async def ping(self, location: str, payload: bytes) -> None:
         """Go to any replica of a location and back; raises ``WorkerLost``."""
