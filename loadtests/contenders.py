@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from loadtests import plain_serve
 from loadtests.here import HOST, ROOT, StartError, clean_environment, free_port
 from loadtests.wire import binary_infer, request
 
+Shape = tuple[int, ...]
 MLSERVER = "mlserver==1.7.*"
 _INSTALL_S, _READY_S, _STOP_S = 420.0, 90.0, 30.0
 
@@ -33,10 +34,10 @@ class Contender:
 
     name: str
     port: int
-    requests: dict[tuple[int, ...], bytes]
+    requests: Mapping[Shape, bytes]
 
 
-def ours(port: int, models: dict[tuple[int, ...], str]) -> Contender:
+def ours(port: int, models: Mapping[Shape, str]) -> Contender:
     """EdgeServe at ``port``; ``models`` are paths by the shape that they take."""
     requests = {}
     for shape, path in models.items():
@@ -46,7 +47,7 @@ def ours(port: int, models: dict[tuple[int, ...], str]) -> Contender:
 
 
 @contextmanager
-def mlserver(shapes: tuple[tuple[int, ...], ...]) -> Iterator[Contender]:
+def mlserver(shapes: Sequence[Shape]) -> Iterator[Contender]:
     """MLServer without worker processes, logs and metrics.
 
     It does not know the binary tensor extension; the fastest that its REST takes is one base64 string for a large
@@ -84,7 +85,7 @@ def mlserver(shapes: tuple[tuple[int, ...], ...]) -> Iterator[Contender]:
 
 
 @contextmanager
-def default_serve(shapes: tuple[tuple[int, ...], ...]) -> Iterator[Contender]:
+def default_serve(shapes: Sequence[Shape]) -> Iterator[Contender]:
     """Ray Serve with its defaults: the Python proxy, an ingress, and a second deployment behind its handle.
 
     Raises:
@@ -116,10 +117,15 @@ def default_serve(shapes: tuple[tuple[int, ...], ...]) -> Iterator[Contender]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _mlserver_body(shape: tuple[int, ...]) -> bytes:
+def _mlserver_body(shape: Shape) -> bytes:
     data = np.arange(np.prod(shape), dtype="<f4")
     if len(data) > 100:
-        tensor = {"name": "input", "shape": [1], "datatype": "BYTES", "data": [base64.b64encode(data).decode()]}
+        tensor = {
+            "name": "input",
+            "shape": [1],
+            "datatype": "BYTES",
+            "data": [base64.b64encode(data.tobytes()).decode()],
+        }
     else:
         tensor = {"name": "input", "shape": shape, "datatype": "FP32", "data": data.tolist()}
     return orjson.dumps({"inputs": [tensor]})

@@ -86,9 +86,7 @@ def edgeserve(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _configure(
-    here: Here, models: Mapping[str, Any], locations: Mapping[str, Any], edge: Mapping[str, Any]
-) -> None:
+def _configure(here: Here, models: Mapping[str, Any], locations: Mapping[str, Any], edge: Mapping[str, Any]) -> None:
     applications = [
         {
             "name": name,

@@ -21,12 +21,13 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from loadtests.contenders import Contender, default_serve, mlserver, ours
+from loadtests.contenders import Contender, Shape, default_serve, mlserver, ours
 from loadtests.here import HOST, StartError, edgeserve
 from loadtests.wire import Reply, WireError, ask_many
 
-IMAGE, TINY = (1, 3, 224, 224), (1, 3, 4, 4)
-_NAMES = {IMAGE: "602 kB", TINY: "192 B"}
+IMAGE: Shape = (1, 3, 224, 224)
+TINY: Shape = (1, 3, 4, 4)
+_NAMES: dict[Shape, str] = {IMAGE: "602 kB", TINY: "192 B"}
 _MANY = 16
 _WARM_UP = 50
 
@@ -54,17 +55,13 @@ def measure(contenders: Sequence[Contender], rounds: int, count: int) -> list[di
                 for contender in order:
                     each = _WARM_UP if turn < 0 else math.ceil(count / connections)
                     message = contender.requests[shape]
-                    replies = asyncio.run(
-                        ask_many(HOST, contender.port, message, count=each, connections=connections)
-                    )
+                    replies = asyncio.run(ask_many(HOST, contender.port, message, count=each, connections=connections))
                     if turn >= 0:
                         rows.append(_row(turn, shape, connections, contender.name, replies))
     return rows
 
 
-def _row(
-    turn: int, shape: tuple[int, ...], connections: int, name: str, replies: Sequence[Reply]
-) -> dict[str, Any]:
+def _row(turn: int, shape: Shape, connections: int, name: str, replies: Sequence[Reply]) -> dict[str, Any]:
     overheads = [(reply.seconds - reply.exec_s) * 1000 for reply in replies]
     return {
         "round": turn,

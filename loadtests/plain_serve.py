@@ -1,4 +1,4 @@
-"""What Ray Serve does by default: an ingress deployment that calls a second one by its handle, behind Serve's own proxy.
+"""What Ray Serve does by default: behind its own proxy, an ingress deployment calls a second one by its handle.
 
 ``python -m loadtests.plain_serve PORT`` serves until its standard input ends.
 """
@@ -46,7 +46,10 @@ def main() -> None:
     ray.init(address="local", include_dashboard=False, num_cpus=4, log_to_driver=False, logging_level=logging.ERROR)
     serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
     # Without access logs, like the others.
-    serve.run(Ingress.bind(Model.bind()), logging_config={"enable_access_log": False})
+    serve.run(
+        Ingress.bind(Model.bind()),  # type: ignore[attr-defined]
+        logging_config={"enable_access_log": False},
+    )
     sys.stdout.write(f"{READY}\n")
     sys.stdout.flush()
     sys.stdin.read()

@@ -130,9 +130,10 @@ async def ask_many(host: str, port: int, message: bytes, *, count: int, connecti
 
     try:
         async with asyncio.timeout(_ANSWER_S):
-            replies = sum(await asyncio.gather(*(ask_in_turn() for _ in range(connections))), [])
+            asked = await asyncio.gather(*(ask_in_turn() for _ in range(connections)))
     except TimeoutError:
         raise WireError(f"{host}:{port} did not answer {count} requests within {_ANSWER_S:.0f} s") from None
+    replies = [reply for one in asked for reply in one]
     for reply in replies:
         if reply.status != 200:
             raise WireError(f"{host}:{port} answered {reply.status}: {reply.body[:200].decode(errors='replace')}")

@@ -15,7 +15,7 @@ from http import HTTPStatus
 from typing import Any
 
 import orjson
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.responses import PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -39,6 +39,7 @@ from serve_app.errors import (
 )
 from serve_app.models.images import top_k
 from serve_app.serving import oip
+from serve_app.serving.hot_path import HotPath, Incoming
 from serve_app.serving.router import Query, Router, Served
 from serve_app.serving.status import cluster_status
 
@@ -52,6 +53,7 @@ _MAX_TOP_K = 1000
 #: Bodies above this size are checked in a thread: looking at every number takes milliseconds.
 _LARGE_BODY_BYTES = 2 * 2**20
 
+_JSON_LENGTH = oip.JSON_LENGTH_HEADER.lower()
 _INFER_TYPES = frozenset({"", "application/json", "application/octet-stream"})
 _IMAGE_TYPES = frozenset({"image/jpeg", "image/png", "image/webp", "application/octet-stream"})
 
@@ -114,14 +116,15 @@ class Endpoints:
 
     async def infer(self, request: Request) -> Response:
         """Open Inference Protocol: inference on a tensor."""
+        # By the hot path it comes with an `Incoming`; what is written here is for the API description.
         with self._counting_errors(request, request.path_params["model"]):
             return await self._infer(request)
 
-    async def _infer(self, request: Request) -> Response:
+    async def _infer(self, request: Incoming) -> Response:
         models = self._named(request)
         self._router.require_room()
         _check_type(request, _INFER_TYPES, "application/json or application/octet-stream")
-        json_length = oip.parse_json_length(request.headers.get(oip.JSON_LENGTH_HEADER))
+        json_length = oip.parse_json_length(request.headers.get(_JSON_LENGTH))
         body = await self._body(request)
         json_bytes = len(body) if json_length is None else json_length
         if json_bytes > _LARGE_JSON_BYTES or len(body) > _LARGE_BODY_BYTES:
@@ -245,7 +248,7 @@ class Endpoints:
         return parsed, oip.batch_for(parsed, model, self._settings.limits.batch)
 
     @contextlib.contextmanager
-    def _counting_errors(self, request: Request, name: str) -> Iterator[None]:
+    def _counting_errors(self, request: Incoming, name: str) -> Iterator[None]:
         """Count a request that fails; one that is served is counted by the router, with its outcome."""
         try:
             yield
@@ -258,7 +261,7 @@ class Endpoints:
             self._router.count(location, name, "error", status)
             raise
 
-    def _location(self, request: Request) -> str:
+    def _location(self, request: Incoming) -> str:
         here = self._settings.location
         name: str = request.headers.get("x-edge-location", here or self._settings.default_location)
         if here is not None and name != here:
@@ -267,11 +270,11 @@ class Endpoints:
             raise NotFound(f"no location is called {name[:64]!r}; there are {', '.join(self._router.locations)}")
         return name
 
-    def _named(self, request: Request) -> tuple[PublishedModel, ...]:
+    def _named(self, request: Incoming) -> tuple[PublishedModel, ...]:
         oip.check_version(request.path_params.get("version"))
         return self._router.models_named(request.path_params["model"])
 
-    async def _body(self, request: Request) -> bytes:
+    async def _body(self, request: Incoming) -> bytes:
         limit = self._settings.limits.body
         message = f"the body is larger than the limit of {limit} bytes; send a smaller one"
         if int(request.headers.get("content-length") or 0) > limit:
@@ -295,28 +298,31 @@ class TokenGate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 401 or 403."""
         if scope["type"] == "http" and not scope["path"].endswith(("/v2/health/live", "/v2/health/ready")):
-            error = self._error(dict(scope["headers"]).get(b"authorization"))
-            if error is not None:
+            try:
+                require_token(dict(scope["headers"]).get(b"authorization"), self._token)
+            except EdgeServeError as error:
                 await _error_response(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _error(self, header: bytes | None) -> EdgeServeError | None:
-        if header is None:
-            return Unauthenticated("this service asks for a token; send Authorization: Bearer <token>")
-        scheme, _, token = header.partition(b" ")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._token):
-            return Forbidden("the token is not the one of this service; ask its operator for it")
-        return None
+
+def require_token(header: bytes | None, expected: bytes) -> None:
+    """Raise ``Unauthenticated`` or ``Forbidden`` unless the header ``Authorization`` carries the token."""
+    if header is None:
+        raise Unauthenticated("this service asks for a token; send Authorization: Bearer <token>")
+    scheme, _, token = header.partition(b" ")
+    if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), expected):
+        raise Forbidden("the token is not the one of this service; ask its operator for it")
 
 
-def build_http_app(router: Router, settings: HttpSettings, scrape: Callable[[], Awaitable[str]]) -> FastAPI:
+def build_http_app(router: Router, settings: HttpSettings, scrape: Callable[[], Awaitable[str]]) -> HotPath:
     """The ASGI application of one router."""
-    app = FastAPI(
+    app = HotPath(
         title="EdgeServe", version=__version__, description="Many models from edge locations with little memory."
     )
     ends = Endpoints(router, settings, scrape)
-    routes: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
+    infer: list[tuple[str, str, Callable[[Any], Awaitable[Response]]]] = []
+    others: list[tuple[str, str, Callable[[Any], Awaitable[Response]]]] = [
         ("GET", "/v2", ends.server),
         ("GET", "/v2/health/live", ends.live),
         ("GET", "/v2/health/ready", ends.ready),
@@ -328,20 +334,32 @@ def build_http_app(router: Router, settings: HttpSettings, scrape: Callable[[], 
         ("POST", "/v2/repository/models/{model}/unload", ends.unload),
     ]
     for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
-        routes += [
-            ("GET", prefix, ends.model),
-            ("GET", f"{prefix}/ready", ends.model_ready),
-            ("POST", f"{prefix}/infer", ends.infer),
-        ]
-    for method, path, handler in routes:
+        infer.append(("POST", f"{prefix}/infer", ends.infer))
+        others += [("GET", prefix, ends.model), ("GET", f"{prefix}/ready", ends.model_ready)]
+    # Serve looks for the route of every request from the first one on, to call its metrics by it.
+    for method, path, handler in (*infer, *others):
         app.add_api_route(path, handler, methods=[method], response_class=Response)
     app.add_exception_handler(EdgeServeError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_fault)
-    if settings.token is not None:
-        app.add_middleware(TokenGate, token=settings.token)
+    token = settings.token
+    if token is not None:
+        app.add_middleware(TokenGate, token=token)
+    app.infer = ends.infer
+    app.on_error = _on_any_error
+
+    def admit(headers: Mapping[str, str]) -> None:
+        if token is not None:
+            header = headers.get("authorization")
+            require_token(None if header is None else header.encode("latin-1"), token.encode())
+
+    app.admit = admit
     return app
+
+
+async def _on_any_error(request: Request, error: Exception) -> Response:
+    return await (_on_error if isinstance(error, EdgeServeError) else _on_fault)(request, error)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
@@ -390,7 +408,7 @@ def _error_response(error: EdgeServeError, more_headers: Mapping[str, str] | Non
     return JsonResponse({"error": error.message}, error.status, headers)
 
 
-def _check_type(request: Request, accepted: frozenset[str], wording: str) -> None:
+def _check_type(request: Incoming, accepted: frozenset[str], wording: str) -> None:
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
         raise UnsupportedMediaType(f"Content-Encoding {encoding[:32]!r} is not accepted here; send the body as it is")

@@ -34,6 +34,8 @@ FAST_INGRESS = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # And would refuse to hand a router's request to a worker beyond 4 MiB: seven images.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",
+    # Inference watches by itself whether its client hangs up; Serve would take longer to do so.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.serving.hot_path:middlewares",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }

@@ -327,11 +327,18 @@ class Router:
             served = await self._see_through(query, self._pick(query), began_s)
         finally:
             self._inflight -= 1
-        self.count(query.location, served.model.model_id, served.outcome.value, HTTPStatus.OK)
-        self._metrics.request_seconds.observe(
-            self._clock() - began_s, tags={"location": query.location, "outcome": served.outcome.value}
-        )
+        # Measuring takes a while, so the answer goes first.
+        asyncio.get_running_loop().call_soon(self._measure, query, served, self._clock() - began_s)
         return served
+
+    def _measure(self, query: Query, served: Served, seconds: float) -> None:
+        outcome = served.outcome.value
+        self.count(query.location, served.model.model_id, outcome, HTTPStatus.OK)
+        self._metrics.request_seconds.observe(seconds, tags={"location": query.location, "outcome": outcome})
+        if served.location != query.location:
+            way = {"from_location": query.location, "to_location": served.location}
+            self._metrics.forwards.inc(tags=way)
+            self._metrics.forward_seconds.observe(served.forward_s, tags=way)
 
     def _pick(self, query: Query) -> PublishedModel:
         """The model of that name; of a family, the most accurate that is expected to meet the deadline."""
@@ -477,9 +484,6 @@ class Router:
         self._ways.add(plan.location, query.payload_bytes, way_s)
         if plan.location != query.location:
             outcome, forward_s = Outcome.FORWARD, way_s
-            way = {"from_location": query.location, "to_location": plan.location}
-            self._metrics.forwards.inc(tags=way)
-            self._metrics.forward_seconds.observe(forward_s, tags=way)
         return Served(
             model=model,
             location=plan.location,

@@ -324,7 +324,8 @@ class Worker:
         else:
             self._exec_s.add(model.model_id, exec_s / len(batch))
         self._count(work.origin, lease.outcome)
-        self._metrics.executed(model.model_id, lease.wait_s + queue_s, exec_s)
+        # Measuring takes a while, so the answer goes first.
+        asyncio.get_running_loop().call_soon(self._metrics.executed, model.model_id, lease.wait_s + queue_s, exec_s)
         return Done(
             logits=logits,
             outcome=lease.outcome,
@@ -345,23 +346,42 @@ class Worker:
         expected_s = self._exec_s.seconds.get(lease.model_id, model.profile.exec_s)
         asked_s = self._clock()
 
-        def run() -> tuple[FloatArray, float, float]:
-            with self._memory.workspace(model.workspace_bytes):
-                began_s = self._clock()
-                return lease.runnable.infer(batch), began_s, self._clock()
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[tuple[FloatArray, float, float]] = loop.create_future()
+
+        def run() -> None:
+            try:
+                with self._memory.workspace(model.workspace_bytes):
+                    began_s = self._clock()
+                    result = lease.runnable.infer(batch), began_s - asked_s, self._clock() - began_s
+            except BaseException as error:
+                loop.call_soon_threadsafe(end, error)
+            else:
+                loop.call_soon_threadsafe(end, result)
+
+        def end(result: tuple[FloatArray, float, float] | BaseException) -> None:
+            # In any case: the thread of a cancelled request runs on, and its model must stay until it is done.
+            self._executed(lease, expected_s)
+            if done.cancelled():
+                return
+            if isinstance(result, BaseException):
+                done.set_exception(result)
+            else:
+                done.set_result(result)
 
         self._queue.add(expected_s)
-        loop = asyncio.get_running_loop()
         try:
             job = self._executors.submit(run)
         except RuntimeError as error:
             # This worker is shut down, or the machine has no thread left; another worker may do better.
             self._executed(lease, expected_s)
             raise Unavailable(f"a worker of {self._identity.location} cannot run inferences: {error}") from error
-        # Not when this coroutine ends: a cancelled request's thread runs on, and its model must stay until it is done.
-        job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._executed, lease, expected_s))
-        logits, began_s, ended_s = await asyncio.wrap_future(job)
-        return logits, began_s - asked_s, ended_s - began_s
+        try:
+            return await done
+        except asyncio.CancelledError:
+            if job.cancel():
+                self._executed(lease, expected_s)
+            raise
 
     def _executed(self, lease: Lease, expected_s: float) -> None:
         self._queue.remove(expected_s)
