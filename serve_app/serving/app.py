@@ -312,7 +312,9 @@ class _RouterReplica:
             limits=settings.limits,
             token=self._token,
         )
-        return build_http_app(self._router, http, MetricsScraper().scrape)
+        app = build_http_app(self._router, http, MetricsScraper().scrape)
+        app.take_over()
+        return app
 
     async def reconfigure(self, user_config: Any) -> None:
         """Called by Serve, once after the constructor and whenever the configuration has changed."""
@@ -325,6 +327,10 @@ class _RouterReplica:
         )
         self._deployed = deployed
         logger.info("going on with the new configuration")
+
+    async def __del__(self) -> None:
+        # Serve has waited for the requests that it knows of; those of the hot path it does not.
+        await self._router.drained()
 
 
 _COMMON: dict[str, Any] = {

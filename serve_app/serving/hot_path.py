@@ -1,9 +1,11 @@
-"""The short way for inference through HTTP: what FastAPI and Starlette do for every other address, takes half of a hit.
+"""The short way for inference through HTTP; what is done for every other address takes most of the time of a hit.
 
 ``HotPath`` is the FastAPI application, but for ``POST .../infer``, which it reads straight from ASGI.
 
-``middlewares`` is for ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH``: Serve would run two more tasks and a queue for
-each request to see whether its client has hung up. The hot path looks for that itself, so Serve need not.
+``middlewares`` is for ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH``. With it, inference goes from Serve's HTTP server
+to the application of this process without what Serve does in between: its accounts, its access log, and the tasks that
+watch whether the client hangs up, which the hot path sees by itself. So whoever shuts the application down must wait
+for requests under way, as Serve does for its own.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
@@ -20,9 +22,6 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 _INFER = re.compile("/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
-
-#: Serve's own word for it.
-_WATCH_YOURSELF = (b"x-request-disconnect-disabled", b"?1")
 
 
 class Incoming(Protocol):
@@ -91,17 +90,32 @@ class HotPath(FastAPI):
     #: Raises what keeps a request with these headers out.
     admit: Callable[[Mapping[str, str]], None]
 
+    #: Where the application is mounted, as Serve says with the requests that go through it.
+    _prefix: str | None = None
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Called by the server with one request."""
-        if scope["type"] == "http" and scope["method"] == "POST":
-            found = _INFER.fullmatch(scope["path"].removeprefix(scope.get("root_path", "")))
-            if found is not None:
-                request = BareRequest(scope, receive, {"model": found[1], "version": found[2]})
-                response = await self._answer(scope, request)
-                if response is not None:
-                    await response(scope, receive, send)
-                return
-        await super().__call__(scope, receive, send)
+        """Called by Serve with one request."""
+        self._prefix = scope.get("root_path", "")
+        if not await self.take(scope, receive, send):
+            await super().__call__(scope, receive, send)
+
+    async def take(self, scope: Scope, receive: Receive, send: Send) -> bool:
+        """Answer a request if it is inference; whether it was."""
+        if scope["type"] != "http" or scope["method"] != "POST" or self._prefix is None:
+            return False
+        path: str = scope["path"]
+        found = _INFER.fullmatch(path, len(self._prefix)) if path.startswith(self._prefix) else None
+        if found is None:
+            return False
+        request = BareRequest(scope, receive, {"model": found[1], "version": found[2]})
+        response = await self._answer(scope, request)
+        if response is not None:
+            await response(scope, receive, send)
+        return True
+
+    def take_over(self) -> None:
+        """Be the application that ``middlewares`` of this process hand inference to."""
+        ShortCut.application = self
 
     async def _answer(self, scope: Scope, request: BareRequest) -> Response | None:
         """The response, or None: the client has hung up, and what was done for it is cancelled."""
@@ -120,19 +134,34 @@ class HotPath(FastAPI):
             request.close()
 
 
-class LetAppWatch:
-    """Tells Serve that the application itself notices when a client hangs up."""
+class BareResponse(Response):
+    """A response of bytes; ``headers`` are written as they are."""
+
+    def __init__(self, body: bytes, headers: Mapping[str, str]) -> None:
+        # Not that of the base class: to look whether any header is missing takes longer than to write them all.
+        self.status_code = 200
+        self.body = body
+        self.background = None
+        self.raw_headers = [
+            (name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()
+        ]
+        self.raw_headers.append((b"content-length", str(len(body)).encode()))
+
+
+class ShortCut:
+    """Takes inference past Serve, and hands everything else on to it."""
+
+    application: ClassVar[HotPath | None] = None
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on."""
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith("/infer"):
-            scope["headers"] = [*scope["headers"], _WATCH_YOURSELF]
-        await self._app(scope, receive, send)
+        """Called by Serve's HTTP server with one request."""
+        if self.application is None or not await self.application.take(scope, receive, send):
+            await self._app(scope, receive, send)
 
 
 def middlewares() -> list[Middleware]:
     """What Serve puts around the application of every replica that takes HTTP."""
-    return [Middleware(LetAppWatch)]
+    return [Middleware(ShortCut)]

@@ -39,7 +39,7 @@ from serve_app.errors import (
 )
 from serve_app.models.images import top_k
 from serve_app.serving import oip
-from serve_app.serving.hot_path import HotPath, Incoming
+from serve_app.serving.hot_path import BareResponse, HotPath, Incoming
 from serve_app.serving.router import Query, Router, Served
 from serve_app.serving.status import cluster_status
 
@@ -54,6 +54,9 @@ _MAX_TOP_K = 1000
 _LARGE_BODY_BYTES = 2 * 2**20
 
 _JSON_LENGTH = oip.JSON_LENGTH_HEADER.lower()
+#: So much memory is taken before a body has arrived, on its word that it will be as long; the rest when it comes.
+_PREPARED_BYTES = 2**20
+
 _INFER_TYPES = frozenset({"", "application/json", "application/octet-stream"})
 _IMAGE_TYPES = frozenset({"image/jpeg", "image/png", "image/webp", "application/octet-stream"})
 
@@ -149,7 +152,7 @@ class Endpoints:
             outputs={served.model.outputs[0].name: served.logits},
             labels=served.model.labels,
         )
-        return Response(encoded.body, headers={**encoded.headers, **_headers(served)})
+        return BareResponse(encoded.body, {**encoded.headers, **_headers(served)})
 
     async def classify(self, request: Request) -> Response:
         """The best labels for one JPEG, PNG or WebP image."""
@@ -173,7 +176,7 @@ class Endpoints:
             Query(
                 name=name,
                 location=self._location(request),
-                payload=body,
+                payload=bytes(body),
                 deadline_s=_seconds(options.deadline_ms),
                 min_accuracy=options.min_accuracy,
                 forwarding=Forwarding(options.forward),
@@ -240,7 +243,7 @@ class Endpoints:
         return PlainTextResponse(await self._scrape(), media_type="text/plain; version=0.0.4")
 
     def _parse(
-        self, body: bytes, json_length: int | None, models: tuple[PublishedModel, ...]
+        self, body: bytearray, json_length: int | None, models: tuple[PublishedModel, ...]
     ) -> tuple[oip.InferRequest, Any]:
         parsed = oip.parse_infer(body, json_length)
         model = next((model for model in models if oip.fits(parsed, model)), models[0])
@@ -274,18 +277,22 @@ class Endpoints:
         oip.check_version(request.path_params.get("version"))
         return self._router.models_named(request.path_params["model"])
 
-    async def _body(self, request: Incoming) -> bytes:
+    async def _body(self, request: Incoming) -> bytearray:
         limit = self._settings.limits.body
         message = f"the body is larger than the limit of {limit} bytes; send a smaller one"
-        if int(request.headers.get("content-length") or 0) > limit:
+        expected = int(request.headers.get("content-length") or 0)
+        if expected > limit:
             raise PayloadTooLarge(message)
-        chunks, size = [], 0
+        # Chunks are put in their place while later ones are on their way, and the worker may write into it: torch wants
+        # its inputs so, and would have them copied otherwise.
+        body, size = bytearray(min(expected, _PREPARED_BYTES)), 0
         async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
+            if size + len(chunk) > limit:
                 raise PayloadTooLarge(message)
-            chunks.append(chunk)
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            body[size : size + len(chunk)] = chunk
+            size += len(chunk)
+        del body[size:]
+        return body
 
 
 class TokenGate:

@@ -66,7 +66,7 @@ def parse_json_length(header: str | None) -> int | None:
     return int(header)
 
 
-def parse_infer(body: bytes | memoryview, json_length: int | None) -> InferRequest:
+def parse_infer(body: bytes | bytearray | memoryview, json_length: int | None) -> InferRequest:
     """Parse an inference request; binary tensors stay views of ``body``, so it must not change while they live.
 
     Args:

@@ -149,6 +149,7 @@ class Router:
         self._max_inflight = max_inflight
         self._clock = clock
         self._inflight = 0
+        self._idle = asyncio.Event()
         self._calls: dict[str, set[asyncio.Timeout]] = {}
         self._listening: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[None] | None = None
@@ -316,6 +317,12 @@ class Router:
         if self._inflight >= self._max_inflight:
             raise Unavailable(f"{self._inflight} requests are under way already; try again later")
 
+    async def drained(self) -> None:
+        """Wait until no request is under way."""
+        while self._inflight:
+            self._idle.clear()
+            await self._idle.wait()
+
     async def serve(self, query: Query) -> Served:
         """Answer a query; raises the tree of ``errors.py``, and anything else only for a fault of ours."""
         if query.location not in self.locations:
@@ -327,6 +334,8 @@ class Router:
             served = await self._see_through(query, self._pick(query), began_s)
         finally:
             self._inflight -= 1
+            if not self._inflight:
+                self._idle.set()
         # Measuring takes a while, so the answer goes first.
         asyncio.get_running_loop().call_soon(self._measure, query, served, self._clock() - began_s)
         return served
