@@ -34,6 +34,7 @@ from serve_app.serving.http import HttpSettings, build_http_app
 from serve_app.serving.line import Exchange
 from serve_app.serving.metrics import RouterMetrics, WorkerMetrics
 from serve_app.serving.model_host import ModelHost
+from serve_app.serving.priority import let_others_go_first, switch_soon
 from serve_app.serving.router import Router
 from serve_app.serving.scrape import MetricsScraper
 from serve_app.serving.worker import HoldingRules, Worker, WorkerIdentity
@@ -174,6 +175,7 @@ class _WorkerReplica:
         if location is None or location != context.app_name:
             raise ConfigError(f"application {context.app_name!r} must have the name of its location, {location!r}")
         use_threads(settings.worker.threads_per_inference)
+        switch_soon()
         self._deployed = deployed
         self._loader = loader = ModelLoader(
             ModelStore(settings.store), release_page_cache=settings.worker.release_page_cache
@@ -197,9 +199,9 @@ class _WorkerReplica:
             host=ModelHost(
                 cache=cache,
                 backend=loader,
-                loaders=ThreadPoolExecutor(settings.worker.parallel_loads, thread_name_prefix="load"),
+                loaders=_patient_threads(settings.worker.parallel_loads, "load"),
                 # Without preloads it starts no thread; an executor of none does not exist.
-                preloaders=ThreadPoolExecutor(max(1, settings.worker.parallel_preloads), thread_name_prefix="preload"),
+                preloaders=_patient_threads(max(1, settings.worker.parallel_preloads), "preload"),
                 clock=time.monotonic,
                 call_at=asyncio.get_running_loop().call_at,
                 observer=metrics,
@@ -278,6 +280,10 @@ class _WorkerReplica:
         await self._worker.leave()
         await self._exchange.close()
         await self._worker.stop()
+
+
+def _patient_threads(count: int, name: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix=name, initializer=let_others_go_first)
 
 
 class _RouterReplica:

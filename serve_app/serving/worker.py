@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 from serve_app.core.answers import ModelState
 from serve_app.core.budget import Budget
@@ -25,7 +26,8 @@ from serve_app.models.images import decode_image, preprocess
 from serve_app.serving.coordinator import CoordinatorLink, every
 from serve_app.serving.messages import Done, FloatArray, NotHeld, Refused, Reply, Work
 from serve_app.serving.metrics import WorkerMetrics
-from serve_app.serving.model_host import Lease, ModelHost
+from serve_app.serving.model_host import Lease, ModelHost, RunnableModel
+from serve_app.serving.priority import let_others_go_first
 from serve_app.serving.worker_memory import WorkerMemory
 
 logger = logging.getLogger(__name__)
@@ -110,6 +112,13 @@ class Worker:
         self._host = host
         self._exec_slots = exec_slots
         self._executors = ThreadPoolExecutor(exec_slots, thread_name_prefix="infer")
+        #: The first execution of a model that was loaded reads its weights from the disk and is slow, so it must not
+        #: keep others from a thread, nor from a processor.
+        self._first_executors = ThreadPoolExecutor(
+            exec_slots, thread_name_prefix="first", initializer=let_others_go_first
+        )
+        #: What has been executed since it was loaded.
+        self._warm: WeakSet[RunnableModel] = WeakSet()
         self._link = link
         self._rules = rules
         self._metrics = metrics
@@ -152,7 +161,8 @@ class Worker:
         """Leave, and give all memory back."""
         await self.leave()
         # A request that was given up may still run in its thread, on the weights that would be taken away.
-        await asyncio.to_thread(self._executors.shutdown)
+        for executors in (self._executors, self._first_executors):
+            await asyncio.to_thread(executors.shutdown)
         self._host.close()
 
     async def infer(self, work: Work) -> Reply:
@@ -367,11 +377,13 @@ class Worker:
             if isinstance(result, BaseException):
                 done.set_exception(result)
             else:
+                self._warm.add(lease.runnable)
                 done.set_result(result)
 
         self._queue.add(expected_s)
+        executors = self._executors if lease.runnable in self._warm else self._first_executors
         try:
-            job = self._executors.submit(run)
+            job = executors.submit(run)
         except RuntimeError as error:
             # This worker is shut down, or the machine has no thread left; another worker may do better.
             self._executed(lease, expected_s)
