@@ -192,7 +192,10 @@ class _Extension(_Framed):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by asyncio."""
         super().connection_made(transport)
-        self._exchange.extensions.add(self)
+        if self._exchange.is_closed:
+            self.hang_up()
+        else:
+            self._exchange.extensions.add(self)
 
     def connection_lost(self, error: Exception | None) -> None:
         """Called by asyncio: the router has gone, and nobody waits for what it asked for."""
@@ -282,6 +285,32 @@ async def connect(folder: Path, replica: str) -> Line | None:
         logger.warning("worker %s is asked by way of Serve: %s", replica, error)
         return None
     return line
+
+
+class Lines:
+    """A router's lines to the workers of its host, made when they are first needed.
+
+    Args:
+        folder: where those workers listen.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lines: dict[str, Line] = {}
+
+    async def to(self, replica: str) -> Line | None:
+        """The line to a worker; None if it is on another host; raises ``LineBroken`` if it has gone."""
+        known = self._lines.get(replica)
+        if known is not None and not known.is_broken:
+            return known
+        line = await connect(self._folder, replica)
+        if line is None:
+            return None
+        self._lines = {name: other for name, other in self._lines.items() if not other.is_broken}
+        # Another call may have connected meanwhile.
+        if self._lines.setdefault(replica, line) is not line:
+            line.hang_up()
+        return self._lines[replica]
 
 
 def _socket_path(folder: Path, replica: str) -> Path:

@@ -15,7 +15,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostErro
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from serve_app.serving.line import Line, LineBroken, connect
+from serve_app.serving.line import LineBroken, Lines
 from serve_app.serving.messages import Refused, Reply, Work
 from serve_app.serving.router import WorkerLost
 
@@ -90,29 +90,17 @@ class ServeWorkerPool:
 
     def __init__(self, lines: Path) -> None:
         self._handles: dict[str, Any] = {}
-        self._folder = lines
-        self._lines: dict[str, Line] = {}
+        self._lines = Lines(lines)
 
     async def infer(self, location: str, replica: str | None, work: Work) -> Reply:
         """Run one inference; raises ``WorkerLost``."""
         try:
-            line = None if replica is None else self._lines.get(replica) or await self._connect(replica)
+            line = None if replica is None else await self._lines.to(replica)
             if line is not None:
                 return await line.infer(work)
         except LineBroken as error:
-            self._lines.pop(replica or "", None)
             raise WorkerLost(str(error)) from error
         return await _call(self._handle(location).infer.remote(work, replica=replica))
-
-    async def _connect(self, replica: str) -> Line | None:
-        line = await connect(self._folder, replica)
-        if line is None:
-            return None
-        self._lines = {name: known for name, known in self._lines.items() if not known.is_broken}
-        # Another call may have connected meanwhile.
-        if self._lines.setdefault(replica, line) is not line:
-            line.hang_up()
-        return self._lines[replica]
 
     async def ping(self, location: str, payload: bytes) -> None:
         """Go to any replica of a location and back; raises ``WorkerLost``."""

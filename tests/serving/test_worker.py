@@ -452,3 +452,31 @@ def test_more_workspace_lets_those_run_that_wait_for_it() -> None:
         job = threads.submit(run)
         memory.divide(Budget(models_bytes=90, workspace_bytes=20))
         job.result(10)
+
+
+class SlowFirst(FakeBackend):
+    """Only model b waits for the gate."""
+
+    def load(self, model_id: str) -> FakeModel:
+        model = super().load(model_id)
+        if model_id != "b":
+            model._gate = threading.Event()
+            model._gate.set()
+        return model
+
+
+async def test_a_hit_does_not_wait_for_the_first_execution_of_another_model() -> None:
+    backend = SlowFirst()
+    async with running(backend) as worker:
+        for _ in range(2):
+            await worker.infer(work("a"))
+        backend.gate.clear()
+        first = asyncio.ensure_future(worker.infer(work("b")))
+        async with asyncio.timeout(10):
+            # There is one thread for inferences.
+            hit = await worker.infer(work("a"))
+        assert isinstance(hit, Done)
+        assert hit.outcome is Outcome.HIT
+        assert not first.done()
+        backend.gate.set()
+        assert isinstance(await first, Done)
