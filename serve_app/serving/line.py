@@ -276,6 +276,7 @@ async def connect(folder: Path, replica: str) -> Line | None:
     try:
         # A cheap look first: for workers elsewhere this is asked again with every call.
         path.lstat()
+        _require_own(folder)
         _, line = await asyncio.get_running_loop().create_unix_connection(Line, str(path))
     except FileNotFoundError:
         return None
@@ -320,6 +321,11 @@ def _socket_path(folder: Path, replica: str) -> Path:
 def _own(folder: Path) -> None:
     """Make the folder, or make sure that it is this user's and nobody else's."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _require_own(folder)
+
+
+def _require_own(folder: Path) -> None:
+    """Raise ``PermissionError`` unless only this user may enter: who answers in there is trusted."""
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise PermissionError(f"{folder} is not a folder that only this user may enter")

@@ -181,6 +181,13 @@ async def test_a_folder_that_others_may_enter_is_not_used(folder: Path) -> None:
     assert os.listdir(folder) == []
 
 
+async def test_who_answers_in_a_folder_that_others_may_enter_is_not_asked(folder: Path) -> None:
+    async with linked(folder, echo):
+        os.chmod(folder, 0o777)
+        assert await connect(folder, "paris-1") is None
+        os.chmod(folder, 0o700)
+
+
 async def test_calls_to_one_worker_share_a_line_and_a_broken_one_is_not_used_again(folder: Path) -> None:
     lines = Lines(folder)
     assert await lines.to("tokyo-1") is None
