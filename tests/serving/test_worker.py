@@ -459,7 +459,9 @@ class SlowFirst(FakeBackend):
 
     def load(self, model_id: str) -> FakeModel:
         model = super().load(model_id)
-        if model_id != "b":
+        if model_id == "b":
+            self.slow = model
+        else:
             model._gate = threading.Event()
             model._gate.set()
         return model
@@ -472,7 +474,9 @@ async def test_a_hit_does_not_wait_for_the_first_execution_of_another_model() ->
             await worker.infer(work("a"))
         backend.gate.clear()
         first = asyncio.ensure_future(worker.infer(work("b")))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(5):
+            while not hasattr(backend, "slow") or not backend.slow.running:
+                await asyncio.sleep(0)
             # There is one thread for inferences.
             hit = await worker.infer(work("a"))
         assert isinstance(hit, Done)
