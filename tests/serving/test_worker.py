@@ -475,7 +475,7 @@ async def test_a_hit_does_not_wait_for_the_first_execution_of_another_model() ->
         backend.gate.clear()
         first = asyncio.ensure_future(worker.infer(work("b")))
         async with asyncio.timeout(5):
-            while not hasattr(backend, "slow") or not backend.slow.running:
+            while not hasattr(backend, "slow") or not backend.slow.running:  # noqa: ASYNC110 - a worker has no events
                 await asyncio.sleep(0)
             # There is one thread for inferences.
             hit = await worker.infer(work("a"))
