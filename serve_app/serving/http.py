@@ -246,7 +246,9 @@ class Endpoints:
         self, body: bytearray, json_length: int | None, models: tuple[PublishedModel, ...]
     ) -> tuple[oip.InferRequest, Any]:
         parsed = oip.parse_infer(body, json_length)
-        model = next((model for model in models if oip.fits(parsed, model)), models[0])
+        model = models[0]
+        if len(models) > 1:
+            model = next((member for member in models if oip.fits(parsed, member)), model)
         oip.check_outputs(parsed, model)
         return parsed, oip.batch_for(parsed, model, self._settings.limits.batch)
 
