@@ -124,8 +124,8 @@ def test_a_location_that_goes_hands_over_what_it_is_popular_for(
     def add_oslo(files: dict[str, Any]) -> None:
         if "oslo" not in files["edge"]["locations"]:
             files["local"]["applications"].append(application(deployment.folder, "oslo"))
-        files["edge"]["locations"]["oslo"] = {"memory": "90MiB"}
-        # Room for one more beside everything that the clients ask for all the time.
+        # Room for it beside everything that the clients ask for all the time.
+        files["edge"]["locations"]["oslo"] = {"memory": "180MiB"}
         files["edge"]["locations"]["virginia"]["memory"] = "180MiB"
         # Loads nothing on its own, so that whoever holds the model afterwards was told to.
         files["edge"]["policy"] = {"name": "lru"}
