@@ -81,7 +81,7 @@ def test_classify_ranks_the_labels_as_torchvisions_own_preprocessing_does(deploy
 
 def test_a_second_request_hits_and_says_how_long_each_part_took(deployment, batch) -> None:
     url = deployment.location("paris")
-    httpx.post(f"{url}/v2/repository/models/squeezenet1_1/load", timeout=60).raise_for_status()
+    infer_binary(url, "squeezenet1_1", batch, forward="never").raise_for_status()
     response = infer_binary(url, "squeezenet1_1", batch, forward="never")
     assert response.headers["X-EdgeServe-Outcome"] == "hit"
     assert response.headers["X-EdgeServe-Location"] == "paris"
