@@ -44,6 +44,8 @@ def exact_heap() -> Iterator[None]:
         yield
         return
     mallopt(_M_MMAP_THRESHOLD, _EXACT_BYTES)
+    # Otherwise a heap keeps its top, and the next thread that gets this heap takes from there.
+    mallopt(_M_TRIM_THRESHOLD, 0)
     try:
         yield
     finally:
