@@ -149,6 +149,10 @@ class Skeleton:
         )
 
 
+#: Called with the manifest of a model that was unloaded, and with those that may still be reading its files.
+Unloaded = Callable[[Manifest, Sequence[ReadAhead]], object]
+
+
 class LoadedModel:
     """A model in memory; made by ``ModelLoader.load``.
 
@@ -162,7 +166,7 @@ class LoadedModel:
         self,
         filled: Skeleton,
         reading: Sequence[ReadAhead] = (),
-        unloaded: Callable[[Manifest], object] | None = None,
+        unloaded: Unloaded | None = None,
     ) -> None:
         self._reading = reading
         self._unloaded = unloaded
@@ -211,7 +215,7 @@ class LoadedModel:
             self._skeleton.empty()
             self._skeleton = None
             if self._unloaded is not None:
-                self._unloaded(manifest)
+                self._unloaded(manifest, self._reading)
 
 
 class ModelLoader:
@@ -273,10 +277,10 @@ class ModelLoader:
             self._skeletons[model_id] = replaced = Skeleton(newer)
             return fill(self._store, replaced, self._release)
 
-    def _release(self, manifest: Manifest) -> None:
+    def _release(self, manifest: Manifest, reading: Sequence[ReadAhead]) -> None:
         if self._releasing is not None:
-            for file in manifest.files:
-                self._releasing.submit(_forget_pages, self._store.blob_path(file.name))
+            paths = [self._store.blob_path(file.name) for file in manifest.files]
+            self._releasing.submit(_forget_pages, paths, reading)
 
     def _prepared(self, model_id: str) -> Skeleton:
         ready = self._skeletons.get(model_id)
@@ -288,7 +292,7 @@ class ModelLoader:
             return self._skeletons[model_id]
 
 
-def fill(store: ModelStore, empty: Skeleton, unloaded: Callable[[Manifest], object] | None = None) -> LoadedModel:
+def fill(store: ModelStore, empty: Skeleton, unloaded: Unloaded | None = None) -> LoadedModel:
     """Maps the files of a prepared model and fills it; ``unloaded`` is called when it has been unloaded again.
 
     Files that are not in the page cache are read on in the background.
@@ -300,19 +304,21 @@ def fill(store: ModelStore, empty: Skeleton, unloaded: Callable[[Manifest], obje
     for file in empty.manifest.files:
         store.require_whole(file, model_id)
     mapped = [_map(store, file, model_id) for file in empty.manifest.files]
-    reading = [ReadAhead(file, _flat(file, torch.uint8).data_ptr()) for file, is_warm in mapped if not is_warm]
     empty.fill([file for file, _ in mapped])
-    return LoadedModel(empty, reading, unloaded)
+    return LoadedModel(empty, [reader for _, reader in mapped if reader is not None], unloaded)
 
 
-def _forget_pages(path: Path) -> None:
-    """Lets the kernel give back the pages of a file; those that somebody has mapped stay."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+def _forget_pages(paths: Sequence[Path], reading: Sequence[ReadAhead]) -> None:
+    """Lets the kernel give back the pages of files; those that somebody has mapped stay."""
+    for reader in reading:
+        reader.wait()
+    for path in paths:
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _map(store: ModelStore, file: BlobFile, model_id: str) -> tuple[mmap.mmap, bool]:
-    """Maps a blob whole, and says whether it is in the page cache.
+def _map(store: ModelStore, file: BlobFile, model_id: str) -> tuple[mmap.mmap, ReadAhead | None]:
+    """Maps a blob whole, and begins to read it if it is not in the page cache.
 
     A truncated one is refused, because touching its missing pages would kill the process.
     """
@@ -322,7 +328,8 @@ def _map(store: ModelStore, file: BlobFile, model_id: str) -> tuple[mmap.mmap, b
             size_bytes = os.fstat(blob.fileno()).st_size
             if size_bytes == file.size_bytes:
                 is_warm = is_resident(blob.fileno(), size_bytes)
-                return mmap.mmap(blob.fileno(), size_bytes, access=mmap.ACCESS_COPY), is_warm
+                reader = None if is_warm else ReadAhead(path, size_bytes)
+                return mmap.mmap(blob.fileno(), size_bytes, access=mmap.ACCESS_COPY), reader
     except OSError as error:
         raise StoreError(
             f"weights {path} of model {model_id!r} cannot be opened ({error.strerror}); publish it again"

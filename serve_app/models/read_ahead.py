@@ -7,28 +7,20 @@ computing, in which the disk would idle.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
-import mmap
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-
-#: Linux 5.14 and newer; older ones say EINVAL, and read ahead as they always do.
-_MADV_POPULATE_READ = 22
+from pathlib import Path
 
 #: How much is read before it is asked again whether it is still wanted; asking takes the interpreter's lock, for which
 #: the model that runs meanwhile competes.
-_CHUNK_BYTES = 8 << 20
+_CHUNK_BYTES = 2 << 20
 
 #: Models read at the same time; more wait their turn, and are read by the kernel as they run.
 _READERS = 4
 
 #: Places in a file at which to look whether it is in memory: a call of about a microsecond each.
 _PROBES = 8
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def is_resident(descriptor: int, size_bytes: int) -> bool:
@@ -48,35 +40,56 @@ def is_resident(descriptor: int, size_bytes: int) -> bool:
 
 
 class ReadAhead:
-    """Reads a mapped file into memory from front to back, in a thread that waits for such work.
+    """Has the kernel read a file into memory from front to back, in a thread that waits for such work.
 
     Args:
-        file: mapped whole; its owner calls ``stop`` before it goes.
-        address: where it is mapped.
+        path: of the file.
+        size_bytes: of the file.
     """
 
-    def __init__(self, file: mmap.mmap, address: int) -> None:
-        self._size_bytes = len(file)
-        self._address = address
+    def __init__(self, path: Path, size_bytes: int) -> None:
+        self._size_bytes = size_bytes
         self._is_wanted = True
         self._job: Future[None] | None = None
-        with contextlib.suppress(RuntimeError):  # without a thread it is only slower
-            self._job = _readers().submit(self._read)
+        # Without a descriptor or a thread it is only slower.
+        with contextlib.suppress(OSError):
+            # Not a copy of the descriptor that is mapped: the kernel would take what is read here and what is touched
+            # there for one reader, who jumps to and fro, and read ahead for neither.
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._job = _readers().submit(self._read, descriptor)
+            except RuntimeError:
+                os.close(descriptor)
 
     def stop(self) -> None:
-        """Returns once the file is not touched any more, after one chunk at most. Twice is harmless."""
+        """Read no more than the chunk that is being read. Twice is harmless."""
         self._is_wanted = False
-        if self._job is not None and not self._job.cancel():
+
+    def wait(self) -> None:
+        """Return once nothing more is read; after ``stop`` that is soon."""
+        if self._job is not None:
             self._job.result()
 
-    def _read(self) -> None:
-        for offset in range(0, self._size_bytes, _CHUNK_BYTES):
-            if not self._is_wanted:
-                return
-            length = min(_CHUNK_BYTES, self._size_bytes - offset)
-            # Called by ctypes, because mmap.madvise would keep the interpreter's lock while it waits for the disk.
-            if _libc.madvise(self._address + offset, length, _MADV_POPULATE_READ) and ctypes.get_errno() != errno.EINTR:
-                return
+    def _read(self, descriptor: int) -> None:
+        try:
+            offset = 0
+            # The pages are handed on to nobody, so nothing is copied. To touch the mapping instead would hold up every
+            # thread of the process that asks the kernel for memory.
+            while self._is_wanted and offset < self._size_bytes:
+                sent_bytes = os.sendfile(_nowhere(), descriptor, offset, _CHUNK_BYTES)
+                if not sent_bytes:
+                    return
+                offset += sent_bytes
+        except OSError:
+            # It is read as it is touched, and whoever touches it finds out what is wrong.
+            return
+        finally:
+            os.close(descriptor)
+
+
+@cache
+def _nowhere() -> int:
+    return os.open(os.devnull, os.O_WRONLY)
 
 
 @cache

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
+import contextlib
+import os
 import threading
 import time
 from pathlib import Path
@@ -32,6 +33,14 @@ def blob_of(store: ModelStore) -> Path:
     if cached_pages(path):
         pytest.skip("this file system does not give pages back")
     return path
+
+
+def open_descriptors(path: Path) -> int:
+    names = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            names.append(link.readlink())
+    return names.count(path)
 
 
 def residency(path: Path) -> bool:
@@ -74,23 +83,34 @@ def test_model_unloaded_while_it_is_read_is_unmapped_at_once(wide: ModelStore) -
         assert not mapped(path)
 
 
-def test_stop_waits_for_the_step_under_way_and_no_other_follows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was unmapped may be somebody else's memory at once."""
-    entered, stopped, touched = threading.Event(), threading.Event(), []
+def test_after_stop_no_other_step_begins_and_the_file_is_closed(
+    wide: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, entered, stopped, offsets = blob_of(wide), threading.Event(), threading.Event(), []
 
-    class Disk:
-        def madvise(self, address: int, length: int, advice: int) -> int:
-            entered.set()
-            touched.append((address, stopped.wait(0.2)))
-            return 0
+    def read(target: int, descriptor: int, offset: int, count: int) -> int:
+        offsets.append(offset)
+        entered.set()
+        assert stopped.wait(10)
+        return count
 
-    monkeypatch.setattr(read_ahead, "_libc", Disk())
-    with mmap.mmap(-1, 64 << 20) as memory:
-        reader = ReadAhead(memory, 0)
-        assert entered.wait(10)
-        reader.stop()
-        stopped.set()
-    assert touched == [(0, False)]
+    monkeypatch.setattr(os, "sendfile", read)
+    before = open_descriptors(path)
+    reader = ReadAhead(path, path.stat().st_size)
+    assert entered.wait(10)
+    reader.stop()
+    stopped.set()
+    reader.wait()
+    assert offsets == [0]
+    assert open_descriptors(path) == before == 0
+
+
+def test_model_unloaded_while_it_is_read_leaves_nothing_in_the_page_cache(wide: ModelStore) -> None:
+    path, loader = blob_of(wide), ModelLoader(wide, release_page_cache=True)
+    loader.load("wide").unload()
+    deadline_s = time.monotonic() + 30
+    while cached_pages(path):
+        assert time.monotonic() < deadline_s
 
 
 def test_warm_load_reads_nothing_ahead(wide: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +132,7 @@ def test_warm_load_reads_nothing_ahead(wide: ModelStore, monkeypatch: pytest.Mon
 
 def test_model_loads_where_no_thread_can_be_started(wide: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     class Refusing:
-        def submit(self, job: object) -> None:
+        def submit(self, *job: object) -> None:
             raise RuntimeError("can't start new thread")
 
     blob_of(wide)
