@@ -29,12 +29,12 @@ from serve_app.core.policies import make_policy
 from serve_app.core.routing import RoutingRules
 from serve_app.errors import ConfigError
 from serve_app.models.store import ModelStore
+from serve_app.serving import code
 from serve_app.serving.coordinator import CoordinatorLink
 from serve_app.serving.http import HttpSettings, build_http_app
 from serve_app.serving.line import Exchange
 from serve_app.serving.metrics import RouterMetrics, WorkerMetrics
 from serve_app.serving.model_host import ModelHost
-from serve_app.serving.priority import let_others_go_first, switch_soon
 from serve_app.serving.router import Router
 from serve_app.serving.scrape import MetricsScraper
 from serve_app.serving.worker import HoldingRules, Worker, WorkerIdentity
@@ -180,7 +180,6 @@ class _WorkerReplica:
         if location is None or location != context.app_name:
             raise ConfigError(f"application {context.app_name!r} must have the name of its location, {location!r}")
         use_threads(settings.worker.threads_per_inference)
-        switch_soon()
         self._deployed = deployed
         self._loader = loader = ModelLoader(
             ModelStore(settings.store), release_page_cache=settings.worker.release_page_cache
@@ -205,9 +204,9 @@ class _WorkerReplica:
             host=ModelHost(
                 cache=cache,
                 backend=loader,
-                loaders=_patient_threads(settings.worker.parallel_loads, "load"),
+                loaders=ThreadPoolExecutor(settings.worker.parallel_loads, thread_name_prefix="load"),
                 # Without preloads it starts no thread; an executor of none does not exist.
-                preloaders=_patient_threads(max(1, settings.worker.parallel_preloads), "preload"),
+                preloaders=ThreadPoolExecutor(max(1, settings.worker.parallel_preloads), thread_name_prefix="preload"),
                 clock=time.monotonic,
                 call_at=asyncio.get_running_loop().call_at,
                 observer=metrics,
@@ -286,10 +285,6 @@ class _WorkerReplica:
         await self._worker.leave()
         await self._exchange.close()
         await self._worker.stop()
-
-
-def _patient_threads(count: int, name: str) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix=name, initializer=let_others_go_first)
 
 
 class _RouterReplica:
@@ -407,14 +402,6 @@ def _versioned(deployment: Any, deployed: Deployed, token: str | None) -> Any:
     """
     # Only the gateway stands in for a location, and it cannot move to another.
     stands_in_for = deployed.settings.gateway_location if deployed.location is None else ""
-    parts = (_code_digest(), deployed.settings.restart_digest(), token or "", stands_in_for)
+    parts = (code.digest(), deployed.settings.restart_digest(), token or "", stands_in_for)
     deployment._version = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
     return deployment
-
-
-def _code_digest() -> str:
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for source in sorted(package.rglob("*.py")):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()

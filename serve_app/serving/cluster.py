@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import tempfile
 import time
@@ -123,6 +122,7 @@ def deploy(serve_file: ServeFile, say: Say) -> None:
     """Deploy every application and wait until all of them answer; raises ``StartFailed``."""
     from ray import serve
 
+    from serve_app.serving import coordinator
     from serve_app.serving.app import AppArgs, build
 
     say(f"deploying {', '.join(app.name for app in serve_file.applications)}")
@@ -147,6 +147,8 @@ def deploy(serve_file: ServeFile, say: Say) -> None:
             wait_for_applications_running=False,
         )
     _await_ready(serve_file, say)
+    # Not before: what is being replaced would start one of its own kind again.
+    coordinator.end_outdated()
 
 
 def _await_ready(serve_file: ServeFile, say: Say) -> None:
@@ -200,7 +202,6 @@ def _answers(client: httpx.Client, url: str) -> bool:
 
 
 def _delete_applications(running: Running) -> None:
-    import ray
     from ray import serve
 
     from serve_app.serving import coordinator
@@ -210,8 +211,7 @@ def _delete_applications(running: Running) -> None:
     if not serve.status().applications:
         # Its proxies would hold the port.
         serve.shutdown()
-    with contextlib.suppress(ValueError):
-        ray.kill(ray.get_actor(coordinator.NAME, namespace=coordinator.NAMESPACE))
+    coordinator.end()
 
 
 def _delete(applications: tuple[str, ...]) -> None:

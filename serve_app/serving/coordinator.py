@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -14,6 +15,7 @@ import ray
 from serve_app.core.coordination import CoordinatorRules, CoordinatorState
 from serve_app.core.links import Link
 from serve_app.core.reports import ViewDelta, WorkerReport
+from serve_app.serving import code
 from serve_app.serving.metrics import CoordinatorMetrics
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,7 @@ _METRICS_EVERY_S = 1.0
 #: So many pairs of location and model have their rate in the metrics, or none.
 _MAX_RATES = 10_000
 _CALL_TIMEOUT_S = 2.0
+_CODE_TIMEOUT_S = 5.0
 
 
 class Coordinator:
@@ -36,6 +39,11 @@ class Coordinator:
         self._metrics = CoordinatorMetrics()
         self._counted_models: set[str] = set()
         self._measured_s = 0.0
+        self._code = code.digest()
+
+    def code(self) -> str:
+        """The digest of the code that it has begun with; see ``code.py``."""
+        return self._code
 
     def report(self, report: WorkerReport, epoch: str, version: int) -> ViewDelta:
         """Take a worker's report; answer with what it does not know yet, and what it should do."""
@@ -162,6 +170,26 @@ class CoordinatorLink:
         # It may have been there before, with the rules of those who started it. Calls are answered in order.
         actor.configure.remote(rules)
         return actor
+
+
+def end() -> None:
+    """End the coordinator, if there is one; whoever needs it starts another."""
+    with contextlib.suppress(ValueError):
+        ray.kill(ray.get_actor(NAME, namespace=NAMESPACE))
+
+
+def end_outdated() -> None:
+    """End a coordinator that has begun with other code than is on the disk now: it outlives what is deployed anew."""
+    try:
+        actor = ray.get_actor(NAME, namespace=NAMESPACE)
+        is_current = ray.get(actor.code.remote(), timeout=_CODE_TIMEOUT_S) == code.digest()
+    except ValueError:
+        return
+    except (AttributeError, ray.exceptions.RayError):
+        # So old that it cannot be asked, or it does not answer.
+        is_current = False
+    if not is_current:
+        end()
 
 
 async def every(period_s: float, act: Callable[[], Awaitable[None]]) -> None:

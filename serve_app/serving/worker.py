@@ -27,7 +27,6 @@ from serve_app.serving.coordinator import CoordinatorLink, every
 from serve_app.serving.messages import Done, FloatArray, NotHeld, Refused, Reply, Work
 from serve_app.serving.metrics import WorkerMetrics
 from serve_app.serving.model_host import Lease, ModelHost, RunnableModel
-from serve_app.serving.priority import let_others_go_first
 from serve_app.serving.worker_memory import WorkerMemory
 
 logger = logging.getLogger(__name__)
@@ -112,11 +111,8 @@ class Worker:
         self._host = host
         self._exec_slots = exec_slots
         self._executors = ThreadPoolExecutor(exec_slots, thread_name_prefix="infer")
-        #: The first execution of a model that was loaded reads its weights from the disk and is slow, so it must not
-        #: keep others from a thread, nor from a processor.
-        self._first_executors = ThreadPoolExecutor(
-            exec_slots, thread_name_prefix="first", initializer=let_others_go_first
-        )
+        #: The first execution of a model that was loaded may wait for the disk, and must not keep others from a thread.
+        self._first_executors = ThreadPoolExecutor(exec_slots, thread_name_prefix="first")
         #: What has been executed since it was loaded.
         self._warm: WeakSet[RunnableModel] = WeakSet()
         self._link = link

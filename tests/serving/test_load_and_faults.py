@@ -16,6 +16,8 @@ from contextlib import contextmanager
 import httpx
 from deployment_support import LOCATIONS, SMALL
 
+from serve_app.serving import code, coordinator
+
 HEADERS = {"Content-Type": "image/jpeg"}
 
 
@@ -178,8 +180,7 @@ def test_killing_the_coordinator_during_load_loses_no_request(deployment, ray_cl
     load = Load(deployment, photo, seed=2)
     with load.running():
         until(lambda: load.served > 20, "load is under way")
-        coordinator = ray_cluster.get_actor("coordinator", namespace="edgeserve")
-        ray_cluster.kill(coordinator, no_restart=False)
+        ray_cluster.kill(ray_cluster.get_actor("coordinator", namespace="edgeserve"), no_restart=False)
         served = load.served
         until(lambda: load.errors or load.served > served + 50, "requests are served meanwhile")
         until(
@@ -193,6 +194,23 @@ def test_killing_the_coordinator_during_load_loses_no_request(deployment, ray_cl
 def test_a_coordinator_that_is_killed_for_good_is_replaced(deployment, ray_cluster) -> None:
     epoch = deployment.status()["coordinator"]["epoch"]
     ray_cluster.kill(ray_cluster.get_actor("coordinator", namespace="edgeserve"), no_restart=True)
+    until(
+        lambda: deployment.status()["coordinator"]["up"] and deployment.status()["coordinator"]["epoch"] != epoch,
+        "a new coordinator is known",
+    )
+    check_directory_is_right(deployment)
+
+
+def test_a_coordinator_of_other_code_is_replaced_and_one_of_this_code_is_not(
+    deployment, ray_cluster, monkeypatch
+) -> None:
+    epoch = deployment.status()["coordinator"]["epoch"]
+    coordinator.end_outdated()
+    # It answers calls in order, so it would be gone by now.
+    assert ray_cluster.get(ray_cluster.get_actor("coordinator", namespace="edgeserve").code.remote()) == code.digest()
+    assert deployment.status()["coordinator"]["epoch"] == epoch
+    monkeypatch.setattr(code, "digest", lambda: "of an upgrade")
+    coordinator.end_outdated()
     until(
         lambda: deployment.status()["coordinator"]["up"] and deployment.status()["coordinator"]["epoch"] != epoch,
         "a new coordinator is known",
