@@ -24,6 +24,7 @@ import pickle
 import socket
 import stat
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from enum import IntEnum
 from pathlib import Path
@@ -54,7 +55,7 @@ class _Kind(IntEnum):
     CLOSED = 4
 
 
-class _Framed(asyncio.BufferedProtocol):
+class _Framed(asyncio.BufferedProtocol, ABC):
     """One end of a line: cuts what arrives into frames.
 
     Small frames are cut from a scratch buffer; a large one is received right into memory of its own, in which its array
@@ -125,9 +126,9 @@ class _Framed(asyncio.BufferedProtocol):
         array = (frame[end : end + array_bytes],) if array_bytes else ()
         self.received(call, _Kind(kind), pickle.loads(frame[_HEADER.size : end], buffers=array))
 
+    @abstractmethod
     def received(self, call: int, kind: _Kind, message: Any) -> None:
         """One frame has come."""
-        raise NotImplementedError
 
 
 class Line(_Framed):

@@ -32,5 +32,8 @@ def test_a_model_that_cannot_be_loaded_does_not_keep_a_worker_from_starting(
     assert "the worker starts cold" in caplog.text
 
 
-def test_a_worker_without_models_starts(store: ModelStore) -> None:
+def test_a_worker_without_models_starts_and_complains_of_nothing(
+    store: ModelStore, caplog: pytest.LogCaptureFixture
+) -> None:
     warm_up(ModelLoader(store), Catalog(()))
+    assert not caplog.records
