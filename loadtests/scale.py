@@ -205,7 +205,7 @@ class _Bench:
                 data = self._view(location, known)
                 before_s = time.thread_time()
                 known.apply(pickle.loads(data), self._now)
-                prepare(known, location, self._world.rules)
+                prepare(known, location, self._world.rules, self._ways[location])
                 applied.append(time.thread_time() - before_s)
                 self._requests(location, known, took)
         values = self._figures.values
