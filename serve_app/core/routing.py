@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Collection, Sequence
-from operator import attrgetter
 from typing import NamedTuple
 
 from serve_app.core.answers import ModelState
@@ -138,12 +137,10 @@ class _Option:
         self.cost_s = cost_s
         self.must_hold = must_hold
 
-    def plan(self) -> Plan:
+    def plan(self, preload: str | None = None) -> Plan:
         """As it is carried out."""
-        report = self.report
-        return Plan(
-            self.outcome, report.location, report.replica, self.wait_s, self.expected_s, self.cost_s, self.must_hold
-        )
+        report, wait_s, expected_s, cost_s = self.report, self.wait_s, self.expected_s, self.cost_s
+        return Plan(self.outcome, report.location, report.replica, wait_s, expected_s, cost_s, self.must_hold, preload)
 
 
 class _Choice:
@@ -153,14 +150,13 @@ class _Choice:
     be the best no more is worked out than shows it.
     """
 
-    #: Of more holders than ``MANY_HOLDERS`` at other locations only ``LOOKED_AT``, the nearest ones, are considered. Of
-    #: more workers than ``MANY_OTHERS`` that would have to load the model, as many, others for each model.
-    MANY_HOLDERS = 16
-    MANY_OTHERS = 8
+    #: Of more workers than ``MANY`` at other locations only ``LOOKED_AT`` are considered: the nearest holders; of those
+    #: that would have to load the model, others for each model.
+    MANY = 8
     LOOKED_AT = 4
 
     __slots__ = (
-        "_errand", "_known", "_later", "_local", "_model", "_nearby", "_others_s", "_queue_s", "_rules", "_run_s",
+        "_errand", "_known", "_local", "_model", "_nearby", "_others_s", "_queue_s", "_rate", "_rules", "_run_s",
         "_seen", "_way_s", "_ways",
     )  # fmt: skip
 
@@ -228,25 +224,27 @@ class _Choice:
         Of these, all are as good whose difference may be older than the news: if every router took the one that looked
         best, all would take the same. Instead each model has an order of its own.
         """
-        errand, known, model_id, margin_s = self._errand, self._known, self._model.model_id, self._rules.staleness_s
+        errand, known, model_id = self._errand, self._known, self._model.model_id
         if errand.forwarding is Forwarding.NEVER:
             return None
-        self._later = 0.0
-        if self._local is None or self._local.outcome is Outcome.LOAD:
-            self._later = self._rules.horizon_s * known.view.rate(errand.here, model_id)
+        self._rate = known.view.rate(errand.here, model_id)
         holder: _Option | None = None
         replicas = known.maybe_holding(model_id)
         if replicas:
-            there = self._nearby.nearest(replicas, self.MANY_HOLDERS, self.LOOKED_AT)
-            holder = min(self._there(there, math.inf, 0.0, held=True), key=_cost_s, default=None)
+            there = self._nearby.nearest(replicas, self.MANY, self.LOOKED_AT)
+            found = self._there(there, math.inf, held=True)
+            # Each is better than those before it.
+            holder = found[-1] if found else None
         if not self._may_load_elsewhere():
             return holder
-        most_s = math.inf if holder is None else holder.cost_s
-        options = self._there(self._others(), most_s, margin_s, held=False)
-        best_s = min([option.cost_s for option in options], default=math.inf)
-        if not options or (holder is not None and holder.cost_s <= best_s):
+        there = self._others()
+        found = self._there(there, math.inf if holder is None else holder.cost_s, held=False)
+        best_s = min([option.cost_s for option in found], default=math.inf)
+        if not found or (holder is not None and holder.cost_s <= best_s):
             return holder
-        alike = [option for option in options if option.cost_s <= best_s + margin_s]
+        if len(found) == 1:
+            return found[0]
+        alike = [option for option in found if option.cost_s <= best_s + self._rules.staleness_s]
         return min(alike, key=lambda option: rank(model_id, option.report.replica))
 
     def _may_load_elsewhere(self) -> bool:
@@ -259,20 +257,19 @@ class _Choice:
     def _others(self) -> Sequence[Neighbour]:
         """Workers of other locations where the model could be loaded; all of them if it cannot be loaded here."""
         others, count = self._nearby.others, self.LOOKED_AT
-        if len(others) <= self.MANY_OTHERS or self._local is None or self._local.cost_s == math.inf:
+        if len(others) <= self.MANY or self._local is None or self._local.cost_s == math.inf:
             return others
         first = rank(self._model.model_id, self._errand.here) % len(others)
         return (others[first : first + count] + others[:count])[:count]
 
-    def _there(self, neighbours: Sequence[Neighbour], most_s: float, margin_s: float, *, held: bool) -> list[_Option]:
-        """What those of these workers offer that hold the model, or those that do not.
+    def _there(self, neighbours: Sequence[Neighbour], most_s: float, *, held: bool) -> list[_Option]:
+        """What those of these workers offer that hold the model, or those that do not, as far as it may be the best.
 
-        What costs more than ``most_s`` is of no use, nor what costs more than another one by ``margin_s``.
-
-        What is known from afar is better than what is here only if it is so by a clear margin: otherwise all routers
-        would send everything to whichever location looked best half a second ago.
+        What costs more than ``most_s`` is of no use. What is known from afar is better than what is here only if it is
+        so by a clear margin: otherwise all routers would send everything to whichever location looked best half a
+        second ago.
         """
-        known, model, rules, avoid, later = self._known, self._model, self._rules, self._errand.avoid, self._later
+        known, model, rules, seen, avoid = self._known, self._model, self._rules, self._seen, self._errand.avoid
         model_id, payload_bytes, way_here_s = model.model_id, self._errand.payload_bytes, self._way_s
         queue_here_s, run_here_s, shorter_s, faster_s = 0.0, model.exec_s, math.inf, math.inf
         if self._local is not None:
@@ -280,6 +277,12 @@ class _Choice:
             shorter_s = queue_here_s - rules.staleness_s
             # Execution times are noisy: only twice as fast is faster, and only if it was measured.
             faster_s = run_here_s / 2
+        later = 0.0
+        if self._local is None or self._local.outcome is Outcome.LOAD:
+            later = rules.horizon_s * self._rate
+        margin_s = 0.0 if held else rules.staleness_s
+        # Of some that were taken at random, the first that is as good as any may be is good enough.
+        any_s = -math.inf if held or neighbours is self._nearby.others else margin_s
         options: list[_Option] = []
         for report, link in neighbours:
             way_s = link.rtt_s + payload_bytes / link.bytes_per_s
@@ -292,7 +295,11 @@ class _Choice:
             least_s = way_s + alone_s + run_s + later_s
             if least_s > most_s or (held and least_s == most_s) or report.replica in avoid:
                 continue
-            state = self._state(report)
+            if seen:
+                state = self._state(report)
+            else:
+                resident = report.models.get(model_id)
+                state = None if resident is None else resident.state
             if (state is not None) is not held:
                 continue
             queue_s, load_wait_s, loss_s = known.queue_s(report), 0.0, 0.0
@@ -306,20 +313,21 @@ class _Choice:
             wait_s = way_s + queue_s + load_wait_s
             expected_s = wait_s + run_s
             cost_s = expected_s + loss_s + later_s
-            if cost_s <= most_s:
+            if cost_s < most_s or (cost_s == most_s and not held):
                 most_s = min(most_s, cost_s + margin_s)
                 options.append(_Option(Outcome.FORWARD, report, wait_s, expected_s, cost_s, held))
+                if cost_s - alone_s - run_s <= any_s:
+                    break
         return options
 
     def _in_background(self, local: _Option, there: _Option) -> Plan:
         """``local``, a load worth its time; in the background if this request is answered sooner by a holder."""
-        rate = self._known.view.rate(self._errand.here, self._model.model_id)
         # Requests that come before the load has ended are forwarded as well.
-        meanwhile_s = rate * load_s(self._model, local.report) * (there.expected_s - self._run_s)
+        meanwhile_s = self._rate * load_s(self._model, local.report) * (there.expected_s - self._run_s)
         if not there.must_hold or there.expected_s + meanwhile_s >= local.expected_s:
             return local.plan()
-        cost_s = local.cost_s - local.expected_s + there.expected_s
-        return there.plan()._replace(cost_s=cost_s, preload=local.report.replica)
+        there.cost_s = local.cost_s - local.expected_s + there.expected_s
+        return there.plan(preload=local.report.replica)
 
     def _state(self, report: WorkerReport) -> ModelState | None:
         """As ``Knowledge.state`` says, but what is newer than reports has been looked up already."""
@@ -336,9 +344,6 @@ class _Choice:
     def _turns(self, report: WorkerReport) -> int:
         """How many loads, one after the other, it takes until a model that would be loaded there now has come."""
         return 1 + self._known.loading(report) // report.load_slots
-
-
-_cost_s = attrgetter("cost_s")
 
 
 def _plan_blindly(errand: Errand) -> Plan:
