@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
 
 from serve_app.core.links import Link
 from serve_app.core.reports import WorkerReport
@@ -22,7 +23,10 @@ class Nearby:
         workers: all that may be sent to.
     """
 
-    __slots__ = ("_nearest", "_place", "others", "own", "own_link", "ways")
+    #: Of more than so many replicas, the nearest are found sooner by going through all neighbours.
+    _FEW = 16
+
+    __slots__ = ("_names", "_nearest", "_place", "others", "own", "own_link", "ways")
 
     def __init__(self, here: str, ways: Ways, workers: Iterable[WorkerReport]) -> None:
         self.ways = ways
@@ -36,22 +40,19 @@ class Nearby:
             else:
                 self.others.append((report, ways.link(here, report.location)))
         self._nearest = sorted(self.others, key=_rtt_s)
-        self._place = {report.replica: place for place, (report, _) in enumerate(self._nearest)}
+        self._names = [report.replica for report, _ in self._nearest]
+        self._place = {replica: place for place, replica in enumerate(self._names)}
 
-    def nearest(self, replicas: Collection[str], many: int, enough: int) -> Sequence[Neighbour]:
-        """Those of ``replicas`` that are at other locations, the nearest first; if they are many, only enough."""
-        place, nearest = self._place, self._nearest
-        if len(replicas) <= many:
+    def nearest(self, replicas: Collection[str], count: int) -> Sequence[Neighbour]:
+        """The nearest ``count`` of those of ``replicas`` that are at other locations, the very nearest first."""
+        if len(replicas) <= self._FEW:
+            place = self._place
             places = [place[replica] for replica in replicas if replica in place]
             places.sort()
-            return [nearest[number] for number in places]
-        found: list[Neighbour] = []
-        for neighbour in nearest:
-            if neighbour[0].replica in replicas:
-                found.append(neighbour)
-                if len(found) == enough:
-                    break
-        return found
+        else:
+            found = (number for number, replica in enumerate(self._names) if replica in replicas)
+            places = list(islice(found, count))
+        return [self._nearest[number] for number in places[:count]]
 
     def rtt_s(self, replicas: Iterable[str]) -> float:
         """Seconds to and from the nearest of ``replicas`` at other locations; without end where there is none."""

@@ -6,6 +6,7 @@ import enum
 import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
+from zlib import crc32
 
 from serve_app.core.answers import ModelState
 from serve_app.core.catalog import ModelProfile
@@ -150,10 +151,10 @@ class _Choice:
     be the best no more is worked out than shows it.
     """
 
-    #: Of more workers than ``MANY`` at other locations only ``LOOKED_AT`` are considered: the nearest holders; of those
-    #: that would have to load the model, others for each model.
-    MANY = 8
+    #: Of the workers of other locations so many are considered: the nearest holders; and of those that would have to
+    #: load the model, where there are more than ``MANY``, others for each model.
     LOOKED_AT = 4
+    MANY = 8
 
     __slots__ = (
         "_errand", "_known", "_local", "_model", "_nearby", "_others_s", "_queue_s", "_rate", "_rules", "_run_s",
@@ -231,7 +232,7 @@ class _Choice:
         holder: _Option | None = None
         replicas = known.maybe_holding(model_id)
         if replicas:
-            there = self._nearby.nearest(replicas, self.MANY, self.LOOKED_AT)
+            there = self._nearby.nearest(replicas, self.LOOKED_AT)
             found = self._there(there, math.inf, held=True)
             # Each is better than those before it.
             holder = found[-1] if found else None
@@ -259,7 +260,7 @@ class _Choice:
         others, count = self._nearby.others, self.LOOKED_AT
         if len(others) <= self.MANY or self._local is None or self._local.cost_s == math.inf:
             return others
-        first = rank(self._model.model_id, self._errand.here) % len(others)
+        first = crc32(f"{self._model.model_id} {self._errand.here}".encode()) % len(others)
         return (others[first : first + count] + others[:count])[:count]
 
     def _there(self, neighbours: Sequence[Neighbour], most_s: float, *, held: bool) -> list[_Option]:

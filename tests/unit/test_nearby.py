@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 from core_support import report
 
 from serve_app.core.knowledge import Knowledge
@@ -22,9 +23,9 @@ RULES = RoutingRules(
 WORKERS = [report(place) for place in ("tokyo", "paris", "oslo", "lima", "rome")]
 
 
-def near(*replicas: str, many: int = 16, enough: int = 4) -> list[str]:
+def near(*replicas: str, count: int = 9) -> list[str]:
     nearby = Nearby("paris", RULES, WORKERS)
-    return [worker.replica for worker, _ in nearby.nearest(set(replicas), many, enough)]
+    return [worker.replica for worker, _ in nearby.nearest(set(replicas), count)]
 
 
 def test_the_nearest_come_first_and_equals_in_the_order_in_which_they_were_given() -> None:
@@ -38,10 +39,11 @@ def test_strangers_and_the_own_workers_are_not_among_the_others() -> None:
     assert [worker.replica for worker, _ in nearby.others] == ["tokyo-1", "oslo-1", "lima-1", "rome-1"]
 
 
-def test_of_many_only_enough_of_the_nearest_are_told() -> None:
-    several = ("tokyo-1", "lima-1", "rome-1", "oslo-1")
-    assert near(*several, many=4, enough=2) == ["rome-1", "oslo-1", "lima-1", "tokyo-1"]
-    assert near(*several, many=3, enough=2) == ["rome-1", "oslo-1"]
+@pytest.mark.parametrize("strangers", [0, 50])
+def test_the_nearest_are_told_and_no_more(strangers: int) -> None:
+    several = ["tokyo-1", "lima-1", "rome-1", "oslo-1", *(f"nobody-{number}" for number in range(strangers))]
+    assert near(*several, count=2) == ["rome-1", "oslo-1"]
+    assert near(*several) == ["rome-1", "oslo-1", "lima-1", "tokyo-1"]
 
 
 def test_the_way_to_the_nearest_of_several_is_without_end_where_there_is_none() -> None:
