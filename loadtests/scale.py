@@ -194,7 +194,7 @@ class _Bench:
         announced: list[dict[str, bytes]] = []
         read = dict.fromkeys(self._routers, ("", 0))
         began_s = time.perf_counter()
-        while len(announced) <= DECISIONS // REQUESTS // len(read) and time.perf_counter() - began_s < 2 * _LIMIT_S:
+        while len(announced) <= DECISIONS // REQUESTS // len(read) and time.perf_counter() - began_s < 4 * _LIMIT_S:
             self._hear(list(self._world.tick()))
             news: dict[str, bytes] = {}
             for location, (epoch, version) in read.items():

@@ -308,10 +308,11 @@ class Knowledge:
         sightings = self._sightings.get(report.replica)
         if not sightings:
             return report.loading
-        return report.loading + sum(
-            sighting.state is ModelState.LOADING and model_id not in report.models
-            for model_id, sighting in sightings.items()
-        )
+        loading = report.loading
+        for model_id, sighting in sightings.items():
+            if sighting.state is ModelState.LOADING and model_id not in report.models:
+                loading += 1
+        return loading
 
     def see(self, replica: str, model_id: str, state: ModelState | None, sequence: int) -> None:
         """A model was in ``state`` at ``replica`` after its report number ``sequence - 1``."""

@@ -44,6 +44,7 @@ def prepare(known: Knowledge, here: str, rules: RoutingRules, ways: Ways) -> Non
     """
     known.look_around(here, ways)
     for report in known.at(here):
+        known.pinned_bytes(report)
         _losses(report, known, rules, ways)
 
 

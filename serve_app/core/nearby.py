@@ -46,8 +46,7 @@ class Nearby:
     def nearest(self, replicas: Collection[str], count: int) -> Sequence[Neighbour]:
         """The nearest ``count`` of those of ``replicas`` that are at other locations, the very nearest first."""
         if len(replicas) <= self._FEW:
-            place = self._place
-            places = [place[replica] for replica in replicas if replica in place]
+            places = [place for place in map(self._place.get, replicas) if place is not None]
             places.sort()
         else:
             found = (number for number, replica in enumerate(self._names) if replica in replicas)
@@ -56,8 +55,7 @@ class Nearby:
 
     def rtt_s(self, replicas: Iterable[str]) -> float:
         """Seconds to and from the nearest of ``replicas`` at other locations; without end where there is none."""
-        place = self._place
-        places = [place[replica] for replica in replicas if replica in place]
+        places = [place for place in map(self._place.get, replicas) if place is not None]
         return _rtt_s(self._nearest[min(places)]) if places else math.inf
 
 

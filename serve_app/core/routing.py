@@ -261,7 +261,8 @@ class _Choice:
         if len(others) <= self.MANY or self._local is None or self._local.cost_s == math.inf:
             return others
         first = crc32(f"{self._model.model_id} {self._errand.here}".encode()) % len(others)
-        return (others[first : first + count] + others[:count])[:count]
+        chosen = others[first : first + count]
+        return chosen if len(chosen) == count else chosen + others[: count - len(chosen)]
 
     def _there(self, neighbours: Sequence[Neighbour], most_s: float, *, held: bool) -> list[_Option]:
         """What those of these workers offer that hold the model, or those that do not, as far as it may be the best.
