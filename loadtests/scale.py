@@ -4,8 +4,8 @@ A made-up cluster (``scale_world.py``) of 10, 100 and 1,000 locations and 10,000
 machines that serve: one ``CoordinatorState``, and the ``Knowledge`` of some routers, which decide with ``choose`` while
 their views change. No Ray, no network: what is measured are our own decisions. Bytes are those of pickled
 ``ViewDelta``s to the worker and to the router of a location, each four times a second. Memory is resident memory. Times
-are processor time, so that others on the machine count less. Every size runs in a process of its own; the last column
-is what the largest cluster costs over the smallest.
+are processor time, so that others on the machine count less. Every size has a process for its coordinator and one for
+its routers (``scale_routers.py``); the last column is what the largest cluster costs over the smallest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import gc
 import json
 import multiprocessing
 import pickle
-import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,21 +24,19 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from loadtests.scale_routers import DECISIONS, REQUESTS, decide
 from loadtests.scale_world import TICK_S, World
-from serve_app.core.answers import ModelState
 from serve_app.core.coordination import CoordinatorRules, CoordinatorState, PlacementSettings
 from serve_app.core.knowledge import Knowledge
-from serve_app.core.links import LinkTable
 from serve_app.core.placement_rules import PlacementRules
 from serve_app.core.reports import ViewDelta, WorkerReport
-from serve_app.core.routing import Errand, Outcome, choose, prepare
+from serve_app.core.routing import Outcome
 
-#: Routers that decide; the others' views are not kept.
+#: Routers that are told of news, and decide; the others' views are not kept.
 _ROUTERS = 8
 #: No measurement takes much longer, however slow what it measures.
 _LIMIT_S = 8.0
-#: Of every router between two views.
-_REQUESTS = 10
+_PAYLOAD_BYTES = 100_000
 _WARM_TICKS = 8
 
 #: What is measured, and what it should be with 1,000 locations and 10,000 models.
@@ -66,15 +63,14 @@ class Figures:
 class _Bench:
     def __init__(self, locations: int, models: int, seed: int) -> None:
         self._world = world = World(locations, models, seed)
-        self._rng = random.Random(seed)
         self._figures = Figures(locations, models)
         self._now = 100.0
         self._routers = {location: Knowledge() for location in world.locations[:_ROUTERS]}
-        self._ways = {location: LinkTable(location, world.rules.link) for location in self._routers}
         #: What each worker has read.
         self._read: dict[str, tuple[str, int]] = dict.fromkeys(world.locations, ("", 0))
 
-    def run(self) -> Figures:
+    def run(self) -> tuple[Figures, list[dict[str, bytes]]]:
+        """What was measured, and what routers were told."""
         values = self._figures.values
         history = list(self._world.history())
         reports = [list(self._world.tick()) for _ in range(2)]
@@ -86,7 +82,7 @@ class _Bench:
                 half_life_s=60.0,
                 stale_after_s=1e9,
                 placement=PlacementSettings(
-                    routing=self._world.rules, every_s=1e9, payload_bytes=100_000, rules=PlacementRules()
+                    routing=self._world.rules, every_s=1e9, payload_bytes=_PAYLOAD_BYTES, rules=PlacementRules()
                 ),
             ),
         )
@@ -104,9 +100,9 @@ class _Bench:
         self._settle()
         self._reports()
         self._news()
-        self._decide()
+        announced = self._announce()
         self._place()
-        return self._figures
+        return self._figures, announced
 
     def _hear(self, tick: Sequence[WorkerReport]) -> None:
         """Every worker reports, and nobody listens."""
@@ -193,47 +189,20 @@ class _Bench:
                 break
         self._figures.values["news (kB/s a location)"] = statistics.mean(per_s) / 1e3
 
-    def _decide(self) -> None:
-        took: dict[str, list[int]] = {outcome.value: [] for outcome in Outcome}
-        applied: list[float] = []
+    def _announce(self) -> list[dict[str, bytes]]:
+        """What routers are told in turn: everything, then what is new, for as many decisions as there is time for."""
+        announced: list[dict[str, bytes]] = []
+        read = dict.fromkeys(self._routers, ("", 0))
         began_s = time.perf_counter()
-        while time.perf_counter() - began_s < 2 * _LIMIT_S and sum(map(len, took.values())) < 20_000:
-            self._now += TICK_S
-            for report in self._world.tick():
-                self._state.handle(report, self._now)
-            for location, known in self._routers.items():
-                data = self._view(location, known)
-                before_s = time.thread_time()
-                known.apply(pickle.loads(data), self._now)
-                prepare(known, location, self._world.rules)
-                applied.append(time.thread_time() - before_s)
-                self._requests(location, known, took)
-        values = self._figures.values
-        everything = [nanoseconds for kind in took.values() for nanoseconds in kind]
-        for name, samples in (*took.items(), ("all", everything)):
-            values[f"decision p50, {name} (us)"] = _quantile(samples, 0.5) / 1e3
-            values[f"decision p99, {name} (us)"] = _quantile(samples, 0.99) / 1e3
-        values["news taken in by a router (ms)"] = statistics.median(applied) * 1e3
-
-    def _requests(self, location: str, known: Knowledge, took: dict[str, list[int]]) -> None:
-        """A few requests, with what each and its answer tell the router; one load in five is still under way."""
-        rules, ways = self._world.rules, self._ways[location]
-        for _ in range(_REQUESTS):
-            model = self._world.profiles[self._world.draw(location)]
-            errand = Errand(model=model, here=location, payload_bytes=100_000)
-            before_ns = time.thread_time_ns()
-            plan = choose(errand, known, rules, ways)
-            took[plan.outcome.value].append(time.thread_time_ns() - before_ns)
-            if plan.replica is None:
-                continue
-            known.sent(plan.replica, model.exec_s)
-            for replica in (plan.preload, plan.replica if plan.outcome is Outcome.LOAD else None):
-                if replica is not None:
-                    known.expect_load(replica, model.model_id)
-                    if self._rng.random() < 0.8:
-                        sequence = known.view.workers[replica].sequence + 1
-                        known.see(replica, model.model_id, ModelState.READY, sequence)
-            known.returned(plan.replica, model.exec_s)
+        while len(announced) <= DECISIONS // REQUESTS // len(read) and time.perf_counter() - began_s < 4 * _LIMIT_S:
+            self._hear(list(self._world.tick()))
+            news: dict[str, bytes] = {}
+            for location, (epoch, version) in read.items():
+                delta = self._state.view(epoch, version, self._now, location)
+                read[location] = delta.epoch, delta.version
+                news[location] = pickle.dumps(delta, pickle.HIGHEST_PROTOCOL)
+            announced.append(news)
+        return announced
 
     def _place(self) -> None:
         values, planner, state = self._figures.values, self._state._planner, self._state
@@ -260,12 +229,8 @@ def _resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _quantile(samples: Sequence[float], share: float) -> float:
-    return sorted(samples)[min(len(samples) - 1, int(len(samples) * share))] if samples else float("nan")
-
-
-def measure(locations: int, models: int, seed: int) -> Figures:
-    """The figures of one size, measured in this process."""
+def measure(locations: int, models: int, seed: int) -> tuple[Figures, list[dict[str, bytes]]]:
+    """What a coordinator of one size does, measured in this process, and what it tells some routers."""
     return _Bench(locations, models, seed).run()
 
 
@@ -285,8 +250,10 @@ def main(locations: str, models: int, seed: int, as_json: bool) -> None:
     found = []
     for size in sizes:
         # Memory of one size must not be counted as that of the next.
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found.append(pool.apply(measure, (size, models, seed)))
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            figures, announced = pool.apply(measure, (size, models, seed))
+            figures.values |= pool.apply(decide, (size, models, seed, announced))
+            found.append(figures)
     if as_json:
         rows = [{"locations": row.locations, "models": row.models, "figures": row.values} for row in found]
         click.echo(json.dumps({"aims": AIMS, "rows": rows}))

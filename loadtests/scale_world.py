@@ -68,14 +68,15 @@ class World:
         self.workers = {location: self._worker(location) for location in self.locations}
 
     def ways(self, location: str) -> dict[tuple[str, str], Link]:
-        """What a location has measured."""
+        """What a location has told of the ways that it has measured."""
         others = [other for other in self.locations if other != location]
         near = sorted(others, key=lambda other: self._distance(location, other))[: _WAYS // 3]
         far = self._rng.sample(others, min(len(others), _WAYS - len(near)))
-        return {
-            (location, other): Link(rtt_s=0.001 + 0.08 * self._distance(location, other), bytes_per_s=12.5e6)
-            for other in (*near, *far)
-        }
+        return {(location, other): self.link(location, other) for other in (*near, *far)}
+
+    def link(self, here: str, there: str) -> Link:
+        """The way from one location to another, as it is."""
+        return Link(rtt_s=0.001 + 0.08 * self._distance(here, there), bytes_per_s=12.5e6)
 
     def tick(self) -> Iterator[WorkerReport]:
         """The next report of every worker, in an order of its own."""

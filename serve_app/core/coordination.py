@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from serve_app.core.commands import Command
@@ -294,29 +294,29 @@ class CoordinatorState:
         self, scope: Scope, location: str | None, reader: str | None, since: int
     ) -> tuple[list[WorkerReport], list[WorkerChange]]:
         entries = self._reports.entries
-        workers: list[WorkerReport] = []
-        changes: list[WorkerChange] = []
-        names: Collection[str] | None = None
-        peers: Mapping[str, int] = {}
         if location is None:
-            peers = dict.fromkeys(entries, 0)
-        else:
-            names, peers = scope.models, scope.peers
-            own = (entries[replica] for replica in self._reports.at(location) if replica != reader)
-            workers += [entry.plain() for entry in own if entry.changed > since]
-        for replica, joined in peers.items():
-            entry = entries.get(replica)
-            if entry is None or (entry.told_at <= since and joined <= since):
-                continue
-            if joined > since or entry.whole_at > since:
-                workers.append(entry.summary(names))
-            else:
-                changes.append(entry.last_change if since >= entry.told_before else entry.change(since))
+            told = [entry for entry in entries.values() if entry.told_at > since]
+            return (
+                [entry.summary(None) for entry in told if entry.whole_at > since],
+                [entry.change(since) for entry in told if entry.whole_at <= since],
+            )
+        own = [entries[replica] for replica in self._reports.at(location) if replica != reader]
+        workers = [entry.plain() for entry in own if entry.changed > since]
+        names = scope.models
+        joined = scope.joined(since)
+        workers += [entries[replica].summary(names) for replica in joined if replica in entries]
+        changes: list[WorkerChange] = []
+        for entry in scope.told(since):
+            if entry.whole_at > since:
+                if entry.report.replica not in joined:
+                    workers.append(entry.summary(names))
+            elif not joined or entry.report.replica not in joined:
+                changes.append(entry.change(since))
         # Of those who were peers before anybody here asked for this.
         for model_id in scope.new_models(since):
-            for replica in peers.keys() & self._reports.holders(model_id):
+            for replica in scope.peers.keys() & self._reports.holders(model_id):
                 entry = entries[replica]
-                if max(peers[replica], entry.whole_at) <= since:
+                if max(scope.peers[replica], entry.whole_at) <= since:
                     changes.append(entry.of(model_id))
         return workers, changes
 

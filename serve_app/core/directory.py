@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, KeysView, Mapping
 
 from serve_app.core.answers import ResidentModel
@@ -30,10 +31,12 @@ class Entry:
     #: So many changes of models are remembered; who is further behind is told everything.
     REMEMBERED = 256
 
+    #: News to readers that know what was told up to so many times ago are worked out once for all of them.
+    SHARED = 8
+
     __slots__ = (
-        "_changes",
-        "_exec_s", "_load_s", "_plain", "_touched", "changed", "last_change", "read_s", "report", "told", "told_at",
-        "told_before", "whole_at",
+        "_changes", "_exec_s", "_load_s", "_pinned", "_plain", "_times_told", "_touched", "changed", "read_s", "report",
+        "told", "told_at", "whole_at",
     )  # fmt: skip
 
     def __init__(self, report: WorkerReport, version: int) -> None:
@@ -44,12 +47,12 @@ class Entry:
         self._exec_s, self._load_s = dict(report.exec_s), dict(report.load_s)
         #: What was told of models since it joined and as of which version, the last ones last.
         self._touched: dict[str, tuple[int, ModelChange]] = {}
-        #: What readers were told since the last news, by what they had been told before: the same for most.
+        #: Versions as of which something was told lately; and by those of them that a reader knows, what it does not.
+        self._times_told = [version]
         self._changes: dict[int, WorkerChange] = {}
         self._plain: WorkerReport | None = None
-        #: What was told last, which is all that most readers need: those who know what was told as of ``told_before``.
-        self.told_before = version
-        self.last_change = self._changed(())
+        #: Those of its models that are; worked out when somebody needs them.
+        self._pinned: frozenset[str] | None = None
         #: When the worker was told of others last.
         self.read_s: float | None = None
 
@@ -63,7 +66,9 @@ class Entry:
             touched |= self._remeasured(report)
         if not (touched or is_due or self._is_notable(told, report)):
             return ()
-        self.told_before, self.told_at, self.told = self.told_at, version, report
+        self.told_at, self.told = version, report
+        if touched or is_due:
+            self._pinned = None
         for model_id in touched:
             for said, measured in ((self._exec_s, report.exec_s), (self._load_s, report.load_s)):
                 if model_id in measured:
@@ -72,8 +77,9 @@ class Entry:
             self._touched[model_id] = version, self._model(model_id)
         while len(self._touched) > self.REMEMBERED:
             self.whole_at, _ = self._touched.pop(next(iter(self._touched)))
+        self._times_told.append(version)
+        del self._times_told[: -self.SHARED]
         self._changes.clear()
-        self.last_change = self.change(self.told_before)
         return touched
 
     def plain(self) -> WorkerReport:
@@ -84,15 +90,18 @@ class Entry:
 
     def change(self, since: int) -> WorkerChange:
         """What a reader does not know that knows the worker as of version ``since``."""
-        seen, touched = 0, []
-        for version, model in reversed(self._touched.values()):
-            if version <= since:
-                seen = version
-                break
-            touched.append(model)
-        change = self._changes.get(seen)
+        known = bisect_right(self._times_told, since)
+        change = self._changes.get(known)
         if change is None:
-            change = self._changes[seen] = self._changed(tuple(touched))
+            touched = []
+            for version, model in reversed(self._touched.values()):
+                if version <= since:
+                    break
+                touched.append(model)
+            change = self._changed(tuple(touched))
+            # What was told before that is not remembered by when.
+            if known:
+                self._changes[known] = change
         return change
 
     def of(self, model_id: str) -> WorkerChange:
@@ -102,10 +111,12 @@ class Entry:
     def summary(self, names: Collection[str] | None) -> WorkerReport:
         """All that a reader is told who is interested in some models, or in all."""
         told = self.told
+        if self._pinned is None:
+            self._pinned = frozenset([model.model_id for model in told.models.values() if model.pinned])
         models = {
-            model_id: plain
+            model_id: _without_uses(model)
             for model_id, model in told.models.items()
-            if (names is None or model_id in names or model.pinned) and (plain := _plain(model)) is not None
+            if names is None or model_id in names or model_id in self._pinned
         }
         return dataclasses.replace(
             told,
@@ -132,9 +143,10 @@ class Entry:
         )
 
     def _model(self, model_id: str) -> ModelChange:
+        resident = self.told.models.get(model_id)
         return ModelChange(
             model_id=model_id,
-            resident=_plain(self.told.models.get(model_id)),
+            resident=None if resident is None else _without_uses(resident),
             keeps=model_id in self.told.keeps,
             exec_s=self._exec_s.get(model_id),
             load_s=self._load_s.get(model_id),
@@ -143,7 +155,8 @@ class Entry:
     def _moved(self, told: WorkerReport, report: WorkerReport) -> set[str]:
         """The models that have come, gone, or are in another state; and those it keeps now, or no more."""
         before, after = told.models, report.models
-        moved = set() if after.keys() == before.keys() else set(after.keys() ^ before.keys())
+        # Mostly nothing has moved, not even in the order of the names, which is seen at once.
+        moved = set() if list(after) == list(before) else set(after.keys() ^ before.keys())
         # Where nothing loads, and nothing did, all are ready; what is pinned can wait until all is told again.
         if told.loading or report.loading or report.sequence - told.sequence >= self.EVERY_REPORTS:
             for model_id, model in after.items():
@@ -174,9 +187,9 @@ class Entry:
         )
 
 
-def _plain(model: ResidentModel | None) -> ResidentModel | None:
-    """Without the number of uses, which changes all the time."""
-    return model if model is None or not model.uses else dataclasses.replace(model, uses=0)
+def _without_uses(model: ResidentModel) -> ResidentModel:
+    """As it is told of: the number of uses changes all the time."""
+    return dataclasses.replace(model, uses=0) if model.uses else model
 
 
 class Directory(Mapping[str, WorkerReport]):
@@ -186,6 +199,8 @@ class Directory(Mapping[str, WorkerReport]):
         self._entries: dict[str, Entry] = {}
         self._holders: dict[str, dict[str, None]] = {}
         self._locations: dict[str, dict[str, None]] = {}
+        #: How often somebody has come or gone.
+        self.moves = 0
 
     def __getitem__(self, replica: str) -> WorkerReport:
         return self._entries[replica].report
@@ -206,6 +221,7 @@ class Directory(Mapping[str, WorkerReport]):
         entry = self._entries.get(report.replica)
         if entry is None:
             self._entries[report.replica] = Entry(report, version)
+            self.moves += 1
             self._locations.setdefault(report.location, {})[report.replica] = None
             for model_id in report.models:
                 self._holders.setdefault(model_id, {})[report.replica] = None
@@ -221,6 +237,7 @@ class Directory(Mapping[str, WorkerReport]):
     def depart(self, replica: str) -> None:
         """A worker is gone."""
         report = self._entries.pop(replica).report
+        self.moves += 1
         for model_id in report.models:
             self._let_go(model_id, replica)
         del self._locations[report.location][replica]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 from serve_app.core.answers import ModelState
 from serve_app.core.links import Link
+from serve_app.core.nearby import Nearby
 from serve_app.core.reports import ViewDelta, WorkerChange, WorkerReport
+from serve_app.core.routing_rules import Ways
 
 _T = TypeVar("_T")
 
@@ -61,7 +63,7 @@ class View:
         self.epoch, self.version, self.updated_s, self.scoped = delta.epoch, delta.version, now, delta.scoped
         return tuple(sorted(gone))
 
-    def holders(self, model_id: str) -> Collection[str]:
+    def holders(self, model_id: str) -> Set[str]:
         """The replicas that have said to hold a model, or to be loading it."""
         return self._holders.get(model_id, {}).keys()
 
@@ -141,10 +143,14 @@ def _changed(report: WorkerReport, change: WorkerChange) -> WorkerReport:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Sighting:
+class Sighting(NamedTuple):
+    """What a reply, or what it caused, has shown of a model; counts until the report with the number ``sequence``."""
+
     state: ModelState | None
     sequence: int
+
+
+_NOTHING: Mapping[str, Sighting] = {}
 
 
 class Queue:
@@ -184,15 +190,16 @@ class Knowledge:
 
     def __init__(self) -> None:
         self.view = View()
-        self._sightings: dict[str, dict[str, _Sighting]] = {}
+        #: By replica and model; the same by model and replica.
+        self._sightings: dict[str, dict[str, Sighting]] = {}
+        self._seen: dict[str, dict[str, Sighting]] = {}
         self._queues: dict[str, Queue] = {}
         self._suspects: dict[str, int] = {}
         self._cut_off: frozenset[str] = frozenset()
-        #: By model, where it was seen or expected.
-        self._seen_at: dict[str, set[str]] = {}
-        self._usable: dict[str, WorkerReport] = {}
-        self._places: dict[str, int] = {}
+        self._usable: tuple[WorkerReport, ...] = ()
         self._at: dict[str, list[WorkerReport]] = {}
+        self._nearby: dict[str, Nearby] = {}
+        self._pinned_bytes: dict[str, tuple[WorkerReport, int]] = {}
         #: What readers have worked out from the view; forgotten with the next news.
         self.worked_out: dict[str, object] = {}
 
@@ -215,47 +222,66 @@ class Knowledge:
         self._sort()
         return gone
 
-    def workers(self) -> list[WorkerReport]:
+    def workers(self) -> Sequence[WorkerReport]:
         """The last reports of all replicas that may be sent to; of those that leave, only if all do.
 
         That is all but those under suspicion, and those cut off from here.
         """
-        return list(self._usable.values())
+        return self._usable
 
     def at(self, location: str) -> Sequence[WorkerReport]:
         """Those of ``workers`` that are at a location."""
         return self._at.get(location, ())
 
-    def maybe_holding(self, model_id: str) -> list[WorkerReport]:
-        """Those of ``workers`` of which ``state`` may know the model, in the same order."""
-        replicas = [replica for replica in self.view.holders(model_id) if replica in self._usable]
-        seen = self._seen_at.get(model_id)
-        if seen:
-            replicas += [replica for replica in seen if replica in self._usable and replica not in replicas]
-        if len(replicas) > 1:
-            replicas.sort(key=self._places.__getitem__)
-        return [self._usable[replica] for replica in replicas]
+    def nearby(self, here: str, ways: Ways) -> Nearby:
+        """Those of ``workers`` that a location may send to, as far away as at the last look around."""
+        nearby = self._nearby.get(here)
+        return self.look_around(here, ways) if nearby is None or nearby.ways is not ways else nearby
+
+    def look_around(self, here: str, ways: Ways) -> Nearby:
+        """Find out anew what is near a location: after news, and when ways may have changed."""
+        nearby = self._nearby[here] = Nearby(here, ways, self._usable)
+        return nearby
+
+    def maybe_holding(self, model_id: str) -> Collection[str]:
+        """The replicas of which ``state`` may know the model; not all of them may be sent to."""
+        holders, seen = self.view.holders(model_id), self._seen.get(model_id)
+        return holders | seen.keys() if seen else holders
+
+    def seen(self, model_id: str) -> Mapping[str, Sighting]:
+        """What counts for a model more than the last reports of the replicas that are named."""
+        return self._seen.get(model_id, _NOTHING)
+
+    def pinned_bytes(self, report: WorkerReport) -> int:
+        """What no request can displace at a worker."""
+        known = self._pinned_bytes.get(report.replica)
+        if known is not None and known[0] is report:
+            return known[1]
+        pinned_bytes = sum([model.size_bytes for model in report.models.values() if model.pinned])
+        self._pinned_bytes[report.replica] = report, pinned_bytes
+        return pinned_bytes
 
     def _unsee(self, replica: str, model_id: str) -> None:
-        seen = self._seen_at[model_id]
-        seen.discard(replica)
+        seen = self._seen[model_id]
+        del seen[replica]
         if not seen:
-            del self._seen_at[model_id]
+            del self._seen[model_id]
 
     def _sort(self) -> None:
         """Who may be sent to, after something has changed: looked at by every choice, so it is not worked out there."""
         self.worked_out.clear()
+        self._nearby.clear()
+        for replica in self._pinned_bytes.keys() - self.view.workers.keys():
+            del self._pinned_bytes[replica]
         suspects, cut_off = self._suspects, self._cut_off
-        usable = {
-            replica: report
-            for replica, report in self.view.workers.items()
-            if replica not in suspects and report.location not in cut_off
-        }
-        staying = {replica: report for replica, report in usable.items() if not report.leaving}
-        self._usable = staying or usable
-        self._places = {replica: place for place, replica in enumerate(self._usable)}
+        usable = tuple(self.view.workers.values())
+        if suspects or cut_off:
+            usable = tuple(
+                report for report in usable if report.replica not in suspects and report.location not in cut_off
+            )
+        self._usable = tuple(report for report in usable if not report.leaving) or usable
         self._at = {}
-        for report in self._usable.values():
+        for report in self._usable:
             self._at.setdefault(report.location, []).append(report)
 
     def reach(self, location: str, *, reached: bool) -> tuple[str, ...]:
@@ -282,18 +308,20 @@ class Knowledge:
         sightings = self._sightings.get(report.replica)
         if not sightings:
             return report.loading
-        return report.loading + sum(
-            sighting.state is ModelState.LOADING and model_id not in report.models
-            for model_id, sighting in sightings.items()
-        )
+        loading = report.loading
+        for model_id, sighting in sightings.items():
+            if sighting.state is ModelState.LOADING and model_id not in report.models:
+                loading += 1
+        return loading
 
     def see(self, replica: str, model_id: str, state: ModelState | None, sequence: int) -> None:
         """A model was in ``state`` at ``replica`` after its report number ``sequence - 1``."""
         report = self.view.workers.get(replica)
         if report is not None and sequence <= report.sequence:
             return
-        self._sightings.setdefault(replica, {})[model_id] = _Sighting(state, sequence)
-        self._seen_at.setdefault(model_id, set()).add(replica)
+        sighting = Sighting(state, sequence)
+        self._sightings.setdefault(replica, {})[model_id] = sighting
+        self._seen.setdefault(model_id, {})[replica] = sighting
 
     def expect_load(self, replica: str, model_id: str) -> None:
         """A request that will load a model is on its way to ``replica``: later ones can join it."""

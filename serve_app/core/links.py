@@ -43,28 +43,24 @@ class LinkEstimate:
     SMALL_BYTES = 16_384
     _WINDOW = 9
 
-    __slots__ = ("_link", "_per_byte_s", "_rtts_s")
+    __slots__ = ("_per_byte_s", "_rtts_s", "link")
 
     def __init__(self, configured: Link) -> None:
-        self._link = configured
+        #: The estimate.
+        self.link = configured
         self._rtts_s = deque([configured.rtt_s], maxlen=self._WINDOW)
         self._per_byte_s = deque([1.0 / configured.bytes_per_s], maxlen=self._WINDOW)
 
-    @property
-    def link(self) -> Link:
-        """The estimate."""
-        return self._link
-
     def add(self, payload_bytes: int, seconds: float) -> None:
         """A request with ``payload_bytes`` has spent ``seconds`` on its way there and back."""
-        link = self._link
+        link = self.link
         if payload_bytes <= self.SMALL_BYTES:
             self._rtts_s.append(seconds)
-            self._link = Link(rtt_s=median_low(self._rtts_s), bytes_per_s=link.bytes_per_s)
+            self.link = Link(rtt_s=median_low(self._rtts_s), bytes_per_s=link.bytes_per_s)
         else:
             # Faster than the round trip: as good as free.
             self._per_byte_s.append(max(seconds - link.rtt_s, 0.0) / payload_bytes)
-            self._link = Link(rtt_s=link.rtt_s, bytes_per_s=1.0 / max(median_low(self._per_byte_s), 1e-12))
+            self.link = Link(rtt_s=link.rtt_s, bytes_per_s=1.0 / max(median_low(self._per_byte_s), 1e-12))
 
 
 class LinkTable:

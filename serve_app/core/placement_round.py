@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.commands import Command, EvictAt, PreloadAt
 from serve_app.core.placement_rules import PlacementRules
+from serve_app.core.placement_tables import Candidates, Flags, Floats, Rows, asked, numbered
 from serve_app.core.way_table import WayTable
 
-_Floats = NDArray[np.float64]
-_Rows = NDArray[np.intp]
-_Flags = NDArray[np.bool_]
+#: So many rows of a table of a thousand sites take half a megabyte.
+_BLOCK = 64
 
 
 @dataclass(slots=True, kw_only=True)
@@ -102,7 +101,7 @@ class Round:
         self._size = np.array([float(profiles[model_id].size_bytes) for model_id in self._models])
         self._way_s = ways.table(locations, [site.location for site in sites])
         self._nearest_s = self._way_s.min(axis=1)
-        self._asking, self._rate, self._starts = _asked(row, locations, wants.rates)
+        self._asking, self._rate, self._starts = asked(row, locations, wants.rates)
         self._copies = {row[name]: count for name, count in sorted(wants.copies.items()) if name in row and count > 0}
         self._urgent_rows = frozenset(row[name] for name in wants.urgent if name in row)
         self._placeable = None if wants.only is None else frozenset(row[name] for name in wants.only if name in row)
@@ -120,17 +119,18 @@ class Round:
             self._take_in(number, site, row, soon, wants.withdraw)
         self._free = np.array([float(site.capacity_bytes - site.used_bytes) for site in sites])
         self._capacity = np.array([float(site.capacity_bytes) for site in sites])
+        self._least_bytes, self._most_bytes = float(self._capacity.min()), float(self._capacity.max())
         self._may_fill = np.array([site.fill_bytes for site in sites])
         self._may_empty = np.array([site.empty_bytes for site in sites])
         # What is required at once goes beyond what several rounds have used up, but not without bounds.
         self._urgent = self._capacity * rules.share_per_round
         #: Where nothing was moved lately, so that an urgent model may move though it is larger than a share.
         self._rested = (self._may_fill >= self._urgent) & (self._may_empty >= self._urgent)
-        self._places = _numbered([site.location for site in sites])
+        self._places = numbered([site.location for site in sites])
         #: By model, what would be lost without the copy at a site; what requests cost now, by who asks; what all pay.
         self._loss: list[dict[int, float]] = [{} for _ in row]
-        self._cost_s: dict[int, _Floats] = {}
-        self._gains: dict[int, _Floats] = {}
+        self._cost_s: dict[int, Floats] = {}
+        self._gains: dict[int, Floats] = {}
 
     def commands(self) -> tuple[Command, ...]:
         """The changes of this round."""
@@ -167,21 +167,21 @@ class Round:
 
     # What copies are worth
 
-    def _askers(self, model: int) -> tuple[_Rows, _Floats]:
+    def _askers(self, model: int) -> tuple[Rows, Floats]:
         """The locations that ask for a model, and their rates."""
         asked = slice(self._starts[model], self._starts[model + 1])
         return self._asking[asked], self._rate[asked]
 
-    def _load_costs_s(self, model: int, askers: _Rows) -> _Floats:
+    def _load_costs_s(self, model: int, askers: Rows) -> Floats:
         """What a load costs those who ask.
 
         Who has no worker, because it has just left, must go to one in any case: the nearest that can take the model.
         """
-        fits: _Flags = self._size[model] <= self._capacity
-        if fits.all() or not fits.any():
-            way_s: _Floats = self._nearest_s[askers]
+        if self._least_bytes < self._size[model] <= self._most_bytes:
+            fits = np.flatnonzero(self._size[model] <= self._capacity)
+            way_s: Floats = self._way_s[np.ix_(askers, fits)].min(axis=1)
         else:
-            way_s = self._way_s[np.ix_(askers, np.flatnonzero(fits))].min(axis=1)
+            way_s = self._nearest_s[askers]
         return way_s + float(self._load_s[model])
 
     def _value(self, model: int) -> None:
@@ -196,7 +196,17 @@ class Round:
         if not holders:
             self._cost_s[model] = load_s
             return
-        ways_s = self._way_s[askers[:, None], holders]
+        if len(holders) == 1:
+            # Without the only copy, it must be loaded.
+            cost_s = self._cost_s[model] = np.minimum(self._way_s[askers, holders[0]], load_s)
+            lost = rate * (load_s - cost_s)
+            # Summed one after the other, as those of several copies are: ties must stay ties.
+            self._loss[model] = {holders[0]: float(lost.cumsum()[-1])}
+            return
+        if len(askers) == len(self._way_s):
+            ways_s = self._way_s.take(holders, axis=1)
+        else:
+            ways_s = self._way_s[askers[:, None], holders]
         nearest = ways_s.argmin(axis=1)
         cost_s = self._cost_s[model] = np.minimum(ways_s.min(axis=1), load_s)
         # Without the nearest copy, requests go to the one that is now second.
@@ -205,25 +215,25 @@ class Round:
         losses = np.bincount(nearest, weights=lost, minlength=len(holders))
         self._loss[model] = dict(zip(holders, losses.tolist(), strict=True))
 
-    def _gain(self, model: int) -> _Floats:
+    def _gain(self, model: int) -> Floats:
         """What a copy would save at every site: seconds per second."""
         gain = self._gains.get(model)
         if gain is None:
             askers, rate = self._askers(model)
             if model not in self._cost_s:
                 self._value(model)
-            if len(askers):
-                saved_s = self._cost_s[model][:, None] - self._way_s[askers]
+            gain = self._gains[model] = np.zeros(len(self._sites))
+            # Some at a time, so that what is made of them stays in the processor's cache.
+            for first in range(0, len(askers), _BLOCK):
+                block = slice(first, first + _BLOCK)
+                saved_s = self._cost_s[model][block, None] - self._way_s[askers[block]]
                 # Not a product of matrices: that may round alike columns differently, and ties must stay ties.
-                gain = np.einsum("l,ls->s", rate, np.maximum(saved_s, 0.0, out=saved_s))
-            else:
-                gain = np.zeros(len(self._sites))
-            self._gains[model] = gain
+                gain += np.einsum("l,ls->s", rate[block], np.maximum(saved_s, 0.0, out=saved_s))
         return gain
 
-    def _may_load(self, model: int) -> _Flags:
+    def _may_load(self, model: int) -> Flags:
         """The sites that could take a copy."""
-        may: _Flags = self._size[model] <= self._capacity
+        may: Flags = self._size[model] <= self._capacity
         may[[*self._holders[model], *self._barred_at[model]]] = False
         return may
 
@@ -291,10 +301,10 @@ class Round:
             if candidates:
                 heapq.heappush(queue, (candidates.lead, model))
 
-    def _candidates(self) -> dict[int, _Candidates]:
+    def _candidates(self) -> dict[int, Candidates]:
         """By model, the sites where a copy might be placed; leaves out what surely cannot be."""
         least = self._least_losses()
-        found: dict[int, _Candidates] = {}
+        found: dict[int, Candidates] = {}
         for model in self._worthwhile():
             size, urgent = self._size[model], model in self._urgent_rows
             missing = np.maximum(size - self._free, 0.0)
@@ -312,7 +322,7 @@ class Round:
             able &= (gain > price) & (gain * self._rules.payback_s >= self._load_s[model])
             numbers = np.flatnonzero(able)
             if len(numbers):
-                found[model] = _Candidates(numbers, gain[numbers] / size)
+                found[model] = Candidates(numbers, gain[numbers] / size)
         return found
 
     def _worthwhile(self) -> list[int]:
@@ -331,7 +341,7 @@ class Round:
                 worthwhile.append(model)
         return worthwhile
 
-    def _least_losses(self) -> _Floats:
+    def _least_losses(self) -> Floats:
         """At every site, the least that is lost for a byte."""
         size = self._size.tolist()
         return np.array(
@@ -341,9 +351,9 @@ class Round:
             ]
         )
 
-    def _fills(self, model: int) -> _Flags:
+    def _fills(self, model: int) -> Flags:
         """The sites where so much may be loaded in what is left of this round."""
-        fills: _Flags = self._size[model] <= self._may_fill
+        fills: Flags = self._size[model] <= self._may_fill
         return fills | self._rested if model in self._urgent_rows else fills
 
     def _victims(self, model: int, number: int) -> list[int] | None:
@@ -422,72 +432,3 @@ class Round:
             self._may_empty[number] -= self._size[model]
             self._rested[number] = False
             self._go(model, number)
-
-
-class _Candidates:
-    """The sites where a copy of one model might be placed, the most worthwhile per byte first."""
-
-    __slots__ = ("_numbers", "_sorted", "_worth", "lead")
-
-    def __init__(self, numbers: _Rows, worth: _Floats) -> None:
-        self._numbers, self._worth = numbers, worth
-        self._sorted = False
-        self._look()
-
-    def __bool__(self) -> bool:
-        return len(self._numbers) > 0
-
-    def drop(self, able: _Flags) -> None:
-        """Forget the first, and those that are not able any more, as told by site."""
-        self._sort()
-        left = able[self._numbers]
-        left[0] = False
-        self._numbers, self._worth = self._numbers[left], self._worth[left]
-        self._look()
-
-    def sink(self, worth: _Floats, least: float) -> None:
-        """A copy more has made them worth less, as told by site; forget those that are worth too little now."""
-        now = np.minimum(self._worth, worth[self._numbers])
-        left = (now > 0) & (now >= least)
-        self._numbers, self._worth, self._sorted = self._numbers[left], now[left], False
-        self._look()
-
-    def _sort(self) -> None:
-        if not self._sorted:
-            order = np.lexsort((self._numbers, -self._worth))
-            self._numbers, self._worth, self._sorted = self._numbers[order], self._worth[order], True
-
-    def _look(self) -> None:
-        """Find the first; most are never asked for a second."""
-        if not len(self._numbers):
-            return
-        best = 0 if self._sorted else int(np.flatnonzero(self._worth == self._worth.max())[0])
-        self.lead: tuple[float, int] = (-float(self._worth[best]), int(self._numbers[best]))
-
-
-def _asked(
-    row: Mapping[str, int], locations: Sequence[str], rates: Mapping[str, Mapping[str, float]]
-) -> tuple[_Rows, _Floats, list[int]]:
-    """Who asks how often, sorted by model; and where each model begins."""
-    models: list[int] = []
-    asking: list[int] = []
-    per_s: list[float] = []
-    for number, location in enumerate(locations):
-        before = len(models)
-        for name, rate in rates.get(location, {}).items():
-            model = row.get(name)
-            if model is not None and rate > 0:
-                models.append(model)
-                per_s.append(rate)
-        asking += [number] * (len(models) - before)
-    order = np.argsort(np.array(models, dtype=np.intp), kind="stable")
-    starts = (
-        np.concatenate(([0], np.cumsum(np.bincount(models, minlength=len(row))))) if models else [0] * (len(row) + 1)
-    )
-    return np.array(asking, dtype=np.intp)[order], np.array(per_s)[order], [int(start) for start in starts]
-
-
-def _numbered(names: Sequence[str]) -> _Rows:
-    """A number for each name, the same for the same."""
-    number = {name: place for place, name in enumerate(dict.fromkeys(names))}
-    return np.array([number[name] for name in names], dtype=np.intp)

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 
 from serve_app.core.answers import ModelState
 from serve_app.core.commands import Command, PreloadAt
+from serve_app.core.interests import Interests
 from serve_app.core.links import Link
 from serve_app.core.placement import Placement
 from serve_app.core.placement_rules import PlacementRules
-from serve_app.core.popularity import Interests
 from serve_app.core.reports import Demand, WorkerReport
 from serve_app.core.routing import RoutingRules
 

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import enum
 import math
-from bisect import bisect_left
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from heapq import nsmallest
-from itertools import accumulate
-from operator import attrgetter, itemgetter
-from typing import Protocol
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+from zlib import crc32
 
 from serve_app.core.answers import ModelState
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.keepers import rank
-from serve_app.core.knowledge import Knowledge, View
-from serve_app.core.links import HERE, Link
+from serve_app.core.knowledge import Knowledge
+from serve_app.core.links import Link
+from serve_app.core.losses import exec_s, forward_costs, load_s, prepare, victims_loss_s
+from serve_app.core.nearby import Neighbour
 from serve_app.core.reports import WorkerReport
+from serve_app.core.routing_rules import RoutingRules, Ways
+
+__all__ = [
+    "Errand",
+    "Forwarding",
+    "Link",
+    "Outcome",
+    "Plan",
+    "RoutingRules",
+    "Ways",
+    "choose",
+    "exec_s",
+    "forward_costs",
+    "load_s",
+    "prepare",
+]
 
 
 class Outcome(enum.StrEnum):
@@ -33,39 +47,6 @@ class Outcome(enum.StrEnum):
 _OUTCOMES_HERE = {ModelState.READY: Outcome.HIT, ModelState.LOADING: Outcome.JOIN, None: Outcome.LOAD}
 
 
-class Ways(Protocol):
-    """What is known of the ways between locations: as configured (``RoutingRules``), or as measured (``LinkTable``)."""
-
-    def link(self, here: str, there: str) -> Link:
-        """The way from one location to another, or within one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoutingRules:
-    """What the choice depends on besides the state of the cluster.
-
-    ``links`` are as configured, in either direction. ``horizon_s``: how far ahead today's popularity is trusted when a
-    load is weighed against forwarding every time. ``staleness_s``: how old what is known of other locations may be; a
-    shorter queue there counts only if it is shorter by more than that.
-    """
-
-    profiles: Mapping[str, ModelProfile]
-    links: Mapping[tuple[str, str], Link]
-    default_link: Link
-    horizon_s: float
-    staleness_s: float = 0.0
-
-    def link(self, here: str, there: str) -> Link:
-        """The link between two locations, in either direction; nothing within one."""
-        if here == there:
-            return HERE
-        return self.links.get((here, there)) or self.links.get((there, here)) or self.default_link
-
-    def with_links(self, measured: Mapping[tuple[str, str], Link]) -> RoutingRules:
-        """These rules with links as they were measured, where they were."""
-        return replace(self, links={**self.links, **measured})
-
-
 class Forwarding(enum.StrEnum):
     """Whether a request may run at another location."""
 
@@ -76,8 +57,7 @@ class Forwarding(enum.StrEnum):
     PREFER = "prefer"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(NamedTuple):
     """One option: run on ``replica`` of ``location``, begin after ``wait_s`` and be done after ``expected_s`` seconds.
 
     ``cost_s`` ranks the options: the expected latency and what the choice costs later requests. ``must_hold`` is set
@@ -85,6 +65,7 @@ class Plan:
     load the model in the background meanwhile.
     """
 
+    # A tuple, because every request makes one: that takes half as long as a frozen dataclass.
     outcome: Outcome
     location: str
     replica: str | None
@@ -95,8 +76,7 @@ class Plan:
     preload: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Errand:
+class Errand(NamedTuple):
     """What is to be placed: a request for ``model`` by a user of ``here``.
 
     ``avoid`` names the replicas that have failed this very request already.
@@ -142,37 +122,44 @@ class _Option:
 
     __slots__ = ("cost_s", "expected_s", "must_hold", "outcome", "report", "wait_s")
 
-    def __init__(self, outcome: Outcome, report: WorkerReport, wait_s: float, expected_s: float, cost_s: float) -> None:
+    def __init__(
+        self,
+        outcome: Outcome,
+        report: WorkerReport,
+        wait_s: float,
+        expected_s: float,
+        cost_s: float,
+        must_hold: bool = False,
+    ) -> None:
         self.outcome = outcome
         self.report = report
         self.wait_s = wait_s
         self.expected_s = expected_s
         self.cost_s = cost_s
-        self.must_hold = False
+        self.must_hold = must_hold
 
-    def plan(self, preload: str | None = None, cost_s: float | None = None) -> Plan:
+    def plan(self, preload: str | None = None) -> Plan:
         """As it is carried out."""
-        return Plan(
-            outcome=self.outcome,
-            location=self.report.location,
-            replica=self.report.replica,
-            wait_s=self.wait_s,
-            expected_s=self.expected_s,
-            cost_s=self.cost_s if cost_s is None else cost_s,
-            must_hold=self.must_hold,
-            preload=preload,
-        )
+        report, wait_s, expected_s, cost_s = self.report, self.wait_s, self.expected_s, self.cost_s
+        return Plan(self.outcome, report.location, report.replica, wait_s, expected_s, cost_s, self.must_hold, preload)
 
 
 class _Choice:
-    """One choice, with what every option of it needs."""
+    """One choice, with what every option of it needs.
 
-    __slots__ = ("_errand", "_known", "_local", "_model", "_rules", "_run_s", "_way_s", "_ways")
+    Every request of every user comes by here: what several options share is looked up once, and of those that cannot
+    be the best no more is worked out than shows it.
+    """
 
-    #: Of more workers than ``MANY`` at other locations only ``LOOKED_AT`` are considered: the nearest holders; of those
-    #: that would have to load the model, others for each model.
-    MANY = 16
+    #: Of the workers of other locations so many are considered: the nearest holders; and of those that would have to
+    #: load the model, where there are more than ``MANY``, others for each model.
     LOOKED_AT = 4
+    MANY = 8
+
+    __slots__ = (
+        "_errand", "_known", "_local", "_model", "_nearby", "_others_s", "_queue_s", "_rate", "_rules", "_run_s",
+        "_seen", "_way_s", "_ways",
+    )  # fmt: skip
 
     def __init__(self, errand: Errand, known: Knowledge, rules: RoutingRules, ways: Ways) -> None:
         self._errand = errand
@@ -180,17 +167,13 @@ class _Choice:
         self._known = known
         self._rules = rules
         self._ways = ways
-        here: Sequence[WorkerReport] = known.at(errand.here)
-        if errand.avoid:
-            here = [report for report in here if report.replica not in errand.avoid]
-        self._run_s = max([exec_s(self._model, report) for report in here]) if here else 0.0
-        self._way_s = ways.link(errand.here, errand.here).seconds(errand.payload_bytes) if here else 0.0
-        #: The best that this location offers.
-        self._local: _Option | None = None
-        for report in here:
-            option = self._here(report)
-            if self._local is None or option.cost_s < self._local.cost_s:
-                self._local = option
+        self._nearby = known.nearby(errand.here, ways)
+        #: What is newer than the reports about this model.
+        self._seen = known.seen(errand.model.model_id)
+        #: The best that this location offers, and of what its latency is made up: the way, the queue, the execution.
+        #: ``_others_s`` is what others cause.
+        self._way_s = self._queue_s = self._run_s = self._others_s = 0.0
+        self._local = self._best_here()
 
     def best(self) -> Plan:
         local, errand = self._local, self._errand
@@ -209,142 +192,160 @@ class _Choice:
             return there.plan()
         return self._in_background(local, there) if local.outcome is Outcome.LOAD else local.plan()
 
-    def _here(self, report: WorkerReport) -> _Option:
-        state = self._known.state(report, self._model.model_id)
-        load_wait_s, loss_s = self._until_ready(state, report)
-        wait_s = self._way_s + self._known.queue_s(report) + load_wait_s
-        expected_s = wait_s + self._run_s
-        return _Option(_OUTCOMES_HERE[state], report, wait_s, expected_s, expected_s + loss_s)
+    def _best_here(self) -> _Option | None:
+        errand, known, model = self._errand, self._known, self._model
+        here = self._nearby.own
+        if errand.avoid:
+            here = [report for report in here if report.replica not in errand.avoid]
+        if not here:
+            return None
+        way_s = self._way_s = self._nearby.own_link.seconds(errand.payload_bytes)
+        run_s = self._run_s = max([exec_s(model, report) for report in here])
+        best: _Option | None = None
+        for report in here:
+            state = self._state(report)
+            queue_s, load_wait_s, loss_s, turns_s = known.queue_s(report), 0.0, 0.0, 0.0
+            if state is ModelState.LOADING:
+                load_wait_s = self._rest_of_load_s(report)
+            elif state is None:
+                alone_s = load_s(model, report)
+                load_wait_s = alone_s * self._turns(report)
+                turns_s = load_wait_s - alone_s
+                loss_s = victims_loss_s(model, report, known, self._rules, self._ways)
+            wait_s = way_s + queue_s + load_wait_s
+            expected_s = wait_s + run_s
+            if best is None or expected_s + loss_s < best.cost_s:
+                best = _Option(_OUTCOMES_HERE[state], report, wait_s, expected_s, expected_s + loss_s)
+                self._queue_s, self._others_s = queue_s, queue_s + turns_s
+        return best
 
     def _best_elsewhere(self) -> _Option | None:
-        """The best that other locations offer.
+        """The best that other locations offer: those that hold the model, then those that would have to load it.
 
-        Of those that would load the model, all are as good whose difference may be older than the news: if every router
-        took the one that looked best, all would take the same. Instead each model has an order of its own.
+        Of these, all are as good whose difference may be older than the news: if every router took the one that looked
+        best, all would take the same. Instead each model has an order of its own.
         """
-        options = self._elsewhere()
-        if not options:
-            return None
-        best = min(options, key=_cost_s)
-        if best.must_hold:
-            return best
-        limit_s = best.cost_s + self._rules.staleness_s
-        alike = [option for option in options if not option.must_hold and option.cost_s <= limit_s]
-        return min(alike, key=lambda option: rank(self._model.model_id, option.report.replica))
-
-    def _elsewhere(self) -> list[_Option]:
-        """What other locations offer; of those that do not hold the model, only to be rid of a long queue here."""
         errand, known, model_id = self._errand, self._known, self._model.model_id
         if errand.forwarding is Forwarding.NEVER:
-            return []
-        may_load = self._local is None or self._local.cost_s == math.inf
-        if self._local is not None and errand.forwarding is Forwarding.AUTO:
-            may_load = may_load or self._is_busy(self._local)
-        there = [
-            report
-            for report in known.maybe_holding(model_id)
-            if report.location != errand.here and report.replica not in errand.avoid
-        ]
-        if len(there) > self.MANY:
-            there = nsmallest(
-                self.LOOKED_AT, there, key=lambda report: self._ways.link(errand.here, report.location).rtt_s
-            )
-        options = [
-            self._there(report, state) for report in there if (state := known.state(report, model_id)) is not None
-        ]
-        if may_load:
-            options += [self._there(report, None) for report in self._others()]
-        return options
+            return None
+        self._rate = known.view.rate(errand.here, model_id)
+        holder: _Option | None = None
+        replicas = known.maybe_holding(model_id)
+        if replicas:
+            there = self._nearby.nearest(replicas, self.LOOKED_AT)
+            found = self._there(there, math.inf, held=True)
+            # Each is better than those before it.
+            holder = found[-1] if found else None
+        if not self._may_load_elsewhere():
+            return holder
+        there = self._others()
+        found = self._there(there, math.inf if holder is None else holder.cost_s, held=False)
+        best_s = min([option.cost_s for option in found], default=math.inf)
+        if not found or (holder is not None and holder.cost_s <= best_s):
+            return holder
+        if len(found) == 1:
+            return found[0]
+        alike = [option for option in found if option.cost_s <= best_s + self._rules.staleness_s]
+        return min(alike, key=lambda option: rank(model_id, option.report.replica))
 
-    def _others(self) -> list[WorkerReport]:
-        """Workers of other locations that would have to load the model; all of them if it cannot be loaded here."""
-        errand, known, model_id = self._errand, self._known, self._model.model_id
-        workers = known.workers()
-        if len(workers) > self.MANY and self._local is not None and self._local.cost_s < math.inf:
-            first = rank(model_id, errand.here) % len(workers)
-            workers = [*workers[first:], *workers[:first]][: self.LOOKED_AT]
-        return [
-            report
-            for report in workers
-            if report.location != errand.here
-            and report.replica not in errand.avoid
-            and known.state(report, model_id) is None
-        ]
+    def _may_load_elsewhere(self) -> bool:
+        """Whether it is an option to have the model loaded elsewhere: only to be rid of a long queue here."""
+        local = self._local
+        if local is None or local.cost_s == math.inf:
+            return True
+        return self._others_s > self._rules.staleness_s and self._errand.forwarding is Forwarding.AUTO
 
-    def _is_busy(self, local: _Option) -> bool:
-        """Whether a request waits here clearly longer than it would if it were the only one."""
-        others_s = self._known.queue_s(local.report)
-        if local.outcome is Outcome.LOAD:
-            others_s += load_s(self._model, local.report) * (self._turns(local.report) - 1)
-        return others_s > self._rules.staleness_s
+    def _others(self) -> Sequence[Neighbour]:
+        """Workers of other locations where the model could be loaded; all of them if it cannot be loaded here."""
+        others, count = self._nearby.others, self.LOOKED_AT
+        if len(others) <= self.MANY or self._local is None or self._local.cost_s == math.inf:
+            return others
+        first = crc32(f"{self._model.model_id} {self._errand.here}".encode()) % len(others)
+        chosen = others[first : first + count]
+        return chosen if len(chosen) == count else chosen + others[: count - len(chosen)]
 
-    def _there(self, report: WorkerReport, state: ModelState | None) -> _Option:
-        errand, model, known, rules, local = self._errand, self._model, self._known, self._rules, self._local
-        load_wait_s, loss_s = self._until_ready(state, report)
-        queue_s, run_s = known.queue_s(report), exec_s(model, report)
-        if local is not None:
-            queue_here_s = known.queue_s(local.report)
-            queue_s = _believed(queue_s, queue_here_s, queue_here_s - rules.staleness_s)
+    def _there(self, neighbours: Sequence[Neighbour], most_s: float, *, held: bool) -> list[_Option]:
+        """What those of these workers offer that hold the model, or those that do not, as far as it may be the best.
+
+        What costs more than ``most_s`` is of no use. What is known from afar is better than what is here only if it is
+        so by a clear margin: otherwise all routers would send everything to whichever location looked best half a
+        second ago.
+        """
+        known, model, rules, seen, avoid = self._known, self._model, self._rules, self._seen, self._errand.avoid
+        model_id, payload_bytes, way_here_s = model.model_id, self._errand.payload_bytes, self._way_s
+        queue_here_s, run_here_s, shorter_s, faster_s = 0.0, model.exec_s, math.inf, math.inf
+        if self._local is not None:
+            queue_here_s, run_here_s = self._queue_s, self._run_s
+            shorter_s = queue_here_s - rules.staleness_s
             # Execution times are noisy: only twice as fast is faster, and only if it was measured.
-            measured = model.model_id in report.exec_s
-            run_s = _believed(run_s, self._run_s, self._run_s / 2) if measured else self._run_s
-        way_s = self._ways.link(errand.here, report.location).seconds(errand.payload_bytes)
-        wait_s = way_s + queue_s + load_wait_s
-        later_s = 0.0
-        if local is None or local.outcome is Outcome.LOAD:
-            rate = known.view.rate(errand.here, model.model_id)
-            later_s = rules.horizon_s * rate * max(0.0, way_s - self._way_s)
-        option = _Option(Outcome.FORWARD, report, wait_s, wait_s + run_s, wait_s + run_s + loss_s + later_s)
-        option.must_hold = state is not None
-        return option
+            faster_s = run_here_s / 2
+        later = 0.0
+        if self._local is None or self._local.outcome is Outcome.LOAD:
+            later = rules.horizon_s * self._rate
+        margin_s = 0.0 if held else rules.staleness_s
+        # Of some that were taken at random, the first that is as good as any may be is good enough.
+        any_s = -math.inf if held or neighbours is self._nearby.others else margin_s
+        options: list[_Option] = []
+        for report, link in neighbours:
+            way_s = link.rtt_s + payload_bytes / link.bytes_per_s
+            run_s = report.exec_s.get(model_id, run_here_s)
+            if faster_s <= run_s < run_here_s:
+                run_s = run_here_s
+            later_s = later * (way_s - way_here_s) if way_s > way_here_s else 0.0
+            alone_s = 0.0 if held else report.load_s.get(model_id, model.load_s)
+            # Most need not be looked at any further: those that are no nearer than an idle one.
+            least_s = way_s + alone_s + run_s + later_s
+            if least_s > most_s or (held and least_s == most_s) or report.replica in avoid:
+                continue
+            if seen:
+                state = self._state(report)
+            else:
+                resident = report.models.get(model_id)
+                state = None if resident is None else resident.state
+            if (state is not None) is not held:
+                continue
+            queue_s, load_wait_s, loss_s = known.queue_s(report), 0.0, 0.0
+            if shorter_s <= queue_s < queue_here_s:
+                queue_s = queue_here_s
+            if state is ModelState.LOADING:
+                load_wait_s = self._rest_of_load_s(report)
+            elif state is None:
+                load_wait_s = alone_s * self._turns(report)
+                loss_s = victims_loss_s(model, report, known, rules, rules)
+            wait_s = way_s + queue_s + load_wait_s
+            expected_s = wait_s + run_s
+            cost_s = expected_s + loss_s + later_s
+            if cost_s < most_s or (cost_s == most_s and not held):
+                most_s = min(most_s, cost_s + margin_s)
+                options.append(_Option(Outcome.FORWARD, report, wait_s, expected_s, cost_s, held))
+                if cost_s - alone_s - run_s <= any_s:
+                    break
+        return options
 
     def _in_background(self, local: _Option, there: _Option) -> Plan:
         """``local``, a load worth its time; in the background if this request is answered sooner by a holder."""
-        rate = self._known.view.rate(self._errand.here, self._model.model_id)
         # Requests that come before the load has ended are forwarded as well.
-        meanwhile_s = rate * load_s(self._model, local.report) * (there.expected_s - self._run_s)
+        meanwhile_s = self._rate * load_s(self._model, local.report) * (there.expected_s - self._run_s)
         if not there.must_hold or there.expected_s + meanwhile_s >= local.expected_s:
             return local.plan()
-        return there.plan(local.report.replica, local.cost_s - local.expected_s + there.expected_s)
+        there.cost_s = local.cost_s - local.expected_s + there.expected_s
+        return there.plan(preload=local.report.replica)
 
-    def _until_ready(self, state: ModelState | None, report: WorkerReport) -> tuple[float, float]:
-        """Seconds until the model is in memory there, and what later requests lose by its victims' absence."""
-        if state is ModelState.READY:
-            return 0.0, 0.0
-        if state is ModelState.LOADING:
-            # A load seen under way is half done, on average.
-            return load_s(self._model, report) / 2, 0.0
-        loss_s = _victims_loss_s(self._model, report, self._known, self._rules)
-        return load_s(self._model, report) * self._turns(report), loss_s
+    def _state(self, report: WorkerReport) -> ModelState | None:
+        """As ``Knowledge.state`` says, but what is newer than reports has been looked up already."""
+        sighting = self._seen.get(report.replica)
+        if sighting is not None:
+            return sighting.state
+        resident = report.models.get(self._model.model_id)
+        return None if resident is None else resident.state
+
+    def _rest_of_load_s(self, report: WorkerReport) -> float:
+        # A load seen under way is half done, on average.
+        return load_s(self._model, report) / 2
 
     def _turns(self, report: WorkerReport) -> int:
         """How many loads, one after the other, it takes until a model that would be loaded there now has come."""
         return 1 + self._known.loading(report) // report.load_slots
-
-
-def forward_costs(here: str, view: View, rules: RoutingRules) -> dict[str, float]:
-    """Extra seconds of a small request forwarded to the nearest other holder, for every model that has one."""
-    holders = [
-        (rules.link(here, report.location).rtt_s, report.models)
-        for report in view.workers.values()
-        if report.location != here and not report.leaving
-    ]
-    costs: dict[str, float] = {}
-    # The furthest first: whoever is nearer overwrites it, which is many times faster than to compare.
-    for rtt_s, models in sorted(holders, key=lambda holder: -holder[0]):
-        costs.update(dict.fromkeys(models, rtt_s))
-    return costs
-
-
-_cost_s = attrgetter("cost_s")
-
-
-def _believed(there_s: float, here_s: float, threshold_s: float) -> float:
-    """What is known from afar is better than what is here only if it is so by a clear margin.
-
-    Otherwise all routers would send everything to whichever location looked best half a second ago.
-    """
-    return there_s if there_s < threshold_s else max(there_s, here_s)
 
 
 def _plan_blindly(errand: Errand) -> Plan:
@@ -357,87 +358,3 @@ def _plan_blindly(errand: Errand) -> Plan:
         expected_s=wait_s + errand.model.exec_s,
         cost_s=math.inf,
     )
-
-
-def prepare(known: Knowledge, here: str, rules: RoutingRules) -> None:
-    """Work out after news what the first choice of a location would have to: what its workers' models are worth.
-
-    Only to be faster; a choice does not depend on it.
-    """
-    for report in known.at(here):
-        _losses(report, known, rules)
-
-
-class _Losses:
-    """What is lost at one worker if so many bytes must go: the least worthy first."""
-
-    __slots__ = ("_lost_per_s", "_until_bytes", "pinned_bytes", "report", "rules")
-
-    def __init__(self, report: WorkerReport, known: Knowledge, rules: RoutingRules) -> None:
-        self.report, self.rules = report, rules
-        #: What no request can displace.
-        self.pinned_bytes = sum([resident.size_bytes for resident in report.models.values() if resident.pinned])
-        self._until_bytes: list[int] = []
-        self._lost_per_s: list[float] = []
-        rates = known.view.rates.get(report.location)
-        if not rates:
-            return
-        losses: list[tuple[float, float, int]] = []
-        for model_id, resident in report.models.items():
-            profile = rules.profiles.get(model_id)
-            if resident.pinned or profile is None:
-                continue
-            per_s = rates.get(model_id, 0.0)
-            if per_s:
-                again_s = load_s(profile, report)
-                per_s *= min(again_s, _forward_s(model_id, report.location, known.view, rules, again_s))
-            losses.append((per_s / resident.size_bytes, per_s, resident.size_bytes))
-        losses.sort(key=itemgetter(0))
-        self._until_bytes = list(accumulate(size_bytes for _, _, size_bytes in losses))
-        self._lost_per_s = list(accumulate(per_s for _, per_s, _ in losses))
-
-    def per_s(self, missing_bytes: int) -> float:
-        """Seconds lost per second."""
-        if not self._until_bytes:
-            return 0.0
-        return self._lost_per_s[min(bisect_left(self._until_bytes, missing_bytes), len(self._lost_per_s) - 1)]
-
-
-def _losses(report: WorkerReport, known: Knowledge, rules: RoutingRules) -> _Losses:
-    losses = known.worked_out.get(report.replica)
-    if not isinstance(losses, _Losses) or losses.report is not report or losses.rules is not rules:
-        losses = known.worked_out[report.replica] = _Losses(report, known, rules)
-    return losses
-
-
-def _forward_s(model_id: str, here: str, view: View, rules: RoutingRules, otherwise_s: float) -> float:
-    """Extra seconds of a small request forwarded to the nearest holder at another location."""
-    ways_s = [
-        rules.link(here, report.location).rtt_s
-        for report in map(view.workers.__getitem__, view.holders(model_id))
-        if report.location != here and not report.leaving
-    ]
-    return min(ways_s, default=otherwise_s)
-
-
-def _victims_loss_s(model: ModelProfile, report: WorkerReport, known: Knowledge, rules: RoutingRules) -> float:
-    """Seconds that later requests at ``report.location`` lose because ``model`` displaces others there."""
-    missing_bytes = report.used_bytes + report.unaccounted_bytes + model.size_bytes - report.capacity_bytes
-    if missing_bytes <= 0:
-        return 0.0
-    losses = _losses(report, known, rules)
-    resident = report.models.get(model.model_id)
-    pinned_bytes = losses.pinned_bytes - (resident.size_bytes if resident is not None and resident.pinned else 0)
-    if model.size_bytes > report.capacity_bytes - pinned_bytes:
-        return math.inf
-    return losses.per_s(missing_bytes) * rules.horizon_s
-
-
-def exec_s(model: ModelProfile, report: WorkerReport) -> float:
-    """Seconds of one inference there: measured, else from the profile."""
-    return report.exec_s.get(model.model_id, model.exec_s)
-
-
-def load_s(model: ModelProfile, report: WorkerReport) -> float:
-    """Seconds of one load there: measured, else from the profile."""
-    return report.load_s.get(model.model_id, model.load_s)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Collection, Iterable, Mapping
+from operator import itemgetter
 
-from serve_app.core.directory import Directory
+from serve_app.core.directory import Directory, Entry
 
 
 class Scope:
@@ -35,12 +36,15 @@ class Scope:
 
     __slots__ = (
         "_directory",
+        "_entries",
         "_left",
         "_location",
         "_looked_s",
         "_members",
+        "_moves",
         "_near",
         "complete_since",
+        "joined_at",
         "models",
         "peers",
         "rated_s",
@@ -55,6 +59,10 @@ class Scope:
         self.complete_since = version
         #: As of which version each is one, in the order of their last use; and the models, likewise.
         self.peers: dict[str, int] = {}
+        #: The version as of which the last one joined; and what is told of them, as long as nobody comes or goes.
+        self.joined_at = version
+        self._entries: list[Entry] = []
+        self._moves = -1
         self.models: dict[str, int] = {}
         self._left: dict[str, int] = {}
         self._near: frozenset[str] = frozenset()
@@ -99,6 +107,20 @@ class Scope:
         self._add(sorted(new), version)
         return bool(new)
 
+    def told(self, since: int) -> list[Entry]:
+        """What peers have told of themselves after version ``since``."""
+        if self._moves != self._directory.moves:
+            self._moves = self._directory.moves
+            entries = self._directory.entries
+            self._entries = [entries[replica] for replica in self.peers if replica in entries]
+        return [entry for entry in self._entries if entry.told_at > since]
+
+    def joined(self, since: int) -> list[str]:
+        """Who has become a peer after version ``since``."""
+        if self.joined_at <= since:
+            return []
+        return [replica for replica, joined in self.peers.items() if joined > since]
+
     def beyond(self, since: int) -> tuple[str, ...]:
         """Who has become a peer no more after version ``since``."""
         found = []
@@ -119,9 +141,12 @@ class Scope:
 
     def _nearest(self, count: int, replicas: Iterable[str], way_s: Callable[[str, str], float]) -> list[str]:
         reports = self._directory
-        return heapq.nsmallest(count, replicas, key=lambda replica: way_s(self._location, reports[replica].location))
+        ways_s = [(way_s(self._location, reports[replica].location), replica) for replica in replicas]
+        return [replica for _, replica in heapq.nsmallest(count, ways_s, key=itemgetter(0))]
 
     def _add(self, replicas: Collection[str], version: int) -> None:
+        if replicas:
+            self.joined_at, self._moves = version, -1
         for replica in replicas:
             self._left.pop(replica, None)
             self.peers[replica] = version

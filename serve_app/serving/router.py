@@ -195,7 +195,8 @@ class Router:
         if delta is not None:
             # Dead or hanging workers.
             self._take_back(self.known.apply(delta, self._clock()))
-            prepare(self.known, self._home, self._rules)
+        # The ways change without news as well.
+        prepare(self.known, self._home, self._rules, self._ways)
 
     async def whole_view(self) -> View:
         """What there is in the whole cluster, for people to look at; what this router knows if nobody can tell."""

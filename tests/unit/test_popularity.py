@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from serve_app.core.popularity import DecayedRate, Interests, Popularity
+from serve_app.core.interests import Interests
+from serve_app.core.popularity import DecayedRate, Popularity
 
 LN2 = 0.6931471805599453
 

@@ -428,6 +428,31 @@ def test_of_idle_locations_each_model_has_its_own_order() -> None:
     assert max(chosen.values()) < 45
 
 
+@pytest.mark.parametrize("count", [3, 40])
+def test_a_model_is_loaded_elsewhere_only_if_that_is_better_than_who_holds_it(count: int) -> None:
+    """However many others are as good as the best of them: of those, some are worse than the holder."""
+    others = [report(f"far{number}", load_s={"m": 0.3 + 0.01 * number}) for number in range(count)]
+    for queue_s, replicas in ((0.25, {"tokyo-1"}), (0.325, {"far0-1", "far1-1", "far2-1"} | {"tokyo-1"})):
+        known = knowing(report("paris", queue_s=9.0), report("tokyo", models=HOLDS, queue_s=queue_s), *others)
+        plan = choose(errand(), known, rules(staleness_s=0.5))
+        assert plan.replica in replicas
+        assert plan.expected_s <= 0.02 + queue_s + 0.1
+
+
+def test_of_many_workers_that_hold_a_model_the_nearest_free_one_is_taken() -> None:
+    names = [f"far{number:02}" for number in range(40)]
+    links = {("paris", name): Link(rtt_s=0.01 * (40 - number), bytes_per_s=1e9) for number, name in enumerate(names)}
+    busy = {"far39": 1.0, "far38": 0.5}
+    known = knowing(PARIS, *(report(name, models=HOLDS, queue_s=busy.get(name, 0.0)) for name in names))
+    assert choose(errand(), known, rules(links=links)).location == "far37"
+
+
+def test_a_holder_further_away_that_is_twice_as_fast_is_not_overlooked() -> None:
+    links = {("paris", "oslo"): Link(rtt_s=0.001, bytes_per_s=1e9)}
+    known = knowing(PARIS, report("oslo", models=HOLDS), report("tokyo", models=HOLDS, exec_s={"m": 0.04}))
+    assert choose(errand(), known, rules(links=links)).location == "tokyo"
+
+
 # What losing a model costs
 
 
