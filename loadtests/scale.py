@@ -155,16 +155,19 @@ class _Bench:
     def _reports(self) -> None:
         spent_s, count, began_s = 0.0, 0, time.perf_counter()
         while time.perf_counter() - began_s < _LIMIT_S and count < 20_000:
-            tick = list(self._world.tick())
+            tick = [pickle.dumps(report, pickle.HIGHEST_PROTOCOL) for report in self._world.tick()]
             self._now += TICK_S
             gc.collect()
-            before_s = time.thread_time()
-            for report in tick:
+            for sent in tick:
+                # Each has just been unpickled when it is taken in, as in service: a list of all that this tick brings
+                # would be in nobody's cache.
+                report: WorkerReport = pickle.loads(sent)
+                before_s = time.thread_time()
                 self._answer(report)
+                spent_s += time.thread_time() - before_s
                 count += 1
-                if time.thread_time() - before_s > _LIMIT_S:
+                if spent_s > _LIMIT_S:
                     break
-            spent_s += time.thread_time() - before_s
             self._refresh()
         self._figures.values["reports a second"] = count / spent_s
 
