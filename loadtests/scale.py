@@ -43,12 +43,13 @@ _WARM_TICKS = 8
 AIMS = {
     **{f"decision p99, {outcome.value} (us)": 20.0 for outcome in Outcome},
     "decision p99, all (us)": 20.0,
-    "reports a second": 20_000.0,
+    "reports a second, answered": 20_000.0,
+    "reports a second, taken in": 20_000.0,
     "placement round, first (s)": 1.0,
     "placement round (s)": 1.0,
     "news (kB/s a location)": 64.0,
 }
-_MORE_IS_BETTER = {"reports a second"}
+_MORE_IS_BETTER = {"reports a second, answered", "reports a second, taken in"}
 
 
 @dataclass(slots=True)
@@ -76,7 +77,7 @@ class _Bench:
         reports = [list(self._world.tick()) for _ in range(2)]
         ways = [self._world.ways(location) for location in self._world.locations]
         before_bytes = _resident_bytes()
-        self._state = CoordinatorState(
+        self._state = state = CoordinatorState(
             epoch="first",
             rules=CoordinatorRules(
                 half_life_s=60.0,
@@ -98,7 +99,8 @@ class _Bench:
         values["coordinator (MB)"] = (_resident_bytes() - before_bytes) / 1e6
         self._resynchronise()
         self._settle()
-        self._reports()
+        values["reports a second, answered"] = self._reports_per_s(self._answer)
+        values["reports a second, taken in"] = self._reports_per_s(lambda report: state.handle(report, self._now))
         self._news()
         announced = self._announce()
         self._place()
@@ -152,7 +154,7 @@ class _Bench:
         for location, known in self._routers.items():
             known.apply(pickle.loads(self._view(location, known)), self._now)
 
-    def _reports(self) -> None:
+    def _reports_per_s(self, act: Callable[[WorkerReport], object]) -> float:
         spent_s, count, began_s = 0.0, 0, time.perf_counter()
         while time.perf_counter() - began_s < _LIMIT_S and count < 20_000:
             tick = [pickle.dumps(report, pickle.HIGHEST_PROTOCOL) for report in self._world.tick()]
@@ -163,13 +165,13 @@ class _Bench:
                 # would be in nobody's cache.
                 report: WorkerReport = pickle.loads(sent)
                 before_s = time.thread_time()
-                self._answer(report)
+                act(report)
                 spent_s += time.thread_time() - before_s
                 count += 1
                 if spent_s > _LIMIT_S:
                     break
             self._refresh()
-        self._figures.values["reports a second"] = count / spent_s
+        return count / spent_s
 
     def _news(self) -> None:
         """Bytes of the news that a worker and a router get, mean of those of some locations."""

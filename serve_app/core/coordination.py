@@ -82,7 +82,7 @@ class CoordinatorState:
     #: What is few: everybody's whole reports are then not much more than what else a reader gets.
     WHOLE_UP_TO = 8
     #: How often a worker is told of others where there are many: it sends them no requests, as routers do.
-    WORKERS_READ_EVERY_S = 1.0
+    WORKERS_READ_EVERY_S = 2.0
     #: How often rates are told where there are many workers: of one location, and of all.
     RATES_EVERY_S = 2.0
     ALL_RATES_EVERY_S = 10.0

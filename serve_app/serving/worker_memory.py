@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,10 @@ logger = logging.getLogger(__name__)
 
 #: What is held back changes by this share of the memory at least.
 _STEP_SHARE = 1 / 64
+
+#: How often free heap is given back because something was unloaded. What executes next has to fault it in again, and
+#: where models come and go all the time that would be every miss.
+_GIVE_BACK_EVERY_S = 10.0
 
 
 class WorkerMemory:
@@ -39,6 +44,7 @@ class WorkerMemory:
         self._guard = MemoryGuard(read(), max(1, int(memory_bytes * _STEP_SHARE)))
         self._budget = budget
         self._gone = 0
+        self._given_back_s = -math.inf
         self._running_bytes = 0
         self._ended = threading.Condition()
 
@@ -94,13 +100,14 @@ class WorkerMemory:
     async def look(self, host: ModelHost, now: float) -> None:
         """Compare what the kernel says with the books, and have models leave room for the difference.
 
-        Free heap is given back first where something was unloaded, or the difference would grow: the allocator keeps
-        what executions have freed.
+        Free heap is given back first where the difference would grow, or something was unloaded, if it was not just
+        before: the allocator keeps what executions have freed.
         """
         counters = host.cache.counters
         gone, beyond_bytes = counters.evictions + counters.unloads, self._beyond_bytes(host)
-        if gone != self._gone or beyond_bytes > self._guard.held_back_bytes:
-            self._gone = gone
+        is_due = gone != self._gone and now - self._given_back_s >= _GIVE_BACK_EVERY_S
+        if is_due or beyond_bytes > self._guard.held_back_bytes:
+            self._gone, self._given_back_s = gone, now
             await asyncio.to_thread(self._give_back)
             beyond_bytes = self._beyond_bytes(host)
         before_bytes = self._guard.held_back_bytes

@@ -377,10 +377,11 @@ async def test_models_leave_room_for_what_the_process_has_grown_by_and_get_it_ba
         assert set(worker.report().models) == {"a", "b"}
 
 
-async def test_free_heap_is_given_back_after_an_eviction_and_not_after_a_hit() -> None:
+async def test_free_heap_is_given_back_soon_after_evictions_and_not_after_hits() -> None:
     given_back: list[None] = []
+    clock = ManualClock()
     memory = WorkerMemory(BUDGET, read=lambda: BASE, give_back=lambda: given_back.append(None))
-    async with running(FakeBackend(), memory=memory) as worker:
+    async with running(FakeBackend(), memory=memory, clock=clock) as worker:
         for model_id in "aaab":
             await worker.infer(work(model_id))
             await worker._report()
@@ -389,6 +390,13 @@ async def test_free_heap_is_given_back_after_an_eviction_and_not_after_a_hit() -
         await worker._report()
         await worker._report()
         assert len(given_back) == 2
+        await worker.infer(work("a"))
+        await worker._report()
+        assert len(given_back) == 2, "not with every eviction"
+        clock.now += 10
+        await worker._report()
+        await worker._report()
+        assert len(given_back) == 3
 
 
 async def test_free_heap_is_given_back_before_models_go_for_it() -> None:

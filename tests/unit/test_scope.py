@@ -226,7 +226,7 @@ def test_a_worker_gets_its_orders_and_its_own_news_though_it_reads_less_often() 
         cluster.report(place, place[0], asks="p")
     worker = cluster.last["oslo-1"]
     versions = []
-    for step in range(8):
+    for step in range(16):
         cluster.now += 0.25
         cluster.report("paris", "p", "b" if step % 2 else "c")
         worker = dataclasses.replace(worker, sequence=worker.sequence + 1)
