@@ -194,6 +194,8 @@ class LoadedModel:
         if batch.ndim != 1 + len(self._input_shape) or batch.shape[1:] != self._input_shape or not len(batch):
             expected = ("N", *self._input_shape)
             raise InvalidRequest(f"input of {self.model_id!r} must have shape {expected}, not {batch.shape}")
+        for reader in self._reading:
+            reader.hurry()
         # torch takes neither read-only nor negatively strided arrays without complaint.
         images = torch.from_numpy(np.require(batch, dtype=np.float32, requirements=["C", "W"]))
         channels_last = loaded.manifest.execution.channels_last

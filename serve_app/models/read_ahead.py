@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -19,6 +21,10 @@ _CHUNK_BYTES = 8 << 20
 #: Models read at the same time; more wait their turn, and are read by the kernel as they run. One is as fast as most
 #: disks, and each takes a part of a processor from those that execute.
 _READERS = 2
+
+#: As long as nobody runs the model, its reader pauses so many times as long as it has read: it takes a processor from
+#: those that run others.
+_PATIENCE = 3.0
 
 #: Places in a file at which to look whether it is in memory: a call of about a microsecond each.
 _PROBES = 8
@@ -51,6 +57,7 @@ class ReadAhead:
     def __init__(self, path: Path, size_bytes: int) -> None:
         self._size_bytes = size_bytes
         self._is_wanted = True
+        self._is_urgent = threading.Event()
         self._job: Future[None] | None = None
         # Without a descriptor or a thread it is only slower.
         with contextlib.suppress(OSError):
@@ -62,9 +69,15 @@ class ReadAhead:
             except RuntimeError:
                 os.close(descriptor)
 
+    def hurry(self) -> None:
+        """Somebody waits for what is read: pause no more."""
+        if not self._is_urgent.is_set():
+            self._is_urgent.set()
+
     def stop(self) -> None:
         """Read no more than the chunk that is being read. Twice is harmless."""
         self._is_wanted = False
+        self._is_urgent.set()
 
     def wait(self) -> None:
         """Return once nothing more is read; after ``stop`` that is soon."""
@@ -77,10 +90,12 @@ class ReadAhead:
             # The pages are handed on to nobody, so nothing is copied. To touch the mapping instead would hold up every
             # thread of the process that asks the kernel for memory.
             while self._is_wanted and offset < self._size_bytes:
+                began_s = time.monotonic()
                 sent_bytes = os.sendfile(_nowhere(), descriptor, offset, _CHUNK_BYTES)
                 if not sent_bytes:
                     return
                 offset += sent_bytes
+                self._is_urgent.wait(_PATIENCE * (time.monotonic() - began_s))
         except OSError:
             # It is read as it is touched, and whoever touches it finds out what is wrong.
             return

@@ -105,6 +105,36 @@ def test_after_stop_no_other_step_begins_and_the_file_is_closed(
     assert open_descriptors(path) == before == 0
 
 
+def test_reader_pauses_until_the_model_runs(wide: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_ahead, "_PATIENCE", 1e6)
+    sendfile, began, sent = os.sendfile, threading.Event(), []
+
+    def read(*args: int) -> int:
+        sent.append(sendfile(*args))
+        began.set()
+        return sent[-1]
+
+    monkeypatch.setattr(os, "sendfile", read)
+    size_bytes = blob_of(wide).stat().st_size
+    model = ModelLoader(wide).load("wide")
+    assert began.wait(10)
+    assert sum(sent) < size_bytes
+    model.infer(images(1, 32))
+    deadline_s = time.monotonic() + 30
+    while sum(sent) < size_bytes:
+        assert time.monotonic() < deadline_s, "the reader still pauses"
+    model.unload()
+
+
+def test_reader_that_pauses_can_be_stopped(wide: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_ahead, "_PATIENCE", 1e6)
+    path = blob_of(wide)
+    reader = ReadAhead(path, path.stat().st_size)
+    reader.stop()
+    reader.wait()
+    assert open_descriptors(path) == 0
+
+
 def test_model_unloaded_while_it_is_read_leaves_nothing_in_the_page_cache(wide: ModelStore) -> None:
     path, loader = blob_of(wide), ModelLoader(wide, release_page_cache=True)
     loader.load("wide").unload()
