@@ -306,8 +306,13 @@ def fill(store: ModelStore, empty: Skeleton, unloaded: Unloaded | None = None) -
     for file in empty.manifest.files:
         store.require_whole(file, model_id)
     mapped = [_map(store, file, model_id) for file in empty.manifest.files]
+    reading = [
+        ReadAhead(store.blob_path(file.name), file.size_bytes)
+        for file, (_, is_warm) in zip(empty.manifest.files, mapped, strict=True)
+        if not is_warm
+    ]
     empty.fill([file for file, _ in mapped])
-    return LoadedModel(empty, [reader for _, reader in mapped if reader is not None], unloaded)
+    return LoadedModel(empty, reading, unloaded)
 
 
 def _forget_pages(paths: Sequence[Path], reading: Sequence[ReadAhead]) -> None:
@@ -319,8 +324,8 @@ def _forget_pages(paths: Sequence[Path], reading: Sequence[ReadAhead]) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _map(store: ModelStore, file: BlobFile, model_id: str) -> tuple[mmap.mmap, ReadAhead | None]:
-    """Maps a blob whole, and begins to read it if it is not in the page cache.
+def _map(store: ModelStore, file: BlobFile, model_id: str) -> tuple[mmap.mmap, bool]:
+    """Maps a blob whole, and says whether it is in the page cache.
 
     A truncated one is refused, because touching its missing pages would kill the process.
     """
@@ -330,8 +335,7 @@ def _map(store: ModelStore, file: BlobFile, model_id: str) -> tuple[mmap.mmap, R
             size_bytes = os.fstat(blob.fileno()).st_size
             if size_bytes == file.size_bytes:
                 is_warm = is_resident(blob.fileno(), size_bytes)
-                reader = None if is_warm else ReadAhead(path, size_bytes)
-                return mmap.mmap(blob.fileno(), size_bytes, access=mmap.ACCESS_COPY), reader
+                return mmap.mmap(blob.fileno(), size_bytes, access=mmap.ACCESS_COPY), is_warm
     except OSError as error:
         raise StoreError(
             f"weights {path} of model {model_id!r} cannot be opened ({error.strerror}); publish it again"

@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -18,9 +19,9 @@ from pathlib import Path
 #: the model that runs meanwhile competes.
 _CHUNK_BYTES = 8 << 20
 
-#: Models read at the same time; more wait their turn, and are read by the kernel as they run. One is as fast as most
-#: disks, and each takes a part of a processor from those that execute.
-_READERS = 2
+#: Models read at the same time: of those that somebody runs, and of the others. More wait their turn, and are read by
+#: the kernel as they run. Few are as fast as most disks, and each takes a part of a processor from those that execute.
+_URGENT_READERS, _PATIENT_READERS = 4, 2
 
 #: As long as nobody runs the model, its reader pauses so many times as long as it has read: it takes a processor from
 #: those that run others.
@@ -55,52 +56,58 @@ class ReadAhead:
     """
 
     def __init__(self, path: Path, size_bytes: int) -> None:
+        self._path = path
         self._size_bytes = size_bytes
         self._is_wanted = True
         self._is_urgent = threading.Event()
-        self._job: Future[None] | None = None
-        # Without a descriptor or a thread it is only slower.
-        with contextlib.suppress(OSError):
-            # Not a copy of the descriptor that is mapped: the kernel would take what is read here and what is touched
-            # there for one reader, who jumps to and fro, and read ahead for neither.
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                self._job = _readers().submit(self._read, descriptor)
-            except RuntimeError:
-                os.close(descriptor)
+        self._lock = threading.Lock()
+        self._job = _submit(_patient_readers, self._read)
 
     def hurry(self) -> None:
-        """Somebody waits for what is read: pause no more."""
-        if not self._is_urgent.is_set():
+        """Somebody waits for what is read: pause no more, and wait for nobody that does."""
+        if self._is_urgent.is_set():
+            return
+        with self._lock:
             self._is_urgent.set()
+            if self._job is not None and self._job.cancel():
+                self._job = _submit(_urgent_readers, self._read)
 
     def stop(self) -> None:
         """Read no more than the chunk that is being read. Twice is harmless."""
         self._is_wanted = False
-        self._is_urgent.set()
+        with self._lock:
+            self._is_urgent.set()
+            if self._job is not None and self._job.cancel():
+                self._job = None
 
     def wait(self) -> None:
         """Return once nothing more is read; after ``stop`` that is soon."""
         if self._job is not None:
             self._job.result()
 
-    def _read(self, descriptor: int) -> None:
-        try:
+    def _read(self) -> None:
+        # It is read as it is touched anyway, and whoever touches it finds out what is wrong.
+        # Nor through the descriptor that is mapped: the kernel would take what is read here and what is touched there for
+        # one reader, who jumps to and fro, and read ahead for neither.
+        with contextlib.suppress(OSError), self._path.open("rb", buffering=0) as file:
             offset = 0
             # The pages are handed on to nobody, so nothing is copied. To touch the mapping instead would hold up every
             # thread of the process that asks the kernel for memory.
             while self._is_wanted and offset < self._size_bytes:
                 began_s = time.monotonic()
-                sent_bytes = os.sendfile(_nowhere(), descriptor, offset, _CHUNK_BYTES)
+                sent_bytes = os.sendfile(_nowhere(), file.fileno(), offset, _CHUNK_BYTES)
                 if not sent_bytes:
                     return
                 offset += sent_bytes
                 self._is_urgent.wait(_PATIENCE * (time.monotonic() - began_s))
-        except OSError:
-            # It is read as it is touched, and whoever touches it finds out what is wrong.
-            return
-        finally:
-            os.close(descriptor)
+
+
+def _submit(readers: Callable[[], ThreadPoolExecutor], read: Callable[[], None]) -> Future[None] | None:
+    """The job, or None where there is no thread for it: then it is only slower."""
+    try:
+        return readers().submit(read)
+    except RuntimeError:
+        return None
 
 
 @cache
@@ -109,5 +116,10 @@ def _nowhere() -> int:
 
 
 @cache
-def _readers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_READERS, thread_name_prefix="read-ahead")
+def _urgent_readers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_URGENT_READERS, thread_name_prefix="read-now")
+
+
+@cache
+def _patient_readers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_PATIENT_READERS, thread_name_prefix="read-ahead")

@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,20 @@ def test_reader_pauses_until_the_model_runs(wide: ModelStore, monkeypatch: pytes
     model.unload()
 
 
+def test_file_that_somebody_waits_for_is_read_before_those_that_nobody_does(
+    wide: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, gate = blob_of(wide), threading.Event()
+    with ThreadPoolExecutor(1) as busy:
+        busy.submit(gate.wait)
+        monkeypatch.setattr(read_ahead, "_patient_readers", lambda: busy)
+        reader = ReadAhead(path, path.stat().st_size)
+        reader.hurry()
+        reader.wait()
+        assert cached_pages(path) * 4096 >= path.stat().st_size
+        gate.set()
+
+
 def test_reader_that_pauses_can_be_stopped(wide: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read_ahead, "_PATIENCE", 1e6)
     path = blob_of(wide)
@@ -166,7 +181,7 @@ def test_model_loads_where_no_thread_can_be_started(wide: ModelStore, monkeypatc
             raise RuntimeError("can't start new thread")
 
     blob_of(wide)
-    monkeypatch.setattr(read_ahead, "_readers", Refusing)
+    monkeypatch.setattr(read_ahead, "_patient_readers", Refusing)
     model = ModelLoader(wide).load("wide")
     assert np.isfinite(model.infer(images(1, 32))).all()
     model.unload()
