@@ -173,7 +173,15 @@ def test_metrics_are_prometheus_text_with_our_names(deployment, photo) -> None:
         "ray_edgeserve_worker_workspace_bytes",
         "ray_edgeserve_worker_unaccounted_bytes",
     }
-    _until(lambda: all(name in httpx.get(f"{deployment.url}/metrics", timeout=60).text for name in wanted))
+    found: set[str] = set()
+
+    def all_found() -> bool:
+        text = httpx.get(f"{deployment.url}/metrics", timeout=60).text
+        found.update(name for name in wanted if name in text)
+        return found == wanted
+
+    _until(all_found)
+    assert found == wanted
 
 
 def _until(condition) -> None:

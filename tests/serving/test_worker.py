@@ -453,13 +453,13 @@ def test_more_workspace_lets_those_run_that_wait_for_it() -> None:
     memory = WorkerMemory(Budget(models_bytes=100, workspace_bytes=10), read=lambda: BASE)
     with ThreadPoolExecutor(1) as threads, memory.workspace(10):
 
-        def run() -> None:
+        def run() -> str:
             with memory.workspace(10):
-                pass
+                return "ran"
 
         job = threads.submit(run)
         memory.divide(Budget(models_bytes=90, workspace_bytes=20))
-        job.result(10)
+        assert job.result(10) == "ran"
 
 
 class SlowFirst(FakeBackend):

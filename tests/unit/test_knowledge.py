@@ -11,9 +11,11 @@ from core_support import report, resident
 
 from serve_app.core.cache import ModelState
 from serve_app.core.knowledge import Knowledge, View
+from serve_app.core.links import HERE, LinkTable
 from serve_app.core.reports import ViewDelta, WorkerReport
 
 READY, LOADING = ModelState.READY, ModelState.LOADING
+WAYS = LinkTable("oslo", lambda here, there: HERE)
 
 
 def delta(
@@ -285,5 +287,10 @@ def test_whoever_is_known_to_hold_a_model_is_found_by_its_name(seed: int) -> Non
         assert [worker for place in places for worker in known.at(place)] == sorted(usable, key=lambda w: w.location)
         for model_id in "abc":
             holding = [worker for worker in usable if known.state(worker, model_id) is not None]
-            maybe = known.maybe_holding(model_id)
-            assert [worker for worker in holding if worker.replica in maybe] == holding
+            found = [worker for worker in usable if worker.replica in known.maybe_holding(model_id)]
+            assert [worker for worker in found if known.state(worker, model_id) is not None] == holding
+            nearest = known.nearby("oslo", WAYS).nearest(known.maybe_holding(model_id), 99)
+            elsewhere = [worker for worker, _ in nearest if known.state(worker, model_id) is not None]
+            assert sorted(worker.replica for worker in elsewhere) == sorted(
+                worker.replica for worker in holding if worker.location != "oslo"
+            )

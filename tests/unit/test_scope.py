@@ -89,6 +89,7 @@ class Life(Cluster):
         super().__init__()
         self._rng = random.Random(seed)
         self._views = [View() for _ in self.READERS]
+        self.compared = 0
 
     def step(self) -> None:
         rng = self._rng
@@ -115,6 +116,7 @@ class Life(Cluster):
 
     def compare(self, place: str, view: View) -> None:
         """A reader knows what one that reads everything is told, and that is so."""
+        self.compared += 1
         whole, reports = self.read(View(), place), self.state._reports
         self.read(view, place)
         scope = self.state._scopes.get(place)
@@ -139,6 +141,7 @@ def test_whatever_happens_readers_know_of_what_matters_what_a_new_reader_is_told
     life = Life(seed)
     for _ in range(400):
         life.step()
+    assert life.compared > 50, "each time both know the same"
 
 
 def test_a_reader_goes_on_by_what_it_knew_when_the_coordinator_starts_anew() -> None:
