@@ -87,8 +87,8 @@ class ReadAhead:
 
     def _read(self) -> None:
         # It is read as it is touched anyway, and whoever touches it finds out what is wrong.
-        # Nor through the descriptor that is mapped: the kernel would take what is read here and what is touched there for
-        # one reader, who jumps to and fro, and read ahead for neither.
+        # Not through the descriptor that is mapped: the kernel would take what is read here and what is touched there
+        # for one reader, who jumps to and fro, and read ahead for neither.
         with contextlib.suppress(OSError), self._path.open("rb", buffering=0) as file:
             offset = 0
             # The pages are handed on to nobody, so nothing is copied. To touch the mapping instead would hold up every
