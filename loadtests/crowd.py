@@ -1,6 +1,6 @@
 """Crowds: ``python -m loadtests.crowd``.
 
-Three locations on hosts of their own (``deploy.testbed``; needs root).
+Three locations on hosts of their own (``loadtests.testbed``; needs root).
 
 **Cold requests that come together**: 50 requests at once, each for another model that nobody holds, to the locations in
 turn, and then all to one of them. Printed are the loads at each location, and the most over the mean.
@@ -23,8 +23,8 @@ import httpx
 from PIL import Image
 from rich.console import Console
 
-from deploy.testbed import TestbedError
-from loadtests.lab import HEAD, Lab, LabError, lab, until
+from loadtests.support.testbed_cluster import HEAD, Lab, LabError, lab, until
+from loadtests.testbed.machine import TestbedError
 
 LOCATIONS = ("paris", "tokyo", "virginia")
 COLD = 50

@@ -1,6 +1,6 @@
 """What users notice when parts of a cluster break: ``python -m loadtests.faults``.
 
-Starts a cluster of a head and three locations on hosts of its own (``deploy.testbed``; needs root), keeps requests
+Starts a cluster of a head and three locations on hosts of its own (``loadtests.testbed``; needs root), keeps requests
 coming at every location, and breaks one thing after the other. Clients are as those of any service with several
 addresses: a request that fails, or is not answered within 5 s, is tried once more at another location. For each fault
 the table says
@@ -36,9 +36,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from deploy.testbed import TestbedError
-from loadtests.clients import Clients
-from loadtests.lab import HEAD, Lab, LabError, executable, lab, until
+from loadtests.support.clients import Clients
+from loadtests.support.testbed_cluster import HEAD, Lab, LabError, executable, lab, until
+from loadtests.testbed.machine import TestbedError
 
 LOCATIONS = ("paris", "tokyo", "virginia")
 VICTIM = "paris"

@@ -1,8 +1,8 @@
 """Whether forward-or-load follows the cheaper side: ``python -m loadtests.forwarding``.
 
-Two locations on hosts of their own (``deploy.testbed``; needs root). Tokyo holds all models; Paris has memory for few,
-and reads them from its disk again when it needs them (``release_page_cache``). One client sends requests to Paris, one
-after the other, to models drawn by Zipf's law, while the round trip between the two is set to one value after the
+Two locations on hosts of their own (``loadtests.testbed``; needs root). Tokyo holds all models; Paris has memory for
+few, and reads them from its disk again when it needs them (``release_page_cache``). One client sends requests to Paris,
+one after the other, to models drawn by Zipf's law, while the round trip between the two is set to one value after the
 other. The same requests are sent three times, in turns: as the router chooses, always loaded (``forward: never``), and
 always forwarded where Paris does not hold the model (``forward: prefer``). A round that does not count comes first: it
 takes a few requests to know what a link or a load takes.
@@ -27,9 +27,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from deploy.testbed import TestbedError
-from loadtests.lab import Lab, LabError, lab, until
-from serve_app.config import parse_duration
+from loadtests.support.testbed_cluster import Lab, LabError, lab, until
+from loadtests.testbed.machine import TestbedError
+from serve_app.config.units import parse_duration
 
 HERE, THERE = "paris", "tokyo"
 #: From 5 to 102 MB: on a short link all are better forwarded, on a long one the small ones better loaded.

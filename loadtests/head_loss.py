@@ -1,6 +1,6 @@
 """What users notice when the head of a cluster is lost: ``python -m loadtests.head_loss``.
 
-Starts a cluster of a head and three locations on hosts of its own (``deploy.testbed``; needs root), keeps requests
+Starts a cluster of a head and three locations on hosts of its own (``loadtests.testbed``; needs root), keeps requests
 coming at every location's own address, and takes the head's power (``--stop``: only stops Ray there, which the others
 notice at once). Paris and Tokyo have too little memory for one of
 the models, so they forward requests for it to Virginia. Clients are those of ``loadtests.faults``: a request that
@@ -39,9 +39,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from deploy.testbed import TestbedError
-from loadtests.clients import Answer, Clients
-from loadtests.lab import HEAD, Lab, LabError, Store, lab, until
+from loadtests.support.clients import Answer, Clients
+from loadtests.support.testbed_cluster import HEAD, Lab, LabError, Store, lab, until
+from loadtests.testbed.machine import TestbedError
 
 LOCATIONS = ("paris", "tokyo", "virginia")
 SMALL = ("squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v3_small", "mnasnet0_5", "shufflenet_v2_x1_0")

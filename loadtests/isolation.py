@@ -24,10 +24,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from loadtests.here import HOST, ROOT, StartError, edgeserve
-from loadtests.wire import Connection, Reply, WireError, binary_infer, connect, request
-from serve_app.config import load_edge
-from serve_app.models.store import ModelStore
+from loadtests.support.local_deployment import HOST, ROOT, StartError, edgeserve
+from loadtests.support.wire import Connection, Reply, WireError, binary_infer, connect, request
+from serve_app.config.edge import load_edge
+from serve_app.store.model_store import ModelStore
 
 LOCATION = "bench"
 HOT = ("squeezenet1_1", "shufflenet_v2_x0_5", "mnasnet0_5", "mobilenet_v3_small")

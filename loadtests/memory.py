@@ -34,12 +34,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from deploy.testbed import TestbedError
-from deploy.testbed.machine import make_cgroup, remove_cgroups
-from loadtests.memory_worker import Bench, bench
+from loadtests.support.memory_worker import Bench, bench
+from loadtests.testbed.machine import TestbedError, make_cgroup, remove_cgroups
 from serve_app.core.catalog import PublishedModel
 from serve_app.errors import EdgeServeError, StoreError
-from serve_app.models.heap import give_back_free_memory, process_memory
+from serve_app.models.process_memory import give_back_free_memory, process_memory
 
 _GROUP = "edgeserve-memory"
 _UNLIMITED = 2**50

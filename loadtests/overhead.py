@@ -21,9 +21,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from loadtests.contenders import Contender, Shape, default_serve, mlserver, ours
-from loadtests.here import HOST, StartError, edgeserve
-from loadtests.wire import Reply, WireError, ask_many
+from loadtests.support.contenders import Contender, Shape, default_serve, mlserver, ours
+from loadtests.support.local_deployment import HOST, StartError, edgeserve
+from loadtests.support.wire import Reply, WireError, ask_many
 
 IMAGE: Shape = (1, 3, 224, 224)
 TINY: Shape = (1, 3, 4, 4)
@@ -36,7 +36,7 @@ def catalogue() -> dict[str, dict[str, Any]]:
     """The same trivial model for images of either size."""
     return {
         f"tiny{shape[-1]}": {
-            "builder": "loadtests.tiny:first_ten",
+            "builder": "loadtests.support.tiny:first_ten",
             "weights": "random:0",
             "input": {"resize_px": shape[-1], "crop_px": shape[-1]},
         }

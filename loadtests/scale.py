@@ -24,13 +24,14 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from loadtests.scale_routers import DECISIONS, REQUESTS, decide
-from loadtests.scale_world import TICK_S, World
-from serve_app.core.coordination import CoordinatorRules, CoordinatorState, PlacementSettings
-from serve_app.core.knowledge import Knowledge
-from serve_app.core.placement_rules import PlacementRules
-from serve_app.core.reports import ViewDelta, WorkerReport
-from serve_app.core.routing import Outcome
+from loadtests.support.scale_routers import DECISIONS, REQUESTS, decide
+from loadtests.support.scale_world import TICK_S, World
+from serve_app.core.cluster.reports import ViewDelta, WorkerReport
+from serve_app.core.coordination.coordinator_state import CoordinatorState
+from serve_app.core.coordination.rules import CoordinatorRules, PlacementSettings
+from serve_app.core.placement.rules import PlacementRules
+from serve_app.core.routing.router_view import Knowledge
+from serve_app.core.vocabulary import Outcome
 
 #: Routers that are told of news, and decide; the others' views are not kept.
 _ROUTERS = 8

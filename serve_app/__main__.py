@@ -1,6 +1,6 @@
 """``python -m serve_app`` is ``edgeserve``."""
 
-from serve_app.cli import main
+from serve_app.cli.main import main
 
 if __name__ == "__main__":
     main()

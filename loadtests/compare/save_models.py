@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from serve_app.core.catalog import ModelEntry
-from serve_app.models.builders import build
+from serve_app.models.builders.registry import build
 
 
 def save(spec: Path, weights: str) -> None:

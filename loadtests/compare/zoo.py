@@ -15,8 +15,8 @@ import yaml
 
 from loadtests.compare.figures import models_at_once
 from loadtests.compare.processes import ROOT, SideFailed
-from serve_app.config import load_catalog
-from serve_app.models.store import ModelStore
+from serve_app.config.catalog import load_catalog
+from serve_app.store.model_store import ModelStore
 
 CATALOG = Path("deploy/catalog.yaml")
 WEIGHTS = "random:0"

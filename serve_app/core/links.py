@@ -6,6 +6,14 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median_low
+from typing import Protocol
+
+
+class Ways(Protocol):
+    """What is known of the ways between locations: as configured (``RoutingRules``), or as measured (``LinkTable``)."""
+
+    def link(self, here: str, there: str) -> Link:
+        """The way from one location to another, or within one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,8 @@ from PIL import Image
 
 from serve_app.core.catalog import Catalog
 from serve_app.errors import EdgeServeError
-from serve_app.models.images import decode_image, preprocess
 from serve_app.models.loader import ModelLoader
+from serve_app.store.images import decode_image, preprocess
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.eviction_policy import EvictionPolicy
+from serve_app.core.policies.base import EvictionPolicy
 
 
 def next_uses(models: Sequence[int]) -> list[float]:

@@ -17,12 +17,12 @@ from multiprocessing.connection import wait as wait_for_sentinels
 from typing import TYPE_CHECKING, Literal
 
 from serve_app.errors import EdgeServeError
-from serve_app.simulator.replay import replay
-from serve_app.simulator.rows import Latency, Outcome, Row, compulsory_load_s, row_of
+from serve_app.simulator.load_delay import replay
+from serve_app.simulator.result_row import Latency, Outcome, Row, compulsory_load_s, row_of
 from serve_app.simulator.scenario import Capacity, PolicyChoice, Workload, cache_maker
 
 if TYPE_CHECKING:
-    from serve_app.simulator.full import Coordination
+    from serve_app.simulator.discrete_event.settings import Coordination
 
 TimeModel = Literal["load-delay", "full"]
 #: Preloads that a location has under way at the same time: in the load-delay model, and as in life.
@@ -136,7 +136,8 @@ def _replay_full(
     coordination: Coordination,
     on_progress: Callable[[int], None],
 ) -> Outcome:
-    from serve_app.simulator.full import FullOptions, geographic_links, simulate_full
+    from serve_app.simulator.discrete_event.settings import FullOptions, geographic_links
+    from serve_app.simulator.discrete_event.simulation import simulate_full
 
     if len(workload.trace.locations) == 1:
         # There is nobody to forward to, and where to put a model is no question.

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve_app.config import parse_parameters, parse_size
-from serve_app.core.cache import ModelCache
+from serve_app.config.policy_parameters import parse_parameters
+from serve_app.config.units import parse_size
+from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.eviction_policy import EvictionPolicy
-from serve_app.core.policies import ORACLES, POLICIES, make_policy
+from serve_app.core.policies.base import EvictionPolicy
+from serve_app.core.policies.registry import ORACLES, POLICIES, make_policy
 from serve_app.simulator.oracles import Belady, BeladyAm, next_uses
 from serve_app.workload.locations import split
 from serve_app.workload.profiles import DEFAULT_PROFILES, assign, read_profiles

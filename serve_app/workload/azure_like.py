@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from serve_app.errors import TraceError
 from serve_app.workload.chance import Chance, Column
-from serve_app.workload.hours import clock_times
+from serve_app.workload.diurnal import clock_times
 from serve_app.workload.popularity_filter import worth_keeping
 from serve_app.workload.trace import MAX_REQUESTS, Trace, make_trace
 

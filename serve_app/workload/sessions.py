@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from serve_app.errors import TraceError
 from serve_app.workload.chance import Chance, Column
-from serve_app.workload.hours import clock_times
+from serve_app.workload.diurnal import clock_times
 from serve_app.workload.trace import MAX_REQUESTS, Trace, make_trace
 
 _DAY_S = 86_400.0

@@ -20,7 +20,8 @@ import httpx
 import numpy as np
 import yaml
 
-from deploy.testbed import Host, Testbed
+from loadtests.testbed import Testbed
+from loadtests.testbed.host import Host
 
 ROOT = Path(__file__).parents[2]
 LOCATIONS = ("paris", "tokyo", "virginia")

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from cluster_support import HEAD, LOCATIONS, Cluster, client_sockets, left_running, start, until
 
-from deploy.testbed import Testbed, missing
+from loadtests.testbed import Testbed
+from loadtests.testbed.machine import missing
 
 _GIB = 1 << 30
 #: Without its head, Ray on a host gives up after a minute.

@@ -21,7 +21,7 @@ from cluster_support import (
     infer,
 )
 
-import deploy.testbed
+import loadtests.testbed
 
 MODEL = MODELS[0]
 REQUESTS = 8
@@ -62,7 +62,7 @@ def make_resident(cluster: Cluster, location: str) -> None:
 
 
 def test_the_cluster_differs_from_cluster_yaml_in_addresses_and_key_alone(ray_cluster: Cluster) -> None:
-    assert deploy.testbed.USER == USER
+    assert loadtests.testbed.disk.USER == USER
     assert f"ssh_user: {USER}\n" in (ROOT / "cluster.yaml").read_text()
     used = (ray_cluster.project / "cluster.yaml").read_text().replace(str(ray_cluster.testbed.key), KEY)
     for host, address in ADDRESSES.items():

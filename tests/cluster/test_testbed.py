@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 from cluster_support import ROOT, until
 
-import deploy.testbed
-from deploy.testbed import MACHINE, Host, Testbed, TestbedError
+import loadtests.testbed
+from loadtests.testbed import MACHINE, Testbed
+from loadtests.testbed.host import Host
+from loadtests.testbed.machine import TestbedError
 
 MIB = 1 << 20
 NAME = f"t{os.getpid()}"
@@ -73,7 +75,7 @@ def round_trip_s(host: Host, to: Host) -> float:
 
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "deploy.testbed", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "loadtests.testbed", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
 
 
@@ -96,7 +98,7 @@ def test_each_host_has_its_own_name_address_home_and_folders(hosts: Testbed) -> 
     for host in hosts.hosts.values():
         said = host.run("sh", "-c", "hostname; hostname -I; whoami; ls -A /tmp /dev/shm ~; touch ~/a /tmp/b /dev/shm/c")
         name, addresses, user, *files = said.stdout.split("\n")
-        assert (name, addresses.strip(), user) == (host.name, host.address, deploy.testbed.USER)
+        assert (name, addresses.strip(), user) == (host.name, host.address, loadtests.testbed.disk.USER)
         assert not {"a", "b", "c"} & set(files)
         seen.add(host.run("readlink", "/proc/self/ns/net").stdout)
     assert len(seen) == 3
@@ -238,10 +240,10 @@ def test_the_command_says_what_is_wrong_in_one_line(hosts: Testbed) -> None:
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert deploy.testbed.missing() == "a testbed needs root: it makes network namespaces"
+    assert loadtests.testbed.machine.missing() == "a testbed needs root: it makes network namespaces"
     monkeypatch.undo()
     monkeypatch.setattr("shutil.which", lambda name, path: None if name == "sshd" else f"/bin/{name}")
-    assert deploy.testbed.missing() == "a testbed needs sshd (package openssh-server)"
+    assert loadtests.testbed.machine.missing() == "a testbed needs sshd (package openssh-server)"
 
 
 def test_exec_hands_on_exit_code_and_arguments(hosts: Testbed) -> None:
@@ -252,7 +254,19 @@ def test_exec_hands_on_exit_code_and_arguments(hosts: Testbed) -> None:
 def test_down_leaves_nothing_even_where_up_was_killed_halfway() -> None:
     name = f"{NAME}c"
     halfway = Path(f"/run/netns/edgeserve.{name}.host2")
-    command = [sys.executable, "-m", "deploy.testbed", "--name", name, "up", "3", "--memory", "64MiB", "--delay", "1ms"]
+    command = [
+        sys.executable,
+        "-m",
+        "loadtests.testbed",
+        "--name",
+        name,
+        "up",
+        "3",
+        "--memory",
+        "64MiB",
+        "--delay",
+        "1ms",
+    ]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         until("it is halfway", halfway.exists, 20)
         process.send_signal(signal.SIGKILL)

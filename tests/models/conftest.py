@@ -9,9 +9,9 @@ import pytest
 import torch
 from model_support import VISION, offline, tiny
 
-from serve_app.models.publish import publish
-from serve_app.models.store import ModelStore
+from serve_app.models.publishing.publish_catalog import publish
 from serve_app.models.torchvision_compat import import_torchvision
+from serve_app.store.model_store import ModelStore
 
 import_torchvision()
 

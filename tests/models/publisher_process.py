@@ -8,10 +8,10 @@ from pathlib import Path
 
 from model_support import offline, tiny
 
-from serve_app.models import publication
-from serve_app.models.blob import BlobLayout
-from serve_app.models.publish import PublishEvent, publish
-from serve_app.models.store import ModelStore
+from serve_app.models.publishing import publish_model
+from serve_app.models.publishing.publish_catalog import PublishEvent, publish
+from serve_app.store.model_store import ModelStore
+from serve_app.store.safetensors_writer import BlobLayout
 
 ENTRIES = [tiny("first"), tiny("second", weights="random:4"), tiny("third", weights="random:5")]
 
@@ -28,7 +28,7 @@ def die_half_written(path: Path, layout: BlobLayout, data: Iterable[memoryview])
 def main(root: str, victim: str, moment: str) -> None:
     def on_progress(event: PublishEvent) -> None:
         if event.model_id == victim and event.stage == "writing" and moment == "half-written":
-            publication.write_blob = die_half_written
+            publish_model.write_blob = die_half_written
         if event.model_id == victim and event.stage == moment:
             die()
 

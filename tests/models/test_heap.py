@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from model_support import images
 
-from serve_app.models.heap import exact_heap, give_back_free_memory, process_memory
 from serve_app.models.loader import ModelLoader
-from serve_app.models.store import ModelStore
+from serve_app.models.process_memory import exact_heap, give_back_free_memory, process_memory
+from serve_app.store.model_store import ModelStore
 
 SIZE = 64 * 2**20
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from serve_app.core.catalog import ImageInput
 from serve_app.errors import InvalidRequest
-from serve_app.models.builders import metadata
-from serve_app.models.images import decode_image, preprocess, top_k
+from serve_app.models.builders.registry import metadata
 from serve_app.models.torchvision_compat import import_torchvision
+from serve_app.store.images import decode_image, preprocess, top_k
 
 models = import_torchvision().models
 LIMIT = 1_000_000

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from serve_app.core.catalog import ImageInput, ModelEntry
 from serve_app.errors import StoreError
-from serve_app.models import builders, torchvision_compat
+from serve_app.models import torchvision_compat
+from serve_app.models.builders import registry
 from serve_app.models.torchvision_compat import import_torchvision
 
 models = import_torchvision().models
@@ -44,7 +45,7 @@ def test_operators_are_not_declared_where_the_extension_can_be_loaded(monkeypatc
 def test_seeded_inception_models_answer_like_torchvision_without_their_auxiliary_heads(name: str) -> None:
     torch.manual_seed(2)
     expected = getattr(models, name)(weights=None, init_weights=True).eval()
-    module = builders.build(vision(name), "random:2")
+    module = registry.build(vision(name), "random:2")
     assert not any("aux" in key.lower() for key in module.state_dict())
     np.testing.assert_allclose(logits(module), logits(expected), atol=1e-5)
 
@@ -53,10 +54,10 @@ def test_pretrained_googlenet_transforms_its_input_as_its_weights_expect(hub: Pa
     torch.manual_seed(2)
     save_checkpoint(hub, "googlenet", models.googlenet(weights=None, init_weights=True).state_dict())
     expected = models.googlenet(weights="DEFAULT").eval()
-    module = builders.build(vision("googlenet", "pretrained"), "pretrained")
+    module = registry.build(vision("googlenet", "pretrained"), "pretrained")
     assert module.transform_input is True
-    assert builders.skeleton("torchvision:googlenet", "pretrained").transform_input is True
-    assert builders.skeleton("torchvision:googlenet", "random:0").transform_input is False
+    assert registry.skeleton("torchvision:googlenet", "pretrained").transform_input is True
+    assert registry.skeleton("torchvision:googlenet", "random:0").transform_input is False
     assert np.array_equal(logits(module), logits(expected))
 
 
@@ -67,20 +68,20 @@ def test_densenet_checkpoints_with_the_old_names_are_understood(hub: Path) -> No
     assert old.keys() != state.keys()
     save_checkpoint(hub, "densenet121", old)
     expected = models.densenet121(weights="DEFAULT").eval()
-    assert np.array_equal(logits(builders.build(vision("densenet121"), "pretrained"), 64), logits(expected, 64))
+    assert np.array_equal(logits(registry.build(vision("densenet121"), "pretrained"), 64), logits(expected, 64))
 
 
 def test_models_that_insist_on_a_version_load_from_checkpoint_and_file(hub: Path, tmp_path: Path) -> None:
-    source = builders.build(vision("mnasnet0_5"), "random:4")
+    source = registry.build(vision("mnasnet0_5"), "random:4")
     save_checkpoint(hub, "mnasnet0_5", source.state_dict())
     save_file(source.state_dict(), tmp_path / "own.safetensors")
     for weights in ("pretrained", f"file:{tmp_path / 'own.safetensors'}"):
-        assert np.array_equal(logits(builders.build(vision("mnasnet0_5"), weights)), logits(source))
+        assert np.array_equal(logits(registry.build(vision("mnasnet0_5"), weights)), logits(source))
 
 
 def test_vision_transformer_takes_the_image_size_of_its_weights() -> None:
-    large = builders.skeleton("torchvision:vit_b_16@IMAGENET1K_SWAG_E2E_V1", "pretrained")
-    assert (large.image_size, builders.skeleton("torchvision:vit_b_16", "pretrained").image_size) == (384, 224)
+    large = registry.skeleton("torchvision:vit_b_16@IMAGENET1K_SWAG_E2E_V1", "pretrained")
+    assert (large.image_size, registry.skeleton("torchvision:vit_b_16", "pretrained").image_size) == (384, 224)
 
 
 class Payload:
@@ -93,7 +94,7 @@ class Payload:
 def test_checkpoint_that_is_more_than_tensors_is_refused_unread(hub: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_checkpoint(hub, "squeezenet1_1", {"classifier.1.weight": Payload()})  # type: ignore[dict-item]
     with pytest.raises(StoreError, match="delete that file and publish again"):
-        builders.build(vision("squeezenet1_1"), "pretrained")
+        registry.build(vision("squeezenet1_1"), "pretrained")
     assert "the payload ran" not in caplog.text
 
 
@@ -101,15 +102,15 @@ def test_building_leaves_the_random_state_of_the_caller_alone() -> None:
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)
-    builders.build(tiny("tied"), "random:3")
+    registry.build(tiny("tied"), "random:3")
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_weights_of_a_file_are_used(tmp_path: Path) -> None:
-    source = builders.build(vision("squeezenet1_1"), "random:4")
+    source = registry.build(vision("squeezenet1_1"), "random:4")
     save_file(source.state_dict(), tmp_path / "own.safetensors")
     weights = f"file:{tmp_path / 'own.safetensors'}"
-    module = builders.build(vision("squeezenet1_1", weights), weights)
+    module = registry.build(vision("squeezenet1_1", weights), weights)
     assert np.array_equal(logits(module), logits(source))
 
 
@@ -118,12 +119,12 @@ def test_file_with_auxiliary_heads_is_taken(tmp_path: Path) -> None:
     source = models.googlenet(weights=None, init_weights=True).eval()
     save_file(source.state_dict(), tmp_path / "own.safetensors")
     weights = f"file:{tmp_path / 'own.safetensors'}"
-    assert np.array_equal(logits(builders.build(vision("googlenet", weights), weights)), logits(source))
+    assert np.array_equal(logits(registry.build(vision("googlenet", weights), weights)), logits(source))
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
 def test_file_that_does_not_fit_exactly_is_refused(tmp_path: Path, change: str) -> None:
-    state = dict(builders.build(tiny("tied"), "random:4").state_dict())
+    state = dict(registry.build(tiny("tied"), "random:4").state_dict())
     state = {key: value.clone() for key, value in state.items()}
     if change == "missing":
         del state["head.bias"]
@@ -133,26 +134,26 @@ def test_file_that_does_not_fit_exactly_is_refused(tmp_path: Path, change: str) 
         state["head.bias"] = torch.zeros(6)
     save_file(state, tmp_path / "own.safetensors")
     with pytest.raises(StoreError, match="do not fit the model"):
-        builders.build(tiny("tied"), f"file:{tmp_path / 'own.safetensors'}")
+        registry.build(tiny("tied"), f"file:{tmp_path / 'own.safetensors'}")
 
 
 def test_file_that_is_missing_or_no_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "junk").write_bytes(b"PK\3\4 a pickle, perhaps")
     for name in ("junk", "absent"):
         with pytest.raises(StoreError, match="name a safetensors file"):
-            builders.build(tiny("tied"), f"file:{tmp_path / name}")
+            registry.build(tiny("tied"), f"file:{tmp_path / name}")
 
 
 def test_metadata_is_that_of_the_named_weights() -> None:
-    newest = builders.metadata(vision("resnet50"))
-    oldest = builders.metadata(ModelEntry(model_id="r", builder="torchvision:resnet50@IMAGENET1K_V1"))
+    newest = registry.metadata(vision("resnet50"))
+    oldest = registry.metadata(ModelEntry(model_id="r", builder="torchvision:resnet50@IMAGENET1K_V1"))
     assert (newest.accuracy, newest.image.resize_px) == (0.80858, 232)
     assert (oldest.accuracy, oldest.image.resize_px) == (0.7613, 256)
     assert newest.labels[207] == "golden retriever"
-    assert builders.metadata(vision("efficientnet_b3")).image == ImageInput(
+    assert registry.metadata(vision("efficientnet_b3")).image == ImageInput(
         resize_px=320, crop_px=300, interpolation="bicubic"
     )
-    assert builders.metadata(tiny("tied")).image == ImageInput()
+    assert registry.metadata(tiny("tied")).image == ImageInput()
 
 
 @pytest.mark.parametrize(
@@ -168,10 +169,10 @@ def test_metadata_is_that_of_the_named_weights() -> None:
 )
 def test_builder_that_does_not_exist_is_refused_with_advice(builder: str, complaint: str) -> None:
     with pytest.raises(StoreError, match=complaint):
-        builders.build(ModelEntry(model_id="x", builder=builder), "random:0")
+        registry.build(ModelEntry(model_id="x", builder=builder), "random:0")
 
 
 def test_absent_timm_is_refused_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(StoreError, match=r"pip install 'edgeserve\[timm\]'"):
-        builders.resolve("timm:mobilenetv1_100")
+        registry.resolve("timm:mobilenetv1_100")

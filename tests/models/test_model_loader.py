@@ -14,12 +14,12 @@ import torch
 from model_support import VISION, cached_pages, images, mapped, offline, tiny, vision
 
 from serve_app.errors import InvalidRequest, StoreError
-from serve_app.models import builders
+from serve_app.models.builders import registry
+from serve_app.models.graph_optimizations import named_slots
 from serve_app.models.loader import ModelLoader
-from serve_app.models.optimise import named_slots
-from serve_app.models.publish import publish
-from serve_app.models.store import ModelStore
+from serve_app.models.publishing.publish_catalog import publish
 from serve_app.models.torchvision_compat import import_torchvision
+from serve_app.store.model_store import ModelStore
 
 models = import_torchvision().models
 
@@ -105,7 +105,7 @@ def test_tied_weights_are_stored_and_loaded_once(shared: ModelStore) -> None:
 
 
 def test_non_persistent_buffers_are_stored(shared: ModelStore) -> None:
-    built = builders.build(tiny("tied"), "random:3")
+    built = registry.build(tiny("tied"), "random:3")
     assert "scale" not in built.state_dict()
     assert any(place.name == "scale" and place.kind == "buffer" for place in shared.manifest("tied").tensors)
     model = ModelLoader(shared).load("tied")
@@ -248,7 +248,7 @@ def test_tensors_may_lie_in_the_blob_of_another_model(small: ModelStore) -> None
     small.commit(dataclasses.replace(mine, tensors=places, files=mine.files + other.files))
     loader = ModelLoader(small)
     model = loader.load("tied")
-    expected = builders.build(tiny("other"), "random:9").get_parameter("head.weight")
+    expected = registry.build(tiny("other"), "random:9").get_parameter("head.weight")
     assert torch.equal(loader._prepared("tied").module.get_parameter("head.weight"), expected)
     model.unload()
     assert not mapped(small.blob_path(other.files[0].name))

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from serve_app.errors import StoreError
-from serve_app.models.manifest import Manifest
-from serve_app.models.store import ModelStore
+from serve_app.store.manifest import Manifest
+from serve_app.store.model_store import ModelStore
 
 Change = Callable[[dict[str, Any]], object]
 

@@ -16,10 +16,10 @@ from safetensors import safe_open
 
 from serve_app.core.catalog import ImageInput
 from serve_app.errors import StoreError
-from serve_app.models.blob import BlobTensor, plan_blob, write_blob
-from serve_app.models.files import explain_os_errors
-from serve_app.models.publish import publish
-from serve_app.models.store import ModelStore
+from serve_app.models.publishing.publish_catalog import publish
+from serve_app.store.durable_files import explain_os_errors
+from serve_app.store.model_store import ModelStore
+from serve_app.store.safetensors_writer import BlobTensor, plan_blob, write_blob
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def blob_of(store: ModelStore, model_id: str = "tied") -> Path:
 
 def test_routers_read_the_store_without_torch() -> None:
     program = (
-        "import sys, serve_app.models.store, serve_app.models.manifest, serve_app.models.images\n"
+        "import sys, serve_app.store.model_store, serve_app.store.manifest, serve_app.store.images\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])

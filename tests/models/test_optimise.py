@@ -12,19 +12,19 @@ import torch
 from model_support import images, offline, tiny, vision
 
 from serve_app.errors import StoreError
-from serve_app.models import builders
+from serve_app.models.builders import registry
+from serve_app.models.graph_optimizations import fold, foldable_norms, named_slots, optimise, order_of_use
 from serve_app.models.loader import ModelLoader
-from serve_app.models.manifest import Execution, FoldedNorm
-from serve_app.models.optimise import fold, foldable_norms, named_slots, optimise, order_of_use
-from serve_app.models.publish import publish
-from serve_app.models.store import ModelStore
+from serve_app.models.publishing.publish_catalog import publish
+from serve_app.store.manifest import Execution, FoldedNorm
+from serve_app.store.model_store import ModelStore
 
 FIRST = FoldedNorm(conv="first", norm="first_norm")
 SECOND = FoldedNorm(conv="second", norm="second_norm")
 
 
 def built(factory: str) -> torch.nn.Module:
-    return builders.build(tiny("m", factory), "random:3")
+    return registry.build(tiny("m", factory), "random:3")
 
 
 def logits(module: torch.nn.Module, batch: np.ndarray) -> np.ndarray:
@@ -112,7 +112,7 @@ def test_weights_lie_in_the_order_of_their_use(store: ModelStore) -> None:
 
 def test_weights_that_only_functions_use_lie_in_order_as_well() -> None:
     """Attention hands its weights to a function; no module is called that owns them."""
-    module = builders.build(vision("vit_b_16"), "random:1")
+    module = registry.build(vision("vit_b_16"), "random:1")
     order = order_of_use(module, torch.zeros(1, 3, 224, 224), Execution(), torch.float32)
     layers = [f"encoder.layers.encoder_layer_{number}.self_attention" for number in range(12)]
     used = [name for layer in layers for name in (f"{layer}.in_proj_weight", f"{layer}.out_proj.weight")]

@@ -13,12 +13,12 @@ import torch
 import yaml
 from model_support import images, offline
 
-from serve_app.cli import main
-from serve_app.config import load_catalog
+from serve_app.cli.main import main
+from serve_app.config.catalog import load_catalog
 from serve_app.models.loader import ModelLoader
-from serve_app.models.profile import Cold, Profile, Spread, as_json, summarise
-from serve_app.models.publish import publish
-from serve_app.models.store import ModelStore
+from serve_app.models.profiling.model_profile import Cold, Profile, Spread, as_json, summarise
+from serve_app.models.publishing.publish_catalog import publish
+from serve_app.store.model_store import ModelStore
 
 KEYS = {
     "model", "size_bytes", "workspace_bytes", "load_ms", "miss_ms", "hit_ms", "miss_over_hit", "cold_load_ms",

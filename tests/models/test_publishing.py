@@ -18,13 +18,14 @@ from model_support import VISION, images, offline, tiny, vision
 from publisher_process import ENTRIES
 
 from serve_app.core.catalog import ImageInput, TensorSpec
-from serve_app.models import measure, zoo
-from serve_app.models.builders import build, metadata
+from serve_app.models.builders import torchvision as torchvision_builder
+from serve_app.models.builders.registry import build, metadata
 from serve_app.models.loader import ModelLoader
-from serve_app.models.publish import PublishEvent, publish
-from serve_app.models.store import ModelStore
+from serve_app.models.profiling import measure
+from serve_app.models.publishing.publish_catalog import PublishEvent, publish
 from serve_app.models.torchvision_compat import import_torchvision
 from serve_app.models.weights import Download, DownloadFailed, WeightSource, download_torchvision, url_reachable
+from serve_app.store.model_store import ModelStore
 
 models = import_torchvision().models
 HERE = Path(__file__).parent
@@ -217,7 +218,7 @@ def test_download_that_fails_after_the_probe_falls_back_and_is_not_tried_again(
         tried.append(str(weights))
         raise DownloadFailed("the connection broke")
 
-    monkeypatch.setattr(zoo, "download_torchvision", fail)
+    monkeypatch.setattr(torchvision_builder, "download_torchvision", fail)
     report = publish(store, PRETRAINED, reachable=lambda url: True)
     assert len(tried) == 1
     assert report.fallbacks == ("squeezenet1_1", "shufflenet_v2_x0_5")

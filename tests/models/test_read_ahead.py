@@ -14,11 +14,11 @@ import pytest
 from model_support import cached_pages, forget_pages, images, mapped, offline, tiny
 
 from serve_app.models import loader as loading
-from serve_app.models import read_ahead
+from serve_app.models import readahead
 from serve_app.models.loader import ModelLoader
-from serve_app.models.publish import publish
-from serve_app.models.read_ahead import ReadAhead, is_resident
-from serve_app.models.store import ModelStore
+from serve_app.models.publishing.publish_catalog import publish
+from serve_app.models.readahead import ReadAhead, is_resident
+from serve_app.store.model_store import ModelStore
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_after_stop_no_other_step_begins_and_the_file_is_closed(
 
 
 def test_reader_pauses_until_the_model_runs(wide: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read_ahead, "_PATIENCE", 1e6)
+    monkeypatch.setattr(readahead, "_PATIENCE", 1e6)
     sendfile, began, sent = os.sendfile, threading.Event(), []
 
     def read(*args: int) -> int:
@@ -133,7 +133,7 @@ def test_file_that_somebody_waits_for_is_read_before_those_that_nobody_does(
     path, gate = blob_of(wide), threading.Event()
     with ThreadPoolExecutor(1) as busy:
         busy.submit(gate.wait)
-        monkeypatch.setattr(read_ahead, "_patient_readers", lambda: busy)
+        monkeypatch.setattr(readahead, "_patient_readers", lambda: busy)
         reader = ReadAhead(path, path.stat().st_size)
         reader.hurry()
         reader.wait()
@@ -142,7 +142,7 @@ def test_file_that_somebody_waits_for_is_read_before_those_that_nobody_does(
 
 
 def test_reader_that_pauses_can_be_stopped(wide: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read_ahead, "_PATIENCE", 1e6)
+    monkeypatch.setattr(readahead, "_PATIENCE", 1e6)
     path = blob_of(wide)
     reader = ReadAhead(path, path.stat().st_size)
     reader.stop()
@@ -181,7 +181,7 @@ def test_model_loads_where_no_thread_can_be_started(wide: ModelStore, monkeypatc
             raise RuntimeError("can't start new thread")
 
     blob_of(wide)
-    monkeypatch.setattr(read_ahead, "_patient_readers", Refusing)
+    monkeypatch.setattr(readahead, "_patient_readers", Refusing)
     model = ModelLoader(wide).load("wide")
     assert np.isfinite(model.infer(images(1, 32))).all()
     model.unload()

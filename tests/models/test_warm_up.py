@@ -9,9 +9,9 @@ from model_support import mapped, offline, tiny
 
 from serve_app.core.catalog import Catalog
 from serve_app.models.loader import ModelLoader
-from serve_app.models.publish import publish
-from serve_app.models.store import ModelStore
+from serve_app.models.publishing.publish_catalog import publish
 from serve_app.models.warm_up import warm_up
+from serve_app.store.model_store import ModelStore
 
 
 def test_a_warm_up_leaves_no_model_behind(shared: ModelStore) -> None:

@@ -18,12 +18,14 @@ from typing import Any
 
 import pytest
 
-from serve_app.core.cache import Answer, Hit, Join, Load, ModelCache, ModelState, Preload, Wait
+from serve_app.core.cache.decisions import Answer, Hit, Join, Load, Preload, Wait
+from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.policies import POLICIES, make_policy
-from serve_app.serving.messages import FloatArray
-from serve_app.serving.model_host import Lease, ModelHost
-from serve_app.simulator.replay import replay
+from serve_app.core.policies.registry import POLICIES, make_policy
+from serve_app.core.vocabulary import ModelState
+from serve_app.serving.transport.messages import FloatArray
+from serve_app.serving.worker.model_host import Lease, ModelHost
+from serve_app.simulator.load_delay import replay
 from serve_app.workload.spec import parse_trace
 from serve_app.workload.trace import Trace
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from serve_app.core.cache import ModelState, ResidentModel
 from serve_app.core.catalog import Catalog, ImageInput, ModelProfile, PublishedModel, TensorSpec
+from serve_app.core.cluster.reports import ViewDelta, WorkerReport
 from serve_app.core.links import Link
-from serve_app.core.reports import ViewDelta, WorkerReport
-from serve_app.core.routing import Outcome, RoutingRules
-from serve_app.serving.messages import Done, Work
-from serve_app.serving.router import Router, WorkerLost
+from serve_app.core.routing.rules import RoutingRules
+from serve_app.core.vocabulary import ModelState, Outcome, ResidentModel
+from serve_app.serving.router.router import Router
+from serve_app.serving.transport.messages import Done, Work
+from serve_app.serving.transport.worker_pool import WorkerLost
 
 CLASSES = 10
 

@@ -11,9 +11,10 @@ import pytest
 import ray
 from fakes import view
 
-from serve_app.core.coordination import CoordinatorRules
-from serve_app.serving import coordinator
-from serve_app.serving.coordinator import CoordinatorLink, every
+from serve_app.core.coordination.rules import CoordinatorRules
+from serve_app.serving.coordinator import actor
+from serve_app.serving.coordinator.client import CoordinatorLink
+from serve_app.serving.periodic import every
 
 OLD = CoordinatorRules(issued=1, half_life_s=60.0, stale_after_s=2.0)
 NEW = CoordinatorRules(issued=2, half_life_s=10.0, stale_after_s=2.0)
@@ -47,7 +48,7 @@ class FakeRay:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay()
-    monkeypatch.setattr(coordinator, "ray", fake)
+    monkeypatch.setattr(actor, "ray", fake)
     return fake
 
 

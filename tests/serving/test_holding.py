@@ -13,16 +13,17 @@ import pytest
 from fakes import FakeLink, ManualClock, published, report, view
 from test_worker import FakeBackend, running, work
 
-from serve_app.core.budget import Budget
 from serve_app.core.catalog import Catalog
-from serve_app.core.commands import Command, EvictAt, PreloadAt
-from serve_app.core.coordination import CoordinatorRules
-from serve_app.core.keepers import rank
-from serve_app.core.policies import make_policy
-from serve_app.core.reports import ViewDelta, WorkerReport
-from serve_app.core.routing import Link, RoutingRules
-from serve_app.serving.messages import Done
-from serve_app.serving.worker import HoldingRules, Worker
+from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
+from serve_app.core.cluster.primaries import rank
+from serve_app.core.cluster.reports import ViewDelta, WorkerReport
+from serve_app.core.coordination.rules import CoordinatorRules
+from serve_app.core.links import Link
+from serve_app.core.memory_budget import Budget
+from serve_app.core.policies.registry import make_policy
+from serve_app.core.routing.rules import RoutingRules
+from serve_app.serving.transport.messages import Done
+from serve_app.serving.worker.worker import HoldingRules, Worker
 
 COORDINATION = CoordinatorRules(half_life_s=60.0, stale_after_s=2.0)
 

@@ -12,9 +12,9 @@ import orjson
 import pytest
 from fakes import FakePool, done, make_router, report
 
-from serve_app.config import LimitSettings
-from serve_app.serving.hot_path import HotPath, ShortCut, middlewares
-from serve_app.serving.http import HttpSettings, build_http_app
+from serve_app.config.edge import LimitSettings
+from serve_app.serving.api.endpoints import HttpSettings, build_http_app
+from serve_app.serving.api.fast_path import HotPath, ShortCut, middlewares
 
 PATH = "/paris/v2/models/small/infer"
 

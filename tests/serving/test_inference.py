@@ -12,7 +12,7 @@ from deployment_support import LARGE, LOCATIONS, MEMORY, SEED, SMALL
 from oip_client import infer_binary, infer_json, logits_of
 from PIL import Image
 
-from serve_app.config import parse_size
+from serve_app.config.units import parse_size
 
 OUTCOMES = {"hit", "join", "load", "forward"}
 

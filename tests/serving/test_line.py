@@ -15,8 +15,8 @@ import pytest
 from fakes import done
 
 from serve_app.errors import InvalidRequest
-from serve_app.serving.line import Exchange, Line, LineBroken, Lines, connect
-from serve_app.serving.messages import Done, Refused, Reply, Work
+from serve_app.serving.transport.local_rpc import Exchange, Line, LineBroken, Lines, connect
+from serve_app.serving.transport.messages import Done, Refused, Reply, Work
 
 SMALL, LARGE = (1, 3, 4, 4), (2, 3, 224, 224)
 

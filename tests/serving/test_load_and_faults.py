@@ -16,7 +16,8 @@ from contextlib import contextmanager
 import httpx
 from deployment_support import LOCATIONS, SMALL
 
-from serve_app.serving import code, coordinator
+from serve_app.serving import code_version
+from serve_app.serving.coordinator import actor
 
 HEADERS = {"Content-Type": "image/jpeg"}
 
@@ -205,12 +206,15 @@ def test_a_coordinator_of_other_code_is_replaced_and_one_of_this_code_is_not(
     deployment, ray_cluster, monkeypatch
 ) -> None:
     epoch = deployment.status()["coordinator"]["epoch"]
-    coordinator.end_outdated()
+    actor.end_outdated()
     # It answers calls in order, so it would be gone by now.
-    assert ray_cluster.get(ray_cluster.get_actor("coordinator", namespace="edgeserve").code.remote()) == code.digest()
+    assert (
+        ray_cluster.get(ray_cluster.get_actor("coordinator", namespace="edgeserve").code.remote())
+        == code_version.digest()
+    )
     assert deployment.status()["coordinator"]["epoch"] == epoch
-    monkeypatch.setattr(code, "digest", lambda: "of an upgrade")
-    coordinator.end_outdated()
+    monkeypatch.setattr(code_version, "digest", lambda: "of an upgrade")
+    actor.end_outdated()
     until(
         lambda: deployment.status()["coordinator"]["up"] and deployment.status()["coordinator"]["epoch"] != epoch,
         "a new coordinator is known",

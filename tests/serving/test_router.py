@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from fakes import FakeLink, FakePool, done, make_router, published, report
 
-from serve_app.config import LimitSettings
+from serve_app.config.edge import LimitSettings
 from serve_app.core.catalog import Catalog
-from serve_app.core.reports import ViewDelta
-from serve_app.core.routing import Forwarding, Outcome
+from serve_app.core.cluster.reports import ViewDelta
+from serve_app.core.vocabulary import Forwarding, Outcome
 from serve_app.errors import DeadlineExceeded, InvalidRequest, NotFound, StoreError, Unavailable
-from serve_app.serving.http import HttpSettings, build_http_app
-from serve_app.serving.messages import NotHeld, Refused
-from serve_app.serving.router import Query, WorkerLost
+from serve_app.serving.api.endpoints import HttpSettings, build_http_app
+from serve_app.serving.router.request import Query
+from serve_app.serving.transport.messages import NotHeld, Refused
+from serve_app.serving.transport.worker_pool import WorkerLost
 
 BATCH = np.zeros((1, 3, 8, 8), np.float32)
 
@@ -95,7 +96,7 @@ async def test_what_no_worker_can_do_fails_as_it_failed_there() -> None:
 
 
 async def test_a_location_without_workers_is_not_waited_for_until_the_deadline(monkeypatch) -> None:
-    monkeypatch.setattr("serve_app.serving.router._BLIND_S", 0.02)
+    monkeypatch.setattr("serve_app.serving.router.router._BLIND_S", 0.02)
     router = make_router(FakePool(paris=[asyncio.Event()]), report("tokyo"))
     with pytest.raises(Unavailable, match="no worker of paris"):
         await router.serve(query(forwarding=Forwarding.NEVER))

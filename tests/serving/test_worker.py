@@ -16,18 +16,19 @@ from deployment_support import encoded
 from fakes import CLASSES, FakeLink, FakeMetrics, ManualClock, published, view
 from PIL import Image
 
-from serve_app.core.budget import Budget, ProcessMemory
-from serve_app.core.cache import ModelCache, ModelState
+from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import Catalog, ModelProfile
-from serve_app.core.eviction_policy import EvictionPolicy
 from serve_app.core.links import Link
-from serve_app.core.policies import make_policy
-from serve_app.core.routing import Outcome, RoutingRules
+from serve_app.core.memory_budget import Budget, ProcessMemory
+from serve_app.core.policies.base import EvictionPolicy
+from serve_app.core.policies.registry import make_policy
+from serve_app.core.routing.rules import RoutingRules
+from serve_app.core.vocabulary import ModelState, Outcome
 from serve_app.errors import DeadlineExceeded, DoesNotFit, InvalidRequest, StoreError, Unavailable
-from serve_app.serving.messages import Done, NotHeld, Refused, Work
-from serve_app.serving.model_host import ModelHost
-from serve_app.serving.worker import HoldingRules, Worker, WorkerIdentity
-from serve_app.serving.worker_memory import WorkerMemory
+from serve_app.serving.transport.messages import Done, NotHeld, Refused, Work
+from serve_app.serving.worker.model_host import ModelHost
+from serve_app.serving.worker.process_budget import WorkerMemory
+from serve_app.serving.worker.worker import HoldingRules, Worker, WorkerIdentity
 
 BASE = ProcessMemory(anonymous_bytes=5, file_bytes=2)
 BUDGET = Budget(models_bytes=250, workspace_bytes=0)

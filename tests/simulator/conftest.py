@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from simulator_support import Simulate
 
-from serve_app.cli import cli
+from serve_app.cli.main import cli
 
 
 @pytest.fixture

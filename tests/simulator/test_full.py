@@ -14,17 +14,19 @@ from typing import Any
 
 import pytest
 
-from serve_app.core.cache import ModelCache
+from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.keepers import rank
+from serve_app.core.cluster.popularity import Popularity
+from serve_app.core.cluster.primaries import rank
+from serve_app.core.cluster.reports import Demand
 from serve_app.core.links import Link
-from serve_app.core.placement_rules import PlacementRules
-from serve_app.core.policies import make_policy
-from serve_app.core.popularity import Popularity
-from serve_app.core.reports import Demand
-from serve_app.simulator.full import FullOptions, FullTally, geographic_links, simulate_full
-from serve_app.simulator.full.news import LazyPopularity
-from serve_app.simulator.replay import replay
+from serve_app.core.placement.rules import PlacementRules
+from serve_app.core.policies.registry import make_policy
+from serve_app.simulator.discrete_event.coordinator import LazyPopularity
+from serve_app.simulator.discrete_event.results import FullTally
+from serve_app.simulator.discrete_event.settings import FullOptions, geographic_links
+from serve_app.simulator.discrete_event.simulation import simulate_full
+from serve_app.simulator.load_delay import replay
 from serve_app.workload.locations import split
 from serve_app.workload.spec import parse_trace
 from serve_app.workload.trace import Trace

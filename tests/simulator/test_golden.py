@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.simulator.rows import Row
+from serve_app.simulator.result_row import Row
 from serve_app.simulator.runner import Cell, Plan, run
 from serve_app.simulator.scenario import ALL_POLICIES, Capacity, make_workload, parse_policies
 

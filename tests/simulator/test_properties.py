@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulator_support import workload
 
-from serve_app.core.cache import Answer, Grant, Hit, Join, Load, ModelCache, Preload, Reject, Wait
+from serve_app.core.cache.decisions import Answer, Grant, Hit, Join, Load, Preload, Reject, Wait
+from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.simulator import scenario
+from serve_app.simulator.load_delay import Tally, replay
 from serve_app.simulator.oracles import Belady, next_uses
-from serve_app.simulator.replay import Tally, replay
-from serve_app.simulator.rows import Row
+from serve_app.simulator.result_row import Row
 from serve_app.simulator.runner import MAX_PRELOADS, Cell, Plan, run
 from serve_app.simulator.scenario import ALL_POLICIES, Capacity, Workload, cache_maker, parse_policies
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from serve_app.core.cache import Hit, Load, ModelCache
+from serve_app.core.cache.decisions import Hit, Load
+from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.eviction_policy import EvictionPolicy
-from serve_app.core.policies import make_policy
+from serve_app.core.policies.base import EvictionPolicy
+from serve_app.core.policies.registry import make_policy
 from serve_app.simulator.oracles import Belady, next_uses
 from serve_app.workload.zipf import ZipfWorkload
 

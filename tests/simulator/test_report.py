@@ -12,13 +12,13 @@ import pytest
 from rich.console import Console
 from simulator_support import workload
 
-from serve_app.core.policies import ORACLES
-from serve_app.simulator.paper import SHARES, WORKLOAD_ONLY, Results
-from serve_app.simulator.plot import plot
-from serve_app.simulator.report import as_csv, as_json, as_table, percent, seconds, size
-from serve_app.simulator.rows import Row
+from serve_app.core.policies.registry import ORACLES
+from serve_app.simulator.result_plot import plot
+from serve_app.simulator.result_row import Row
+from serve_app.simulator.result_table import as_csv, as_json, as_table, percent, seconds, size
 from serve_app.simulator.runner import Cell, Plan, run
 from serve_app.simulator.scenario import ALL_POLICIES, parse_capacities, parse_policies
+from serve_app.simulator.studies.paper import SHARES, WORKLOAD_ONLY, Results
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -15,7 +15,7 @@ from simulator_support import workload
 
 from serve_app.errors import EdgeServeError
 from serve_app.simulator import runner
-from serve_app.simulator.rows import Latency, Row
+from serve_app.simulator.result_row import Latency, Row
 from serve_app.simulator.runner import Cell, Plan, run
 from serve_app.simulator.scenario import (
     ALL_POLICIES,

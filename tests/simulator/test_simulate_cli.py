@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from simulator_support import SMALL, Simulate
 
-from serve_app.cli import main
-from serve_app.core.policies import ORACLES, POLICIES
-from serve_app.simulator.reference import PROFILES_FILE, TRACE_FILE
+from serve_app.cli.main import main
+from serve_app.core.policies.registry import ORACLES, POLICIES
+from serve_app.simulator.studies.reference_workload import PROFILES_FILE, TRACE_FILE
 
 KEYS = [
     "trace", "policy", "capacity_bytes", "capacity_share", "locations", "requests", "models", "hits", "misses", "joins",
@@ -247,7 +247,7 @@ def test_the_paper_can_be_held_against_another_trace(simulate: Simulate, azure_f
 def test_help_and_a_run_work_as_a_process_and_help_imports_nothing_heavy(tmp_path: Path) -> None:
     heavy = {"matplotlib", "numpy", "torch", "ray"}
     script = (
-        "import sys\nfrom serve_app.cli import main\n"
+        "import sys\nfrom serve_app.cli.main import main\n"
         "try:\n    main(['simulate', '--help'])\nexcept SystemExit:\n    pass\n"
         f"print(sorted({heavy!r} & sys.modules.keys()))"
     )

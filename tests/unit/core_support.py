@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from serve_app.core.cache import ModelCache, ModelState, ResidentModel
+from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.eviction_policy import EvictionPolicy
-from serve_app.core.reports import Demand, OutcomeCounts, WorkerReport
+from serve_app.core.cluster.reports import Demand, OutcomeCounts, WorkerReport
+from serve_app.core.policies.base import EvictionPolicy
+from serve_app.core.vocabulary import ModelState, ResidentModel
 
 
 class Ranked(EvictionPolicy):

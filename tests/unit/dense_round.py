@@ -12,10 +12,10 @@ from collections.abc import Collection, Iterator, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.core.commands import Command, EvictAt, PreloadAt
-from serve_app.core.placement_round import Site, Wants
-from serve_app.core.placement_rules import PlacementRules
-from serve_app.core.routing import RoutingRules
+from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
+from serve_app.core.placement.rules import PlacementRules
+from serve_app.core.placement.solver import Site, Wants
+from serve_app.core.routing.rules import RoutingRules
 
 
 class DenseRound:

@@ -8,9 +8,10 @@ import itertools
 import pytest
 from core_support import Ranked, assert_books_balance, profile
 
-from serve_app.core.budget import Budget, MemoryGuard, ProcessMemory, divide
-from serve_app.core.cache import Hit, Load, ModelCache, Reject, Wait
+from serve_app.core.cache.decisions import Hit, Load, Reject, Wait
+from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ImageInput, PublishedModel
+from serve_app.core.memory_budget import Budget, MemoryGuard, ProcessMemory, divide
 
 BASE = ProcessMemory(anonymous_bytes=300, file_bytes=100)
 BUDGET = Budget(models_bytes=900, workspace_bytes=100)

@@ -9,21 +9,10 @@ from typing import Any
 import pytest
 from core_support import Ranked, Sparing, assert_books_balance, profile
 
-from serve_app.core.cache import (
-    Answer,
-    Grant,
-    Hit,
-    Join,
-    Load,
-    ModelCache,
-    ModelState,
-    Preload,
-    Reject,
-    RejectReason,
-    ResidentModel,
-    Wait,
-)
+from serve_app.core.cache.decisions import Answer, Grant, Hit, Join, Load, Preload, Reject, RejectReason, Wait
+from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
+from serve_app.core.vocabulary import ModelState, ResidentModel
 from serve_app.errors import Conflict, NotFound
 
 MakeCache = Callable[..., ModelCache]

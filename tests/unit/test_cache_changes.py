@@ -7,9 +7,10 @@ import random
 import pytest
 from core_support import Ranked, assert_books_balance, profile
 
-from serve_app.core.answers import Grant, Hit, Load, ModelState, Preload, Reject, RejectReason, Shed, Wait
-from serve_app.core.cache import ModelCache
-from serve_app.core.policies import POLICIES, make_policy
+from serve_app.core.cache.decisions import Grant, Hit, Load, Preload, Reject, RejectReason, Shed, Wait
+from serve_app.core.cache.model_cache import ModelCache
+from serve_app.core.policies.registry import POLICIES, make_policy
+from serve_app.core.vocabulary import ModelState
 from serve_app.errors import Conflict
 
 

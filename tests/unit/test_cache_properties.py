@@ -23,21 +23,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from serve_app.core.cache import (
-    Answer,
-    Grant,
-    Hit,
-    Join,
-    Load,
-    ModelCache,
-    ModelState,
-    Preload,
-    Reject,
-    RejectReason,
-    Wait,
-)
+from serve_app.core.cache.decisions import Answer, Grant, Hit, Join, Load, Preload, Reject, RejectReason, Wait
+from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.policies import make_policy
+from serve_app.core.policies.registry import make_policy
+from serve_app.core.vocabulary import ModelState
 from serve_app.errors import Conflict, NotFound
 
 MODELS = {

@@ -12,21 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
-from serve_app.config import (
-    STORE_VARIABLE,
-    EdgeSettings,
-    find,
-    load_catalog,
-    load_edge,
-    load_token,
-    load_yaml,
-    parse_duration,
-    parse_parameters,
-    parse_size,
-    preset,
-    ray_address,
-    state_dir,
-)
+from serve_app.config.catalog import load_catalog
+from serve_app.config.edge import EdgeSettings, load_edge, load_token
+from serve_app.config.environment import STORE_VARIABLE, preset, ray_address, state_dir
+from serve_app.config.policy_parameters import parse_parameters
+from serve_app.config.units import parse_duration, parse_size
+from serve_app.config.yaml_files import find, load_yaml
 from serve_app.core.catalog import ImageInput
 from serve_app.core.links import Link
 from serve_app.errors import ConfigError

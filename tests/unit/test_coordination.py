@@ -9,9 +9,10 @@ from core_support import report, resident
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.core.coordination import CoordinatorRules, CoordinatorState
-from serve_app.core.knowledge import View
-from serve_app.core.reports import Demand, ViewDelta, WorkerReport
+from serve_app.core.cluster.cluster_view import View
+from serve_app.core.cluster.reports import Demand, ViewDelta, WorkerReport
+from serve_app.core.coordination.coordinator_state import CoordinatorState
+from serve_app.core.coordination.rules import CoordinatorRules
 
 STALE_AFTER_S = 2.0
 LN2 = 0.6931471805599453

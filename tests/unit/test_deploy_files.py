@@ -8,9 +8,11 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from serve_app.config import load_catalog, load_edge, load_yaml
-from serve_app.serving.local_ray import FAST_INGRESS
-from serve_app.serving.serve_file import read_serve_file
+from serve_app.config.catalog import load_catalog
+from serve_app.config.edge import load_edge
+from serve_app.config.yaml_files import load_yaml
+from serve_app.serving.launch.local_ray import FAST_INGRESS
+from serve_app.serving.launch.serve_config import read_serve_file
 
 ROOT = Path(__file__).parents[2]
 SERVE_FILES = ["deploy/local.yaml", "deploy/cluster.yaml"]

@@ -18,7 +18,7 @@ import pytest
 from serve_app.errors import TraceError
 from serve_app.workload.azure_like import AzureLike
 from serve_app.workload.chance import Chance
-from serve_app.workload.hours import FULL_HOUR_FACTOR, HOUR_PROFILE, clock_times
+from serve_app.workload.diurnal import FULL_HOUR_FACTOR, HOUR_PROFILE, clock_times
 from serve_app.workload.sessions import Sessions
 from serve_app.workload.statistics import (
     counts,

@@ -2,8 +2,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from loadtests.clients import Answer
 from loadtests.head_loss import LOCATIONS, _slices
+from loadtests.support.clients import Answer
 
 
 def answer(sent_s: float, *, location: str = "paris", status: int = 200, again: int | None = None) -> Answer:

@@ -8,8 +8,8 @@ from core_support import report, resident
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.core.keepers import Keeper, kept_by, rank
-from serve_app.core.reports import WorkerReport
+from serve_app.core.cluster.primaries import Keeper, kept_by, rank
+from serve_app.core.cluster.reports import WorkerReport
 
 REPLICAS = [f"{location}-{number}" for location in ("oslo", "paris", "rome") for number in (1, 2)]
 

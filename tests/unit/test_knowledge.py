@@ -9,10 +9,11 @@ from collections.abc import Mapping
 import pytest
 from core_support import report, resident
 
-from serve_app.core.cache import ModelState
-from serve_app.core.knowledge import Knowledge, View
+from serve_app.core.cluster.cluster_view import View
+from serve_app.core.cluster.reports import ViewDelta, WorkerReport
 from serve_app.core.links import HERE, LinkTable
-from serve_app.core.reports import ViewDelta, WorkerReport
+from serve_app.core.routing.router_view import Knowledge
+from serve_app.core.vocabulary import ModelState
 
 READY, LOADING = ModelState.READY, ModelState.LOADING
 WAYS = LinkTable("oslo", lambda here, there: HERE)

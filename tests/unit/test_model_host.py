@@ -17,12 +17,12 @@ import pytest
 import pytest_asyncio
 from core_support import Ranked, assert_books_balance, profile
 
-from serve_app.core.cache import ModelCache, ModelState
+from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.routing import Outcome
+from serve_app.core.vocabulary import ModelState, Outcome
 from serve_app.errors import Conflict, DoesNotFit, NotFound, StoreError, Unavailable
-from serve_app.serving.messages import FloatArray
-from serve_app.serving.model_host import Lease, ModelHost
+from serve_app.serving.transport.messages import FloatArray
+from serve_app.serving.worker.model_host import Lease, ModelHost
 
 A, B, C = profile("a", 50), profile("b", 50), profile("c", 50)
 LARGE = profile("large", 100)

@@ -7,11 +7,12 @@ import math
 import pytest
 from core_support import report
 
-from serve_app.core.knowledge import Knowledge
+from serve_app.core.cluster.reports import ViewDelta
 from serve_app.core.links import Link, LinkTable
-from serve_app.core.nearby import Nearby
-from serve_app.core.reports import ViewDelta
-from serve_app.core.routing import RoutingRules, prepare
+from serve_app.core.routing.eviction_cost import prepare
+from serve_app.core.routing.neighbors import Nearby
+from serve_app.core.routing.router_view import Knowledge
+from serve_app.core.routing.rules import RoutingRules
 
 RTT_S = {"oslo": 0.03, "rome": 0.01, "tokyo": 0.2, "lima": 0.03}
 RULES = RoutingRules(

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from serve_app.core.next_use import AGE_EDGES_S, History, NextUse
+from serve_app.core.policies.rate_forecast import AGE_EDGES_S, History, NextUse
 
 SHORT_S, LONG_S = 100.0, 86400.0
 LEAD_S = 0.5

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from serve_app.core.catalog import ImageInput, ModelProfile, PublishedModel, TensorSpec
 from serve_app.errors import EdgeServeError, InternalError, InvalidRequest, NotFound
 from serve_app.serving import oip
-from serve_app.serving.oip_tensors import DTYPES
+from serve_app.serving.oip.tensors import DTYPES
 
 Json = dict[str, Any]
 Array = np.ndarray[Any, Any]

@@ -13,12 +13,16 @@ from core_support import Ranked, profile, report, resident
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.core.cache import Load, ModelCache, ModelState
+from serve_app.core.cache.decisions import Load
+from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
+from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
+from serve_app.core.cluster.reports import WorkerReport
 from serve_app.core.links import Link
-from serve_app.core.placement import Command, EvictAt, Placement, PlacementRules, PreloadAt
-from serve_app.core.reports import WorkerReport
-from serve_app.core.routing import RoutingRules
+from serve_app.core.placement.orders import Placement
+from serve_app.core.placement.rules import PlacementRules
+from serve_app.core.routing.rules import RoutingRules
+from serve_app.core.vocabulary import ModelState
 
 EAGER = PlacementRules(share_per_round=1.0, hysteresis=1.5, payback_s=1e9, patience_s=10.0, repeat_s=60.0)
 ABC = [profile(name) for name in "abc"]

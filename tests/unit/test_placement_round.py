@@ -10,12 +10,12 @@ import pytest
 from core_support import profile
 from dense_round import DenseRound
 
-from serve_app.core.commands import Command, PreloadAt
+from serve_app.core.cluster.commands import Command, PreloadAt
 from serve_app.core.links import Link
-from serve_app.core.placement_round import Round, Site, Wants
-from serve_app.core.placement_rules import PlacementRules
-from serve_app.core.routing import RoutingRules
-from serve_app.core.way_table import WayTable
+from serve_app.core.placement.latency_matrix import WayTable
+from serve_app.core.placement.rules import PlacementRules
+from serve_app.core.placement.solver import Round, Site, Wants
+from serve_app.core.routing.rules import RoutingRules
 
 
 class Case:

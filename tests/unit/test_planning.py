@@ -15,14 +15,16 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.commands import Command, EvictAt, PreloadAt
-from serve_app.core.coordination import CoordinatorRules, CoordinatorState, PlacementSettings
-from serve_app.core.keepers import Keeper
-from serve_app.core.knowledge import View
-from serve_app.core.placement import Placement
-from serve_app.core.placement_rules import PlacementRules
-from serve_app.core.reports import ViewDelta
-from serve_app.core.routing import Link, RoutingRules
+from serve_app.core.cluster.cluster_view import View
+from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
+from serve_app.core.cluster.primaries import Keeper
+from serve_app.core.cluster.reports import ViewDelta
+from serve_app.core.coordination.coordinator_state import CoordinatorState
+from serve_app.core.coordination.rules import CoordinatorRules, PlacementSettings
+from serve_app.core.links import Link
+from serve_app.core.placement.orders import Placement
+from serve_app.core.placement.rules import PlacementRules
+from serve_app.core.routing.rules import RoutingRules
 
 TICK_S = 0.25
 STALE_AFTER_S = 2.0

@@ -11,10 +11,11 @@ from collections.abc import Iterable
 import pytest
 from core_support import profile
 
-from serve_app.core.cache import Hit, Load, ModelCache
+from serve_app.core.cache.decisions import Hit, Load
+from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.eviction_policy import EvictionPolicy
-from serve_app.core.policies import ORACLES, POLICIES, make_policy, policy_parameters
+from serve_app.core.policies.base import EvictionPolicy
+from serve_app.core.policies.registry import ORACLES, POLICIES, make_policy, policy_parameters
 
 A = profile("a", 10, load_s=1.0)
 B = profile("b", 20, load_s=4.0)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from serve_app.core.interests import Interests
-from serve_app.core.popularity import DecayedRate, Popularity
+from serve_app.core.cluster.popularity import DecayedRate, Popularity
+from serve_app.core.placement.demand import Interests
 
 LN2 = 0.6931471805599453
 

@@ -8,7 +8,7 @@ import pytest
 from core_support import profile
 
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.ranking import Ranked, Ranking
+from serve_app.core.lazy_heap import Ranked, Ranking
 
 NOW = 0.0
 

@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 from core_support import profile, report, resident
 
-from serve_app.core.cache import ModelState
-from serve_app.core.knowledge import Knowledge
+from serve_app.core.cluster.reports import ViewDelta, WorkerReport
 from serve_app.core.links import Link, LinkTable
-from serve_app.core.reports import ViewDelta, WorkerReport
-from serve_app.core.routing import Errand, Forwarding, Outcome, Plan, RoutingRules, choose, forward_costs
+from serve_app.core.routing.choose import Errand, Plan, choose
+from serve_app.core.routing.eviction_cost import forward_costs
+from serve_app.core.routing.router_view import Knowledge
+from serve_app.core.routing.rules import RoutingRules
+from serve_app.core.vocabulary import Forwarding, ModelState, Outcome
 
 M = profile("m", 10, load_s=1.0, exec_s=0.1)
 PROFILES = {model.model_id: model for model in (M, profile("v", 10, load_s=2.0), profile("w", 10, load_s=2.0))}

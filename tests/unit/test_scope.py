@@ -9,13 +9,14 @@ from collections.abc import Iterator
 import pytest
 from core_support import report, resident
 
-from serve_app.core.answers import ModelState
-from serve_app.core.coordination import CoordinatorRules, CoordinatorState
-from serve_app.core.directory import Entry
-from serve_app.core.knowledge import View
+from serve_app.core.cluster.cluster_view import View
+from serve_app.core.cluster.directory import Entry
+from serve_app.core.cluster.reports import Demand, WorkerReport
+from serve_app.core.coordination.coordinator_state import CoordinatorState
+from serve_app.core.coordination.rules import CoordinatorRules
+from serve_app.core.coordination.subscription import Scope
 from serve_app.core.links import Link
-from serve_app.core.reports import Demand, WorkerReport
-from serve_app.core.scope import Scope
+from serve_app.core.vocabulary import ModelState
 
 PLACES = ("lima", "oslo", "paris", "quito", "rome", "tokyo")
 

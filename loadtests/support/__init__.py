@@ -1,0 +1,1 @@
+"""What benchmarks share: clients, contenders, deployments, synthetic clusters."""

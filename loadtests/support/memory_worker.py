@@ -1,0 +1,145 @@
+"""A worker as a location has it, alone in this process: no Ray, no router, no coordinator."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from serve_app.config.catalog import load_catalog
+from serve_app.config.edge import load_edge
+from serve_app.config.units import parse_size
+from serve_app.core.cache.model_cache import ModelCache
+from serve_app.core.catalog import PublishedModel
+from serve_app.core.coordination.rules import CoordinatorRules
+from serve_app.core.memory_budget import divide
+from serve_app.core.policies.registry import make_policy
+from serve_app.core.routing.rules import RoutingRules
+from serve_app.errors import StoreError
+from serve_app.models.loader import ModelLoader, use_threads
+from serve_app.models.process_memory import give_back_free_memory, process_memory
+from serve_app.serving.coordinator.client import CoordinatorLink
+from serve_app.serving.metrics import WorkerMetrics
+from serve_app.serving.transport.messages import FloatArray, Refused, Work
+from serve_app.serving.worker.model_host import ModelHost
+from serve_app.serving.worker.process_budget import WorkerMemory
+from serve_app.serving.worker.worker import Worker, WorkerIdentity
+from serve_app.store.model_store import ModelStore
+
+_BUDGET_S = 60.0
+
+
+class _NoCoordinator(CoordinatorLink):
+    """A coordinator that cannot be reached."""
+
+    async def exchange(self, news: Any, epoch: str, version: int) -> None:
+        """Nothing new."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """A worker, its parts, and the models that fit into its memory."""
+
+    worker: Worker
+    host: ModelHost
+    memory: WorkerMemory
+    store: ModelStore
+    models: tuple[PublishedModel, ...]
+    inputs: dict[str, FloatArray]
+    slots: int
+
+    async def infer(self, model: PublishedModel) -> None:
+        """Run one inference; raises what the worker refuses it with."""
+        payload = self.inputs[model.model_id]
+        work = Work(model_id=model.model_id, origin="here", payload=payload, budget_s=_BUDGET_S)
+        reply = await self.worker.infer(work)
+        if isinstance(reply, Refused):
+            raise reply.error
+
+    def weights(self, model: PublishedModel) -> Path:
+        """The file with its weights."""
+        return self.store.blob_path(self.store.manifest(model.model_id).files[0].name)
+
+
+@asynccontextmanager
+async def bench(memory: str, *, preloads: int, release_page_cache: bool) -> AsyncIterator[Bench]:
+    """A worker with the settings and the models of ``deploy/edge.yaml``, but so much memory.
+
+    Raises:
+        StoreError: no model is published that fits.
+    """
+    settings = load_edge(Path("deploy/edge.yaml"))
+    use_threads(settings.worker.threads_per_inference)
+    store = ModelStore(settings.store)
+    catalog = store.catalog(load_catalog(settings.catalog))
+    loader = ModelLoader(store, release_page_cache=release_page_cache)
+    for model in catalog.models:
+        loader.prepare(model.model_id)
+    slots = settings.worker.parallel_inferences
+    budget = divide(parse_size(memory), catalog.models, slots)
+    worker_memory = WorkerMemory(budget, read=process_memory, give_back=give_back_free_memory)
+    models = tuple(
+        model
+        for model in catalog.models
+        if model.profile.size_bytes <= budget.models_bytes and model.workspace_bytes <= budget.workspace_bytes
+    )
+    if not models:
+        raise StoreError("no model is published that fits; run edgeserve publish, or give more memory")
+    metrics = WorkerMetrics("here", "here-1")
+    host = ModelHost(
+        cache=ModelCache(
+            capacity_bytes=budget.models_bytes,
+            policy=make_policy(settings.policy.name, random.Random(0), **settings.policy.parameters),
+            max_loads=settings.worker.parallel_loads,
+            max_preloads=preloads,
+        ),
+        backend=loader,
+        loaders=ThreadPoolExecutor(settings.worker.parallel_loads),
+        preloaders=ThreadPoolExecutor(max(1, preloads)),
+        clock=time.monotonic,
+        call_at=asyncio.get_running_loop().call_at,
+        observer=metrics,
+    )
+    worker = Worker(
+        identity=WorkerIdentity(location="here", replica="here-1"),
+        catalog=catalog,
+        host=host,
+        exec_slots=slots,
+        link=_NoCoordinator(
+            CoordinatorRules(
+                half_life_s=settings.coordinator.popularity_half_life, stale_after_s=settings.coordinator.stale_after
+            )
+        ),
+        rules=RoutingRules(
+            profiles=catalog.profiles(),
+            links={},
+            default_link=settings.core_default_link(),
+            horizon_s=settings.coordinator.horizon,
+        ),
+        metrics=metrics,
+        memory=worker_memory,
+        max_pixels=settings.limits.image_pixels,
+    )
+    noise = np.random.default_rng(0)
+    shapes = {model.model_id: (1, *model.inputs[0].shape[1:]) for model in models}
+    worker.start(settings.coordinator.report_every)
+    try:
+        yield Bench(
+            worker=worker,
+            host=host,
+            memory=worker_memory,
+            store=store,
+            models=models,
+            inputs={name: noise.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()},
+            slots=slots,
+        )
+    finally:
+        await worker.stop()

@@ -1,0 +1,201 @@
+"""``edgeserve profile``: what loads and inferences of the published models take on this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from statistics import geometric_mean
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from serve_app.cli.console import check_writable, stderr, stdout, writing
+from serve_app.cli.publish import chosen_entries
+from serve_app.config.edge import DEFAULT_EDGE, EdgeSettings, load_edge
+from serve_app.core.catalog import ModelEntry
+from serve_app.errors import ConfigError, StoreError
+from serve_app.store.model_store import ModelStore, is_publication_of
+
+# torch takes seconds to import, and --help should not wait for it.
+if TYPE_CHECKING:
+    from serve_app.models.profiling.model_profile import Profile
+    from serve_app.models.profiling.optimization_comparison import Comparison
+
+
+@click.command()
+@click.argument("names", metavar="[MODEL]...", nargs=-1)
+@click.option("--cold", is_flag=True, help="Also with weights that must be read from the disk.")
+@click.option("--variants", is_flag=True, help="Instead, compare the ways to run a model: see below.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write JSON there.")
+@click.option("--edge", default=DEFAULT_EDGE, show_default=True, type=click.Path(path_type=Path), help="Settings.")
+@click.option("--store", type=click.Path(path_type=Path), help="Directory of the model store, if not the settings'.")
+def profile(
+    names: tuple[str, ...], cold: bool, variants: bool, as_json: bool, out: Path | None, edge: Path, store: Path | None
+) -> None:
+    """Measure published models: size, load, first inference, hit and workspace. Without MODEL, the whole catalogue.
+
+    A miss is a load and the first inference; the weights are in the page cache. Each round takes a miss and a hit, and
+    miss/hit is the median of the rounds, with quartiles behind it, and the same in processor time, which others on the
+    machine disturb less. Size is weights and buffers; in memory a model counts with its workspace as well.
+
+    With --cold the kernel is made to drop the weights before each load. A cold miss can take no less than a hit, and no
+    less than reading the weights; cold/bound says how many times the longer of the two it took.
+
+    With --variants each model runs as its builder makes it (eager), and as parts of that time: with its channels last
+    in memory, with batch norms folded into convolutions, with both (how it is served), with both in bfloat16, with both
+    on two threads. Agreement is the share of random images of which bfloat16 finds the same best class.
+    """
+    if cold and variants:
+        raise click.UsageError("--cold and --variants are two measurements; choose one")
+    if out is not None:
+        check_writable("--out", out)
+    settings = load_edge(edge)
+    root = ModelStore(store or settings.store)
+    entries = _published(root, chosen_entries(settings, names), settings, names)
+    if variants:
+        _variants(root, entries, as_json, out)
+    else:
+        _profiles(root, entries, settings, cold, as_json, out)
+
+
+def _profiles(
+    store: ModelStore,
+    entries: Sequence[ModelEntry],
+    settings: EdgeSettings,
+    cold: bool,
+    as_json: bool,
+    out: Path | None,
+) -> None:
+    from serve_app.models.loader import use_threads
+    from serve_app.models.profiling import model_profile
+
+    use_threads(settings.worker.threads_per_inference)
+    profiles = list(_each(entries, "profiling", lambda entry: model_profile.profile(store, entry.model_id, cold=cold)))
+    _write(model_profile.as_json(profiles), as_json, out)
+    if not as_json:
+        _show_profiles(profiles)
+
+
+def _variants(store: ModelStore, entries: Sequence[ModelEntry], as_json: bool, out: Path | None) -> None:
+    from serve_app.models.profiling.optimization_comparison import compare
+
+    rows = list(_each(entries, "comparing", lambda entry: compare(entry, store.manifest(entry.model_id).model)))
+    _write([row.as_json() for row in rows], as_json, out)
+    if not as_json:
+        _show_variants(rows)
+
+
+def _published(
+    store: ModelStore, entries: Sequence[ModelEntry], settings: EdgeSettings, names: Sequence[str]
+) -> Sequence[ModelEntry]:
+    """Those of the entries that can be measured.
+
+    Raises:
+        ConfigError: one of ``names``, or all, are not published as the catalogue asks for them.
+    """
+    missing = [entry.model_id for entry in entries if not _is_published(store, entry)]
+    if missing and (names or len(missing) == len(entries)):
+        which = ", ".join(missing) if names else f"the catalogue {settings.catalog}"
+        raise ConfigError(f"{which}: not in the store {store.root} as the catalogue asks for; run: edgeserve publish")
+    if missing:
+        stderr().print(f"warning: not published, and left out: {', '.join(missing)}", style="yellow", markup=False)
+    return [entry for entry in entries if entry.model_id not in missing]
+
+
+def _is_published(store: ModelStore, entry: ModelEntry) -> bool:
+    try:
+        return is_publication_of(store.manifest(entry.model_id), entry)
+    except StoreError:
+        return False
+
+
+def _each(entries: Sequence[ModelEntry], doing: str, measure: Callable[[ModelEntry], Any]) -> Iterator[Any]:
+    """Measures one model after the other, with a bar on stderr where somebody watches."""
+    watched = stderr()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=watched, transient=True, disable=not watched.is_terminal) as progress:
+        task = progress.add_task(doing, total=len(entries))
+        for entry in entries:
+            progress.update(task, description=f"{doing} {entry.model_id}")
+            yield measure(entry)
+            progress.advance(task)
+
+
+def _show_profiles(profiles: Sequence[Profile]) -> None:
+    from serve_app.models.profiling.model_profile import summarise
+
+    summary, is_cold = summarise(profiles), profiles[0].cold is not None
+    columns = [
+        "model",
+        "size MB",
+        "workspace MB",
+        "load ms",
+        "first ms",
+        "miss ms",
+        "hit ms",
+        "miss/hit",
+        "quartiles",
+        "cpu",
+    ]
+    table = _table([*columns, *(("cold load ms", "cold miss ms", "cold/bound") if is_cold else ())])
+    for each in profiles:
+        spread = each.miss_over_hit
+        cells = [
+            each.model_id,
+            *(f"{bytes_ / 1e6:.1f}" for bytes_ in (each.size_bytes, each.workspace_bytes)),
+            f"{each.load_s * 1000:.2f}",
+            *(f"{seconds * 1000:.1f}" for seconds in (each.first_s, each.miss_s, each.hit_s)),
+            f"{spread.median:.3f}",
+            f"{spread.low:.2f} .. {spread.high:.2f}",
+            f"{each.cpu_miss_over_hit:.3f}",
+        ]
+        if each.cold is not None:
+            cells += [f"{each.cold.load_s * 1000:.2f}", f"{each.cold.miss_s * 1000:.1f}"]
+            cells.append(f"{summary.cold_over_bound[each.model_id]:.3f}")
+        table.add_row(*cells)
+    out = stdout()
+    out.print(table)
+    rounds = [each.rounds for each in profiles]
+    worst = next(each for each in profiles if each.model_id == summary.worst).miss_over_hit.median
+    out.print(
+        f"miss over hit: geometric mean {summary.miss_over_hit:.3f}, worst {worst:.3f} ({summary.worst}); "
+        f"in processor time {summary.cpu_miss_over_hit:.3f}; {min(rounds)} to {max(rounds)} rounds a model"
+    )
+    if summary.read_bytes_per_s is not None:
+        over = summary.cold_over_bound
+        worst_cold = max(over, key=lambda model_id: over[model_id])
+        out.print(
+            f"cold miss over the longer of hit and read at {summary.read_bytes_per_s / 1e9:.2f} GB/s: "
+            f"geometric mean {geometric_mean(over.values()):.3f}, worst {over[worst_cold]:.3f} ({worst_cold})"
+        )
+
+
+def _show_variants(rows: Sequence[Comparison]) -> None:
+    from serve_app.models.profiling.optimization_comparison import VARIANTS
+
+    table = _table(["model", "eager ms", *VARIANTS, "agreement"])
+    for row in rows:
+        ratios = (f"{row.ratios[name]:.2f}" for name in VARIANTS)
+        table.add_row(row.model_id, f"{row.eager_s * 1000:.1f}", *ratios, f"{row.agreement:.0%}")
+    means = (f"{geometric_mean(row.ratios[name] for row in rows):.2f}" for name in VARIANTS)
+    table.add_row("geometric mean", "", *means, "")
+    stdout().print(table)
+
+
+def _table(columns: Iterable[str]) -> Table:
+    table = Table(box=None, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    return table
+
+
+def _write(rows: list[dict[str, Any]], as_json: bool, out: Path | None) -> None:
+    if as_json:
+        click.echo(json.dumps(rows))
+    if out is not None:
+        with writing(out):
+            out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,55 @@
+"""What EdgeServe reads from the environment; no other module reads it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+#: Overrides the store directory of every configuration.
+STORE_VARIABLE = "EDGESERVE_STORE"
+
+
+def preset(variables: Mapping[str, str]) -> None:
+    """Set environment variables for this process and its children, but none that the user has set."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+
+
+def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a process that we start: ours, and ``extra`` where ours says nothing."""
+    return {**extra, **os.environ}
+
+
+def ray_address() -> str | None:
+    """The Ray cluster that the user wants to join, if any."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
+def has_ray_token() -> bool:
+    """Whether Ray finds an authentication token for this user."""
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or path.is_file()
+
+
+def traces_dir() -> Path | None:
+    """The folder of recorded traces that the user has named, if any."""
+    named = os.environ.get("EDGESERVE_TRACES")
+    return Path(named).expanduser() if named else None
+
+
+def ray_temp_dir() -> Path:
+    """Where Ray keeps its files on this machine."""
+    return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+
+
+def lines_dir() -> Path:
+    """Where this user's workers on this machine listen for routers; socket paths must be short."""
+    return ray_temp_dir() / f"edgeserve-{os.getuid()}"
+
+
+def state_dir() -> Path:
+    """Where this user's EdgeServe remembers what it has started."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "edgeserve"

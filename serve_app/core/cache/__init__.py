@@ -1,0 +1,1 @@
+"""The model cache of one worker: which models are in memory, and which must go."""

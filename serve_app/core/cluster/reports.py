@@ -1,0 +1,145 @@
+"""What workers tell the coordinator, and what the coordinator tells everyone: immutable values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from serve_app.core.catalog import ModelProfile
+from serve_app.core.cluster.commands import Command
+from serve_app.core.links import Link
+from serve_app.core.vocabulary import ResidentModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """``count`` requests for ``model_id`` by users of ``location`` since the last report."""
+
+    location: str
+    model_id: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutcomeCounts:
+    """How the requests of one location ended up, since the reporting worker started."""
+
+    requests: int = 0
+    hits: int = 0
+    joins: int = 0
+    loads: int = 0
+    forwards: int = 0
+
+    def __add__(self, other: OutcomeCounts) -> OutcomeCounts:
+        return OutcomeCounts(
+            requests=self.requests + other.requests,
+            hits=self.hits + other.hits,
+            joins=self.joins + other.joins,
+            loads=self.loads + other.loads,
+            forwards=self.forwards + other.forwards,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerReport:
+    """The state of one worker replica; sent about four times a second.
+
+    ``loading`` counts the models that load or wait for their turn to, of which ``load_slots`` load at the same time.
+    ``queue_s`` is the time until a request that arrives now begins to execute. ``exec_s`` and ``load_s`` are smoothed
+    measurements per model, absent where nothing was measured yet. ``outcomes`` is keyed by the location whose users
+    sent the requests: another one's are forwards. ``keeps`` are the models that the worker does not let go as if they
+    were duplicates; see ``keepers.py``. One that is ``leaving`` still serves, but others should be preferred.
+
+    ``capacity_bytes`` and ``used_bytes`` are of models. Beside them the worker sets ``workspace_bytes`` aside for
+    executions. It holds ``unaccounted_bytes`` of the capacity back for what the kernel sees of the process
+    (``rss_bytes``) beyond models, workspace, and ``base_bytes``, which it took before its first model.
+    """
+
+    location: str
+    replica: str
+    sequence: int
+    capacity_bytes: int
+    used_bytes: int
+    rss_bytes: int
+    base_bytes: int = 0
+    workspace_bytes: int = 0
+    unaccounted_bytes: int = 0
+    models: Mapping[str, ResidentModel]
+    exec_slots: int
+    loading: int = 0
+    load_slots: int = 1
+    queue_s: float
+    inflight: int
+    exec_s: Mapping[str, float]
+    load_s: Mapping[str, float]
+    loads: int
+    load_failures: int
+    evictions: int
+    preloads: int = 0
+    wasted_preloads: int = 0
+    outcomes: Mapping[str, OutcomeCounts]
+    demand: tuple[Demand, ...] = ()
+    keeps: frozenset[str] = frozenset()
+    leaving: bool = False
+
+    def can_hold(self, model: ModelProfile, *, beside_kept: bool = False) -> bool:
+        """Whether the model fits once everything that may go for a request has gone, or all of it but what is kept."""
+        pinned_bytes = sum(
+            other.size_bytes
+            for other in self.models.values()
+            if other.pinned and (beside_kept or not other.kept) and other.model_id != model.model_id
+        )
+        return model.size_bytes <= self.capacity_bytes - pinned_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelChange:
+    """What is known now of one model at a worker; ``resident`` is None where it is not in memory."""
+
+    model_id: str
+    resident: ResidentModel | None
+    keeps: bool
+    exec_s: float | None
+    load_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerChange:
+    """What has changed at a worker of which the reader knows the rest; fields as in ``WorkerReport``."""
+
+    replica: str
+    sequence: int
+    capacity_bytes: int
+    used_bytes: int
+    unaccounted_bytes: int = 0
+    loading: int
+    queue_s: float
+    leaving: bool
+    models: tuple[ModelChange, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewDelta:
+    """What has changed in the cluster since a version; ``full`` replaces everything that was known before.
+
+    ``workers`` are whole reports, ``changes`` add to reports that the reader has. One that is ``scoped`` tells only of
+    the workers that matter to the reader; those ``beyond`` matter no more, but may be well.
+    ``rates`` holds requests per second of every model at every location, or at the reader's where it is scoped, and is
+    always whole: rates fall by themselves. None: as before.
+    ``links`` are the measured ways from the reader's location that have changed.
+    ``commands`` are for the worker whose report this answers. If that one is leaving, ``may_leave`` says that nothing
+    is left to be handed over.
+    """
+
+    epoch: str
+    version: int
+    full: bool
+    workers: tuple[WorkerReport, ...]
+    gone: tuple[str, ...]
+    rates: Mapping[str, Mapping[str, float]] | None
+    links: Mapping[tuple[str, str], Link] = field(default_factory=dict)
+    commands: tuple[Command, ...] = ()
+    may_leave: bool = True
+    scoped: bool = False
+    changes: tuple[WorkerChange, ...] = ()
+    beyond: tuple[str, ...] = ()

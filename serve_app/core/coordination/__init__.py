@@ -1,0 +1,1 @@
+"""Coordination: what the coordinator knows, and what it tells whom."""

@@ -1,0 +1,1 @@
+"""Placement: which models the coordinator has workers load and evict in the background."""

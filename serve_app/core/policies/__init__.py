@@ -1,0 +1,1 @@
+"""Eviction policies: which model is worth its memory."""

@@ -1,0 +1,1 @@
+"""Routing: where a request runs."""

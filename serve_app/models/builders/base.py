@@ -1,0 +1,70 @@
+"""The kinds of builders: torchvision's classifiers, timm's models, and any factory function.
+
+Each kind answers the same five questions, see ``Builder``. To add a kind, write such a class and name it in
+``serve_app.models.builders.registry.resolve``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import nn
+
+from serve_app.core.catalog import ImageInput, Interpolation
+from serve_app.errors import StoreError
+from serve_app.models.weights import (
+    Download,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metadata:
+    """What weights say about themselves: top-1 accuracy (0..1), one label per class, and the input preset."""
+
+    accuracy: float | None = None
+    labels: tuple[str, ...] = ()
+    image: ImageInput = field(default_factory=ImageInput)
+
+
+class Builder(Protocol):
+    """One architecture, by whatever library."""
+
+    #: Children that only training uses; they are dropped after construction, and their weights are not stored.
+    unused: tuple[str, ...]
+
+    def download(self) -> Download | None:
+        """Where pretrained weights come from; None if they need no download."""
+
+    def construct(self, weights: str) -> nn.Module:
+        """A module of the structure that these weights expect, with initial values from the current seed."""
+
+    def pretrained(self) -> nn.Module:
+        """A module with its pretrained weights."""
+
+    def metadata(self) -> Metadata:
+        """What is known about the pretrained weights without fetching them."""
+
+
+def interpolation_named(name: str) -> Interpolation:
+    """Check the interpolation that weights ask for.
+
+    Raises:
+        StoreError: images cannot be resized that way.
+    """
+    if name not in ("bilinear", "bicubic"):
+        raise StoreError(f"the weights ask for interpolation {name!r}; name an 'input' with bilinear or bicubic")
+    return "bicubic" if name == "bicubic" else "bilinear"
+
+
+def rgb(values: Any) -> tuple[float, float, float]:
+    """Three numbers, one per channel."""
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """The end of a sentence that names what an unknown name may have meant."""
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -1,0 +1,55 @@
+"""Models that a function of the user builds: ``package.module:factory``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from torch import nn
+
+from serve_app.errors import StoreError
+from serve_app.models.builders.base import Metadata
+from serve_app.models.weights import (
+    PRETRAINED,
+)
+
+
+class FactoryBuilder:
+    """``package.module:factory``: a callable without arguments that returns an ``nn.Module``.
+
+    Its ``pretrained`` weights are whatever the factory puts into the module.
+
+    Raises:
+        StoreError: there is no such module or attribute.
+    """
+
+    unused: tuple[str, ...] = ()
+
+    def __init__(self, builder: str) -> None:
+        self._builder = builder
+        module, _, attribute = builder.partition(":")
+        try:
+            self._factory: Callable[[], object] = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise StoreError(
+                f"builder {builder!r} cannot be imported ({error}); name it package.module:factory"
+            ) from error
+
+    def download(self) -> None:
+        """A factory fetches its weights itself."""
+        return
+
+    def construct(self, weights: str) -> nn.Module:
+        """The module that the factory returns."""
+        module = self._factory()
+        if not isinstance(module, nn.Module):
+            raise StoreError(f"builder {self._builder!r} returned a {type(module).__name__}, not a torch.nn.Module")
+        return module
+
+    def pretrained(self) -> nn.Module:
+        """The module that the factory returns."""
+        return self.construct(PRETRAINED)
+
+    def metadata(self) -> Metadata:
+        """Nothing is known."""
+        return Metadata()

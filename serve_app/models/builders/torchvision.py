@@ -1,0 +1,100 @@
+"""Models of torchvision: ``torchvision:NAME``."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from serve_app.core.catalog import ImageInput
+from serve_app.errors import StoreError
+from serve_app.models.builders.base import Metadata, interpolation_named, rgb, suggest
+from serve_app.models.torchvision_compat import import_torchvision
+from serve_app.models.weights import (
+    PRETRAINED,
+    Download,
+    download_torchvision,
+    hub_file,
+    load_strictly,
+)
+
+
+class TorchvisionBuilder:
+    """``torchvision:NAME`` or ``torchvision:NAME@WEIGHTS``; without WEIGHTS the enum's DEFAULT.
+
+    Raises:
+        StoreError: torchvision has no such classifier or no such weights.
+    """
+
+    def __init__(self, name: str) -> None:
+        models = import_torchvision().models
+        self._name, _, member = name.partition("@")
+        known = models.list_models(module=models)
+        if self._name not in known:
+            raise StoreError(f"torchvision has no classifier {self._name!r}{suggest(self._name, known)}")
+        self._builder = models.get_model_builder(self._name)
+        self._explicit = bool(member)
+        enum = models.get_model_weights(self._name)
+        if member and member not in enum.__members__:
+            raise StoreError(
+                f"torchvision:{self._name} has no weights {member!r}; it has {[weights.name for weights in enum]}"
+            )
+        self._weights = enum[member] if member else enum.DEFAULT
+        self.unused = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}.get(self._name, ())
+
+    def download(self) -> Download:
+        """The checkpoint of the weights enum; torch hub keeps it in its cache."""
+        url = self._weights.url
+        return Download(url=url, cached=hub_file(url).is_file())
+
+    def construct(self, weights: str) -> nn.Module:
+        """Like ``torchvision.models.NAME(weights=None)``, plus what torchvision changes itself for given weights.
+
+        That is the input transformation of the Inception family and the image size of some vision transformers.
+        Weights of a file count as given weights only if the builder names them (``@WEIGHTS``).
+        """
+        given = weights == PRETRAINED or (weights.startswith("file:") and self._explicit)
+        arguments: dict[str, Any] = {}
+        if self.unused:
+            # Said explicitly, because the default of None means True and warns about it.
+            arguments = {"init_weights": True, "transform_input": given}
+        if given and self._name.startswith("vit_"):
+            arguments["image_size"] = self._weights.meta["min_size"][0]
+        module: nn.Module = self._builder(weights=None, **arguments)
+        return module
+
+    def pretrained(self) -> nn.Module:
+        """The module with the weights of the enum, from torch hub's cache or downloaded."""
+        module = self.construct(PRETRAINED)
+        state = download_torchvision(self._weights)
+        _rename_old_keys(state)
+        load_strictly(module, state, f"torchvision:{self._name}@{self._weights.name}")
+        return module
+
+    def metadata(self) -> Metadata:
+        """Accuracy on ImageNet-1K, categories and preset of the weights enum."""
+        meta, preset = self._weights.meta, self._weights.transforms()
+        return Metadata(
+            accuracy=round(meta["_metrics"]["ImageNet-1K"]["acc@1"] / 100, 5),
+            labels=tuple(meta["categories"]),
+            image=ImageInput(
+                resize_px=preset.resize_size[0],
+                crop_px=preset.crop_size[0],
+                interpolation=interpolation_named(preset.interpolation.value),
+                mean=rgb(preset.mean),
+                std=rgb(preset.std),
+            ),
+        )
+
+
+def _rename_old_keys(state: dict[str, torch.Tensor]) -> None:
+    """Renames the keys of torchvision's old DenseNet checkpoints ('norm.1' is now 'norm1'), as torchvision does.
+
+    In place, because the dictionary carries the versions of its modules as an attribute.
+    """
+    old = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_mean|running_var))$")
+    for key in list(state):
+        if old.match(key):
+            state[old.sub(r"\1\2", key)] = state.pop(key)

@@ -1,0 +1,200 @@
+"""Makes a module faster without changing its answers: batch norms folded into convolutions, channels last in memory.
+
+Both are found once, when a model is published, and written down in its manifest; a worker only repeats them on the
+module without weights, which takes no tracing and no arithmetic. Both together made every model of the catalogue
+faster, and none slower (``edgeserve profile --variants``), so there is nothing to choose per model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from serve_app.store.manifest import Execution, FoldedNorm
+
+logger = logging.getLogger(__name__)
+
+#: Largest difference of logits that comes from rounding alone, in parts of the largest logit.
+ROUNDING = 1e-4
+
+_TINY = float(np.finfo(np.float32).tiny)
+
+_NORM_AFTER: dict[type, type] = {
+    nn.Conv1d: nn.BatchNorm1d,
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
+}
+
+
+def named_slots(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Every parameter and buffer, non-persistent ones included, as (full name, table that owns it, key in it).
+
+    A tensor that is tied to another appears under each of its names.
+    """
+    for prefix, owner in module.named_modules():
+        for table in (owner._parameters, owner._buffers):
+            for key, tensor in table.items():
+                if tensor is not None:
+                    yield f"{prefix}.{key}" if prefix else key, table, key
+
+
+def optimise(module: nn.Module, batch: NDArray[np.float32], expected: NDArray[np.float32], name: str) -> Execution:
+    """Changes a module in place to what runs fastest of what still answers as expected.
+
+    Args:
+        module: float32, in eval mode.
+        batch: the input to compare with, (N, 3, H, W).
+        expected: the logits of the unchanged module, (N, classes).
+        name: of the model, for the log.
+
+    Returns:
+        What was done, so that it can be repeated. Nothing, where the answers would change or the module would fail.
+    """
+    folded = foldable_norms(module, name)
+    channels_last = any(type(child) is nn.Conv2d for child in module.modules())
+    candidates = [Execution(folded=folded, channels_last=channels_last), Execution(folded=folded)]
+    for execution in dict.fromkeys(candidates):
+        undo = fold(module, folded)
+        problem = _problem(module, execution, batch, expected)
+        if problem is None:
+            return execution
+        undo()
+        what = "channels last in memory" if execution.channels_last else "batch norms folded"
+        logger.warning("model %s is not run with %s: %s", name, what, problem)
+    return Execution()
+
+
+def run(module: nn.Module, images: torch.Tensor, *, channels_last: bool, dtype: torch.dtype) -> torch.Tensor:
+    """Logits (N, classes) for images (N, 3, H, W), both float32, of a module that computes in ``dtype``."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    logits: torch.Tensor = module(images.to(dtype=dtype, memory_format=layout))
+    return logits.float()
+
+
+def largest_difference(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """By how much logits differ at most, in parts of the largest expected one; NaN if any is not finite."""
+    return float(np.max(np.abs(actual - expected)) / max(float(np.max(np.abs(expected))), _TINY))
+
+
+def foldable_norms(module: nn.Module, name: str) -> tuple[FoldedNorm, ...]:
+    """The batch norms that get nothing but the output of one convolution, which goes nowhere else.
+
+    Neither may be used twice, nor may anything but the call of the module use its tensors.
+    """
+    try:
+        graph = fx.Tracer().trace(module)
+    except Exception as error:
+        # A forward that looks at values, or at anything else that a trace cannot follow.
+        reason = " ".join(str(error).split())
+        logger.warning("model %s keeps its batch norms, torch.fx cannot trace it: %s", name, reason)
+        return ()
+    modules = dict(module.named_modules())
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    names_of = Counter(id(table[key]) for _, table, key in named_slots(module))
+    folded = []
+    for node in graph.nodes:
+        before = node.args[0] if node.op == "call_module" and len(node.args) == 1 else None
+        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
+            continue
+        pair = FoldedNorm(conv=str(before.target), norm=str(node.target))
+        conv, norm = modules[pair.conv], modules[pair.norm]
+        used_once = all(calls[part] == 1 and part not in read for part in (pair.conv, pair.norm))
+        if used_once and _fits(conv, norm) and names_of[id(conv.weight)] == 1:
+            folded.append(pair)
+    return tuple(folded)
+
+
+def fold(module: nn.Module, folded: Iterable[FoldedNorm]) -> Callable[[], None]:
+    """Puts batch norms into the weights of their convolutions, in place; returns what takes it back.
+
+    On the meta device only the structure changes.
+
+    Raises:
+        AttributeError: the module does not have such parts.
+    """
+    before: list[tuple[dict[str, Any], str, Any]] = []
+
+    def put(table: dict[str, Any], key: str, value: Any) -> None:
+        before.append((table, key, table[key]))
+        table[key] = value
+
+    def undo() -> None:
+        while before:
+            table, key, value = before.pop()
+            table[key] = value
+
+    for pair in folded:
+        conv: Any = module.get_submodule(pair.conv)
+        norm: Any = module.get_submodule(pair.norm)
+        owner, _, key = pair.norm.rpartition(".")
+        if conv.weight.is_meta:
+            put(conv._parameters, "bias", nn.Parameter(torch.empty_like(norm.running_mean), requires_grad=False))
+        else:
+            weight, bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            put(conv._parameters, "weight", weight)
+            put(conv._parameters, "bias", bias)
+        put(module.get_submodule(owner)._modules, key, nn.Identity())
+    return undo
+
+
+def order_of_use(module: nn.Module, images: torch.Tensor, execution: Execution, dtype: torch.dtype) -> dict[str, int]:
+    """When each parameter and buffer is used first in one inference: a rank by name; unused ones come last.
+
+    Seen where operators are called, so that it does not matter who hands a tensor to them.
+    """
+    recorder = _Recorder()
+    with torch.inference_mode(), recorder:
+        run(module, images, channels_last=execution.channels_last, dtype=dtype)
+    unused = len(recorder.first)
+    return {name: recorder.first.get(_storage(table[key]), unused) for name, table, key in named_slots(module)}
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Numbers the storages that operators get, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.first: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor):
+                self.first.setdefault(_storage(leaf), len(self.first))
+        return func(*args, **(kwargs or {}))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _fits(conv: nn.Module, norm: nn.Module) -> bool:
+    """Whether these are plain modules, without hooks, of which the second can be folded into the first."""
+    if _NORM_AFTER.get(type(conv)) is not type(norm) or norm.running_mean is None:
+        return False
+    return not any(part._forward_hooks or part._forward_pre_hooks for part in (conv, norm))
+
+
+def _problem(
+    module: nn.Module, execution: Execution, batch: NDArray[np.float32], expected: NDArray[np.float32]
+) -> str | None:
+    try:
+        with torch.inference_mode():
+            images = torch.from_numpy(batch)
+            actual = run(module, images, channels_last=execution.channels_last, dtype=images.dtype).numpy()
+    except Exception as error:
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    difference = largest_difference(actual, expected)
+    return None if difference < ROUNDING else f"its logits would change by {difference:.1e} of the largest"

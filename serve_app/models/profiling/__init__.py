@@ -1,0 +1,1 @@
+"""Measuring models: size, load, execution, workspace, and what each optimization buys."""

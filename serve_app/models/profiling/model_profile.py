@@ -1,0 +1,287 @@
+"""Measures misses and hits of published models side by side, as a worker would load and run them.
+
+Every round takes each kind of measurement once, so that what disturbs the machine for a while disturbs all of them, and
+ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve_app.errors import StoreError
+from serve_app.models.loader import LoadedModel, fill
+from serve_app.models.module_template import Skeleton
+from serve_app.models.profiling.measure import workspace_bytes
+from serve_app.models.readahead import is_resident
+from serve_app.store.model_store import ModelStore
+
+#: Rounds per model: short inferences are noisier, and cost less to repeat.
+MIN_ROUNDS, MAX_ROUNDS = 11, 51
+_ROUNDS_S = 2.0
+
+COLD_ROUNDS = 7
+
+_READ_BYTES = 1 << 20
+
+_FORGET_WITHIN_S = 2.0
+_FORGET_EVERY_S = 0.002
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """The median of a number of measurements, and their quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of at least two values."""
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median=median, low=low, high=high)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cold:
+    """One model whose weights are not in memory; ``read_s`` is what reading them in order takes, and no more.
+
+    ``rounds`` has a miss and the hit after it, in seconds, of every round.
+    """
+
+    load_s: float
+    rounds: tuple[tuple[float, float], ...]
+    read_s: float
+
+    @property
+    def miss_s(self) -> float:
+        """The median."""
+        return statistics.median(miss_s for miss_s, _ in self.rounds)
+
+    def over_bound(self, read_s: float) -> float:
+        """How many times the longer of a hit and of ``read_s`` a miss took; the median of the rounds."""
+        return statistics.median(miss_s / max(hit_s, read_s) for miss_s, hit_s in self.rounds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """What one model takes on this machine, in seconds and bytes; medians, batch 1.
+
+    ``size_bytes`` are its weights and buffers. A miss is a load and the first inference. ``cpu_miss_over_hit`` compares
+    processor time, which hardly shows what else the machine does, nor anything that waits.
+    """
+
+    model_id: str
+    size_bytes: int
+    workspace_bytes: int
+    load_s: float
+    first_s: float
+    miss_s: float
+    hit_s: float
+    miss_over_hit: Spread
+    cpu_miss_over_hit: float
+    rounds: int
+    cold: Cold | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What holds for all profiles of a run: geometric means, and the worst model of each kind.
+
+    ``read_bytes_per_s`` is the bandwidth of the disk. No cold miss can take less than the longer of a hit and of
+    reading the weights at that bandwidth; ``cold_over_bound`` says, by model, how many times as long it took.
+    """
+
+    miss_over_hit: float
+    cpu_miss_over_hit: float
+    worst: str
+    read_bytes_per_s: float | None
+    cold_over_bound: dict[str, float]
+
+
+def profile(store: ModelStore, model_id: str, *, cold: bool) -> Profile:
+    """Measures one published model, with as many threads as the process has been told to use.
+
+    Args:
+        store: where it is; its weights are in the page cache afterwards.
+        model_id: its name.
+        cold: measure with weights that must be read from the disk as well.
+
+    Raises:
+        StoreError: it is not published or broken, or the kernel keeps its weights in memory.
+    """
+    prepared = Skeleton(store.manifest(model_id))
+    published = prepared.manifest.model
+    batch = np.random.default_rng(0).standard_normal((1, *published.inputs[0].shape[1:]), dtype=np.float32)
+
+    def load() -> LoadedModel:
+        return fill(store, prepared)
+
+    model = load()
+    try:
+        model.infer(batch)  # reads the weights, and lets the libraries below set themselves up for these shapes
+        workspace = workspace_bytes(prepared.module, lambda: model.infer(batch))
+        once_s = _seconds(lambda: model.infer(batch))
+    finally:
+        model.unload()
+    count = min(MAX_ROUNDS, max(MIN_ROUNDS, math.ceil(_ROUNDS_S / (2 * once_s))))
+    rounds = [_round(load, batch) for _ in range(count)]
+    return Profile(
+        model_id=model_id,
+        size_bytes=published.weights_bytes,
+        workspace_bytes=workspace,
+        load_s=statistics.median(each.load_s for each in rounds),
+        first_s=statistics.median(each.first_s for each in rounds),
+        miss_s=statistics.median(each.miss_s for each in rounds),
+        hit_s=statistics.median(each.hit_s for each in rounds),
+        miss_over_hit=Spread.of([each.miss_s / each.hit_s for each in rounds]),
+        cpu_miss_over_hit=statistics.median(each.cpu_miss_s / each.cpu_hit_s for each in rounds),
+        rounds=count,
+        cold=_cold(store, prepared, load, batch) if cold else None,
+    )
+
+
+def summarise(profiles: Sequence[Profile]) -> Summary:
+    """The geometric mean and the worst of at least one profile."""
+    ratios = {each.model_id: each.miss_over_hit.median for each in profiles}
+    cold = {each.model_id: (each.size_bytes, each.cold) for each in profiles if each.cold is not None}
+    read_s = sum(each.read_s for _, each in cold.values())
+    bandwidth = sum(size_bytes for size_bytes, _ in cold.values()) / read_s if read_s else None
+    return Summary(
+        miss_over_hit=statistics.geometric_mean(ratios.values()),
+        cpu_miss_over_hit=statistics.geometric_mean(each.cpu_miss_over_hit for each in profiles),
+        worst=max(ratios, key=lambda model_id: ratios[model_id]),
+        read_bytes_per_s=bandwidth,
+        cold_over_bound={
+            model_id: each.over_bound(size_bytes / bandwidth)
+            for model_id, (size_bytes, each) in cold.items()
+            if bandwidth
+        },
+    )
+
+
+def as_json(profiles: Sequence[Profile]) -> list[dict[str, Any]]:
+    """One object per model, with times in milliseconds; what was not measured is null."""
+    summary = summarise(profiles)
+    return [
+        {
+            "model": each.model_id,
+            "size_bytes": each.size_bytes,
+            "workspace_bytes": each.workspace_bytes,
+            "load_ms": _ms(each.load_s),
+            "first_ms": _ms(each.first_s),
+            "miss_ms": _ms(each.miss_s),
+            "hit_ms": _ms(each.hit_s),
+            "miss_over_hit": round(each.miss_over_hit.median, 4),
+            "miss_over_hit_quartiles": [round(each.miss_over_hit.low, 4), round(each.miss_over_hit.high, 4)],
+            "cpu_miss_over_hit": round(each.cpu_miss_over_hit, 4),
+            "rounds": each.rounds,
+            "cold_load_ms": _ms(each.cold.load_s) if each.cold else None,
+            "cold_miss_ms": _ms(each.cold.miss_s) if each.cold else None,
+            "cold_over_bound": round(summary.cold_over_bound[each.model_id], 4) if each.cold else None,
+            "disk_bytes_per_s": round(summary.read_bytes_per_s) if summary.read_bytes_per_s else None,
+        }
+        for each in profiles
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Round:
+    load_s: float
+    first_s: float
+    hit_s: float
+    cpu_miss_s: float
+    cpu_hit_s: float
+
+    @property
+    def miss_s(self) -> float:
+        return self.load_s + self.first_s
+
+
+def _round(load: Callable[[], LoadedModel], batch: NDArray[np.float32]) -> _Round:
+    stamps = [_stamp()]
+    model = load()
+    try:
+        stamps.append(_stamp())
+        for _ in range(2):
+            model.infer(batch)
+            stamps.append(_stamp())
+    finally:
+        model.unload()
+    (began, cpu_began), (loaded, _), (first, cpu_first), (hit, cpu_hit) = stamps
+    return _Round(
+        load_s=loaded - began,
+        first_s=first - loaded,
+        hit_s=hit - first,
+        cpu_miss_s=cpu_first - cpu_began,
+        cpu_hit_s=cpu_hit - cpu_first,
+    )
+
+
+def _stamp() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _cold(store: ModelStore, prepared: Skeleton, load: Callable[[], LoadedModel], batch: NDArray[np.float32]) -> Cold:
+    paths = [store.blob_path(file.name) for file in prepared.manifest.files]
+    rounds, reads = [], []
+    for _ in range(COLD_ROUNDS):
+        for path in paths:
+            _forget(path)
+        rounds.append(_round(load, batch))
+        for path in paths:
+            _forget(path)
+        reads.append(_seconds(lambda: _read(paths)))
+    return Cold(
+        load_s=statistics.median(each.load_s for each in rounds),
+        rounds=tuple((each.miss_s, each.hit_s) for each in rounds),
+        read_s=statistics.median(reads),
+    )
+
+
+def _forget(path: Path) -> None:
+    """Makes the kernel drop the pages of a file; those that are just being read can only be dropped afterwards."""
+    size_bytes = path.stat().st_size
+    until_s = time.monotonic() + _FORGET_WITHIN_S
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        while True:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            if not is_resident(descriptor, size_bytes):
+                return
+            if time.monotonic() > until_s:
+                raise StoreError(
+                    f"weights {path} cannot be dropped from memory: another process has them mapped, or the store is "
+                    "not on a disk; stop what serves them, or leave --cold out"
+                )
+            time.sleep(_FORGET_EVERY_S)
+    finally:
+        os.close(descriptor)
+
+
+def _read(paths: Sequence[Path]) -> None:
+    chunk = bytearray(_READ_BYTES)
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(chunk):
+                pass
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began_s = time.perf_counter()
+    call()
+    return time.perf_counter() - began_s
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 4)

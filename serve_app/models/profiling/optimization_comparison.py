@@ -1,0 +1,122 @@
+"""Measures what each way to run a model buys: the figures behind what publishing does to every model."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from serve_app.core.catalog import ModelEntry, PublishedModel
+from serve_app.models.builders import registry
+from serve_app.models.graph_optimizations import fold, foldable_norms, run
+
+_ROUNDS = 11
+
+_THREADS = 2
+
+#: Of a model, as parts of the time of ``eager``: the module as its builder makes it, one thread.
+VARIANTS = ("channels_last", "folded", "both", "bfloat16", "two_threads")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One model: seconds of a hit as its builder makes it, and each variant as a part of that (medians).
+
+    ``bfloat16`` and ``two_threads`` are on top of ``both``. ``agreement`` is the share of random images of which
+    bfloat16 finds the same best class as float32.
+    """
+
+    model_id: str
+    eager_s: float
+    ratios: dict[str, float]
+    agreement: float
+
+    def as_json(self) -> dict[str, Any]:
+        """One flat object; times in milliseconds."""
+        ratios = {name: round(ratio, 4) for name, ratio in self.ratios.items()}
+        eager_ms = round(self.eager_s * 1000, 4)
+        return {"model": self.model_id, "eager_ms": eager_ms, **ratios, "bfloat16_agreement": self.agreement}
+
+
+def compare(entry: ModelEntry, published: PublishedModel) -> Comparison:
+    """Runs every variant once a round, each on the same image; times are of one core.
+
+    Args:
+        entry: names the builder.
+        published: with which weights, and the shape of an image.
+
+    Raises:
+        StoreError: the model cannot be built any more.
+    """
+    variants = dict(_variants(entry, published))
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    agreed = []
+    generator = torch.Generator().manual_seed(0)
+    with _threads_restored(), torch.inference_mode():
+        for round_number in range(_ROUNDS + 1):
+            image = torch.randn((1, *published.inputs[0].shape[1:]), generator=generator)
+            best = {}
+            for name, call in variants.items():
+                began_s = time.perf_counter()
+                best[name] = int(call(image).argmax())
+                if round_number:  # the first of each sets the libraries up
+                    seconds[name].append(time.perf_counter() - began_s)
+            agreed.append(best["bfloat16"] == best["eager"])
+    return Comparison(
+        model_id=entry.model_id,
+        eager_s=statistics.median(seconds["eager"]),
+        ratios={
+            name: statistics.median(part / whole for part, whole in zip(seconds[name], seconds["eager"], strict=True))
+            for name in VARIANTS
+        },
+        agreement=statistics.mean(agreed),
+    )
+
+
+def _variants(
+    entry: ModelEntry, published: PublishedModel
+) -> Iterator[tuple[str, Callable[[torch.Tensor], torch.Tensor]]]:
+    module = registry.build(entry, published.weights_actual)
+    folded = copy.deepcopy(module)
+    fold(folded, foldable_norms(folded, entry.model_id))
+    both = _channels_last(folded)
+    yield "eager", _call(module)
+    yield "channels_last", _call(_channels_last(module), channels_last=True)
+    yield "folded", _call(folded)
+    yield "both", _call(both, channels_last=True)
+    yield "bfloat16", _call(copy.deepcopy(both).to(torch.bfloat16), channels_last=True, dtype=torch.bfloat16)
+    yield "two_threads", _call(both, channels_last=True, threads=_THREADS)
+
+
+def _call(
+    module: nn.Module, *, channels_last: bool = False, dtype: torch.dtype = torch.float32, threads: int = 1
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    def call(image: torch.Tensor) -> torch.Tensor:
+        torch.set_num_threads(threads)
+        return run(module, image, channels_last=channels_last, dtype=dtype)
+
+    return call
+
+
+def _channels_last(module: nn.Module) -> nn.Module:
+    changed = copy.deepcopy(module)
+    for child in changed.modules():
+        if isinstance(child, nn.Conv2d):
+            child.weight.data = child.weight.contiguous(memory_format=torch.channels_last)
+    return changed
+
+
+@contextmanager
+def _threads_restored() -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

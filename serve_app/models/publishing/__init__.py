@@ -1,0 +1,1 @@
+"""Publishing: from a builder's module to verified weights files and a manifest in the store."""

@@ -1,0 +1,1 @@
+"""HTTP: endpoints, authorization, errors, metrics, and a fast path for inference."""

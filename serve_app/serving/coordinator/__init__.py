@@ -1,0 +1,1 @@
+"""The coordinator's actor, and the way to it."""

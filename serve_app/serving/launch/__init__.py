@@ -1,0 +1,1 @@
+"""Starting Ray, deploying the locations, and ending both."""

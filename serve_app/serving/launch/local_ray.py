@@ -1,0 +1,279 @@
+"""A Ray cluster to deploy on: joined where one runs, else started on this machine and stopped again."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from serve_app.config.environment import child_environment, has_ray_token, preset, ray_address, ray_temp_dir
+from serve_app.errors import EdgeServeError
+from serve_app.serving.launch.serve_config import ServeFile
+
+Say = Callable[[str], None]
+
+#: Must be set before Ray starts: Serve's fast ingress (see DESIGN.md).
+FAST_INGRESS = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # Throughput mode would keep the last thousand lines of every log in memory, and a dead replica its last words.
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
+    # A dead HAProxy is noticed by the third look; every ten seconds, a host would refuse connections for half a minute.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # And would refuse to hand a router's request to a worker beyond 4 MiB: seven images.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",
+    # Inference watches by itself whether its client hangs up; Serve would take longer to do so.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.serving.api.fast_path:middlewares",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+#: The same for a Ray of our own. It asks for no token: left alone, `ray start` would if this user happens to have one,
+#: and drivers do not present it.
+_OWN_RAY = {**FAST_INGRESS, "RAY_AUTH_MODE": "disabled"}
+
+#: Marks every process of a Ray that we start.
+_RUN_VARIABLE = "EDGESERVE_RUN_ID"
+_START_S = 60.0
+_STOP_S = 5.0
+_KILL_ROUNDS = 10
+
+
+class StartFailed(EdgeServeError):
+    """The deployment did not come up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """What ``up`` has started. ``pid`` and ``run_id`` are those of our own Ray, None where one was joined."""
+
+    address: str
+    url: str
+    applications: tuple[str, ...]
+    pid: int | None
+    run_id: str | None
+
+
+def is_alive(running: Running) -> bool:
+    """Whether the Ray that serves this still runs."""
+    if running.pid is None:
+        return _listens(running.address)
+    try:
+        process = psutil.Process(running.pid)
+        return _runs(process) and process.environ().get(_RUN_VARIABLE) == running.run_id
+    except psutil.Error:
+        return False
+
+
+def prepare_to_join() -> None:
+    """Set the environment for a cluster that we join: this user's token; one that asks for none does not mind."""
+    preset(FAST_INGRESS)
+    if has_ray_token():
+        preset({"RAY_AUTH_MODE": "token"})
+
+
+def connect(address: str) -> None:
+    """Connect this process to a Ray cluster, and keep our own signal handlers: Ray would put its in their place."""
+    import ray
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with quiet_ray():
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def join_ray(serve_file: ServeFile, say: Say) -> Running | None:
+    """Connect to the Ray cluster at RAY_ADDRESS, or to the one on this machine; None if there is none.
+
+    Raises:
+        StartFailed: nothing answers at RAY_ADDRESS.
+    """
+    wanted = ray_address()
+    address = _local_ray() if wanted in (None, "auto", "local") else wanted
+    if wanted is not None and (address is None or not _listens(address)):
+        raise StartFailed(f"no Ray cluster answers at RAY_ADDRESS={wanted}; start it, or unset RAY_ADDRESS")
+    if address is None:
+        return None
+    prepare_to_join()
+    connect(address)
+    say(f"joined the Ray cluster at {address}")
+    return Running(address=address, url=serve_file.url, applications=serve_file.names, pid=None, run_id=None)
+
+
+def rejoin(running: Running) -> None:
+    """Connect to the Ray that an earlier command has started or joined, unless this process is connected."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    if running.pid is None:
+        prepare_to_join()
+    else:
+        preset(_OWN_RAY)
+    connect(running.address)
+
+
+def start_ray(serve_file: ServeFile, say: Say) -> Running:
+    """Start a Ray of our own on this machine and connect to it.
+
+    Raises:
+        StartFailed: the port of ``serve_file`` is taken, or Ray does not start.
+    """
+    _require_free(serve_file)
+    preset(_OWN_RAY)
+    port, dashboard_port, stats_port, metrics_port = _free_ports(4)
+    address, run_id = f"127.0.0.1:{port}", uuid.uuid4().hex
+    log = Path(tempfile.gettempdir()) / f"edgeserve-ray-{run_id}.log"
+    say("starting Ray on this machine")
+    command = [
+        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
+        "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard_port}",
+    ]  # fmt: skip
+    variables = {
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+    }
+    environment = {**child_environment(variables), _RUN_VARIABLE: run_id}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env=environment,
+        )
+    running = Running(
+        address=address, url=serve_file.url, applications=serve_file.names, pid=process.pid, run_id=run_id
+    )
+    try:
+        deadline_s = time.monotonic() + _START_S
+        while not _listens(address) and process.poll() is None and time.monotonic() < deadline_s:
+            time.sleep(0.1)
+        if process.poll() is not None:
+            raise ConnectionError(f"it ended with code {process.returncode}")
+        connect(address)
+    except BaseException as error:
+        stop_ray(running)
+        if isinstance(error, Exception):
+            raise StartFailed(f"Ray did not start ({error}); its output is in {log}") from None
+        raise
+    log.unlink()
+    return running
+
+
+def stop_ray(running: Running) -> None:
+    """Stop the Ray that ``start_ray`` has started, with everything that came of it."""
+    # Interrupted while it was imported, Ray is not there to be left.
+    with quiet_ray(), contextlib.suppress(ImportError, AttributeError):
+        import ray
+
+        ray.shutdown()
+    family = _family(running)
+    for process in family:
+        if process.pid == running.pid:
+            process.terminate()
+    _, left = psutil.wait_procs(family, timeout=_STOP_S)
+    # HAProxy is replaced while it shuts down, so one look is not enough.
+    for _ in range(_KILL_ROUNDS):
+        left = [*left, *_family(running)]
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        _, left = psutil.wait_procs(left, timeout=1.0)
+        if not left and not _family(running):
+            break
+    # Ray leaves its address behind, and whoever looks for a cluster would wait for the dead one for minutes.
+    address_file = _address_file()
+    if address_file.is_file() and _port(address_file.read_text()) == _port(running.address):
+        address_file.unlink(missing_ok=True)
+
+
+def _family(running: Running) -> list[psutil.Process]:
+    """Every process of our own Ray.
+
+    They all inherit its run id, whoever their parent is by now; but those that change their title may lose what the
+    kernel shows of their environment, so the children of the others count as well.
+    """
+    family: dict[int, psutil.Process] = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(_RUN_VARIABLE) == running.run_id:
+                family |= {member.pid: member for member in (process, *process.children(recursive=True))}
+    return [process for process in family.values() if _runs(process)]
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _local_ray() -> str | None:
+    """Address of the Ray that runs on this machine, if it still does."""
+    try:
+        address = _address_file().read_text().strip()
+    except OSError:
+        return None
+    return address if _listens(address) else None
+
+
+def _address_file() -> Path:
+    """Where Ray leaves the address of the cluster that runs on this machine."""
+    return ray_temp_dir() / "ray" / "ray_current_cluster"
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=2.0):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def _port(address: str) -> str:
+    return address.rpartition(":")[2]
+
+
+def _require_free(serve_file: ServeFile) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((serve_file.host, serve_file.port))
+        except OSError as error:
+            raise StartFailed(
+                f"cannot listen on {serve_file.host}:{serve_file.port} ({error.strerror}); "
+                f"stop what uses the port or change http_options in {serve_file.path}"
+            ) from None
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
+@contextlib.contextmanager
+def quiet_ray() -> Iterator[None]:
+    """Ray and Serve tell at length what they do; the user reads our own few lines instead."""
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # noqa: PTH123
+        yield

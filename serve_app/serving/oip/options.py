@@ -1,0 +1,73 @@
+"""What a client may ask for beside the result, by whichever door it comes: one set of rules."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, cast
+
+from serve_app.errors import InvalidRequest
+from serve_app.serving.oip.tensors import describe
+
+MAX_PRIORITY: Final = 2**31 - 1
+_NAMES: Final = ("deadline_ms", "min_accuracy", "forward", "priority")
+_FORWARD: Final = ("auto", "never", "prefer")
+_INTEGER: Final = re.compile(r"-?[0-9]{1,18}")
+_NUMBER: Final = re.compile(r"-?[0-9]{1,400}(\.[0-9]{1,400})?([eE][-+]?[0-9]{1,4})?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOptions:
+    """What a client asks for beside the result; checked at birth, so that every door has the same rules.
+
+    ``deadline_ms`` counts from the arrival of the request, ``min_accuracy`` (0..1) limits the members of a family,
+    ``forward="never"`` keeps the request at its location, ``"prefer"`` sends it to whoever holds the model rather than
+    load it. ``priority`` is checked, and has no effect so far.
+
+    Raises:
+        InvalidRequest: a value has the wrong type or lies out of range.
+    """
+
+    deadline_ms: float | None = None
+    min_accuracy: float | None = None
+    forward: Literal["auto", "never", "prefer"] = "auto"
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        if self.deadline_ms is not None and not _in_range(self.deadline_ms, math.inf):
+            raise InvalidRequest(
+                f"deadline_ms must be a number of milliseconds, 0 or more, not {describe(self.deadline_ms)}"
+            )
+        if self.min_accuracy is not None and not _in_range(self.min_accuracy, 1.0):
+            raise InvalidRequest(f"min_accuracy must be a number in 0..1, not {describe(self.min_accuracy)}")
+        if type(self.forward) is not str or self.forward not in _FORWARD:
+            raise InvalidRequest(f"forward must be 'auto', 'never' or 'prefer', not {describe(self.forward)}")
+        if type(self.priority) is not int or not 0 <= self.priority <= MAX_PRIORITY:
+            raise InvalidRequest(f"priority must be a whole number in 0..{MAX_PRIORITY}, not {describe(self.priority)}")
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, object]) -> RequestOptions:
+        """Options from the ``parameters`` of a request; names it does not know are ignored, as the protocol asks."""
+        for name in _NAMES:
+            if name in parameters and parameters[name] is None:
+                raise InvalidRequest(f"{name} must not be null; leave it out instead")
+        known: dict[str, Any] = {name: parameters[name] for name in _NAMES if name in parameters}
+        return cls(**known)
+
+    @classmethod
+    def from_query(cls, query: Mapping[str, str]) -> RequestOptions:
+        """Options from a URL query; text that reads as a number is taken as that number where one is expected."""
+        return cls.from_parameters({name: text if name == "forward" else _scalar(text) for name, text in query.items()})
+
+
+def _in_range(value: object, upper: float) -> bool:
+    # The upper limit is finite or excluded; NaN is in no range.
+    return type(value) in (int, float) and 0 <= cast(float, value) <= upper and value != math.inf
+
+
+def _scalar(text: str) -> object:
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    return float(text) if _NUMBER.fullmatch(text) else text

@@ -1,0 +1,289 @@
+"""Inference requests of the Open Inference Protocol: parsed strictly, and made into the batch that a model takes."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Final, cast
+
+import numpy as np
+import orjson
+
+from serve_app.core.catalog import PublishedModel, TensorSpec
+from serve_app.errors import InternalError, InvalidRequest
+from serve_app.serving.oip.options import RequestOptions
+from serve_app.serving.oip.tensors import (
+    InputTensor,
+    checked_datatype,
+    checked_shape,
+    describe,
+    tensor_from_binary,
+    tensor_from_json,
+)
+
+MAX_REQUEST_ID: Final = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestedOutput:
+    """One output that the client asks for: as raw bytes or as JSON, whole or as its ``classification`` best classes.
+
+    ``classification`` is 0 for the tensor itself.
+    """
+
+    name: str
+    binary: bool
+    classification: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferRequest:
+    """A request that is well formed; whether it suits a model is for ``batch_for`` and ``check_outputs`` to say.
+
+    Without ``outputs`` all outputs of the model are meant, in binary if ``binary_output_default``.
+    """
+
+    request_id: str
+    inputs: tuple[InputTensor, ...]
+    outputs: tuple[RequestedOutput, ...]
+    binary_output_default: bool
+    options: RequestOptions
+
+
+def parse_json_length(header: str | None) -> int | None:
+    """The value of ``Inference-Header-Content-Length``; None where the header is absent, that is all of it JSON.
+
+    Raises:
+        InvalidRequest: it is not a whole number.
+    """
+    if header is None:
+        return None
+    if re.fullmatch(r"[0-9]{1,18}", header) is None:
+        raise InvalidRequest(
+            f"Inference-Header-Content-Length must be the number of bytes of the JSON part, not {describe(header)}"
+        )
+    return int(header)
+
+
+def parse_infer(body: bytes | bytearray | memoryview, json_length: int | None) -> InferRequest:
+    """Parse an inference request; binary tensors stay views of ``body``, so it must not change while they live.
+
+    Args:
+        body: the JSON part and behind it the binary data of the inputs, in their order.
+        json_length: bytes of the JSON part, None if there is nothing else.
+
+    Raises:
+        InvalidRequest: anything about the request is malformed.
+    """
+    view = memoryview(body)
+    if not view:
+        raise InvalidRequest("the request has no body; it must be a JSON object with inputs")
+    if json_length is not None and not 0 < json_length <= len(view):
+        raise InvalidRequest(
+            f"Inference-Header-Content-Length must lie in 1..{len(view)}, the size of the body, not {json_length}"
+        )
+    document = _load_object(view[:json_length])
+    parameters = _parameters(document, "the request")
+    binary_default = _flag(parameters, "binary_data_output", default=False, owner="the request")
+    return InferRequest(
+        request_id=_request_id(document),
+        inputs=_inputs(document, view[len(view) if json_length is None else json_length :]),
+        outputs=_outputs(document, binary_default),
+        binary_output_default=binary_default,
+        options=RequestOptions.from_parameters(parameters),
+    )
+
+
+def batch_for(request: InferRequest, model: PublishedModel, max_batch: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The one input of ``model`` as aligned, C-contiguous float32 in native byte order; possibly a read-only view.
+
+    Raises:
+        InvalidRequest: name, datatype, shape or batch size are not the model's, or a number is not finite.
+    """
+    if (mismatch := _mismatch(request, model)) is not None:
+        raise InvalidRequest(mismatch)
+    (tensor,) = request.inputs
+    if _only_input(model).shape[0] == -1 and tensor.shape[0] > max_batch:
+        raise InvalidRequest(f"batch of input {tensor.name!r} must be 1..{max_batch}, not {tensor.shape[0]}")
+    batch = np.require(tensor.array, np.float32, ["C_CONTIGUOUS", "ALIGNED"])
+    if not _all_finite(batch):
+        raise InvalidRequest(f"input {tensor.name!r} must hold finite numbers only, but has NaN or Infinity")
+    return batch
+
+
+def fits(request: InferRequest, model: PublishedModel) -> bool:
+    """Whether names, datatype and shape of the inputs are those of ``model``: chooses among members of a family."""
+    return _mismatch(request, model) is None
+
+
+def check_outputs(request: InferRequest, model: PublishedModel) -> None:
+    """Make sure, before any work is done, that ``model`` has the outputs that the request names.
+
+    Raises:
+        InvalidRequest: it has not, or an output cannot be given as classes.
+    """
+    specs = {spec.name: spec for spec in model.outputs}
+    for output in request.outputs:
+        spec = specs.get(output.name)
+        if spec is None:
+            raise InvalidRequest(
+                f"model {model.model_id!r} has no output {describe(output.name)}; it has {_names(model.outputs)}"
+            )
+        if output.classification and len(spec.shape) != 2:
+            raise InvalidRequest(f"output {output.name!r} has no classes to rank: its shape is {list(spec.shape)}")
+
+
+def _load_object(header: memoryview) -> dict[str, Any]:
+    try:
+        document = orjson.loads(header)
+    except orjson.JSONDecodeError as error:
+        near = bytes(header[max(0, error.pos - 1) : error.pos + 4])
+        hint = "; JSON has neither NaN nor Infinity" if b"NaN" in near or b"Inf" in near else ""
+        raise InvalidRequest(
+            f"the request is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}{hint}"
+        ) from None
+    if type(document) is not dict:
+        raise InvalidRequest(f"the request must be a JSON object, not {describe(document)}")
+    return document
+
+
+def _request_id(document: dict[str, Any]) -> str:
+    request_id = document.get("id", "")
+    if type(request_id) is not str:
+        raise InvalidRequest(f"id must be a string, not {describe(request_id)}")
+    if len(request_id) > MAX_REQUEST_ID:
+        raise InvalidRequest(f"id must have at most {MAX_REQUEST_ID} characters, not {len(request_id)}")
+    return request_id
+
+
+def _parameters(item: dict[str, Any], owner: str) -> dict[str, Any]:
+    parameters = item.get("parameters", {})
+    if type(parameters) is not dict:
+        raise InvalidRequest(f"parameters of {owner} must be an object, not {describe(parameters)}")
+    return parameters
+
+
+def _flag(parameters: dict[str, Any], key: str, *, default: bool, owner: str) -> bool:
+    value = parameters.get(key, default)
+    if type(value) is not bool:
+        raise InvalidRequest(f"{key} of {owner} must be true or false, not {describe(value)}")
+    return value
+
+
+def _named_objects(items: object, key: str) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Name, object and parameters of each entry of the list ``key`` of the request."""
+    if type(items) is not list:
+        raise InvalidRequest(f"{key} of the request must be a list of tensors, not {describe(items)}")
+    entries: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {}
+    for index, item in enumerate(items):
+        if type(item) is not dict:
+            raise InvalidRequest(f"{key}[{index}] must be an object, not {describe(item)}")
+        name = item.get("name")
+        if type(name) is not str or not name:
+            raise InvalidRequest(f"name of {key}[{index}] must be a non-empty string, not {describe(name)}")
+        if name in entries:
+            raise InvalidRequest(f"{key} must have different names, but {describe(name)} is there twice")
+        parameters = _parameters(item, f"tensor {describe(name)}")
+        if "shared_memory_region" in parameters:
+            raise InvalidRequest(f"shared_memory_region of tensor {describe(name)} is not supported; send the data")
+        entries[name] = (name, item, parameters)
+    return list(entries.values())
+
+
+def _inputs(document: dict[str, Any], binary: memoryview) -> tuple[InputTensor, ...]:
+    if "inputs" not in document:
+        raise InvalidRequest("the request has no 'inputs'; it must have a list of tensors")
+    entries = _named_objects(document["inputs"], "inputs")
+    if not entries:
+        raise InvalidRequest("inputs of the request must not be empty")
+    tensors = []
+    used = 0
+    for name, item, parameters in entries:
+        if "binary_data_size" in parameters:
+            size = _binary_size(item, parameters["binary_data_size"], name, len(binary) - used)
+            tensors.append(_input(name, item, binary[used : used + size]))
+            used += size
+        else:
+            tensors.append(_input(name, item, None))
+    if used != len(binary):
+        raise InvalidRequest(
+            f"{len(binary)} bytes follow the JSON part, but binary_data_size of the inputs add up to {used}"
+        )
+    return tuple(tensors)
+
+
+def _input(name: str, item: dict[str, Any], raw: memoryview | None) -> InputTensor:
+    shape = checked_shape(item.get("shape"), name)
+    datatype = item.get("datatype")
+    checked_datatype(datatype, name)
+    if raw is not None:
+        return tensor_from_binary(name, cast(str, datatype), shape, raw)
+    if "data" not in item:
+        raise InvalidRequest(f"tensor {describe(name)} must have either data or the parameter binary_data_size")
+    return tensor_from_json(name, cast(str, datatype), shape, item["data"])
+
+
+def _binary_size(item: dict[str, Any], size: object, name: str, left: int) -> int:
+    if type(size) is not int or size < 0:
+        raise InvalidRequest(
+            f"binary_data_size of tensor {describe(name)} must be a number of bytes, not {describe(size)}"
+        )
+    if "data" in item:
+        raise InvalidRequest(f"tensor {describe(name)} must have either data or binary_data_size, not both")
+    if size > left:
+        raise InvalidRequest(
+            f"binary_data_size of tensor {describe(name)} is {size}, but only {left} bytes are left behind the JSON"
+            " part, whose length Inference-Header-Content-Length gives"
+        )
+    return size
+
+
+def _outputs(document: dict[str, Any], binary_default: bool) -> tuple[RequestedOutput, ...]:
+    outputs = []
+    for name, _, parameters in _named_objects(document.get("outputs", []), "outputs"):
+        owner = f"output {describe(name)}"
+        classes = parameters.get("classification", 0)
+        if type(classes) is not int or ("classification" in parameters and classes < 1):
+            raise InvalidRequest(f"classification of {owner} must be a positive whole number, not {describe(classes)}")
+        binary = _flag(parameters, "binary_data", default=binary_default, owner=owner)
+        outputs.append(RequestedOutput(name=name, binary=binary, classification=classes))
+    return tuple(outputs)
+
+
+def _mismatch(request: InferRequest, model: PublishedModel) -> str | None:
+    """How the inputs of the request differ from what the model takes; None where they do not."""
+    spec = _only_input(model)
+    for tensor in request.inputs:
+        if tensor.name != spec.name:
+            return f"model {model.model_id!r} has no input {describe(tensor.name)}; it takes {_names(model.inputs)}"
+    if not request.inputs:
+        return f"input {spec.name!r} of model {model.model_id!r} is missing"
+    tensor = request.inputs[0]
+    if tensor.datatype != spec.datatype:
+        return f"input {spec.name!r} of model {model.model_id!r} takes datatype {spec.datatype}, not {tensor.datatype}"
+    same_rank = len(tensor.shape) == len(spec.shape)
+    if not same_rank or any(want not in (-1, got) for want, got in zip(spec.shape, tensor.shape, strict=True)):
+        return (
+            f"input {spec.name!r} of model {model.model_id!r} takes shape {list(spec.shape)} (-1 is the batch),"
+            f" not {list(tensor.shape)}"
+        )
+    return None
+
+
+def _only_input(model: PublishedModel) -> TensorSpec:
+    if len(model.inputs) != 1:
+        raise InternalError(f"model {model.model_id!r} was published with {len(model.inputs)} inputs instead of one")
+    return model.inputs[0]
+
+
+def _names(specs: tuple[TensorSpec, ...]) -> str:
+    return ", ".join(repr(spec.name) for spec in specs)
+
+
+def _all_finite(batch: np.ndarray[Any, np.dtype[np.float32]]) -> bool:
+    # NaN and Infinity survive a sum, so that one pass settles the common case; large finite numbers may overflow it.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if math.isfinite(float(batch.sum())):
+            return True
+    return bool(np.isfinite(batch).all())

@@ -1,0 +1,169 @@
+"""Answers of the Open Inference Protocol: inference responses in JSON and binary, and metadata."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import orjson
+
+from serve_app.core.catalog import PublishedModel, TensorSpec
+from serve_app.errors import InvalidRequest, NotFound
+from serve_app.serving.oip.request import InferRequest, RequestedOutput
+from serve_app.serving.oip.tensors import DTYPES, datatype_of, describe
+
+VERSION: Final = "1"
+PLATFORM: Final = "pytorch_eager"
+JSON_LENGTH_HEADER: Final = "Inference-Header-Content-Length"
+EXTENSIONS: Final = ("binary_tensor_data", "classification")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedResponse:
+    """A response body; ``json_length`` is the size of its JSON part, None where all of it is JSON."""
+
+    body: bytes
+    json_length: int | None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The HTTP headers that say how to read the body."""
+        if self.json_length is None:
+            return {"Content-Type": "application/json"}
+        return {"Content-Type": "application/octet-stream", JSON_LENGTH_HEADER: str(self.json_length)}
+
+
+def check_version(version: str | None) -> None:
+    """Make sure that a version named by a request exists; None and the empty string mean "any".
+
+    Raises:
+        NotFound: it is not the single version that every model has.
+    """
+    if version and version != VERSION:
+        raise NotFound(f"there is no version {describe(version)}; every model has the single version {VERSION!r}")
+
+
+def encode_infer(
+    request: InferRequest,
+    *,
+    model_name: str,
+    outputs: Mapping[str, np.ndarray[Any, Any]],
+    version: str = VERSION,
+    parameters: Mapping[str, str | float | bool] | None = None,
+    labels: Sequence[str] = (),
+) -> EncodedResponse:
+    """The response to ``request``: each output in JSON or binary and whole or as its best classes, as was asked.
+
+    Numbers in JSON are flat, row-major and the shortest that read back as the same float.
+
+    Raises:
+        InvalidRequest: an output that was asked for does not exist, or its JSON would need NaN or Infinity. Those
+            come of finite but extreme inputs, hence the status; binary data carry them as they are.
+    """
+    wanted = request.outputs or tuple(
+        RequestedOutput(name=name, binary=request.binary_output_default) for name in outputs
+    )
+    described: list[dict[str, Any]] = []
+    chunks: list[bytes] = []
+    for output in wanted:
+        if output.name not in outputs:
+            raise InvalidRequest(
+                f"there is no output {describe(output.name)}; there is {', '.join(map(repr, outputs))}"
+            )
+        header, binary = _encode_output(output, outputs[output.name], labels)
+        described.append(header)
+        if output.binary:
+            chunks.append(binary)
+    document: dict[str, Any] = {"model_name": model_name, "model_version": version}
+    if request.request_id:
+        document["id"] = request.request_id
+    if parameters:
+        document["parameters"] = dict(parameters)
+    document["outputs"] = described
+    head = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    if not chunks:
+        return EncodedResponse(body=head, json_length=None)
+    return EncodedResponse(body=b"".join((head, *chunks)), json_length=len(head))
+
+
+def model_metadata(model: PublishedModel, versions: Sequence[str] = (VERSION,)) -> dict[str, Any]:
+    """Metadata of a model as the protocol has them; what is ours alone stands under ``parameters``."""
+    weights: dict[str, Any] = {"requested": model.weights_requested, "actual": model.weights_actual}
+    if model.fallback:
+        weights["warning"] = (
+            f"this model runs on {model.weights_actual!r} weights, because {model.weights_requested!r} could not be"
+            " had: its answers mean nothing until it is published again"
+        )
+    return {
+        "name": model.model_id,
+        "versions": list(versions),
+        "platform": PLATFORM,
+        "inputs": [_tensor_metadata(spec) for spec in model.inputs],
+        "outputs": [_tensor_metadata(spec) for spec in model.outputs],
+        "parameters": {
+            "family": model.family,
+            "accuracy": model.profile.accuracy,
+            "weights": weights,
+            "size_bytes": model.profile.size_bytes,
+        },
+    }
+
+
+def server_metadata(name: str, version: str, extensions: Sequence[str] = EXTENSIONS) -> dict[str, Any]:
+    """Metadata of the server: its name, its version, and the protocol extensions it implements."""
+    return {"name": name, "version": version, "extensions": list(extensions)}
+
+
+def _encode_output(
+    output: RequestedOutput, array: np.ndarray[Any, Any], labels: Sequence[str]
+) -> tuple[dict[str, Any], bytes]:
+    """The JSON description of one output, and its bytes if it is to be binary."""
+    if output.classification:
+        return _encode_classes(output, array, labels)
+    datatype = datatype_of(array)
+    header: dict[str, Any] = {"name": output.name, "datatype": datatype, "shape": array.shape}
+    if output.binary:
+        binary = array.astype(DTYPES[datatype], copy=False).tobytes()
+        header["parameters"] = {"binary_data_size": len(binary)}
+        return header, binary
+    _check_finite(output.name, array)
+    # orjson takes C-contiguous arrays in native byte order only.
+    header["data"] = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")).reshape(-1)
+    return header, b""
+
+
+def _encode_classes(
+    output: RequestedOutput, array: np.ndarray[Any, Any], labels: Sequence[str]
+) -> tuple[dict[str, Any], bytes]:
+    """The best classes of each row as strings ``value:index[:label]``, best first."""
+    _check_finite(output.name, array)
+    rows = array.reshape(len(array), -1)
+    best = np.argsort(-rows.astype(np.float64), axis=1, kind="stable")[:, : output.classification]
+    texts = [
+        f"{rows[row, index]:f}:{index}" + (f":{labels[index]}" if index < len(labels) else "")
+        for row in range(len(best))
+        for index in best[row].tolist()
+    ]
+    header: dict[str, Any] = {"name": output.name, "datatype": "BYTES", "shape": best.shape}
+    if not output.binary:
+        header["data"] = texts
+        return header, b""
+    encoded = [text.encode() for text in texts]
+    binary = b"".join(struct.pack("<I", len(text)) + text for text in encoded)
+    header["parameters"] = {"binary_data_size": len(binary)}
+    return header, binary
+
+
+def _check_finite(name: str, array: np.ndarray[Any, Any]) -> None:
+    if not np.isfinite(array).all():
+        raise InvalidRequest(
+            f"output {name!r} came out as NaN or Infinity, which JSON cannot carry; send smaller numbers, or ask for"
+            " binary_data"
+        )
+
+
+def _tensor_metadata(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}

@@ -1,0 +1,1 @@
+"""How work gets from routers to workers, and results back."""

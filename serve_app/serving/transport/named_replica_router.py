@@ -1,0 +1,75 @@
+"""Ray Serve's choice of a replica, replaced by ours."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError
+from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+#: What Ray raises for a call whose replica is gone or cannot be reached.
+LOST_REPLICA_ERRORS = (
+    ActorDiedError,
+    ActorUnavailableError,
+    DeploymentUnavailableError,
+    ObjectLostError,
+    ReplicaUnavailableError,
+)
+
+
+class NamedReplicaRouter(RequestRouter):  # type: ignore[misc]
+    """Sends a call to the replica that it names, or fails it: ``ReplicaUnavailableError`` once that one is lost.
+
+    EdgeServe's routers know which replica holds which model, and what to do when it dies. Serve's own choice would
+    undo theirs, and its own retry would wait for a new replica although other locations could serve.
+    """
+
+    #: How long after a failed call the replica is taken for lost.
+    LOST_S = 2.0
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """The named replica; without a name, all of them in random order."""
+        if pending_request is None:
+            return [candidate_replicas]
+        # Without this, Serve would ask again at once, and again, while no candidate answers.
+        pending_request.routing_context.should_backoff = True
+        wanted = pending_request.kwargs.get("replica")
+        if wanted is None:
+            return [random.sample(candidate_replicas, len(candidate_replicas))]
+        named = [replica for replica in candidate_replicas if replica.replica_id.unique_id == wanted]
+        if named and not self._is_lost(wanted):
+            return [named]
+        self._fail(pending_request)
+        # Serve looks whether a request has ended only when it is offered a candidate for it.
+        return [candidate_replicas]
+
+    def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
+        """A call could not be delivered, or its replica died with it."""
+        super().on_replica_actor_unavailable(replica_id)
+        self._lost()[replica_id.unique_id] = time.monotonic()
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        """A replica is gone for good."""
+        super().on_replica_actor_died(replica_id)
+        self._lost()[replica_id.unique_id] = time.monotonic()
+        for pending_request in list(self._pending_requests_by_id.values()):
+            if pending_request.kwargs.get("replica") == replica_id.unique_id:
+                self._fail(pending_request)
+
+    def _fail(self, pending_request: PendingRequest) -> None:
+        if not pending_request.future.done():
+            pending_request.future.set_exception(ReplicaUnavailableError(str(pending_request.kwargs["replica"])))
+        self._remove_pending_request_from_indices(pending_request)
+
+    def _is_lost(self, unique_id: str) -> bool:
+        return time.monotonic() - self._lost().get(unique_id, -math.inf) < self.LOST_S
+
+    def _lost(self) -> dict[str, float]:
+        # Serve makes the object with arguments of its own, so there is no constructor to put this into.
+        lost: dict[str, float] = self.__dict__.setdefault("_lost_replicas", {})
+        return lost

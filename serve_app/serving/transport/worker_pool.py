@@ -1,0 +1,30 @@
+"""What a router needs of the workers of all locations."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from serve_app.serving.transport.messages import Refused, Reply, Work
+
+
+class WorkerLost(Exception):
+    """A worker died, or could not be reached, with our request on its way."""
+
+
+class WorkerPool(Protocol):
+    """The way to the workers of all locations."""
+
+    async def infer(self, location: str, replica: str | None, work: Work) -> Reply:
+        """Run one inference on a replica, on any of the location's if None; raises ``WorkerLost``."""
+
+    async def ping(self, location: str, payload: bytes) -> None:
+        """Go there and back; raises ``WorkerLost``."""
+
+    async def preload(self, location: str, replica: str, model_id: str) -> None:
+        """Have a replica load a model that requests will come for; raises ``WorkerLost``."""
+
+    async def load(self, location: str, model_id: str) -> Refused | None:
+        """Load a model at a location."""
+
+    async def unload(self, location: str, replica: str, model_id: str) -> Refused | None:
+        """Unload a model from a replica."""

@@ -1,0 +1,1 @@
+"""The worker: one memory-bounded model cache, and the threads that execute."""

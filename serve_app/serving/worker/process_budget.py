@@ -1,0 +1,134 @@
+"""The memory of a worker's process: workspace for executions, and what the kernel says against what is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from serve_app.core.catalog import PublishedModel
+from serve_app.core.memory_budget import Budget, MemoryGuard, ProcessMemory
+from serve_app.errors import DoesNotFit
+from serve_app.serving.worker.model_host import ModelHost
+
+logger = logging.getLogger(__name__)
+
+#: What is held back changes by this share of the memory at least.
+_STEP_SHARE = 1 / 64
+
+#: How often free heap is given back because something was unloaded. What executes next has to fault it in again, and
+#: where models come and go all the time that would be every miss.
+_GIVE_BACK_EVERY_S = 10.0
+
+
+class WorkerMemory:
+    """Keeps a worker to its budget, by what it counts and by what the kernel says.
+
+    Args:
+        budget: for models and for executions.
+        read: what the kernel says of this process; the first time before any model is loaded.
+        give_back: gives free heap back to the kernel; called in a thread, because it takes milliseconds.
+    """
+
+    def __init__(
+        self, budget: Budget, *, read: Callable[[], ProcessMemory], give_back: Callable[[], None] = lambda: None
+    ) -> None:
+        self._read = read
+        self._give_back = give_back
+        # Building modules leaves a lot of free heap behind, which is no part of what the process needs.
+        give_back()
+        memory_bytes = budget.models_bytes + budget.workspace_bytes
+        self._guard = MemoryGuard(read(), max(1, int(memory_bytes * _STEP_SHARE)))
+        self._budget = budget
+        self._gone = 0
+        self._given_back_s = -math.inf
+        self._running_bytes = 0
+        self._ended = threading.Condition()
+
+    @property
+    def base_bytes(self) -> int:
+        """What the process took before its first model."""
+        return self._guard.base.rss_bytes
+
+    @property
+    def rss_bytes(self) -> int:
+        """What it takes now."""
+        return self._read().rss_bytes
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What is set aside for executions."""
+        return self._budget.workspace_bytes
+
+    @property
+    def unaccounted_bytes(self) -> int:
+        """What is held back for what nobody counts."""
+        return self._guard.held_back_bytes
+
+    def divide(self, budget: Budget) -> None:
+        """Go on with another budget."""
+        with self._ended:
+            self._budget = budget
+            self._ended.notify_all()
+
+    def require(self, model: PublishedModel) -> None:
+        """Raise ``DoesNotFit`` if there is never workspace enough for an inference of ``model``."""
+        if model.workspace_bytes > self._budget.workspace_bytes:
+            raise DoesNotFit(
+                f"model {model.model_id} needs {model.workspace_bytes} bytes to run in, but only "
+                f"{self._budget.workspace_bytes} are set aside for executions; give the location more memory"
+            )
+
+    @contextmanager
+    def workspace(self, needed_bytes: int) -> Iterator[None]:
+        """Hold workspace for one execution, in its thread; where there is too little left, wait until others end."""
+        with self._ended:
+            self._ended.wait_for(
+                lambda: not self._running_bytes or self._running_bytes + needed_bytes <= self._budget.workspace_bytes
+            )
+            self._running_bytes += needed_bytes
+        try:
+            yield
+        finally:
+            with self._ended:
+                self._running_bytes -= needed_bytes
+                self._ended.notify_all()
+
+    async def look(self, host: ModelHost, now: float) -> None:
+        """Compare what the kernel says with the books, and have models leave room for the difference.
+
+        Free heap is given back first where the difference would grow, or something was unloaded, if it was not just
+        before: the allocator keeps what executions have freed.
+        """
+        counters = host.cache.counters
+        gone, beyond_bytes = counters.evictions + counters.unloads, self._beyond_bytes(host)
+        is_due = gone != self._gone and now - self._given_back_s >= _GIVE_BACK_EVERY_S
+        if is_due or beyond_bytes > self._guard.held_back_bytes:
+            self._gone, self._given_back_s = gone, now
+            await asyncio.to_thread(self._give_back)
+            beyond_bytes = self._beyond_bytes(host)
+        before_bytes = self._guard.held_back_bytes
+        held_back_bytes = self._guard.look(beyond_bytes, now)
+        if held_back_bytes != before_bytes:
+            logger.info(
+                "%d MiB are held back from models (before: %d MiB): the process takes %d MiB more than its base of %d "
+                "MiB, models of %d MiB and workspace of %d MiB",
+                *(
+                    amount >> 20
+                    for amount in (
+                        held_back_bytes,
+                        before_bytes,
+                        beyond_bytes,
+                        self.base_bytes,
+                        host.cache.used_bytes,
+                        self.workspace_bytes,
+                    )
+                ),
+            )
+            host.reserve(held_back_bytes)
+
+    def _beyond_bytes(self, host: ModelHost) -> int:
+        return self._guard.beyond_bytes(self._read(), self._budget, host.cache.used_bytes)

@@ -1,0 +1,363 @@
+"""A worker in virtual time: one cache, its loads, its executions, its reports."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from serve_app.core.cache.decisions import Answer, Grant, Hit, Join, Load, Reject, RejectReason, Wait
+from serve_app.core.cache.model_cache import ModelCache
+from serve_app.core.catalog import ModelProfile
+from serve_app.core.cluster.cluster_view import View
+from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
+from serve_app.core.cluster.primaries import Keeper
+from serve_app.core.cluster.reports import Demand, OutcomeCounts, WorkerReport
+from serve_app.core.queue_estimate import Queue
+from serve_app.core.routing.eviction_cost import forward_costs
+from serve_app.core.routing.rules import RoutingRules
+from serve_app.core.vocabulary import ModelState, Outcome, ResidentModel
+from serve_app.simulator.discrete_event.event_queue import Agenda
+from serve_app.simulator.discrete_event.results import FullTally
+
+_NOTHING: Mapping[str, float] = {}
+_NO_OUTCOMES: Mapping[str, OutcomeCounts] = {}
+
+
+class Sender(Protocol):
+    """Who sent a job, and is told when it is back."""
+
+    name: str
+
+    def answered(self, job: Job, now: float) -> None:
+        """The job is done, and the answer has come."""
+
+    def not_held(self, job: Job, now: float) -> None:
+        """The worker has not taken the job, because the model is not there."""
+
+    def refused(self, job: Job, now: float) -> None:
+        """The worker has not taken the job, for ``job.refusal``."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request on its way: what is asked, and what has become of it so far."""
+
+    number: int
+    model: ModelProfile
+    sender: Sender
+    arrived_s: float
+    attempts_left: int = 5
+    hints_left: int = 1
+    avoid: set[str] = field(default_factory=set)
+    #: Where it was sent last, whether it may be loaded there, and how long the answer takes to come back.
+    there: Worker | None = None
+    must_hold: bool = False
+    back_s: float = 0.0
+    asked_s: float = 0.0
+    sequence: int = 0
+    refusal: RejectReason | None = None
+    outcome: Outcome = Outcome.HIT
+    victims: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class _LoadUnderWay:
+    model: ModelProfile
+    ends_s: float
+    jobs: list[Job]
+    #: For a router that has forwarded the request that asked for it.
+    fetched: bool
+
+
+#: A model's two lines in the reports, made once: as it loads, and as it stands ready.
+Lines = Mapping[str, Mapping[ModelState, ResidentModel]]
+
+
+def lines(profiles: Iterable[ModelProfile]) -> Lines:
+    """What reports say of each model. How many requests use it decides nothing, and is left out."""
+    return {
+        model.model_id: {
+            state: ResidentModel(
+                model_id=model.model_id, state=state, size_bytes=model.size_bytes, uses=0, pinned=False
+            )
+            for state in ModelState
+        }
+        for model in profiles
+    }
+
+
+class Worker:
+    """The one worker of a location.
+
+    Args:
+        location: its name.
+        cache: its books.
+        lines: of all models.
+        exec_slots: executions at the same time.
+        agenda: of the simulation.
+        tally: of the simulation.
+        changed: is told when there is something new to report.
+
+    Attributes:
+        before: is called before a request of another location, or a review, to catch up with the news.
+    """
+
+    def __init__(
+        self,
+        *,
+        location: str,
+        cache: ModelCache,
+        lines: Lines,
+        exec_slots: int,
+        agenda: Agenda,
+        tally: FullTally,
+        changed: Callable[[Worker, float], None],
+    ) -> None:
+        self.location = location
+        self.replica = f"{location}#0"
+        self.cache = cache
+        self._lines = lines
+        self._exec_slots = exec_slots
+        self._agenda = agenda
+        self._tally = tally
+        self._changed = changed
+        self.before: Callable[[float], None] = _nothing
+        self._sequence = 0
+        self._queue = Queue()
+        #: When the executions under way end; no more than there are slots.
+        self._slot_ends_s: list[float] = []
+        self._loads: dict[str, _LoadUnderWay] = {}
+        self._waiting: dict[int, Job] = {}
+        self._keeper = Keeper(self.replica, location)
+        self._guarded: frozenset[str] = frozenset()
+        self._review_s = math.inf
+        self._demand: Counter[tuple[str, str]] = Counter()
+        self._books: dict[str, ResidentModel] = {}
+        self._books_lent = False
+        self._silent = False
+        self._reported_queue_s = 0.0
+
+    # Requests
+
+    def take(self, job: Job, now: float) -> None:
+        """A request comes in."""
+        model = job.model
+        if job.back_s:
+            self.before(now)
+        if job.must_hold and self.cache.state(model.model_id) is None:
+            job.sequence = self._sequence + 1
+            self._reply(job, job.sender.not_held, now)
+            return
+        self._demand[job.sender.name, model.model_id] += 1
+        self._news(now)
+        job.asked_s = now
+        answer = self.cache.request(model, now)
+        if isinstance(answer, Wait):
+            self._waiting[answer.ticket] = job
+        else:
+            self._go_on(job, answer, now)
+        self.look_ahead(now)
+
+    def _go_on(self, job: Job, answer: Answer, now: float) -> None:
+        self._tally.queue_s += now - job.asked_s
+        match answer:
+            case Hit():
+                job.outcome = Outcome.HIT
+                self._execute(job, now)
+            case Join():
+                job.outcome = Outcome.JOIN
+                load = self._loads[job.model.model_id]
+                load.jobs.append(job)
+                self._tally.load_s += load.ends_s - now
+            case Load(victims=victims):
+                job.outcome, job.victims = Outcome.LOAD, victims
+                self._start_load(job.model, victims, [job], now)
+                self._tally.load_s += job.model.load_s
+            case Reject(reason=reason):
+                job.refusal = reason
+                self._reply(job, job.sender.refused, now)
+
+    def _execute(self, job: Job, now: float) -> None:
+        ends, exec_s = self._slot_ends_s, job.model.exec_s
+        if ends and ends[0] <= now:
+            end_s = now + exec_s
+            heapq.heapreplace(ends, end_s)
+        elif len(ends) < self._exec_slots:
+            end_s = now + exec_s
+            heapq.heappush(ends, end_s)
+        else:
+            self._tally.queue_s += ends[0] - now
+            end_s = ends[0] + exec_s
+            heapq.heapreplace(ends, end_s)
+        self._queue.add(exec_s)
+        self._agenda.at(end_s, self._executed, job)
+
+    def _executed(self, job: Job, now: float) -> None:
+        self._queue.remove(job.model.exec_s)
+        if self._reported_queue_s:
+            self._news(now)
+        grants = self.cache.finish(job.model.model_id, now)
+        job.sequence = self._sequence + 1
+        self._reply(job, job.sender.answered, now)
+        if grants:
+            self._carry_out(grants, now)
+        self.look_ahead(now)
+
+    def _reply(self, job: Job, tell: Callable[[Job, float], None], now: float) -> None:
+        if job.back_s:
+            self._agenda.at(now + job.back_s, tell, job)
+        else:
+            tell(job, now)
+
+    def _carry_out(self, grants: Sequence[Grant], now: float) -> None:
+        # A grant may join a load that a later one starts.
+        jobs = {grant.ticket: self._waiting.pop(grant.ticket) for grant in grants}
+        for grant in sorted(grants, key=lambda grant: not isinstance(grant.answer, Load)):
+            self._go_on(jobs[grant.ticket], grant.answer, now)
+
+    # Loads
+
+    def fetch(self, model: ModelProfile, now: float) -> None:
+        """Load a model whose request was forwarded, for those that will come."""
+        answer = self.cache.request(model, now)
+        match answer:
+            case Load(victims=victims):
+                self._tally.preload_s += model.load_s
+                self._tally.preload_bytes += model.size_bytes
+                self._start_load(model, victims, [], now, fetched=True)
+            case Hit() | Join():
+                self._carry_out(self.cache.finish(model.model_id, now), now)
+            case Wait(ticket=ticket):
+                self._carry_out(self.cache.give_up(ticket, now), now)
+            case Reject():
+                pass
+
+    def _start_load(
+        self, model: ModelProfile, victims: Sequence[str], jobs: list[Job], now: float, *, fetched: bool = False
+    ) -> None:
+        books = self._own_books()
+        for victim in victims:
+            del books[victim]
+            self._loads.pop(victim, None)
+        load = _LoadUnderWay(model, now + model.load_s, jobs, fetched)
+        books[model.model_id] = self._lines[model.model_id][ModelState.LOADING]
+        self._loads[model.model_id] = load
+        self._news(now)
+        self._agenda.at(load.ends_s, self._loaded, load)
+
+    def _loaded(self, load: _LoadUnderWay, now: float) -> None:
+        model_id = load.model.model_id
+        if self._loads.get(model_id) is not load:
+            # It was a preload that nobody had joined, and had to make room for a request.
+            return
+        del self._loads[model_id]
+        self._own_books()[model_id] = self._lines[model_id][ModelState.READY]
+        self._news(now)
+        grants = self.cache.loaded(model_id, now)
+        for job in load.jobs:
+            self._execute(job, now)
+        self._carry_out(grants, now)
+        if load.fetched:
+            self._carry_out(self.cache.finish(model_id, now), now)
+        self.look_ahead(now)
+
+    def look_ahead(self, now: float) -> None:
+        """Load in the background what the policy wishes, or placement advises."""
+        cache = self.cache
+        while (preload := cache.next_preload(now)) is not None:
+            self._preload(preload.model, preload.victims, now)
+        # One that is due already waits for something to end, which is an event of its own.
+        if now < cache.review_s < self._review_s:
+            self._review_s = cache.review_s
+            self._agenda.at(cache.review_s, Worker._review, self)
+
+    def _review(self, now: float) -> None:
+        if now >= self._review_s:
+            self._review_s = math.inf
+            self.before(now)
+            self.look_ahead(now)
+
+    def _preload(self, model: ModelProfile, victims: Sequence[str], now: float) -> None:
+        self._tally.preload_s += model.load_s
+        self._tally.preload_bytes += model.size_bytes
+        self._start_load(model, victims, [], now)
+
+    def follow(self, command: Command, model: ModelProfile, now: float) -> None:
+        """Do what placement says, as far as no request is in the way."""
+        match command:
+            case EvictAt(model_id=model_id):
+                grants = self.cache.withdraw(model_id, now)
+                if grants is None:
+                    return
+                del self._own_books()[model_id]
+                self._news(now)
+                self._carry_out(grants, now)
+            case PreloadAt(required=required):
+                self.cache.advise(model, now, insist=required)
+        self.look_ahead(now)
+
+    def look_around(self, view: View, rules: RoutingRules, moved: bool, now: float) -> None:
+        """Decide anew what losing a model costs; ``moved``: others hold other models than before."""
+        keeps = self._keeper.keeps
+        guarded = self._keeper.look(self._books, view.workers.values())
+        if moved or guarded != self._guarded:
+            self._guarded = guarded
+            costs = forward_costs(self.location, view, rules)
+            self.cache.forward_costs({name: cost_s for name, cost_s in costs.items() if name not in guarded})
+        if self._keeper.keeps != keeps:
+            self._news(now)
+
+    # Reports
+
+    def _own_books(self) -> dict[str, ResidentModel]:
+        if self._books_lent:
+            self._books, self._books_lent = dict(self._books), False
+        return self._books
+
+    def _news(self, now: float) -> None:
+        if self._silent:
+            self._silent = False
+            self._changed(self, now)
+
+    def report(self) -> tuple[WorkerReport, tuple[Demand, ...]]:
+        """The state of this worker now; the demand since the last one beside it, for the coordinator alone."""
+        self._sequence += 1
+        self._books_lent = self._silent = True
+        self._reported_queue_s = self._queue.wait_s(self._exec_slots)
+        counters = self.cache.counters
+        demand = tuple(
+            Demand(location=location, model_id=model_id, count=count)
+            for (location, model_id), count in self._demand.items()
+        )
+        self._demand.clear()
+        report = WorkerReport(
+            location=self.location,
+            replica=self.replica,
+            sequence=self._sequence,
+            capacity_bytes=self.cache.capacity_bytes,
+            used_bytes=self.cache.used_bytes,
+            rss_bytes=0,
+            models=self._books,
+            exec_slots=self._exec_slots,
+            loading=len(self._loads) + len(self._waiting),
+            load_slots=self.cache.max_loads,
+            queue_s=self._reported_queue_s,
+            inflight=self._queue.jobs,
+            # Everything takes what the profile says, so there is nothing to measure.
+            exec_s=_NOTHING,
+            load_s=_NOTHING,
+            loads=counters.loads,
+            load_failures=0,
+            evictions=counters.evictions,
+            outcomes=_NO_OUTCOMES,
+            keeps=self._keeper.report(self._books),
+        )
+        return report, demand
+
+
+def _nothing(now: float) -> None:
+    """There are no news to catch up with."""

@@ -1,0 +1,1 @@
+"""Experiments on the simulator, each a command or an option of ``edgeserve simulate``."""

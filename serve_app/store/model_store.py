@@ -1,0 +1,344 @@
+"""The model store on disk: immutable blobs of weights, and one manifest per model.
+
+Layout::
+
+    root/models/<model_id>.json         manifest; its atomic rename publishes the model
+    root/blobs/<sha256>.safetensors     weights, named after their content, never changed
+    root/whole/<sha256>.json            what the blob's file looked like when its content was last seen to be right
+    root/tmp/                           files being written, named after the process that writes them
+    root/lock                           held by the one publisher that may write
+
+Readers take no lock. A reader sees the manifest of before or after a publication, never something between. This
+module does not import torch: routers read the store too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from serve_app.core.catalog import MODEL_ID_PATTERN, Catalog, ModelEntry, PublishedModel
+from serve_app.errors import StoreError
+from serve_app.store.durable_files import explain_os_errors, fsync_path, is_alive, sha256_of, write_durably
+from serve_app.store.manifest import BlobFile, Manifest
+
+logger = logging.getLogger(__name__)
+
+
+class ModelStore:
+    """Reads and writes one store directory; an instance may be used by several threads.
+
+    Args:
+        root: the directory; it is made by the first write.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        self._models = self.root / "models"
+        self._blobs = self.root / "blobs"
+        self._tmp = self.root / "tmp"
+        self._whole = self.root / "whole"
+        #: What files looked like whose content was right (None), or what was wrong with it.
+        self._seen: dict[str, tuple[list[int], str | None]] = {}
+        self._writer = threading.RLock()
+        self._depth = 0
+
+    def published(self) -> tuple[str, ...]:
+        """The names of all models that have a manifest, sorted."""
+        return tuple(sorted(path.stem for path in self._models.glob("*.json") if not path.name.startswith(".")))
+
+    def has(self, model_id: str) -> bool:
+        """Whether the model has a manifest; ``check_sizes`` tells whether its files are there as well."""
+        return self._manifest_path(model_id).is_file()
+
+    def manifest(self, model_id: str) -> Manifest:
+        """The manifest of a model.
+
+        Raises:
+            StoreError: the model is not published, or its manifest is malformed.
+        """
+        path = self._manifest_path(model_id)
+        try:
+            text = path.read_bytes()
+        except FileNotFoundError as error:
+            raise StoreError(f"model {model_id!r} is not in the store {self.root}; publish it first") from error
+        except OSError as error:
+            raise StoreError(f"cannot read {path}: {error.strerror}; check the permissions of the store") from error
+        manifest = Manifest.from_json(text, str(path))
+        if manifest.model.model_id != model_id:
+            raise StoreError(f"manifest {path} is of model {manifest.model.model_id!r}; publish {model_id!r} again")
+        return manifest
+
+    def catalog(self, entries: Sequence[ModelEntry]) -> Catalog:
+        """The published ones of ``entries``, in their order.
+
+        Family, pinning, accuracy and input are those of the entry. Models with a malformed manifest, or published
+        from another builder, other weights or another dtype than the entry asks for, are logged and left out: the
+        others must be served.
+        """
+        models = []
+        for entry in entries:
+            if not self.has(entry.model_id):
+                continue
+            try:
+                manifest = self.manifest(entry.model_id)
+            except StoreError as error:
+                logger.error("model %s is left out: %s", entry.model_id, error)
+                continue
+            if is_publication_of(manifest, entry):
+                models.append(_overlay(manifest, entry))
+            else:
+                logger.warning("model %s is left out: its entry changed; publish it again", entry.model_id)
+        return Catalog(tuple(models))
+
+    def blob_path(self, name: str) -> Path:
+        """Path of the blob with this name, whether or not it exists."""
+        return self._blobs / name
+
+    def check_sizes(self, model_id: str) -> None:
+        """Checks that every file of the model exists and has its size; costs one ``stat`` per file.
+
+        Raises:
+            StoreError: the model is not published, or a file is missing or has another size.
+        """
+        for file in self.manifest(model_id).files:
+            check_size(file, self.blob_path(file.name), model_id)
+
+    def verify(self, model_id: str) -> None:
+        """Reads every file of the model and checks its SHA-256.
+
+        Raises:
+            StoreError: the model is not published, or a file is missing or differs.
+        """
+        self.check_sizes(model_id)
+        for file in self.manifest(model_id).files:
+            path = self.blob_path(file.name)
+            with explain_os_errors(f"read {path}", path):
+                digest = sha256_of(path)
+            if digest != file.sha256:
+                raise StoreError(f"weights {path} of model {model_id!r} are corrupt; publish it again with force")
+
+    def require_whole(self, file: BlobFile, model_id: str) -> None:
+        """Makes sure that a blob has the content that it was published with.
+
+        Reading a blob takes far longer than loading it, so its content is trusted as long as the file's inode, size
+        and times are as they were when it was last read, by whatever process of this machine. Else it is read again.
+
+        Raises:
+            StoreError: it is missing, truncated or corrupt.
+        """
+        path = self.blob_path(file.name)
+        check_size(file, path, model_id)
+        looks = _looks(path)
+        seen, problem = self._seen.get(file.name, ([], None))
+        if seen != looks:
+            problem = None
+            if not self._was_whole(file.name, looks):
+                logger.info("reading weights %s: they are new here, or have changed", path)
+                with explain_os_errors(f"read {path}", path):
+                    digest = sha256_of(path)
+                if digest == file.sha256:
+                    self._remember_whole(file.name, looks)
+                else:
+                    problem = f"weights {path} of model {model_id!r} are corrupt; publish it again with force"
+            self._seen[file.name] = looks, problem
+        if problem is not None:
+            raise StoreError(problem)
+
+    def _was_whole(self, name: str, looks: list[int]) -> bool:
+        try:
+            return bool(json.loads(self._whole_path(name).read_bytes()) == looks)
+        except (OSError, ValueError):
+            return False
+
+    def _whole_path(self, name: str) -> Path:
+        return (self._whole / name).with_suffix(".json")
+
+    def _remember_whole(self, name: str, looks: list[int]) -> None:
+        # Only to save time; who may not write to the store reads the blob once in every process.
+        with contextlib.suppress(OSError):
+            self._whole.mkdir(exist_ok=True)
+            temporary = self._whole / f".{name}.{os.getpid()}.{threading.get_ident()}"
+            try:
+                temporary.write_text(json.dumps(looks))
+                temporary.replace(self._whole_path(name))
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def exclusive(self, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+        """Makes the caller the only publisher on this store, across threads and processes; may be nested.
+
+        Blobs that no manifest names are safe from ``sweep`` only while their publisher holds this.
+
+        Args:
+            on_wait: called once if another publisher holds the store and this one has to wait.
+
+        Raises:
+            StoreError: the store cannot be written.
+        """
+        with self._writer:
+            if self._depth == 0:
+                descriptor = self._lock_file(on_wait)
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if self._depth == 0:
+                    os.close(descriptor)
+
+    def put_blob(self, write: Callable[[Path], None]) -> BlobFile:
+        """Stores one file under the name of its content; an equal file that is there already is kept.
+
+        Args:
+            write: writes the content to the path that it is given.
+
+        Raises:
+            StoreError: the disk is full or the store cannot be written; nothing half-written stays.
+        """
+        with self.exclusive(), self._temporary(".safetensors") as temporary:
+            with explain_os_errors(f"write weights to {self.root}", self.root):
+                write(temporary)
+                fsync_path(temporary)
+                digest = sha256_of(temporary)
+                blob = BlobFile(name=f"{digest}.safetensors", size_bytes=temporary.stat().st_size, sha256=digest)
+                path = self.blob_path(blob.name)
+                # An existing file is trusted only after reading it: putting a blob again must heal a corrupt one.
+                if not path.is_file() or sha256_of(path) != digest:
+                    temporary.replace(path)
+                    fsync_path(self._blobs)
+                self._remember_whole(blob.name, _looks(path))
+            return blob
+
+    def commit(self, manifest: Manifest) -> None:
+        """Publishes a model: from the return of this method on it is in the store, even after a power failure.
+
+        Raises:
+            StoreError: a file of the manifest is not in the store, the disk is full or the store cannot be written.
+        """
+        model_id = manifest.model.model_id
+        with self.exclusive(), self._temporary(".json") as temporary:
+            for file in manifest.files:
+                check_size(file, self.blob_path(file.name), model_id)
+            with explain_os_errors(f"write the manifest of {model_id!r}", self.root):
+                write_durably(temporary, manifest.to_json())
+                temporary.replace(self._manifest_path(model_id))
+                fsync_path(self._models)
+
+    def sweep(self) -> int:
+        """Removes what killed publishers left behind and blobs that no manifest names; returns the bytes freed.
+
+        Blobs stay while any manifest cannot be read: what it refers to is not known.
+        """
+        freed = 0
+        with self.exclusive(), explain_os_errors(f"tidy up {self.root}", self.root):
+            for path in list(self._tmp.iterdir()):
+                if not is_alive(path.name.partition("-")[0]):
+                    freed += _remove(path)
+            try:
+                used = {file.name for model_id in self.published() for file in self.manifest(model_id).files}
+            except StoreError as error:
+                logger.warning("unused weights are kept: %s", error)
+                return freed
+            for path in list(self._blobs.iterdir()):
+                if path.name not in used:
+                    freed += _remove(path)
+                    self._whole_path(path.name).unlink(missing_ok=True)
+        return freed
+
+    def _manifest_path(self, model_id: str) -> Path:
+        if MODEL_ID_PATTERN.fullmatch(model_id) is None:
+            raise StoreError(f"{model_id!r} is not the name of a model")
+        return self._models / f"{model_id}.json"
+
+    def _lock_file(self, on_wait: Callable[[], None] | None) -> int:
+        """Takes the lock of the store; closing the descriptor, or dying, gives it back."""
+        with explain_os_errors(f"write to {self.root}", self.root):
+            for directory in (self._models, self._blobs, self._tmp):
+                directory.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if on_wait is not None:
+                        on_wait()
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        return descriptor
+
+    @contextlib.contextmanager
+    def _temporary(self, suffix: str) -> Iterator[Path]:
+        """A path to write to; whatever is still there at the end is removed."""
+        path = self._tmp / f"{os.getpid()}-{secrets.token_hex(8)}{suffix}"
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def is_publication_of(manifest: Manifest, entry: ModelEntry) -> bool:
+    """Whether the published model is what the entry asks for, up to what ``ModelStore.catalog`` lays over it."""
+    model = manifest.model
+    image = entry.input or manifest.default_image
+    return (model.builder, model.weights_requested, model.dtype, model.image.crop_px) == (
+        entry.builder,
+        entry.weights,
+        entry.dtype,
+        image.crop_px,
+    )
+
+
+def _looks(path: Path) -> list[int]:
+    """What changes when a file is written to or replaced."""
+    status = path.stat()
+    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def check_size(file: BlobFile, path: Path, model_id: str) -> None:
+    """Checks that a blob is there and complete.
+
+    Raises:
+        StoreError: it is missing or has another size.
+    """
+    try:
+        size_bytes = path.stat().st_size
+    except OSError as error:
+        raise StoreError(
+            f"weights {path} of model {model_id!r} are missing ({error.strerror}); publish it again"
+        ) from error
+    if size_bytes != file.size_bytes:
+        raise StoreError(
+            f"weights {path} of model {model_id!r} have {size_bytes} bytes instead of {file.size_bytes}; "
+            "publish it again"
+        )
+
+
+def _overlay(manifest: Manifest, entry: ModelEntry) -> PublishedModel:
+    model = manifest.model
+    accuracy = model.profile.accuracy if entry.accuracy is None else entry.accuracy
+    return dataclasses.replace(
+        model,
+        family=entry.family,
+        pinned=entry.pinned,
+        image=entry.input or manifest.default_image,
+        # Manifests have counted workspace with the size once.
+        profile=dataclasses.replace(model.profile, accuracy=accuracy, size_bytes=max(1, model.weights_bytes)),
+    )
+
+
+def _remove(path: Path) -> int:
+    size_bytes = path.stat().st_size
+    path.unlink()
+    return size_bytes
