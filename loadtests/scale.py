@@ -1,8 +1,8 @@
 """What decisions cost as the cluster grows: ``python -m loadtests.scale``.
 
 A made-up cluster (``scale_world.py``) of 10, 100 and 1,000 locations and 10,000 models reports through the state
-machines that serve: one ``CoordinatorState``, and the ``Knowledge`` of some routers, which decide with ``choose`` while
-their views change. No Ray, no network: what is measured are our own decisions. Bytes are those of pickled
+machines that serve: one ``CoordinatorState``, and the ``RouterView`` of some routers, which decide with ``choose``
+while their views change. No Ray, no network: what is measured are our own decisions. Bytes are those of pickled
 ``ViewDelta``s to the worker and to the router of a location, each four times a second. Memory is resident memory. Times
 are processor time, so that others on the machine count less. Every size has a process for its coordinator and one for
 its routers (``scale_routers.py``); the last column is what the largest cluster costs over the smallest.
@@ -30,7 +30,7 @@ from serve_app.core.cluster.reports import ViewDelta, WorkerReport
 from serve_app.core.coordination.coordinator_state import CoordinatorState
 from serve_app.core.coordination.rules import CoordinatorRules, PlacementSettings
 from serve_app.core.placement.rules import PlacementRules
-from serve_app.core.routing.router_view import Knowledge
+from serve_app.core.routing.router_view import RouterView
 from serve_app.core.vocabulary import Outcome
 
 #: Routers that are told of news, and decide; the others' views are not kept.
@@ -67,7 +67,7 @@ class _Bench:
         self._world = world = World(locations, models, seed)
         self._figures = Figures(locations, models)
         self._now = 100.0
-        self._routers = {location: Knowledge() for location in world.locations[:_ROUTERS]}
+        self._routers = {location: RouterView() for location in world.locations[:_ROUTERS]}
         #: What each worker has read.
         self._read: dict[str, tuple[str, int]] = dict.fromkeys(world.locations, ("", 0))
 
@@ -114,7 +114,7 @@ class _Bench:
         for report in tick:
             self._state.handle(report, self._now)
 
-    def _view(self, location: str, known: Knowledge) -> bytes:
+    def _view(self, location: str, known: RouterView) -> bytes:
         delta = self._state.view(known.view.epoch, known.view.version, self._now, location)
         return pickle.dumps(delta, pickle.HIGHEST_PROTOCOL)
 
@@ -124,7 +124,7 @@ class _Bench:
         sizes: list[int] = []
         began_s = time.thread_time()
         for location in self._world.locations:
-            sizes.append(len(self._view(location, Knowledge())))
+            sizes.append(len(self._view(location, RouterView())))
             if time.thread_time() - began_s > _LIMIT_S:
                 break
         took_s = time.thread_time() - began_s

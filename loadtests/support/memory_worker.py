@@ -26,18 +26,18 @@ from serve_app.core.routing.rules import RoutingRules
 from serve_app.errors import StoreError
 from serve_app.models.loader import ModelLoader, use_threads
 from serve_app.models.process_memory import give_back_free_memory, process_memory
-from serve_app.serving.coordinator.client import CoordinatorLink
+from serve_app.serving.coordinator.client import CoordinatorClient
 from serve_app.serving.metrics import WorkerMetrics
-from serve_app.serving.transport.messages import FloatArray, Refused, Work
+from serve_app.serving.transport.messages import FloatArray, InferenceRejected, InferenceTask
 from serve_app.serving.worker.model_host import ModelHost
-from serve_app.serving.worker.process_budget import WorkerMemory
+from serve_app.serving.worker.process_budget import ProcessBudget
 from serve_app.serving.worker.worker import Worker, WorkerIdentity
 from serve_app.store.model_store import ModelStore
 
 _BUDGET_S = 60.0
 
 
-class _NoCoordinator(CoordinatorLink):
+class _NoCoordinator(CoordinatorClient):
     """A coordinator that cannot be reached."""
 
     async def exchange(self, news: Any, epoch: str, version: int) -> None:
@@ -50,7 +50,7 @@ class Bench:
 
     worker: Worker
     host: ModelHost
-    memory: WorkerMemory
+    memory: ProcessBudget
     store: ModelStore
     models: tuple[PublishedModel, ...]
     inputs: dict[str, FloatArray]
@@ -59,9 +59,9 @@ class Bench:
     async def infer(self, model: PublishedModel) -> None:
         """Run one inference; raises what the worker refuses it with."""
         payload = self.inputs[model.model_id]
-        work = Work(model_id=model.model_id, origin="here", payload=payload, budget_s=_BUDGET_S)
+        work = InferenceTask(model_id=model.model_id, origin="here", payload=payload, budget_s=_BUDGET_S)
         reply = await self.worker.infer(work)
-        if isinstance(reply, Refused):
+        if isinstance(reply, InferenceRejected):
             raise reply.error
 
     def weights(self, model: PublishedModel) -> Path:
@@ -85,7 +85,7 @@ async def bench(memory: str, *, preloads: int, release_page_cache: bool) -> Asyn
         loader.prepare(model.model_id)
     slots = settings.worker.parallel_inferences
     budget = divide(parse_size(memory), catalog.models, slots)
-    worker_memory = WorkerMemory(budget, read=process_memory, give_back=give_back_free_memory)
+    worker_memory = ProcessBudget(budget, read=process_memory, give_back=give_back_free_memory)
     models = tuple(
         model
         for model in catalog.models

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 from loadtests.support.scale_world import TICK_S, World
 from serve_app.core.links import LinkTable
-from serve_app.core.routing.choose import Errand, choose
+from serve_app.core.routing.choose import RoutingRequest, choose
 from serve_app.core.routing.eviction_cost import prepare
-from serve_app.core.routing.router_view import Knowledge
+from serve_app.core.routing.router_view import RouterView
 from serve_app.core.vocabulary import ModelState, Outcome
 
 #: Of every router between two views; and of all together.
@@ -30,7 +30,7 @@ class _Router:
 
     def __init__(self, location: str, world: World, rng: random.Random) -> None:
         self._location, self._world, self._rng = location, world, rng
-        self._known = Knowledge()
+        self._known = RouterView()
         self._ways = LinkTable(location, world.rules.link)
         self._probed = {location}
 
@@ -56,7 +56,7 @@ class _Router:
         known, rules, ways = self._known, self._world.rules, self._ways
         for _ in range(REQUESTS):
             model = self._world.profiles[self._world.draw(self._location)]
-            errand = Errand(model=model, here=self._location, payload_bytes=_PAYLOAD_BYTES)
+            errand = RoutingRequest(model=model, here=self._location, payload_bytes=_PAYLOAD_BYTES)
             before_ns = time.thread_time_ns()
             plan = choose(errand, known, rules, ways)
             took[plan.outcome.value].append(time.thread_time_ns() - before_ns)

@@ -122,12 +122,12 @@ class World:
             load_failures=0,
             evictions=0,
             outcomes={location: OutcomeCounts()},
-            keeps=frozenset(names),
+            primary_for=frozenset(names),
         )
 
     def _resident(self, name: str) -> ResidentModel:
         size_bytes = self.profiles[name].size_bytes
-        return ResidentModel(model_id=name, state=ModelState.READY, size_bytes=size_bytes, uses=0, pinned=False)
+        return ResidentModel(model_id=name, state=ModelState.READY, size_bytes=size_bytes, uses=0, unevictable=False)
 
     def _next(self, before: WorkerReport) -> WorkerReport:
         rng, location = self._rng, before.location
@@ -153,5 +153,5 @@ class World:
             exec_s=exec_s,
             outcomes={location: before.outcomes[location] + OutcomeCounts(requests=len(asked), hits=len(asked))},
             demand=tuple(Demand(location=location, model_id=name, count=1) for name in asked),
-            keeps=frozenset(models),
+            primary_for=frozenset(models),
         )

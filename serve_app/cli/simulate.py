@@ -21,7 +21,7 @@ from serve_app.core.policies.registry import ORACLES, POLICIES
 if TYPE_CHECKING:
     from serve_app.simulator.discrete_event.settings import Coordination
     from serve_app.simulator.result_row import Row
-    from serve_app.simulator.runner import Plan, TimeModel
+    from serve_app.simulator.runner import ExperimentPlan, TimeModel
     from serve_app.simulator.scenario import PolicyChoice, Workload
 
 _DEFAULT_TRACE = "azure-like:"
@@ -146,7 +146,7 @@ def simulate(
         _paper(trace, models, mapping, locations, range(seed, seed + (seeds or _DEFAULT_SEEDS)), data, workers, outputs)
         return
 
-    from serve_app.simulator.runner import Cell, Plan
+    from serve_app.simulator.runner import Cell, ExperimentPlan
     from serve_app.simulator.scenario import make_workload, parse_capacities, parse_policies
 
     chosen = _parsed(parse_policies, policies or _DEFAULT_POLICIES, "--policy")
@@ -160,7 +160,7 @@ def simulate(
         if mode != "none" and len(workload.trace.locations) > 1:
             chosen = _without_oracles(chosen)
     cells = tuple(Cell(policy=policy, capacity=memory) for memory in memories for policy in chosen)
-    rows = _run(Plan(workloads=(workload,), cells=cells, time=time_model, coordination=mode), workers)
+    rows = _run(ExperimentPlan(workloads=(workload,), cells=cells, time=time_model, coordination=mode), workers)
     _say_what_is_rejected(rows, workload.largest_bytes)
 
     from serve_app.simulator.result_table import as_table, summary
@@ -246,7 +246,7 @@ def _benchmark(data: Path | None, seed: int) -> None:
     benchmark(find_reference(data), seed=seed, out=stdout(), err=stderr())
 
 
-def _run(plan: Plan, jobs: int) -> tuple[Row, ...]:
+def _run(plan: ExperimentPlan, jobs: int) -> tuple[Row, ...]:
     from serve_app.simulator.runner import run
 
     # Asked to end in any way, it takes its processes along.

@@ -45,7 +45,7 @@ def ray_temp_dir() -> Path:
     return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
 
 
-def lines_dir() -> Path:
+def sockets_dir() -> Path:
     """Where this user's workers on this machine listen for routers; socket paths must be short."""
     return ray_temp_dir() / f"edgeserve-{os.getuid()}"
 

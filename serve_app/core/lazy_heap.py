@@ -9,7 +9,7 @@ from typing import NamedTuple
 from serve_app.core.catalog import ModelProfile
 
 
-class Ranked(NamedTuple):
+class HeapEntry(NamedTuple):
     """A model under the key that it was last seen to have; of equals, the one that was added first goes first."""
 
     key: float
@@ -17,7 +17,7 @@ class Ranked(NamedTuple):
     model: ModelProfile
 
 
-class Ranking:
+class LazyHeap:
     """Models on a heap, the smallest key on top.
 
     A key that grows costs nothing when it does so: the model surfaces with its old key and sinks again. That is what
@@ -32,8 +32,8 @@ class Ranking:
 
     def __init__(self, key: Callable[[ModelProfile, float], float]) -> None:
         self._key = key
-        self._heap: list[Ranked] = []
-        self._live: dict[str, Ranked] = {}
+        self._heap: list[HeapEntry] = []
+        self._live: dict[str, HeapEntry] = {}
         self._order = 0
 
     def __len__(self) -> int:
@@ -45,7 +45,7 @@ class Ranking:
     def add(self, model: ModelProfile, now: float) -> None:
         """Rank a model from now on."""
         self._order += 1
-        self.put_back(Ranked(self._key(model, now), self._order, model))
+        self.put_back(HeapEntry(self._key(model, now), self._order, model))
 
     def renew(self, model_id: str, now: float) -> None:
         """The key of a model may have shrunk; unknown models are ignored."""
@@ -53,13 +53,13 @@ class Ranking:
         if known is not None:
             key = self._key(known.model, now)
             if key < known.key:
-                self.put_back(Ranked(key, known.order, known.model))
+                self.put_back(HeapEntry(key, known.order, known.model))
 
-    def take(self, model_id: str) -> Ranked | None:
+    def take(self, model_id: str) -> HeapEntry | None:
         """Take out a model by name; None if it is not ranked."""
         return self._live.pop(model_id, None)
 
-    def pop(self, now: float) -> Ranked | None:
+    def pop(self, now: float) -> HeapEntry | None:
         """Take out the model with the smallest key as of ``now``; None if there is none."""
         heap, live = self._heap, self._live
         while heap:
@@ -73,12 +73,12 @@ class Ranking:
                 heapq.heappop(heap)
                 del live[model.model_id]
                 return top
-            sunk = Ranked(key, top.order, model)
+            sunk = HeapEntry(key, top.order, model)
             live[model.model_id] = sunk
             heapq.heapreplace(heap, sunk)
         return None
 
-    def put_back(self, ranked: Ranked) -> None:
+    def put_back(self, ranked: HeapEntry) -> None:
         """Undo ``take`` or ``pop``."""
         self._live[ranked.model.model_id] = ranked
         if len(self._heap) > 2 * len(self._live) + self.SLACK:

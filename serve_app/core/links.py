@@ -9,7 +9,7 @@ from statistics import median_low
 from typing import Protocol
 
 
-class Ways(Protocol):
+class Topology(Protocol):
     """What is known of the ways between locations: as configured (``RoutingRules``), or as measured (``LinkTable``)."""
 
     def link(self, here: str, there: str) -> Link:

@@ -13,14 +13,14 @@ _WORKSPACE_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
+class MemoryBudget:
     """What a worker may take beyond its base: so much for models, so much for executions."""
 
     models_bytes: int
     workspace_bytes: int
 
 
-def divide(memory_bytes: int, models: Iterable[PublishedModel], exec_slots: int) -> Budget:
+def divide(memory_bytes: int, models: Iterable[PublishedModel], exec_slots: int) -> MemoryBudget:
     """Set workspace aside for executions; models get the rest.
 
     Executions need workspace, models do not: what counts is how many run, not how many are resident. Where memory is
@@ -31,7 +31,7 @@ def divide(memory_bytes: int, models: Iterable[PublishedModel], exec_slots: int)
     shared_bytes = min(exec_slots * largest_bytes, int(memory_bytes * _WORKSPACE_SHARE))
     # A model of no weights at all may need everything for itself; a cache of nothing does not exist.
     workspace_bytes = min(max(largest_bytes, shared_bytes), memory_bytes - 1)
-    return Budget(models_bytes=memory_bytes - workspace_bytes, workspace_bytes=workspace_bytes)
+    return MemoryBudget(models_bytes=memory_bytes - workspace_bytes, workspace_bytes=workspace_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +74,7 @@ class MemoryGuard:
         self._smoothed_bytes = 0.0
         self._looked_s: float | None = None
 
-    def beyond_bytes(self, memory: ProcessMemory, budget: Budget, used_bytes: int) -> int:
+    def beyond_bytes(self, memory: ProcessMemory, budget: MemoryBudget, used_bytes: int) -> int:
         """By how much the process exceeds its base and what is counted: models of ``used_bytes``, and workspace."""
         private_bytes = memory.anonymous_bytes - self.base.anonymous_bytes - budget.workspace_bytes
         all_bytes = memory.rss_bytes - self.base.rss_bytes - budget.workspace_bytes - used_bytes

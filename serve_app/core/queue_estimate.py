@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Queue:
+class QueueEstimate:
     """Inferences that run or wait at one worker, and how long the next one will wait."""
 
     __slots__ = ("_backlog_s", "jobs")

@@ -15,14 +15,17 @@ class ModelState(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResidentModel:
-    """One line of the cache's books; one that is ``kept`` is ``pinned`` until a request cannot be served otherwise."""
+    """What a worker reports of one model in memory.
+
+    A ``protected`` one is ``unevictable`` until a request cannot be served otherwise.
+    """
 
     model_id: str
     state: ModelState
     size_bytes: int
     uses: int
-    pinned: bool
-    kept: bool = False
+    unevictable: bool
+    protected: bool = False
 
 
 class Outcome(enum.StrEnum):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from serve_app.errors import InvalidRequest, StoreError
 from serve_app.models.graph_optimizations import run
-from serve_app.models.module_template import Skeleton
+from serve_app.models.module_template import ModuleTemplate
 from serve_app.models.readahead import ReadAhead, is_resident
 from serve_app.store.manifest import BlobFile, Manifest
 from serve_app.store.model_store import ModelStore, check_size
@@ -42,7 +42,7 @@ class LoadedModel:
 
     def __init__(
         self,
-        filled: Skeleton,
+        filled: ModuleTemplate,
         reading: Sequence[ReadAhead] = (),
         unloaded: Unloaded | None = None,
     ) -> None:
@@ -51,7 +51,7 @@ class LoadedModel:
         self.model_id = filled.manifest.model.model_id
         self.weights_bytes = filled.manifest.model.weights_bytes
         self._input_shape = filled.manifest.model.inputs[0].shape[1:]
-        self._skeleton: Skeleton | None = filled
+        self._skeleton: ModuleTemplate | None = filled
 
     def infer(self, batch: NDArray[np.float32]) -> NDArray[np.float32]:
         """Runs the model.
@@ -112,7 +112,7 @@ class ModelLoader:
         self._store = store
         # It takes milliseconds, which the caller of unload does not have.
         self._releasing = ThreadPoolExecutor(1, thread_name_prefix="release") if release_page_cache else None
-        self._skeletons: dict[str, Skeleton] = {}
+        self._skeletons: dict[str, ModuleTemplate] = {}
         self._locks: dict[str, threading.Lock] = {}
 
     def prepare(self, model_id: str) -> None:
@@ -154,7 +154,7 @@ class ModelLoader:
             newer = self._store.manifest(model_id)
             if newer.files == prepared.manifest.files:
                 raise
-            self._skeletons[model_id] = replaced = Skeleton(newer)
+            self._skeletons[model_id] = replaced = ModuleTemplate(newer)
             return fill(self._store, replaced, self._release)
 
     def _release(self, manifest: Manifest, reading: Sequence[ReadAhead]) -> None:
@@ -162,17 +162,17 @@ class ModelLoader:
             paths = [self._store.blob_path(file.name) for file in manifest.files]
             self._releasing.submit(_forget_pages, paths, reading)
 
-    def _prepared(self, model_id: str) -> Skeleton:
+    def _prepared(self, model_id: str) -> ModuleTemplate:
         ready = self._skeletons.get(model_id)
         if ready is not None:
             return ready
         with self._locks.setdefault(model_id, threading.Lock()):
             if model_id not in self._skeletons:
-                self._skeletons[model_id] = Skeleton(self._store.manifest(model_id))
+                self._skeletons[model_id] = ModuleTemplate(self._store.manifest(model_id))
             return self._skeletons[model_id]
 
 
-def fill(store: ModelStore, empty: Skeleton, unloaded: Unloaded | None = None) -> LoadedModel:
+def fill(store: ModelStore, empty: ModuleTemplate, unloaded: Unloaded | None = None) -> LoadedModel:
     """Maps the files of a prepared model and fills it; ``unloaded`` is called when it has been unloaded again.
 
     Files that are not in the page cache are read on in the background.

@@ -58,7 +58,7 @@ class _Place:
     is_parameter: bool
 
 
-class Skeleton:
+class ModuleTemplate:
     """A module without weights, ready to be filled with the tensors of one manifest.
 
     Raises:

@@ -16,7 +16,7 @@ from serve_app.config.edge import load_edge, load_token
 from serve_app.config.yaml_files import find
 from serve_app.errors import ConfigError
 from serve_app.serving import code_version
-from serve_app.serving.replica_config import Deployed
+from serve_app.serving.replica_config import ReplicaConfig
 from serve_app.serving.replicas import RouterReplica, WorkerReplica
 from serve_app.serving.transport.named_replica_router import NamedReplicaRouter
 from serve_app.serving.transport.worker_client import WORKER
@@ -63,7 +63,7 @@ def build(args: AppArgs) -> Any:
     settings = load_edge(Path(args.edge))
     if args.location is not None and args.location not in settings.locations:
         raise ConfigError(f"{args.edge}: no location {args.location!r}; there are {', '.join(settings.locations)}")
-    deployed = Deployed(
+    deployed = ReplicaConfig(
         settings=settings,
         entries=load_catalog(settings.catalog),
         location=args.location,
@@ -95,7 +95,7 @@ def _put_there_ns(path: Path) -> int:
     return max(status.st_mtime_ns, status.st_ctime_ns)
 
 
-def _versioned(deployment: Any, deployed: Deployed, token: str | None) -> Any:
+def _versioned(deployment: Any, deployed: ReplicaConfig, token: str | None) -> Any:
     """Give a deployment a version that changes only when its replicas must be replaced.
 
     Serve has no public way to say this to ``serve.run``, and replaces all replicas every time if nobody says it.

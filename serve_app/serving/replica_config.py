@@ -9,13 +9,13 @@ from pydantic import TypeAdapter
 from serve_app.config.edge import EdgeSettings, LocationSettings
 from serve_app.core.catalog import Catalog, ModelEntry
 from serve_app.core.coordination.rules import CoordinatorRules, PlacementSettings
-from serve_app.core.memory_budget import Budget, divide
+from serve_app.core.memory_budget import MemoryBudget, divide
 from serve_app.core.placement.rules import PlacementRules
 from serve_app.core.policies.base import EvictionPolicy
 from serve_app.core.policies.registry import make_policy
 from serve_app.core.routing.rules import RoutingRules
-from serve_app.serving.coordinator.client import CoordinatorLink
-from serve_app.serving.worker.worker import HoldingRules
+from serve_app.serving.coordinator.client import CoordinatorClient
+from serve_app.serving.worker.worker import RetentionRules
 from serve_app.store.model_store import ModelStore
 
 #: A typical request, for placement: a photograph.
@@ -23,7 +23,7 @@ _PAYLOAD_BYTES = 200_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Deployed:
+class ReplicaConfig:
     """What a replica is told: everything that was configured. The store is read where the replica runs.
 
     It is the Serve applications' ``user_config``, so a change of it reaches the replicas while they serve.
@@ -39,11 +39,11 @@ class Deployed:
         return _DEPLOYED.dump_python(self, mode="json")
 
     @staticmethod
-    def from_json(content: Any) -> "Deployed":
+    def from_json(content: Any) -> "ReplicaConfig":
         """What ``to_json`` has made plain."""
         return _DEPLOYED.validate_python(content)
 
-    def budget(self, catalog: Catalog) -> Budget:
+    def budget(self, catalog: Catalog) -> MemoryBudget:
         """How a worker of this location divides its memory."""
         return divide(self.here.memory, catalog.models, self.settings.worker.parallel_inferences)
 
@@ -76,10 +76,10 @@ class Deployed:
         """Models of which there must be a number of copies."""
         return {entry.model_id: entry.min_copies for entry in self.entries if entry.min_copies}
 
-    def holding(self) -> HoldingRules:
+    def holding(self) -> RetentionRules:
         """What a worker of this location holds in any case."""
         worker = self.settings.worker
-        return HoldingRules(
+        return RetentionRules(
             preload=self.settings.locations[self.location].preload if self.location else (),
             min_copies=self.min_copies(),
             idle_unload_s=worker.idle_unload,
@@ -105,9 +105,9 @@ class Deployed:
             placement=placement,
         )
 
-    def link(self, catalog: Catalog) -> CoordinatorLink:
+    def link(self, catalog: Catalog) -> CoordinatorClient:
         """A connection to the coordinator."""
-        return CoordinatorLink(self.coordination(catalog), self.location)
+        return CoordinatorClient(self.coordination(catalog), self.location)
 
 
-_DEPLOYED = TypeAdapter(Deployed)
+_DEPLOYED = TypeAdapter(ReplicaConfig)

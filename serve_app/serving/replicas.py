@@ -9,19 +9,19 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 
-from serve_app.config.environment import lines_dir
+from serve_app.config.environment import sockets_dir
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import Catalog
 from serve_app.errors import ConfigError
 from serve_app.serving.api.endpoints import HttpSettings, build_http_app
 from serve_app.serving.api.metrics_scrape import MetricsScraper
 from serve_app.serving.metrics import RouterMetrics, WorkerMetrics
-from serve_app.serving.replica_config import Deployed
+from serve_app.serving.replica_config import ReplicaConfig
 from serve_app.serving.router.router import Router
-from serve_app.serving.transport.local_rpc import Exchange
+from serve_app.serving.transport.local_rpc import LocalRpcServer
 from serve_app.serving.transport.worker_client import ServeWorkerPool
 from serve_app.serving.worker.model_host import ModelHost
-from serve_app.serving.worker.process_budget import WorkerMemory
+from serve_app.serving.worker.process_budget import ProcessBudget
 from serve_app.serving.worker.worker import Worker, WorkerIdentity
 from serve_app.store.model_store import ModelStore
 
@@ -39,7 +39,7 @@ def _log_with_serve() -> None:
 class WorkerReplica:
     """One worker replica: a ``Worker`` with its parts put together."""
 
-    async def __init__(self, deployed: Deployed) -> None:  # type: ignore[misc]
+    async def __init__(self, deployed: ReplicaConfig) -> None:  # type: ignore[misc]
         # Here and not above: the router's process must not pay for torch.
         from serve_app.models.loader import ModelLoader, use_threads
         from serve_app.models.process_memory import give_back_free_memory, process_memory
@@ -87,18 +87,18 @@ class WorkerReplica:
             rules=deployed.rules(catalog),
             holding=deployed.holding(),
             metrics=metrics,
-            memory=WorkerMemory(budget, read=process_memory, give_back=give_back_free_memory),
+            memory=ProcessBudget(budget, read=process_memory, give_back=give_back_free_memory),
             max_pixels=settings.limits.image_pixels,
         )
-        self._exchange = Exchange(self._worker.infer)
+        self._exchange = LocalRpcServer(self._worker.infer)
         try:
-            await self._exchange.open(lines_dir(), replica)
+            await self._exchange.open(sockets_dir(), replica)
         except OSError as error:
             logger.warning("routers of this host must take the long way, by Serve: %s", error)
         await self._worker.preload_pinned()
         self._worker.start(settings.coordinator.report_every)
 
-    def _prepared(self, deployed: Deployed) -> Catalog:
+    def _prepared(self, deployed: ReplicaConfig) -> Catalog:
         """The models of this node's store, each ready to be loaded."""
         catalog = deployed.catalog()
         for model in catalog.models:
@@ -111,7 +111,7 @@ class WorkerReplica:
 
     async def reconfigure(self, user_config: Any) -> None:
         """Called by Serve, once after the constructor and whenever the configuration has changed."""
-        deployed = Deployed.from_json(user_config)
+        deployed = ReplicaConfig.from_json(user_config)
         if deployed == self._deployed:
             return
         catalog = await asyncio.to_thread(self._prepared, deployed)
@@ -161,7 +161,7 @@ class WorkerReplica:
 class RouterReplica:
     """One router replica: a ``Router`` with its parts put together, behind HTTP."""
 
-    def __init__(self, deployed: Deployed, token: str | None, worker: Any = None) -> None:
+    def __init__(self, deployed: ReplicaConfig, token: str | None, worker: Any = None) -> None:
         _log_with_serve()
         settings = deployed.settings
         catalog = deployed.catalog()
@@ -173,7 +173,7 @@ class RouterReplica:
             home=deployed.location or settings.gateway_location,
             stands_in=deployed.location is None,
             rules=deployed.rules(catalog),
-            pool=ServeWorkerPool(lines_dir()),
+            pool=ServeWorkerPool(sockets_dir()),
             link=deployed.link(catalog),
             metrics=RouterMetrics(serve.get_replica_context().replica_id.unique_id),
             request_time_s=settings.limits.request_time,
@@ -196,7 +196,7 @@ class RouterReplica:
 
     async def reconfigure(self, user_config: Any) -> None:
         """Called by Serve, once after the constructor and whenever the configuration has changed."""
-        deployed = Deployed.from_json(user_config)
+        deployed = ReplicaConfig.from_json(user_config)
         if deployed == self._deployed:
             return
         catalog = await asyncio.to_thread(deployed.catalog)

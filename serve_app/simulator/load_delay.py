@@ -24,7 +24,7 @@ _STRIDE = 20_000
 
 
 @dataclass(slots=True, kw_only=True)
-class Tally:
+class LoadDelayResults:
     """What came of a replay. ``rejected`` counts the misses of models that memory has no room for."""
 
     requests: int = 0
@@ -43,7 +43,7 @@ class Tally:
     waited_latency_s: array[float] = field(default_factory=lambda: array("d"))
     at_once: Counter[float] = field(default_factory=Counter)
 
-    def __iadd__(self, other: Tally) -> Tally:
+    def __iadd__(self, other: LoadDelayResults) -> LoadDelayResults:
         for name in self.__slots__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         return self
@@ -54,7 +54,7 @@ def replay(
     profiles: Sequence[ModelProfile],
     make_cache: Callable[[int], ModelCache],
     progress: Callable[[int], None] = lambda _: None,
-) -> Tally:
+) -> LoadDelayResults:
     """Replay a trace through one cache per location.
 
     Args:
@@ -63,7 +63,7 @@ def replay(
         make_cache: a fresh cache for the location of that number.
         progress: is told now and then how many more requests are done.
     """
-    total = Tally()
+    total = LoadDelayResults()
     for number in range(len(trace.locations)):
         location = _Location(make_cache(number), profiles)
         location.play(*_stream(trace, number), progress)
@@ -82,7 +82,7 @@ def _stream(trace: Trace, number: int) -> tuple[Sequence[float], Sequence[int]]:
 class _Location:
     cache: ModelCache
     profiles: Sequence[ModelProfile]
-    tally: Tally = field(default_factory=Tally)
+    tally: LoadDelayResults = field(default_factory=LoadDelayResults)
     #: Preloads under way, those that gave way to a request included: when each ends, in order, and the same by model.
     _endings: list[tuple[float, str]] = field(default_factory=list)
     _ends_s: dict[str, float] = field(default_factory=dict)
@@ -113,7 +113,7 @@ class _Location:
             tally.exec_s += count * profiles[number].exec_s
             tally.at_once[profiles[number].exec_s] += count
 
-    def close(self) -> Tally:
+    def close(self) -> LoadDelayResults:
         counters = self.cache.counters
         self.tally.preloads = counters.preloads
         self.tally.wasted_preloads = counters.wasted_preloads

@@ -31,7 +31,7 @@ class Row:
             it, or in the full model of time by one of them.
         preload_s_per_request: seconds that background loads took, per request; nobody waited for them.
         preload_over_exec: the same over the mean execution time.
-        coordination: what locations had to do with each other, as in ``FullOptions``.
+        coordination: what locations had to do with each other, as in ``DiscreteEventOptions``.
         wall_s: how long the replay took.
         requests_per_s: how many requests the simulator replayed in a second.
     """
@@ -107,7 +107,7 @@ class Counts(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class CellResult:
     """All that a replay tells."""
 
     counts: Counts
@@ -119,7 +119,7 @@ class Outcome:
 
 
 def row_of(
-    workload: Workload, outcome: Outcome, *, policy: str, capacity_bytes: int, capacity_share: float, time: str
+    workload: Workload, outcome: CellResult, *, policy: str, capacity_bytes: int, capacity_share: float, time: str
 ) -> Row:
     """The row of one replay."""
     counts, latency = outcome.counts, outcome.latency

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from serve_app.errors import EdgeServeError
 from serve_app.simulator.load_delay import replay
-from serve_app.simulator.result_row import Latency, Outcome, Row, compulsory_load_s, row_of
+from serve_app.simulator.result_row import CellResult, Latency, Row, compulsory_load_s, row_of
 from serve_app.simulator.scenario import Capacity, PolicyChoice, Workload, cache_maker
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class ExperimentPlan:
     """What is to be replayed, and in which model of time; ``coordination`` and ``max_preloads`` are for one each."""
 
     workloads: tuple[Workload, ...]
@@ -57,7 +57,7 @@ class Plan:
         return sum(len(self.workloads[cell.workload].trace) for cell in self.cells)
 
 
-def run(plan: Plan, *, jobs: int, on_progress: Callable[[int], None] = lambda _: None) -> tuple[Row, ...]:
+def run(plan: ExperimentPlan, *, jobs: int, on_progress: Callable[[int], None] = lambda _: None) -> tuple[Row, ...]:
     """Replay everything; the rows stand in the order of the cells.
 
     Args:
@@ -78,7 +78,7 @@ def run(plan: Plan, *, jobs: int, on_progress: Callable[[int], None] = lambda _:
         raise EdgeServeError(f"a replay died, most likely for lack of memory; {hint}") from None
 
 
-def _run_here(plan: Plan, on_progress: Callable[[int], None]) -> tuple[Row, ...]:
+def _run_here(plan: ExperimentPlan, on_progress: Callable[[int], None]) -> tuple[Row, ...]:
     done = 0
 
     def tell(requests: int) -> None:
@@ -89,7 +89,7 @@ def _run_here(plan: Plan, on_progress: Callable[[int], None]) -> tuple[Row, ...]
     return tuple(play(plan, number, tell) for number in range(len(plan.cells)))
 
 
-def play(plan: Plan, number: int, on_progress: Callable[[int], None] = lambda _: None) -> Row:
+def play(plan: ExperimentPlan, number: int, on_progress: Callable[[int], None] = lambda _: None) -> Row:
     """Replay one cell, given by its number; ``on_progress`` is told how many more requests are done."""
     cell = plan.cells[number]
     workload = plan.workloads[cell.workload]
@@ -116,11 +116,11 @@ def _replay_load_delay(
     capacity_bytes: int,
     max_preloads: int,
     on_progress: Callable[[int], None],
-) -> Outcome:
+) -> CellResult:
     make_cache = cache_maker(workload, policy, capacity_bytes=capacity_bytes, max_preloads=max_preloads)
     began_s = time.perf_counter()
     tally = replay(workload.trace, workload.profiles, make_cache, on_progress)
-    return Outcome(
+    return CellResult(
         counts=tally,
         forwards=0,
         wall_s=time.perf_counter() - began_s,
@@ -135,21 +135,21 @@ def _replay_full(
     capacity_bytes: int,
     coordination: Coordination,
     on_progress: Callable[[int], None],
-) -> Outcome:
-    from serve_app.simulator.discrete_event.settings import FullOptions, geographic_links
-    from serve_app.simulator.discrete_event.simulation import simulate_full
+) -> CellResult:
+    from serve_app.simulator.discrete_event.settings import DiscreteEventOptions, geographic_links
+    from serve_app.simulator.discrete_event.simulation import simulate_discrete_event
 
     if len(workload.trace.locations) == 1:
         # There is nobody to forward to, and where to put a model is no question.
         coordination = "none"
-    options = FullOptions(
+    options = DiscreteEventOptions(
         make_cache=cache_maker(workload, policy, capacity_bytes=capacity_bytes, max_preloads=LIVE_PRELOADS),
         coordination=coordination,
         links=geographic_links(workload.trace.locations, seed=workload.seed),
     )
     began_s = time.perf_counter()
-    tally = simulate_full(workload.trace, workload.profiles, options, on_progress)
-    return Outcome(
+    tally = simulate_discrete_event(workload.trace, workload.profiles, options, on_progress)
+    return CellResult(
         counts=tally,
         forwards=tally.forwards,
         wall_s=time.perf_counter() - began_s,
@@ -159,7 +159,7 @@ def _replay_full(
     )
 
 
-def _run_side_by_side(plan: Plan, jobs: int, on_progress: Callable[[int], None]) -> tuple[Row, ...]:
+def _run_side_by_side(plan: ExperimentPlan, jobs: int, on_progress: Callable[[int], None]) -> tuple[Row, ...]:
     # Not forked: whoever calls may have threads.
     context = multiprocessing.get_context("spawn")
     # Every cell has a place of its own, so that nobody needs a lock that a dying process might keep.
@@ -197,7 +197,7 @@ def _interrupts_held_back() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    plan: Plan
+    plan: ExperimentPlan
     done: MutableSequence[int]
 
 
@@ -205,7 +205,7 @@ class _Work:
 _work_of_process: list[_Work] = []
 
 
-def _begin_work(plan: Plan, done: MutableSequence[int]) -> None:
+def _begin_work(plan: ExperimentPlan, done: MutableSequence[int]) -> None:
     _work_of_process[:] = [_Work(plan, done)]
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

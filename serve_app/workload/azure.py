@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.workload.chance import Chance
 from serve_app.workload.popularity_filter import worth_keeping
+from serve_app.workload.seeded_random import SeededRandom
 from serve_app.workload.tables import Table, fail, shown
 from serve_app.workload.trace import MAX_REQUESTS, Trace, make_trace
 
@@ -71,7 +71,7 @@ def read_azure(
         fail(path, "no function is left; choose more minutes or another trigger, or drop fewer")
     if total > MAX_REQUESTS:
         fail(path, f"{total} calls are more than {MAX_REQUESTS}; choose fewer minutes or drop more")
-    arrival_s, function = _spread(calls.counts, kept, Chance(seed, "calls within a minute"))
+    arrival_s, function = _spread(calls.counts, kept, SeededRandom(seed, "calls within a minute"))
     return make_trace(
         name=name or str(path),
         models=calls.models,
@@ -166,7 +166,7 @@ def _counts(table: Table, line: int, cells: list[str], first: int, last: int) ->
 
 
 def _spread(
-    counts: NDArray[np.int32], kept: NDArray[np.intp], chance: Chance
+    counts: NDArray[np.int32], kept: NDArray[np.intp], chance: SeededRandom
 ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
     """Arrival in seconds and function of every call."""
     arrivals, functions = [], []

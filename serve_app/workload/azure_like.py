@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.errors import TraceError
-from serve_app.workload.chance import Chance, Column
 from serve_app.workload.diurnal import clock_times
 from serve_app.workload.popularity_filter import worth_keeping
+from serve_app.workload.seeded_random import Column, SeededRandom
 from serve_app.workload.trace import MAX_REQUESTS, Trace, make_trace
 
 #: Share of the functions. Timers tick, steady ones are called evenly, the others in bursts.
@@ -99,7 +99,7 @@ class AzureLike:
         )
 
     def _arrivals(self, plan: _Plan, function: int) -> Column:
-        chance, count = Chance(self.seed, f"calls of function {function}"), int(plan.counts[function])
+        chance, count = SeededRandom(self.seed, f"calls of function {function}"), int(plan.counts[function])
         period = int(plan.periods_min[function])
         if period:
             return _ticks(chance, int(plan.phases_min[function]), period, int(plan.calls_a_tick[function]), count)
@@ -123,7 +123,7 @@ class _Plan:
     @classmethod
     def draw(cls, parameters: AzureLike) -> _Plan:
         size, minutes = parameters.functions, parameters.minutes
-        chance = Chance(parameters.seed, "functions")
+        chance = SeededRandom(parameters.seed, "functions")
         kind = chance.uniform(size)
         timer, steady = kind < _TIMER, (kind >= _TIMER) & (kind < _TIMER + _STEADY)
         periods = np.array(list(_PERIODS))[chance.pick(np.array(list(_PERIODS.values()), dtype=np.float64), size)]
@@ -144,7 +144,7 @@ class _Plan:
         )
 
 
-def _ticks(chance: Chance, phase_min: int, period_min: int, calls: int, count: int) -> Column:
+def _ticks(chance: SeededRandom, phase_min: int, period_min: int, calls: int, count: int) -> Column:
     """Calls of a timer: in every period's minute, at seconds of their own."""
     minutes = phase_min + period_min * (np.arange(count) // calls)
     return np.sort(60.0 * (minutes + chance.uniform(count)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from serve_app.workload.chance import Column
+from serve_app.workload.seeded_random import Column
 
 #: Relative request rate in the hours 0 to 23.
 HOUR_PROFILE = (

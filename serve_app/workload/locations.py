@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from serve_app.workload.chance import Chance
+from serve_app.workload.seeded_random import SeededRandom
 from serve_app.workload.trace import Trace, column, indices
 
 
@@ -43,8 +43,8 @@ def split(
     load = np.resize(np.array(weights, dtype=np.float64), locations)
     # Sources are numbered, but their numbers may be far apart.
     sources, source = np.unique(column(trace.source), return_inverse=True)
-    home = Chance(seed, "homes").pick(load, len(sources))[source]
-    anywhere = Chance(seed, "elsewhere").pick(load, len(trace))
-    at_home = Chance(seed, "away").uniform(len(trace)) < skew
+    home = SeededRandom(seed, "homes").pick(load, len(sources))[source]
+    anywhere = SeededRandom(seed, "elsewhere").pick(load, len(trace))
+    at_home = SeededRandom(seed, "away").uniform(len(trace)) < skew
     names = tuple(f"loc{number}" for number in range(locations))
     return replace(trace, locations=names, location=indices(np.where(at_home, home, anywhere)))

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.errors import TraceError
-from serve_app.workload.chance import Chance, Column
 from serve_app.workload.diurnal import clock_times
+from serve_app.workload.seeded_random import Column, SeededRandom
 from serve_app.workload.trace import MAX_REQUESTS, Trace, make_trace
 
 _DAY_S = 86_400.0
@@ -92,23 +92,23 @@ class Sessions:
         )
 
     def _sessions_by_day(self) -> Column:
-        factors = np.exp(_DAY_SIGMA * Chance(self.seed, "days").normal(self.days))
+        factors = np.exp(_DAY_SIGMA * SeededRandom(self.seed, "days").normal(self.days))
         factors[np.arange(self.days) % 7 >= 5] *= _WEEKEND_FACTOR
         return np.asarray(factors * self.sessions_per_day)
 
     def _starts(self, day: int, mean: float) -> Column:
         """When the sessions of a day begin: a Poisson process whose rate follows the hours."""
-        chance = Chance(self.seed, f"starts of day {day}")
+        chance = SeededRandom(self.seed, f"starts of day {day}")
         # Ten standard deviations more than are expected: enough to reach the end of the day.
         ends = np.cumsum(chance.exponential(int(mean + 10 * math.sqrt(mean)) + 40))
         return day * _DAY_S + clock_times(ends[ends < mean] / mean, start_hour=0, minutes=_DAY_MINUTES)
 
     def _lengths(self, count: int) -> NDArray[np.intp]:
-        drawn = np.exp(_LENGTH_MU + _LENGTH_SIGMA * Chance(self.seed, "lengths").normal(count))
+        drawn = np.exp(_LENGTH_MU + _LENGTH_SIGMA * SeededRandom(self.seed, "lengths").normal(count))
         return np.ceil(drawn).astype(np.intp)
 
     def _since_start(self, session: NDArray[np.intp], first: NDArray[np.intp]) -> Column:
-        gaps_s = np.exp(_GAP_MU + _GAP_SIGMA * Chance(self.seed, "gaps").normal(len(session)))
+        gaps_s = np.exp(_GAP_MU + _GAP_SIGMA * SeededRandom(self.seed, "gaps").normal(len(session)))
         gaps_s[first] = 0.0
         passed_s = np.cumsum(gaps_s)
         return np.asarray(passed_s - passed_s[first][session])
@@ -117,11 +117,11 @@ class Sessions:
         rank = np.arange(1, self.models + 1)
         drawn = np.empty(len(session), dtype=np.intp)
         for today in np.unique(day):
-            chance = Chance(self.seed, f"models of day {today}")
+            chance = SeededRandom(self.seed, f"models of day {today}")
             weights = np.exp(-rank / _RANK_DECAY + _POPULARITY_SIGMA * chance.normal(self.models)) / rank
             requests = day == today
             drawn[requests] = chance.pick(weights, int(requests.sum()))
-        anew = Chance(self.seed, "changes").uniform(len(session)) < _REDRAW
+        anew = SeededRandom(self.seed, "changes").uniform(len(session)) < _REDRAW
         anew[first] = True
         latest = np.maximum.accumulate(np.where(anew, np.arange(len(session)), 0))
         return drawn[latest]
@@ -131,5 +131,5 @@ class Sessions:
         sessions = np.bincount(began_with, minlength=self.models)
         users = np.maximum(1, np.round(self.users * sessions / len(began_with))).astype(np.intp)
         before = np.concatenate([[0], np.cumsum(users)[:-1]])
-        which = Chance(self.seed, "users").uniform(len(began_with)) * users[began_with]
+        which = SeededRandom(self.seed, "users").uniform(len(began_with)) * users[began_with]
         return np.asarray(before[began_with] + which.astype(np.intp))

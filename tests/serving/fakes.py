@@ -14,7 +14,7 @@ from serve_app.core.links import Link
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ModelState, Outcome, ResidentModel
 from serve_app.serving.router.router import Router
-from serve_app.serving.transport.messages import Done, Work
+from serve_app.serving.transport.messages import InferenceResult, InferenceTask
 from serve_app.serving.transport.worker_pool import WorkerLost
 
 CLASSES = 10
@@ -41,7 +41,7 @@ def published(model_id: str, *, size_bytes: int = 100, accuracy: float = 0.5, ex
 
 def report(location: str, *held: str, sequence: int = 1, capacity_bytes: int = 1000, **changes: Any) -> WorkerReport:
     models = {
-        model_id: ResidentModel(model_id=model_id, state=ModelState.READY, size_bytes=100, uses=0, pinned=False)
+        model_id: ResidentModel(model_id=model_id, state=ModelState.READY, size_bytes=100, uses=0, unevictable=False)
         for model_id in held
     }
     fields: dict[str, Any] = {
@@ -69,7 +69,7 @@ def view(*reports: WorkerReport) -> ViewDelta:
     return ViewDelta(epoch="epoch", version=1, full=True, workers=reports, gone=(), rates={})
 
 
-def done(replica: str, **changes: Any) -> Done:
+def done(replica: str, **changes: Any) -> InferenceResult:
     fields: dict[str, Any] = {
         "logits": np.zeros((1, CLASSES), np.float32),
         "outcome": Outcome.HIT,
@@ -80,7 +80,7 @@ def done(replica: str, **changes: Any) -> Done:
         "replica": replica,
         "sequence": 2,
     }
-    return Done(**{**fields, **changes})
+    return InferenceResult(**{**fields, **changes})
 
 
 class FakeLink:
@@ -112,13 +112,13 @@ class FakePool:
 
     def __init__(self, **script: list[Any]) -> None:
         self._script = {location: iter(replies) for location, replies in script.items()}
-        self.calls: list[tuple[str, str | None, Work]] = []
+        self.calls: list[tuple[str, str | None, InferenceTask]] = []
         self.called = asyncio.Event()
         self.pinged: list[tuple[str, int]] = []
         self.cut_off: set[str] = set()
         self.preloads: list[tuple[str, str, str]] = []
 
-    async def infer(self, location: str, replica: str | None, work: Work) -> Any:
+    async def infer(self, location: str, replica: str | None, work: InferenceTask) -> Any:
         self.calls.append((location, replica, work))
         self.called.set()
         reply = next(self._script[location])

@@ -13,7 +13,7 @@ from fakes import view
 
 from serve_app.core.coordination.rules import CoordinatorRules
 from serve_app.serving.coordinator import actor
-from serve_app.serving.coordinator.client import CoordinatorLink
+from serve_app.serving.coordinator.client import CoordinatorClient
 from serve_app.serving.periodic import every
 
 OLD = CoordinatorRules(issued=1, half_life_s=60.0, stale_after_s=2.0)
@@ -53,7 +53,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
 
 
 async def test_rules_that_change_while_it_connects_are_told_to_the_coordinator(cluster: FakeRay) -> None:
-    link = CoordinatorLink(OLD)
+    link = CoordinatorClient(OLD)
     exchange = asyncio.create_task(link.exchange({}, "", 0))
     await asyncio.to_thread(cluster.connecting.wait, 10)
     link.configure(NEW)
@@ -65,7 +65,7 @@ async def test_rules_that_change_while_it_connects_are_told_to_the_coordinator(c
 
 async def test_who_has_found_the_coordinator_does_not_look_for_it_again(cluster: FakeRay) -> None:
     cluster.connected.set()
-    link = CoordinatorLink(OLD)
+    link = CoordinatorClient(OLD)
     for _ in range(3):
         await link.exchange({}, "", 0)
     assert cluster.told == [OLD]

@@ -15,15 +15,15 @@ from test_worker import FakeBackend, running, work
 
 from serve_app.core.catalog import Catalog
 from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
-from serve_app.core.cluster.primaries import rank
+from serve_app.core.cluster.primaries import rendezvous_rank
 from serve_app.core.cluster.reports import ViewDelta, WorkerReport
 from serve_app.core.coordination.rules import CoordinatorRules
 from serve_app.core.links import Link
-from serve_app.core.memory_budget import Budget
+from serve_app.core.memory_budget import MemoryBudget
 from serve_app.core.policies.registry import make_policy
 from serve_app.core.routing.rules import RoutingRules
-from serve_app.serving.transport.messages import Done
-from serve_app.serving.worker.worker import HoldingRules, Worker
+from serve_app.serving.transport.messages import InferenceResult
+from serve_app.serving.worker.worker import RetentionRules, Worker
 
 COORDINATION = CoordinatorRules(half_life_s=60.0, stale_after_s=2.0)
 
@@ -85,22 +85,22 @@ async def test_an_order_does_not_touch_what_is_in_use() -> None:
         worker.start(3600)
         await until_held(worker, "a", "c")
         backend.gate.set()
-        assert isinstance(await busy, Done)
+        assert isinstance(await busy, InferenceResult)
 
 
 async def test_what_is_listed_is_loaded_at_the_start_as_far_as_it_fits() -> None:
     backend = FakeBackend()
-    async with running(backend, holding=HoldingRules(preload=("c", "nowhere", "a", "b"))) as worker:
+    async with running(backend, holding=RetentionRules(preload=("c", "nowhere", "a", "b"))) as worker:
         worker.start(3600)
         await until_held(worker, "a", "c")
         assert backend.loads == ["c", "a"]
-        assert not any(model.pinned for model in worker.report().models.values())
+        assert not any(model.unevictable for model in worker.report().models.values())
 
 
 async def test_what_nobody_asks_for_is_unloaded_and_the_policy_does_not_bring_it_back() -> None:
     clock = ManualClock()
     backend = FakeBackend()
-    holding = HoldingRules(idle_unload_s=600.0)
+    holding = RetentionRules(idle_unload_s=600.0)
     async with running(backend, Orders(), holding=holding, clock=clock) as worker:
         await worker.infer(work("a"))
         clock.now = 300.0
@@ -114,19 +114,21 @@ async def test_what_nobody_asks_for_is_unloaded_and_the_policy_does_not_bring_it
 
 
 async def test_a_copy_that_must_be_there_is_pinned_only_while_it_is_needed() -> None:
-    holding = HoldingRules(min_copies={"a": 1})
-    other = next(f"tokyo-{n}" for n in range(99) if rank("a", f"tokyo-{n}") < rank("a", "paris-1"))
-    keeper = dataclasses.replace(report("tokyo", "a", replica=other), keeps=frozenset("a"))
+    holding = RetentionRules(min_copies={"a": 1})
+    other = next(
+        f"tokyo-{n}" for n in range(99) if rendezvous_rank("a", f"tokyo-{n}") < rendezvous_rank("a", "paris-1")
+    )
+    keeper = dataclasses.replace(report("tokyo", "a", replica=other), primary_for=frozenset("a"))
     link = Orders()
     async with running(FakeBackend(), link, holding=holding) as worker:
         await worker.infer(work("a"))
         worker.start(0.001)
         async with asyncio.timeout(10):
-            while not worker.report().models["a"].pinned:  # noqa: ASYNC110 - a worker has no events
+            while not worker.report().models["a"].unevictable:  # noqa: ASYNC110 - a worker has no events
                 await asyncio.sleep(0)
-            assert worker.report().keeps == {"a"}
+            assert worker.report().primary_for == {"a"}
             link.delta = view(keeper)
-            while worker.report().models["a"].pinned:  # noqa: ASYNC110 - a worker has no events
+            while worker.report().models["a"].unevictable:  # noqa: ASYNC110 - a worker has no events
                 await asyncio.sleep(0)
 
 
@@ -156,7 +158,7 @@ async def test_who_leaves_says_so_and_waits_until_it_may() -> None:
 @pytest.mark.parametrize("down", ["before", "meanwhile", "never"])
 async def test_nobody_waits_for_long_or_for_a_coordinator_that_is_down(down: str) -> None:
     link = Orders(may_leave=False)
-    async with running(FakeBackend(), link, holding=HoldingRules(hand_over_s=0.05)) as worker:
+    async with running(FakeBackend(), link, holding=RetentionRules(hand_over_s=0.05)) as worker:
         worker.start(0.001)
         await asyncio.sleep(0)
         if down == "before":
@@ -185,19 +187,19 @@ async def test_a_worker_goes_on_by_another_configuration_without_losing_a_reques
         catalog = Catalog((published("a"), published("d")))
         worker.reconfigure(
             catalog=catalog,
-            budget=Budget(models_bytes=150, workspace_bytes=30),
+            budget=MemoryBudget(models_bytes=150, workspace_bytes=30),
             policy=make_policy("gdsf", random.Random(0)),
             rules=RoutingRules(
                 profiles=catalog.profiles(), links={}, default_link=Link(rtt_s=1.0, bytes_per_s=1e9), horizon_s=10
             ),
-            holding=HoldingRules(),
+            holding=RetentionRules(),
             coordination=COORDINATION,
         )
         assert held(worker) == {"b"}
         backend.gate.set()
-        assert isinstance(await busy, Done)
+        assert isinstance(await busy, InferenceResult)
         await until_held(worker)
-        assert isinstance(await worker.infer(work("d")), Done)
+        assert isinstance(await worker.infer(work("d")), InferenceResult)
         assert worker.report().capacity_bytes == 150
         assert worker.report().workspace_bytes == 30
         assert link.configured == [COORDINATION]
@@ -210,11 +212,11 @@ async def test_a_configuration_that_cannot_be_is_refused_whole() -> None:
         with pytest.raises(ValueError, match="pinned"):
             worker.reconfigure(
                 catalog=Catalog((pinned,)),
-                budget=Budget(models_bytes=50, workspace_bytes=0),
+                budget=MemoryBudget(models_bytes=50, workspace_bytes=0),
                 policy=None,
                 rules=worker._rules,
-                holding=HoldingRules(),
+                holding=RetentionRules(),
                 coordination=COORDINATION,
             )
         assert worker.report().capacity_bytes == 250
-        assert isinstance(await worker.infer(work("b")), Done)
+        assert isinstance(await worker.infer(work("b")), InferenceResult)

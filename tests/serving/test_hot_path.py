@@ -14,7 +14,7 @@ from fakes import FakePool, done, make_router, report
 
 from serve_app.config.edge import LimitSettings
 from serve_app.serving.api.endpoints import HttpSettings, build_http_app
-from serve_app.serving.api.fast_path import HotPath, ShortCut, middlewares
+from serve_app.serving.api.fast_path import BypassMiddleware, FastPath, middlewares
 
 PATH = "/paris/v2/models/small/infer"
 
@@ -29,7 +29,7 @@ def body() -> tuple[bytes, dict[str, str]]:
     }
 
 
-def application(pool: FakePool, token: str | None = None) -> HotPath:
+def application(pool: FakePool, token: str | None = None) -> FastPath:
     settings = HttpSettings(location="paris", default_location="paris", limits=LimitSettings(), token=token)
 
     async def scrape() -> str:
@@ -42,9 +42,9 @@ def application(pool: FakePool, token: str | None = None) -> HotPath:
 async def served() -> AsyncIterator[Any]:
     """What Serve's HTTP server calls, and the paths that went through Serve: it mounts the application at /paris."""
     through_serve: list[str] = []
-    previous = ShortCut.application
+    previous = BypassMiddleware.application
 
-    def around(app: HotPath) -> Any:
+    def around(app: FastPath) -> Any:
         async def serve(scope: Any, receive: Any, send: Any) -> None:
             through_serve.append(scope["path"])
             await app({**scope, "root_path": "/paris"}, receive, send)
@@ -54,7 +54,7 @@ async def served() -> AsyncIterator[Any]:
         return middleware.cls(serve, *middleware.args, **middleware.kwargs), through_serve
 
     yield around
-    ShortCut.application = previous
+    BypassMiddleware.application = previous
 
 
 async def test_inference_passes_serve_by_once_it_is_known_where_the_application_is_mounted(served: Any) -> None:

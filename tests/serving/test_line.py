@@ -15,18 +15,24 @@ import pytest
 from fakes import done
 
 from serve_app.errors import InvalidRequest
-from serve_app.serving.transport.local_rpc import Exchange, Line, LineBroken, Lines, connect
-from serve_app.serving.transport.messages import Done, Refused, Reply, Work
+from serve_app.serving.transport.local_rpc import (
+    ConnectionLost,
+    LocalRpcConnection,
+    LocalRpcPool,
+    LocalRpcServer,
+    connect,
+)
+from serve_app.serving.transport.messages import InferenceRejected, InferenceResult, InferenceTask, Reply
 
 SMALL, LARGE = (1, 3, 4, 4), (2, 3, 224, 224)
 
 
-def work(shape: tuple[int, ...] = SMALL, model_id: str = "a") -> Work:
+def work(shape: tuple[int, ...] = SMALL, model_id: str = "a") -> InferenceTask:
     numbers = np.random.default_rng(0).random(shape, np.float32)
-    return Work(model_id=model_id, origin="paris", payload=numbers, budget_s=5.0)
+    return InferenceTask(model_id=model_id, origin="paris", payload=numbers, budget_s=5.0)
 
 
-async def echo(asked: Work) -> Reply:
+async def echo(asked: InferenceTask) -> Reply:
     return done("paris-1", logits=asked.payload * 2)
 
 
@@ -37,7 +43,7 @@ class Gate:
         self.began, self.may_end = asyncio.Event(), asyncio.Event()
         self.cancelled = asyncio.Event()
 
-    async def infer(self, asked: Work) -> Reply:
+    async def infer(self, asked: InferenceTask) -> Reply:
         self.began.set()
         try:
             await self.may_end.wait()
@@ -53,8 +59,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 @asynccontextmanager
-async def linked(folder: Path, infer: Callable[[Work], Awaitable[Reply]]) -> AsyncIterator[tuple[Line, Exchange]]:
-    exchange = Exchange(infer)
+async def linked(
+    folder: Path, infer: Callable[[InferenceTask], Awaitable[Reply]]
+) -> AsyncIterator[tuple[LocalRpcConnection, LocalRpcServer]]:
+    exchange = LocalRpcServer(infer)
     await exchange.open(folder, "paris-1")
     line = await connect(folder, "paris-1")
     assert line is not None
@@ -73,14 +81,14 @@ async def test_tensors_come_through_whole_whatever_their_size(folder: Path, shap
     async with linked(folder, echo) as (line, _):
         asked = work(shape)
         reply = await line.infer(asked)
-        assert isinstance(reply, Done)
+        assert isinstance(reply, InferenceResult)
         np.testing.assert_array_equal(reply.logits, asked.payload * 2)
 
 
 async def test_a_tensor_that_may_be_written_to_arrives_as_one_that_may(folder: Path) -> None:
-    seen: list[Work] = []
+    seen: list[InferenceTask] = []
 
-    async def infer(asked: Work) -> Reply:
+    async def infer(asked: InferenceTask) -> Reply:
         seen.append(asked)
         return await echo(asked)
 
@@ -95,19 +103,19 @@ async def test_many_calls_at_a_time_each_get_their_own_answer(folder: Path) -> N
         asked = [work(LARGE if number % 3 else SMALL, f"m{number}") for number in range(30)]
         replies = await asyncio.gather(*(line.infer(each) for each in asked))
         for each, reply in zip(asked, replies, strict=True):
-            assert isinstance(reply, Done)
+            assert isinstance(reply, InferenceResult)
             assert reply.logits.shape == each.payload.shape
 
 
 async def test_a_refusal_is_an_answer_and_a_fault_is_not(folder: Path) -> None:
-    async def infer(asked: Work) -> Reply:
+    async def infer(asked: InferenceTask) -> Reply:
         if asked.model_id == "broken":
             raise ZeroDivisionError("inner detail")
-        return Refused(error=InvalidRequest("no image"))
+        return InferenceRejected(error=InvalidRequest("no image"))
 
     async with linked(folder, infer) as (line, _):
         refused = await line.infer(work())
-        assert isinstance(refused, Refused)
+        assert isinstance(refused, InferenceRejected)
         assert isinstance(refused.error, InvalidRequest)
         with pytest.raises(RuntimeError, match="ZeroDivisionError"):
             await line.infer(work(model_id="broken"))
@@ -120,9 +128,9 @@ async def test_a_worker_that_dies_fails_its_calls_at_once(folder: Path) -> None:
         await gate.began.wait()
         for extension in tuple(exchange.extensions):
             extension._transport.abort()
-        with pytest.raises(LineBroken):
+        with pytest.raises(ConnectionLost):
             await call
-        with pytest.raises(LineBroken):
+        with pytest.raises(ConnectionLost):
             await line.infer(work())
 
 
@@ -142,7 +150,7 @@ async def test_what_a_router_that_died_has_asked_for_is_cancelled(folder: Path) 
         await gate.began.wait()
         line._transport.abort()
         await gate.cancelled.wait()
-        with pytest.raises(LineBroken):
+        with pytest.raises(ConnectionLost):
             await call
 
 
@@ -153,11 +161,11 @@ async def test_closing_sees_calls_through_and_takes_no_more(folder: Path) -> Non
         await gate.began.wait()
         closing = asyncio.create_task(exchange.close())
         await asyncio.sleep(0)
-        with pytest.raises(LineBroken, match="shutting down"):
+        with pytest.raises(ConnectionLost, match="shutting down"):
             await line.infer(work())
         assert not closing.done()
         gate.may_end.set()
-        assert isinstance(await call, Done)
+        assert isinstance(await call, InferenceResult)
         await closing
         assert await connect(folder, "paris-1") is None
 
@@ -167,7 +175,7 @@ async def test_who_is_not_on_this_host_has_no_line_and_who_was_killed_is_lost(fo
     os.mkdir(folder, mode=0o700)
     with socket.socket(socket.AF_UNIX) as killed:
         killed.bind(str(folder / "tokyo-1.sock"))
-    with pytest.raises(LineBroken):
+    with pytest.raises(ConnectionLost):
         await connect(folder, "tokyo-1")
     async with linked(folder, echo):
         assert os.listdir(folder) == ["paris-1.sock"]
@@ -177,7 +185,7 @@ async def test_a_folder_that_others_may_enter_is_not_used(folder: Path) -> None:
     os.mkdir(folder)
     os.chmod(folder, 0o755)
     with pytest.raises(PermissionError, match="only this user"):
-        await Exchange(echo).open(folder, "paris-1")
+        await LocalRpcServer(echo).open(folder, "paris-1")
     assert os.listdir(folder) == []
 
 
@@ -189,7 +197,7 @@ async def test_who_answers_in_a_folder_that_others_may_enter_is_not_asked(folder
 
 
 async def test_calls_to_one_worker_share_a_line_and_a_broken_one_is_not_used_again(folder: Path) -> None:
-    lines = Lines(folder)
+    lines = LocalRpcPool(folder)
     assert await lines.to("tokyo-1") is None
     async with linked(folder, echo) as (_, _):
         first, second = await asyncio.gather(lines.to("paris-1"), lines.to("paris-1"))
@@ -200,5 +208,5 @@ async def test_calls_to_one_worker_share_a_line_and_a_broken_one_is_not_used_aga
             await asyncio.sleep(0)
         again = await lines.to("paris-1")
         assert again is not first
-        assert isinstance(await again.infer(work()), Done)
+        assert isinstance(await again.infer(work()), InferenceResult)
         again.hang_up()

@@ -15,15 +15,15 @@ from serve_app.core.cluster.reports import ViewDelta
 from serve_app.core.vocabulary import Forwarding, Outcome
 from serve_app.errors import DeadlineExceeded, InvalidRequest, NotFound, StoreError, Unavailable
 from serve_app.serving.api.endpoints import HttpSettings, build_http_app
-from serve_app.serving.router.request import Query
-from serve_app.serving.transport.messages import NotHeld, Refused
+from serve_app.serving.router.request import InferenceRequest
+from serve_app.serving.transport.messages import InferenceRejected, NotResident
 from serve_app.serving.transport.worker_pool import WorkerLost
 
 BATCH = np.zeros((1, 3, 8, 8), np.float32)
 
 
-def query(name: str = "small", **changes) -> Query:
-    return Query(**{"name": name, "location": "paris", "payload": BATCH, **changes})
+def query(name: str = "small", **changes) -> InferenceRequest:
+    return InferenceRequest(**{"name": name, "location": "paris", "payload": BATCH, **changes})
 
 
 async def test_a_held_model_runs_here_with_one_call() -> None:
@@ -37,11 +37,13 @@ async def test_a_model_held_elsewhere_is_forwarded_and_asked_for_only_if_held() 
     pool = FakePool(tokyo=[done("tokyo-1")])
     served = await make_router(pool, report("paris"), report("tokyo", "small")).serve(query())
     assert (served.outcome, served.location) == (Outcome.FORWARD, "tokyo")
-    assert pool.calls[0][2].must_hold
+    assert pool.calls[0][2].only_if_resident
 
 
 async def test_a_stale_hint_costs_one_more_call_and_is_not_believed_again() -> None:
-    pool = FakePool(tokyo=[NotHeld(replica="tokyo-1", sequence=5)], paris=[done("paris-1", outcome=Outcome.LOAD)] * 2)
+    pool = FakePool(
+        tokyo=[NotResident(replica="tokyo-1", sequence=5)], paris=[done("paris-1", outcome=Outcome.LOAD)] * 2
+    )
     router = make_router(pool, report("paris"), report("tokyo", "small"))
     served = await router.serve(query())
     assert (served.outcome, served.location) == (Outcome.LOAD, "paris")
@@ -76,20 +78,23 @@ async def test_workers_that_die_one_after_another_end_in_503() -> None:
 
 
 async def test_a_refusal_is_passed_on_and_not_tried_elsewhere() -> None:
-    pool = FakePool(paris=[Refused(error=InvalidRequest("the image is no image"))])
+    pool = FakePool(paris=[InferenceRejected(error=InvalidRequest("the image is no image"))])
     with pytest.raises(InvalidRequest, match="no image"):
         await make_router(pool, report("paris", "small"), report("tokyo", "small")).serve(query())
 
 
 @pytest.mark.parametrize("error", [Unavailable("overrun"), StoreError("its file is cut short")])
 async def test_what_one_worker_cannot_do_another_is_asked_for(error) -> None:
-    pool = FakePool(paris=[Refused(error=error)], tokyo=[done("tokyo-1", outcome=Outcome.LOAD)])
+    pool = FakePool(paris=[InferenceRejected(error=error)], tokyo=[done("tokyo-1", outcome=Outcome.LOAD)])
     served = await make_router(pool, report("paris", "small"), report("tokyo")).serve(query())
     assert served.location == "tokyo"
 
 
 async def test_what_no_worker_can_do_fails_as_it_failed_there() -> None:
-    pool = FakePool(paris=[Refused(error=StoreError("cut short"))], tokyo=[Refused(error=StoreError("cut short"))])
+    pool = FakePool(
+        paris=[InferenceRejected(error=StoreError("cut short"))],
+        tokyo=[InferenceRejected(error=StoreError("cut short"))],
+    )
     with pytest.raises(StoreError, match="cut short"):
         await make_router(pool, report("paris", "small"), report("tokyo")).serve(query())
     assert len(pool.calls) == 2

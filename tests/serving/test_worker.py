@@ -19,19 +19,19 @@ from PIL import Image
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import Catalog, ModelProfile
 from serve_app.core.links import Link
-from serve_app.core.memory_budget import Budget, ProcessMemory
+from serve_app.core.memory_budget import MemoryBudget, ProcessMemory
 from serve_app.core.policies.base import EvictionPolicy
 from serve_app.core.policies.registry import make_policy
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ModelState, Outcome
 from serve_app.errors import DeadlineExceeded, DoesNotFit, InvalidRequest, StoreError, Unavailable
-from serve_app.serving.transport.messages import Done, NotHeld, Refused, Work
+from serve_app.serving.transport.messages import InferenceRejected, InferenceResult, InferenceTask, NotResident
 from serve_app.serving.worker.model_host import ModelHost
-from serve_app.serving.worker.process_budget import WorkerMemory
-from serve_app.serving.worker.worker import HoldingRules, Worker, WorkerIdentity
+from serve_app.serving.worker.process_budget import ProcessBudget
+from serve_app.serving.worker.worker import RetentionRules, Worker, WorkerIdentity
 
 BASE = ProcessMemory(anonymous_bytes=5, file_bytes=2)
-BUDGET = Budget(models_bytes=250, workspace_bytes=0)
+BUDGET = MemoryBudget(models_bytes=250, workspace_bytes=0)
 BATCH = np.zeros((2, 3, 8, 8), np.float32)
 
 
@@ -102,9 +102,9 @@ async def running(
     link: FakeLink | None = None,
     capacity: int = 250,
     policy: EvictionPolicy | None = None,
-    holding: HoldingRules | None = None,
+    holding: RetentionRules | None = None,
     clock: Callable[[], float] | None = None,
-    memory: WorkerMemory | None = None,
+    memory: ProcessBudget | None = None,
 ) -> AsyncIterator[Worker]:
     """A worker with memory for two of its models; at the end every pin must be back and the bytes add up."""
     catalog = Catalog((*map(published, "abc"), published("huge", size_bytes=9999)))
@@ -132,9 +132,9 @@ async def running(
                 profiles=catalog.profiles(), links={}, default_link=Link(rtt_s=0.001, bytes_per_s=1e9), horizon_s=10
             ),
             metrics=metrics,
-            memory=memory or WorkerMemory(BUDGET, read=lambda: BASE),
+            memory=memory or ProcessBudget(BUDGET, read=lambda: BASE),
             max_pixels=10_000,
-            holding=holding or HoldingRules(),
+            holding=holding or RetentionRules(),
             clock=clock or loop.time,
         )
         yield worker
@@ -150,8 +150,8 @@ async def _idle(cache: ModelCache) -> None:
             await asyncio.sleep(0)
 
 
-def work(model_id: str = "a", **changes) -> Work:
-    return Work(**{"model_id": model_id, "origin": "paris", "payload": BATCH, "budget_s": 10.0, **changes})
+def work(model_id: str = "a", **changes) -> InferenceTask:
+    return InferenceTask(**{"model_id": model_id, "origin": "paris", "payload": BATCH, "budget_s": 10.0, **changes})
 
 
 async def test_the_first_request_loads_and_the_second_hits() -> None:
@@ -167,16 +167,16 @@ async def test_a_third_model_evicts_and_says_whom() -> None:
     async with running(FakeBackend()) as worker:
         for model_id in ("a", "b", "c"):
             reply = await worker.infer(work(model_id))
-    assert isinstance(reply, Done)
+    assert isinstance(reply, InferenceResult)
     assert reply.evicted == ("a",)
 
 
 async def test_a_model_that_must_be_held_and_is_not_is_not_loaded() -> None:
     backend = FakeBackend()
     async with running(backend) as worker:
-        assert isinstance(await worker.infer(work(must_hold=True)), NotHeld)
+        assert isinstance(await worker.infer(work(only_if_resident=True)), NotResident)
         await worker.infer(work())
-        assert isinstance(await worker.infer(work(must_hold=True)), Done)
+        assert isinstance(await worker.infer(work(only_if_resident=True)), InferenceResult)
     assert backend.loads == ["a"]
 
 
@@ -185,7 +185,7 @@ async def test_a_bad_image_is_refused_before_anything_is_loaded(payload) -> None
     backend = FakeBackend()
     async with running(backend) as worker:
         reply = await worker.infer(work(payload=payload))
-    assert isinstance(reply, Refused)
+    assert isinstance(reply, InferenceRejected)
     assert isinstance(reply.error, InvalidRequest)
     assert backend.loads == []
 
@@ -193,7 +193,7 @@ async def test_a_bad_image_is_refused_before_anything_is_loaded(payload) -> None
 async def test_an_image_is_decoded_for_the_models_input() -> None:
     async with running(FakeBackend()) as worker:
         reply = await worker.infer(work(payload=encoded(Image.new("RGB", (20, 10)), "JPEG")))
-    assert isinstance(reply, Done)
+    assert isinstance(reply, InferenceResult)
     assert reply.logits.shape == (1, CLASSES)
     assert reply.decode_s > 0
 
@@ -201,7 +201,7 @@ async def test_an_image_is_decoded_for_the_models_input() -> None:
 async def test_a_model_that_never_fits_is_refused() -> None:
     async with running(FakeBackend()) as worker:
         reply = await worker.infer(work("huge"))
-    assert isinstance(reply, Refused)
+    assert isinstance(reply, InferenceRejected)
     assert isinstance(reply.error, DoesNotFit)
 
 
@@ -210,8 +210,8 @@ async def test_a_model_that_cannot_be_loaded_is_refused_and_not_tried_at_once_ag
     backend.broken.add("a")
     async with running(backend) as worker:
         replies = [await worker.infer(work()) for _ in range(2)]
-        assert all(isinstance(reply, Refused) and "corrupt" in reply.error.message for reply in replies)
-        assert isinstance(await worker.infer(work("b")), Done)
+        assert all(isinstance(reply, InferenceRejected) and "corrupt" in reply.error.message for reply in replies)
+        assert isinstance(await worker.infer(work("b")), InferenceResult)
     assert backend.loads == ["a", "b"]
 
 
@@ -222,7 +222,7 @@ async def test_a_model_whose_weights_are_missing_displaces_nothing() -> None:
         for model_id in ("a", "b"):
             await worker.infer(work(model_id))
         reply = await worker.infer(work("c"))
-        assert isinstance(reply, Refused)
+        assert isinstance(reply, InferenceRejected)
         assert "missing" in reply.error.message
         assert set(worker.report().models) == {"a", "b"}
         backend.missing.clear()
@@ -244,7 +244,7 @@ async def test_a_request_past_its_deadline_is_refused_and_its_model_stays_until_
         await worker.infer(work())
         backend.gate.clear()
         reply = await worker.infer(work(budget_s=0.01))
-        assert isinstance(reply, Refused)
+        assert isinstance(reply, InferenceRejected)
         assert isinstance(reply.error, DeadlineExceeded)
         refused = await worker.unload("a")
         assert refused is not None
@@ -312,7 +312,7 @@ async def test_a_worker_that_starts_preloads_what_its_policy_wishes_for() -> Non
         async with asyncio.timeout(10):
             while not _are_ready(worker, "a", "c"):  # noqa: ASYNC110 - the cache has no events
                 await asyncio.sleep(0)
-        assert isinstance(await worker.infer(work("b")), Refused)
+        assert isinstance(await worker.infer(work("b")), InferenceRejected)
         assert (await worker.infer(work("c"))).outcome is Outcome.HIT
     assert backend.loads == ["a", "b", "c"]
 
@@ -334,7 +334,7 @@ async def test_an_inference_for_which_no_thread_starts_gives_its_model_back() ->
         await worker.infer(work())
         worker._executors.shutdown()
         refused = await worker.infer(work())
-        assert isinstance(refused, Refused)
+        assert isinstance(refused, InferenceRejected)
         assert isinstance(refused.error, Unavailable)
         report = worker.report()
         assert (report.models["a"].uses, report.queue_s) == (0, 0.0)
@@ -342,7 +342,7 @@ async def test_an_inference_for_which_no_thread_starts_gives_its_model_back() ->
 
 async def test_a_report_says_what_is_counted_and_what_the_kernel_says() -> None:
     kernel = [BASE]
-    memory = WorkerMemory(Budget(models_bytes=250, workspace_bytes=30), read=lambda: kernel[-1])
+    memory = ProcessBudget(MemoryBudget(models_bytes=250, workspace_bytes=30), read=lambda: kernel[-1])
     async with running(FakeBackend(), memory=memory) as worker:
         await worker.infer(work())
         kernel.append(ProcessMemory(anonymous_bytes=40, file_bytes=90))
@@ -353,7 +353,7 @@ async def test_a_report_says_what_is_counted_and_what_the_kernel_says() -> None:
 
 async def test_models_leave_room_for_what_the_process_has_grown_by_and_get_it_back() -> None:
     kernel, clock = [BASE], ManualClock()
-    memory = WorkerMemory(BUDGET, read=lambda: kernel[-1])
+    memory = ProcessBudget(BUDGET, read=lambda: kernel[-1])
 
     async def reports(worker: Worker, count: int) -> None:
         for _ in range(count):
@@ -370,7 +370,7 @@ async def test_models_leave_room_for_what_the_process_has_grown_by_and_get_it_ba
         assert worker.report().unaccounted_bytes >= 100
         assert set(worker.report().models) == {"b"}
         assert worker.report().capacity_bytes == 250
-        assert isinstance(await worker.infer(work("a")), Done), "requests are served as ever"
+        assert isinstance(await worker.infer(work("a")), InferenceResult), "requests are served as ever"
         kernel.append(BASE)
         await reports(worker, 400)
         assert worker.report().unaccounted_bytes == 0
@@ -381,7 +381,7 @@ async def test_models_leave_room_for_what_the_process_has_grown_by_and_get_it_ba
 async def test_free_heap_is_given_back_soon_after_evictions_and_not_after_hits() -> None:
     given_back: list[None] = []
     clock = ManualClock()
-    memory = WorkerMemory(BUDGET, read=lambda: BASE, give_back=lambda: given_back.append(None))
+    memory = ProcessBudget(BUDGET, read=lambda: BASE, give_back=lambda: given_back.append(None))
     async with running(FakeBackend(), memory=memory, clock=clock) as worker:
         for model_id in "aaab":
             await worker.infer(work(model_id))
@@ -402,7 +402,7 @@ async def test_free_heap_is_given_back_soon_after_evictions_and_not_after_hits()
 
 async def test_free_heap_is_given_back_before_models_go_for_it() -> None:
     kernel, clock = [BASE], ManualClock()
-    memory = WorkerMemory(BUDGET, read=lambda: kernel[0], give_back=lambda: kernel.__setitem__(0, BASE))
+    memory = ProcessBudget(BUDGET, read=lambda: kernel[0], give_back=lambda: kernel.__setitem__(0, BASE))
     async with running(FakeBackend(), memory=memory, clock=clock) as worker:
         for model_id in "ab":
             await worker.infer(work(model_id))
@@ -415,19 +415,19 @@ async def test_free_heap_is_given_back_before_models_go_for_it() -> None:
 
 
 async def test_a_model_that_there_is_never_workspace_for_is_refused() -> None:
-    memory = WorkerMemory(Budget(models_bytes=250, workspace_bytes=10), read=lambda: BASE)
+    memory = ProcessBudget(MemoryBudget(models_bytes=250, workspace_bytes=10), read=lambda: BASE)
     large = dataclasses.replace(published("large"), workspace_bytes=11)
     backend = FakeBackend()
     async with running(backend, memory=memory) as worker:
         worker._catalog = Catalog((large,))
         refused = await worker.infer(work("large"))
-    assert isinstance(refused, Refused)
+    assert isinstance(refused, InferenceRejected)
     assert isinstance(refused.error, DoesNotFit)
     assert backend.loads == []
 
 
 def test_executions_that_need_more_workspace_than_there_is_run_one_after_another() -> None:
-    memory = WorkerMemory(Budget(models_bytes=100, workspace_bytes=10), read=lambda: BASE)
+    memory = ProcessBudget(MemoryBudget(models_bytes=100, workspace_bytes=10), read=lambda: BASE)
     gate, began = threading.Event(), threading.Semaphore(0)
     running_now, most = 0, 0
 
@@ -451,7 +451,7 @@ def test_executions_that_need_more_workspace_than_there_is_run_one_after_another
 
 
 def test_more_workspace_lets_those_run_that_wait_for_it() -> None:
-    memory = WorkerMemory(Budget(models_bytes=100, workspace_bytes=10), read=lambda: BASE)
+    memory = ProcessBudget(MemoryBudget(models_bytes=100, workspace_bytes=10), read=lambda: BASE)
     with ThreadPoolExecutor(1) as threads, memory.workspace(10):
 
         def run() -> str:
@@ -459,7 +459,7 @@ def test_more_workspace_lets_those_run_that_wait_for_it() -> None:
                 return "ran"
 
         job = threads.submit(run)
-        memory.divide(Budget(models_bytes=90, workspace_bytes=20))
+        memory.divide(MemoryBudget(models_bytes=90, workspace_bytes=20))
         assert job.result(10) == "ran"
 
 
@@ -488,8 +488,8 @@ async def test_a_hit_does_not_wait_for_the_first_execution_of_another_model() ->
                 await asyncio.sleep(0)
             # There is one thread for inferences.
             hit = await worker.infer(work("a"))
-        assert isinstance(hit, Done)
+        assert isinstance(hit, InferenceResult)
         assert hit.outcome is Outcome.HIT
         assert not first.done()
         backend.gate.set()
-        assert isinstance(await first, Done)
+        assert isinstance(await first, InferenceResult)

@@ -17,15 +17,15 @@ import pytest
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.cluster.popularity import Popularity
-from serve_app.core.cluster.primaries import rank
+from serve_app.core.cluster.primaries import rendezvous_rank
 from serve_app.core.cluster.reports import Demand
 from serve_app.core.links import Link
 from serve_app.core.placement.rules import PlacementRules
 from serve_app.core.policies.registry import make_policy
-from serve_app.simulator.discrete_event.coordinator import LazyPopularity
-from serve_app.simulator.discrete_event.results import FullTally
-from serve_app.simulator.discrete_event.settings import FullOptions, geographic_links
-from serve_app.simulator.discrete_event.simulation import simulate_full
+from serve_app.simulator.discrete_event.coordinator import LaggedPopularity
+from serve_app.simulator.discrete_event.results import DiscreteEventResults
+from serve_app.simulator.discrete_event.settings import DiscreteEventOptions, geographic_links
+from serve_app.simulator.discrete_event.simulation import simulate_discrete_event
 from serve_app.simulator.load_delay import replay
 from serve_app.workload.locations import split
 from serve_app.workload.spec import parse_trace
@@ -72,17 +72,17 @@ def simulate(
     caches: Callable[[int], ModelCache] | None = None,
     profiles: Iterable[ModelProfile] | None = None,
     **options: Any,
-) -> FullTally:
+) -> DiscreteEventResults:
     models = {model.model_id: model for model in profiles or ()}
     of_trace = [models.get(model_id) or profile(model_id) for model_id in requests.models]
     chosen = {"coordination": "none", "exec_slots": 1, "default_link": NEAR, "coordinator_delay_s": 0.0} | options
-    tally = simulate_full(requests, of_trace, FullOptions(make_cache=caches or Caches(), **chosen))
+    tally = simulate_discrete_event(requests, of_trace, DiscreteEventOptions(make_cache=caches or Caches(), **chosen))
     assert tally.requests == len(requests) == tally.hits + tally.misses + tally.joins + tally.forwards
     assert not any(math.isnan(latency) for latency in tally.latencies)
     return tally
 
 
-def counts(tally: FullTally) -> tuple[int, int, int, int]:
+def counts(tally: DiscreteEventResults) -> tuple[int, int, int, int]:
     return tally.hits, tally.misses, tally.joins, tally.forwards
 
 
@@ -217,7 +217,7 @@ def test_a_model_too_large_for_its_location_runs_at_another() -> None:
 def test_locations_evict_a_duplicate_before_a_last_copy() -> None:
     # A is at both locations, loaded before either knew of the other; B is at one alone. A was asked for more. Of A's
     # holders, one keeps it; the other one is looked at.
-    here, there = sorted(range(2), key=lambda number: -rank(A, f"loc{number}#0"))
+    here, there = sorted(range(2), key=lambda number: -rendezvous_rank(A, f"loc{number}#0"))
     requests = trace(
         (1.0, A, here), (1.0, A, there), (5.0, B, here), (10.0, A, here), (20.0, C, here), (30.0, B, here), locations=2
     )
@@ -277,7 +277,7 @@ def test_every_request_is_answered_once_and_the_books_balance(policy: str, coord
 
 
 def test_the_same_seed_gives_the_same_tally_and_another_does_not() -> None:
-    def once(seed: int) -> FullTally:
+    def once(seed: int) -> DiscreteEventResults:
         requests, profiles = busy(4, seed)
         links = geographic_links(requests.locations, seed=seed)
         return simulate(requests, Caches(60, "random"), profiles, coordination="full", links=links)
@@ -295,7 +295,7 @@ def test_coordination_saves_loads() -> None:
 def test_progress_adds_up() -> None:
     requests, profiles = busy(2)
     told: list[int] = []
-    simulate_full(requests, profiles, FullOptions(make_cache=Caches()), told.append)
+    simulate_discrete_event(requests, profiles, DiscreteEventOptions(make_cache=Caches()), told.append)
     assert sum(told) == len(requests)
 
 
@@ -319,7 +319,7 @@ def test_links_grow_with_distance_between_their_bounds() -> None:
 
 
 def test_lazy_rates_are_those_of_the_coordinator_as_of_the_moment_they_were_given() -> None:
-    lazy, eager, rng = LazyPopularity(60.0), Popularity(60.0), random.Random(0)
+    lazy, eager, rng = LaggedPopularity(60.0), Popularity(60.0), random.Random(0)
     given = []
     for now in range(100):
         location, model_id = rng.choice(["oslo", "paris"]), rng.choice("abcd")
@@ -334,7 +334,7 @@ def test_lazy_rates_are_those_of_the_coordinator_as_of_the_moment_they_were_give
 @pytest.mark.parametrize("wrong", [{"report_every_s": 0.0}, {"payload_bytes": -1}, {"exec_slots": 0}])
 def test_options_are_checked_at_birth(wrong: Mapping[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        FullOptions(make_cache=Caches(), **wrong)
+        DiscreteEventOptions(make_cache=Caches(), **wrong)
 
 
 # No herd

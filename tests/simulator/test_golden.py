@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from serve_app.simulator.result_row import Row
-from serve_app.simulator.runner import Cell, Plan, run
+from serve_app.simulator.runner import Cell, ExperimentPlan, run
 from serve_app.simulator.scenario import ALL_POLICIES, Capacity, make_workload, parse_policies
 
 GOLDEN = Path(__file__).with_name("golden.csv")
@@ -33,7 +33,7 @@ COLUMNS = (
 
 def rows_of(policy: str) -> Iterator[dict[str, str]]:
     """As they stand in the table."""
-    plan = Plan(
+    plan = ExperimentPlan(
         workloads=tuple(make_workload(trace=trace, seed=0) for trace in TRACES),
         cells=tuple(
             Cell(workload=number, policy=parse_policies([policy])[0], capacity=Capacity(given_share=share))

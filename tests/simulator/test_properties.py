@@ -18,10 +18,10 @@ from serve_app.core.cache.decisions import Answer, Grant, Hit, Join, Load, Prelo
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.simulator import scenario
-from serve_app.simulator.load_delay import Tally, replay
+from serve_app.simulator.load_delay import LoadDelayResults, replay
 from serve_app.simulator.oracles import Belady, next_uses
 from serve_app.simulator.result_row import Row
-from serve_app.simulator.runner import MAX_PRELOADS, Cell, Plan, run
+from serve_app.simulator.runner import MAX_PRELOADS, Cell, ExperimentPlan, run
 from serve_app.simulator.scenario import ALL_POLICIES, Capacity, Workload, cache_maker, parse_policies
 
 EVERY_POLICY = pytest.mark.parametrize("policy", ALL_POLICIES)
@@ -99,7 +99,7 @@ class Watched(ModelCache):
 
 def watched(
     stream: Workload, policy: str, capacity_bytes: int, monkeypatch: pytest.MonkeyPatch, *, max_preloads: int
-) -> tuple[Tally, Watched]:
+) -> tuple[LoadDelayResults, Watched]:
     """A replay, and the cache that it went through."""
     made: list[Watched] = []
 
@@ -113,7 +113,7 @@ def watched(
     return tally, cache
 
 
-def play(stream: Workload, policy: str, capacity_bytes: int, *, max_preloads: int = MAX_PRELOADS) -> Tally:
+def play(stream: Workload, policy: str, capacity_bytes: int, *, max_preloads: int = MAX_PRELOADS) -> LoadDelayResults:
     (choice,) = parse_policies([policy])
     make = cache_maker(stream, choice, capacity_bytes=capacity_bytes, max_preloads=max_preloads)
     return replay(stream.trace, stream.profiles, make)
@@ -204,7 +204,7 @@ def rows(stream: Workload, *, capacity_share: float = 0.3, time: str = "load-del
     cells = tuple(
         Cell(policy=choice, capacity=Capacity(given_share=capacity_share)) for choice in parse_policies(["all"])
     )
-    return run(Plan(workloads=(stream,), cells=cells, time=time), jobs=1)  # type: ignore[arg-type]
+    return run(ExperimentPlan(workloads=(stream,), cells=cells, time=time), jobs=1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -16,7 +16,7 @@ from serve_app.core.policies.registry import ORACLES
 from serve_app.simulator.result_plot import plot
 from serve_app.simulator.result_row import Row
 from serve_app.simulator.result_table import as_csv, as_json, as_table, percent, seconds, size
-from serve_app.simulator.runner import Cell, Plan, run
+from serve_app.simulator.runner import Cell, ExperimentPlan, run
 from serve_app.simulator.scenario import ALL_POLICIES, parse_capacities, parse_policies
 from serve_app.simulator.studies.paper import SHARES, WORKLOAD_ONLY, Results
 
@@ -30,7 +30,7 @@ def rows() -> tuple[Row, ...]:
         for capacity in parse_capacities(["40%", "80%"])
         for policy in parse_policies(["lru", "gdsf", "belady-am"])
     )
-    return run(Plan(workloads=(workload("abcabdaebacaad" * 5),), cells=cells), jobs=1)
+    return run(ExperimentPlan(workloads=(workload("abcabdaebacaad" * 5),), cells=cells), jobs=1)
 
 
 def ratios(row: Row, load_over_exec: dict[str, float], seed: int = 0) -> list[Row]:

@@ -16,7 +16,7 @@ from simulator_support import workload
 from serve_app.errors import EdgeServeError
 from serve_app.simulator import runner
 from serve_app.simulator.result_row import Latency, Row
-from serve_app.simulator.runner import Cell, Plan, run
+from serve_app.simulator.runner import Cell, ExperimentPlan, run
 from serve_app.simulator.scenario import (
     ALL_POLICIES,
     Capacity,
@@ -32,7 +32,7 @@ def cell(policy: str, capacity: Capacity, number: int = 0) -> Cell:
 
 
 def play(stream: Workload, policy: str, size_bytes: int) -> Row:
-    (row,) = run(Plan(workloads=(stream,), cells=(cell(policy, Capacity(given_bytes=size_bytes)),)), jobs=1)
+    (row,) = run(ExperimentPlan(workloads=(stream,), cells=(cell(policy, Capacity(given_bytes=size_bytes)),)), jobs=1)
     return row
 
 
@@ -103,7 +103,7 @@ def test_rows_stand_in_the_order_of_the_cells_however_many_processes_there_are()
     policies = ("belady-am", "random", "lru")
     cells = tuple(cell(name, Capacity(given_share=share), number)
                   for number in (0, 1) for share in (0.5, 0.3) for name in policies)  # fmt: skip
-    plan = Plan(workloads=(lettered(1), lettered(2)), cells=cells)
+    plan = ExperimentPlan(workloads=(lettered(1), lettered(2)), cells=cells)
     told: list[int] = []
     alone = run(plan, jobs=1, on_progress=told.append)
     assert [row.policy for row in alone] == list(policies) * 4
@@ -116,7 +116,7 @@ def test_rows_stand_in_the_order_of_the_cells_however_many_processes_there_are()
 
 def test_a_cell_can_have_fewer_preloads_than_the_plan() -> None:
     many, none = (replace(cell("edgeserve", Capacity(given_share=0.5)), max_preloads=most) for most in (None, 0))
-    rows = run(Plan(workloads=(workload("abcd" * 50),), cells=(many, none)), jobs=1)
+    rows = run(ExperimentPlan(workloads=(workload("abcd" * 50),), cells=(many, none)), jobs=1)
     assert rows[0].preloads > 0 == rows[1].preloads
 
 
@@ -129,7 +129,9 @@ class DiesInPickling:
 
 def test_the_death_of_a_process_is_one_sentence() -> None:
     choice = PolicyChoice(label=DiesInPickling(), name="lru")  # type: ignore[arg-type]
-    plan = Plan(workloads=(workload("ab"),), cells=(Cell(policy=choice, capacity=Capacity(given_bytes=10)),) * 2)
+    plan = ExperimentPlan(
+        workloads=(workload("ab"),), cells=(Cell(policy=choice, capacity=Capacity(given_bytes=10)),) * 2
+    )
     with pytest.raises(EdgeServeError, match="lack of memory; try fewer"):
         run(plan, jobs=2)
 

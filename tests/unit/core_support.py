@@ -69,7 +69,7 @@ def profile(
 def resident(
     model_id: str, size: int = 10, *, state: ModelState = ModelState.READY, uses: int = 0, pinned: bool = False
 ) -> ResidentModel:
-    return ResidentModel(model_id=model_id, state=state, size_bytes=size, uses=uses, pinned=pinned)
+    return ResidentModel(model_id=model_id, state=state, size_bytes=size, uses=uses, unevictable=pinned)
 
 
 def report(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
 from serve_app.core.placement.rules import PlacementRules
-from serve_app.core.placement.solver import Site, Wants
+from serve_app.core.placement.solver import PlacementGoals, WorkerState
 from serve_app.core.routing.rules import RoutingRules
 
 
@@ -22,7 +22,12 @@ class DenseRound:
     """Tables of models (rows) by locations that ask or sites that hold (columns), kept exact throughout."""
 
     def __init__(
-        self, sites: list[Site], wants: Wants, routing: RoutingRules, rules: PlacementRules, payload_bytes: int
+        self,
+        sites: list[WorkerState],
+        wants: PlacementGoals,
+        routing: RoutingRules,
+        rules: PlacementRules,
+        payload_bytes: int,
     ) -> None:
         self._sites, self._rules = sites, rules
         locations = sorted({site.location for site in sites} | wants.rates.keys())
@@ -55,10 +60,10 @@ class DenseRound:
         fresh = _marked(row, [site.fresh for site in sites])
         self._may_load = ~self._held & ~(barred & ~soon[:, None]) & ~fresh
         #: For a required copy; for others only what was not ordered lately.
-        self._must_go = self._held & ~fresh & ~_marked(row, [site.fixed for site in sites])
+        self._must_go = self._held & ~fresh & ~_marked(row, [site.unevictable for site in sites])
         self._may_go = self._must_go & ~barred
         self._missed = _marked(row, [site.missed for site in sites])
-        self._kept = _marked(row, [site.keeps for site in sites])
+        self._kept = _marked(row, [site.primary_for for site in sites])
         self._unused = self._held & _marked(row, [wants.withdraw.intersection(site.unused) for site in sites])
         self._free = np.array([float(site.capacity_bytes - site.used_bytes) for site in sites])
         capacity = np.array([float(site.capacity_bytes) for site in sites])

@@ -11,10 +11,10 @@ from core_support import Ranked, assert_books_balance, profile
 from serve_app.core.cache.decisions import Hit, Load, Reject, Wait
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ImageInput, PublishedModel
-from serve_app.core.memory_budget import Budget, MemoryGuard, ProcessMemory, divide
+from serve_app.core.memory_budget import MemoryBudget, MemoryGuard, ProcessMemory, divide
 
 BASE = ProcessMemory(anonymous_bytes=300, file_bytes=100)
-BUDGET = Budget(models_bytes=900, workspace_bytes=100)
+BUDGET = MemoryBudget(models_bytes=900, workspace_bytes=100)
 
 
 def model(name: str, weights: int, workspace: int) -> PublishedModel:
@@ -44,7 +44,7 @@ def grown(anonymous: int = 0, files: int = 0) -> ProcessMemory:
 
 
 def test_every_slot_has_room_for_the_largest_workspace() -> None:
-    assert divide(1000, [model("a", 500, 100), model("b", 10, 40)], exec_slots=2) == Budget(
+    assert divide(1000, [model("a", 500, 100), model("b", 10, 40)], exec_slots=2) == MemoryBudget(
         models_bytes=800, workspace_bytes=200
     )
 
@@ -69,7 +69,7 @@ def test_whatever_fits_into_both_parts_fits_into_the_whole() -> None:
 
 
 def test_memory_without_models_is_for_models() -> None:
-    assert divide(1000, [], exec_slots=2) == Budget(models_bytes=1000, workspace_bytes=0)
+    assert divide(1000, [], exec_slots=2) == MemoryBudget(models_bytes=1000, workspace_bytes=0)
 
 
 def test_models_get_something_whatever_one_execution_wants() -> None:
@@ -231,7 +231,7 @@ def test_what_is_pinned_stays_whatever_is_reserved() -> None:
 
 def test_what_is_kept_does_not_stand_in_the_way_of_requests() -> None:
     cache = holding("a")
-    cache.keep(["a"], 1.0)
+    cache.protect(["a"], 1.0)
     cache.reserve(60, 1.0)
     assert isinstance(cache.request(profile("b", 30), 1.0), Load)
 

@@ -139,8 +139,8 @@ def test_the_books_list_every_model(make_cache: MakeCache) -> None:
     hold(cache, "p", 10)
     cache.request(profile("a", 20), 0.0)
     assert cache.models() == (
-        ResidentModel(model_id="p", state=ModelState.READY, size_bytes=10, uses=0, pinned=True),
-        ResidentModel(model_id="a", state=ModelState.LOADING, size_bytes=20, uses=1, pinned=False),
+        ResidentModel(model_id="p", state=ModelState.READY, size_bytes=10, uses=0, unevictable=True),
+        ResidentModel(model_id="a", state=ModelState.LOADING, size_bytes=20, uses=1, unevictable=False),
     )
     assert cache.state("b") is None
 

@@ -207,7 +207,7 @@ def test_what_the_catalogue_no_longer_has_goes_when_it_is_idle() -> None:
 def test_pins_change_with_the_catalogue() -> None:
     cache = holding(*"ab", capacity=20, pinned="a", a=1, b=2)
     cache.offer([profile(name) for name in "abc"], "b", 9.0)
-    assert {model.model_id for model in cache.models() if model.pinned} == {"b"}
+    assert {model.model_id for model in cache.models() if model.unevictable} == {"b"}
     assert cache.request(profile("c"), 10.0) == Load(("a",))
     assert cache.request(profile("huge", 11), 11.0).reason is RejectReason.TOO_LARGE  # type: ignore[union-attr]
 
@@ -217,21 +217,21 @@ def test_pins_change_with_the_catalogue() -> None:
 
 def test_what_is_kept_is_no_victim_and_not_unloaded() -> None:
     cache = holding(*"abcd", a=1, b=2, c=3, d=4)
-    cache.keep(["a"], 9.0)
-    assert [model.model_id for model in cache.models() if model.pinned] == ["a"]
+    cache.protect(["a"], 9.0)
+    assert [model.model_id for model in cache.models() if model.unevictable] == ["a"]
     with pytest.raises(Conflict, match="min_copies"):
         cache.unload("a", 9.0)
     assert cache.withdraw("a", 9.0) is None
     assert cache.withdraw_unused(9.0, 9.0).victims == ("b", "c", "d")
-    cache.keep([], 10.0)
+    cache.protect([], 10.0)
     assert cache.withdraw("a", 11.0) == ()
     assert_books_balance(cache)
 
 
 def test_no_more_than_half_is_kept() -> None:
     cache = holding(*"abcd")
-    cache.keep(list("dcba"), 9.0)
-    assert {model.model_id for model in cache.models() if model.pinned} == {"c", "d"}
+    cache.protect(list("dcba"), 9.0)
+    assert {model.model_id for model in cache.models() if model.unevictable} == {"c", "d"}
 
 
 def test_a_model_larger_than_half_is_kept_too_and_nothing_after_it() -> None:
@@ -240,20 +240,20 @@ def test_a_model_larger_than_half_is_kept_too_and_nothing_after_it() -> None:
         cache.request(profile(name, size), 0.0)
         cache.loaded(name, 1.0)
         cache.finish(name, 2.0)
-    cache.keep(["large", "small"], 3.0)
-    assert [model.model_id for model in cache.models() if model.kept] == ["large"]
-    cache.keep(["small", "large"], 4.0)
-    assert [model.model_id for model in cache.models() if model.kept] == ["large", "small"]
+    cache.protect(["large", "small"], 3.0)
+    assert [model.model_id for model in cache.models() if model.protected] == ["large"]
+    cache.protect(["small", "large"], 4.0)
+    assert [model.model_id for model in cache.models() if model.protected] == ["large", "small"]
     assert cache.request(profile("other", 20), 5.0) == Load(("large",))
     assert_books_balance(cache)
 
 
 def test_what_is_kept_lets_go_for_a_request_that_could_never_be_served_otherwise() -> None:
     cache = holding(*"abcd")
-    cache.keep(list("ab"), 9.0)
+    cache.protect(list("ab"), 9.0)
     answer = cache.request(profile("large", 30), 10.0)
     assert isinstance(answer, Load)
-    assert sum(model.pinned for model in cache.models()) == 1
+    assert sum(model.unevictable for model in cache.models()) == 1
     assert_books_balance(cache)
 
 
@@ -261,8 +261,8 @@ def test_what_makes_way_is_not_kept() -> None:
     cache = holding(*"abc", capacity=30, in_use="abc", a=1, b=2, c=3)
     waiting = cache.request(profile("large", 20), 9.0)
     assert isinstance(waiting, Wait)
-    cache.keep(list("ab"), 9.0)
-    assert not any(model.pinned for model in cache.models())
+    cache.protect(list("ab"), 9.0)
+    assert not any(model.unevictable for model in cache.models())
     cache.finish("a", 10.0)
     (grant,) = cache.finish("b", 10.0)
     assert isinstance(grant.answer, Load)
@@ -320,7 +320,7 @@ def test_who_insists_displaces_what_is_worth_more_but_not_what_is_in_use() -> No
 
 def test_a_required_copy_of_what_is_no_longer_in_the_catalogue_goes_too() -> None:
     cache = holding(*"ab")
-    cache.keep(["a"], 9.0)
+    cache.protect(["a"], 9.0)
     assert cache.offer([profile("b")], (), 10.0) == Shed(("a",))
     assert not cache.must_shed
     assert_books_balance(cache)

@@ -301,7 +301,7 @@ class CacheMachine(RuleBasedStateMachine):
     def books_agree(self) -> None:
         assert_books_balance(self.cache)
         assert self.cache.used_bytes == self.used_bytes()
-        assert {model.model_id: (model.state, model.uses, model.pinned) for model in self.cache.models()} == {
+        assert {model.model_id: (model.state, model.uses, model.unevictable) for model in self.cache.models()} == {
             model_id: (
                 ModelState.LOADING if model_id in self.loading else ModelState.READY,
                 self.uses[model_id],

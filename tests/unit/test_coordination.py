@@ -9,7 +9,7 @@ from core_support import report, resident
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.core.cluster.cluster_view import View
+from serve_app.core.cluster.cluster_view import ClusterView
 from serve_app.core.cluster.reports import Demand, ViewDelta, WorkerReport
 from serve_app.core.coordination.coordinator_state import CoordinatorState
 from serve_app.core.coordination.rules import CoordinatorRules
@@ -185,7 +185,7 @@ def test_demand_is_counted_and_not_passed_on() -> None:
 
 def test_rates_fall_for_readers_even_where_no_worker_is_left() -> None:
     state = coordinator()
-    view = View()
+    view = ClusterView()
     state.handle(report("paris", demand={"a": 1}), 0.0)
     view.apply(everything(state, 0.0), 0.0)
     view.apply(state.view(view.epoch, view.version, 10.0), 10.0)
@@ -230,9 +230,9 @@ def test_a_reader_of_news_knows_what_a_reader_of_everything_knows(events: list[t
     now, lives = 0.0, 0
     state = coordinator("life 0", Forgetful)
     sequences: dict[str, int] = {}
-    views = [View() for _ in READERS]
+    views = [ClusterView() for _ in READERS]
 
-    def read(view: View) -> None:
+    def read(view: ClusterView) -> None:
         view.apply(state.view(view.epoch, view.version, now), now)
 
     for event, *details in events:
@@ -252,8 +252,8 @@ def test_a_reader_of_news_knows_what_a_reader_of_everything_knows(events: list[t
     for view in views:
         read(view)
     # What a new coordinator has not confirmed by then is forgotten.
-    now += View.CARRY_S
-    whole = View()
+    now += ClusterView.CARRY_S
+    whole = ClusterView()
     read(whole)
     for view in views:
         read(view)

@@ -17,8 +17,8 @@ import pytest
 
 from serve_app.errors import TraceError
 from serve_app.workload.azure_like import AzureLike
-from serve_app.workload.chance import Chance
 from serve_app.workload.diurnal import FULL_HOUR_FACTOR, HOUR_PROFILE, clock_times
+from serve_app.workload.seeded_random import SeededRandom
 from serve_app.workload.sessions import Sessions
 from serve_app.workload.statistics import (
     counts,
@@ -69,31 +69,31 @@ def lru(stream: Trace) -> list[float]:
 
 class TestChance:
     def test_a_seed_and_a_purpose_give_the_same_numbers_for_ever(self) -> None:
-        assert list(Chance(7, "test").uniform(3)) == pytest.approx(FIRST_UNIFORMS, abs=1e-15)
+        assert list(SeededRandom(7, "test").uniform(3)) == pytest.approx(FIRST_UNIFORMS, abs=1e-15)
 
     @pytest.mark.parametrize("cv", [0.1, 0.7, 1.0, 1.3, 8.0])
     def test_gamma_gaps_have_mean_one_and_their_variation(self, cv: float) -> None:
-        gaps = Chance(1, f"{cv}").gamma_gaps(cv, 400_000)
+        gaps = SeededRandom(1, f"{cv}").gamma_gaps(cv, 400_000)
         assert gaps.mean() == pytest.approx(1, abs=5 * cv / math.sqrt(len(gaps)))
         # The standard error of a deviation grows with the fourth moment: 3 + 6 cv^2 for the gamma distribution.
         assert gaps.std() == pytest.approx(cv, rel=5 * math.sqrt((2 + 6 * cv**2) / 4 / len(gaps)))
 
     def test_gamma_gaps_are_distributed_as_those_of_the_standard_library(self) -> None:
-        gaps = np.sort(Chance(1, "shape 4").gamma_gaps(0.5, 100_000))
+        gaps = np.sort(SeededRandom(1, "shape 4").gamma_gaps(0.5, 100_000))
         # Quantiles of the gamma distribution of shape 4, over its mean.
         wanted = {0.1: 0.43619, 0.5: 0.91802, 0.9: 1.67020}
         for share, value in wanted.items():
             assert np.quantile(gaps, share) == pytest.approx(value, rel=0.01)
 
     def test_normal_numbers_are_normal(self) -> None:
-        drawn = Chance(1, "normal").normal(200_000)
+        drawn = SeededRandom(1, "normal").normal(200_000)
         assert np.quantile(drawn, [0.0228, 0.1587, 0.5, 0.8413, 0.9772]) == pytest.approx([-2, -1, 0, 1, 2], abs=0.03)
 
     def test_picks_follow_the_weights_and_orders_are_permutations(self) -> None:
-        picked = np.bincount(Chance(1, "pick").pick(np.array([1.0, 0.0, 3.0]), 40_000), minlength=3)
+        picked = np.bincount(SeededRandom(1, "pick").pick(np.array([1.0, 0.0, 3.0]), 40_000), minlength=3)
         assert picked[1] == 0
         assert picked[2] / picked[0] == pytest.approx(3, rel=0.05)
-        assert sorted(Chance(1, "order").order(100)) == list(range(100))
+        assert sorted(SeededRandom(1, "order").order(100)) == list(range(100))
 
 
 class TestHours:

@@ -8,7 +8,7 @@ from core_support import report, resident
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.core.cluster.primaries import Keeper, kept_by, rank
+from serve_app.core.cluster.primaries import PrimaryTracker, primaries_at, rendezvous_rank
 from serve_app.core.cluster.reports import WorkerReport
 
 REPLICAS = [f"{location}-{number}" for location in ("oslo", "paris", "rome") for number in (1, 2)]
@@ -18,10 +18,10 @@ def place(replica: str) -> str:
     return replica.partition("-")[0]
 
 
-def said(replica: str, *, holds: bool, keeps: bool, leaving: bool = False) -> WorkerReport:
+def said(replica: str, *, holds: bool, primary_for: bool, leaving: bool = False) -> WorkerReport:
     return dataclasses.replace(
         report(place(replica), replica, models=[resident("a")] if holds else []),
-        keeps=frozenset("a") if keeps else frozenset(),
+        primary_for=frozenset("a") if primary_for else frozenset(),
         leaving=leaving,
     )
 
@@ -38,14 +38,14 @@ def test_never_do_all_holders_let_go_though_one_of_them_acts_on_any_old_view(
 ) -> None:
     """``claims``: the holders, and whether each has said last that it keeps the model."""
     holders = sorted(claims)
-    now = [said(replica, holds=True, keeps=keeps) for replica, keeps in claims.items()]
-    then = [said(replica, holds=True, keeps=keeps) for replica, keeps in old.items()]
+    now = [said(replica, holds=True, primary_for=primary_for) for replica, primary_for in claims.items()]
+    then = [said(replica, holds=True, primary_for=primary_for) for replica, primary_for in old.items()]
     stay = []
     for number, replica in enumerate(holders):
-        keeper = Keeper(replica, place(replica), {"a": copies})
-        keeper.keeps = frozenset("a") if claims[replica] else frozenset()
+        keeper = PrimaryTracker(replica, place(replica), {"a": copies})
+        keeper.primary_for = frozenset("a") if claims[replica] else frozenset()
         keeper.look(["a"], [])
-        keeper.keeps = frozenset("a") if claims[replica] else frozenset()
+        keeper.primary_for = frozenset("a") if claims[replica] else frozenset()
         keeper.report(["a"])
         if keeper.look(["a"], then if number == stale % len(holders) else now):
             stay.append(replica)
@@ -56,34 +56,34 @@ def test_never_do_all_holders_let_go_though_one_of_them_acts_on_any_old_view(
 def test_in_the_end_there_are_as_many_keepers_as_needed_at_different_locations_first(
     holders: set[str], copies: int
 ) -> None:
-    keepers = {replica: Keeper(replica, place(replica), {"a": copies}) for replica in sorted(holders)}
+    keepers = {replica: PrimaryTracker(replica, place(replica), {"a": copies}) for replica in sorted(holders)}
     for _ in range(5):
         reports = [
-            dataclasses.replace(said(replica, holds=True, keeps=False), keeps=keeper.report(["a"]))
+            dataclasses.replace(said(replica, holds=True, primary_for=False), primary_for=keeper.report(["a"]))
             for replica, keeper in keepers.items()
         ]
         for keeper in keepers.values():
             keeper.look(["a"], reports)
-    kept = {replica for replica, keeper in keepers.items() if keeper.keeps}
+    kept = {replica for replica, keeper in keepers.items() if keeper.primary_for}
     needed = min(max(1, copies), len(holders))
     assert len(kept) == needed
     assert len({place(replica) for replica in kept}) == min(needed, len({place(replica) for replica in holders}))
     if copies <= 1:
-        assert kept == {min(holders, key=lambda replica: rank("a", replica))}
+        assert kept == {min(holders, key=lambda replica: rendezvous_rank("a", replica))}
 
 
 def test_who_leaves_keeps_nothing_for_others() -> None:
-    first, second = sorted(REPLICAS, key=lambda replica: rank("a", replica))[:2]
-    assert kept_by(second, place(second), ["a"], [said(first, holds=True, keeps=True)], {}) == frozenset()
-    leaving = said(first, holds=True, keeps=True, leaving=True)
-    assert kept_by(second, place(second), ["a"], [leaving], {}) == {"a"}
+    first, second = sorted(REPLICAS, key=lambda replica: rendezvous_rank("a", replica))[:2]
+    assert primaries_at(second, place(second), ["a"], [said(first, holds=True, primary_for=True)], {}) == frozenset()
+    leaving = said(first, holds=True, primary_for=True, leaving=True)
+    assert primaries_at(second, place(second), ["a"], [leaving], {}) == {"a"}
 
 
 def test_what_has_just_come_is_kept_until_the_first_look() -> None:
-    keeper = Keeper("oslo-1", "oslo")
+    keeper = PrimaryTracker("oslo-1", "oslo")
     assert keeper.report(["a"]) == {"a"}
 
 
 def test_only_what_must_be_there_several_times_is_required() -> None:
-    keeper = Keeper("oslo-1", "oslo", {"a": 1, "b": 2, "c": 0})
+    keeper = PrimaryTracker("oslo-1", "oslo", {"a": 1, "b": 2, "c": 0})
     assert keeper.required(["a", "b", "c", "d"]) == ["b", "a"]

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 import pytest
 from core_support import report, resident
 
-from serve_app.core.cluster.cluster_view import View
+from serve_app.core.cluster.cluster_view import ClusterView
 from serve_app.core.cluster.reports import ViewDelta, WorkerReport
 from serve_app.core.links import HERE, LinkTable
-from serve_app.core.routing.router_view import Knowledge
+from serve_app.core.routing.router_view import RouterView
 from serve_app.core.vocabulary import ModelState
 
 READY, LOADING = ModelState.READY, ModelState.LOADING
@@ -29,17 +29,17 @@ def delta(
     return ViewDelta(epoch="e", version=version, full=full, workers=workers, gone=gone, rates=rates or {})
 
 
-def knowing(*workers: WorkerReport) -> Knowledge:
-    known = Knowledge()
+def knowing(*workers: WorkerReport) -> RouterView:
+    known = RouterView()
     known.apply(delta(*workers, full=True), 0.0)
     return known
 
 
-def state(known: Knowledge, replica: str, model_id: str) -> ModelState | None:
+def state(known: RouterView, replica: str, model_id: str) -> ModelState | None:
     return known.state(known.view.workers[replica], model_id)
 
 
-def replicas(known: Knowledge) -> list[str]:
+def replicas(known: RouterView) -> list[str]:
     return [worker.replica for worker in known.workers()]
 
 
@@ -47,7 +47,7 @@ def replicas(known: Knowledge) -> list[str]:
 
 
 def test_a_view_that_was_never_updated_has_no_age() -> None:
-    view = View()
+    view = ClusterView()
     assert view.age_s(100.0) is None
     view.apply(delta(), 100.0)
     assert view.age_s(100.5) == 0.5
@@ -55,7 +55,7 @@ def test_a_view_that_was_never_updated_has_no_age() -> None:
 
 
 def test_news_replace_join_and_remove() -> None:
-    view = View()
+    view = ClusterView()
     view.apply(delta(report("paris"), report("tokyo"), full=True), 0.0)
     view.apply(delta(report("paris", sequence=2), report("oslo"), gone=("tokyo-1",), version=2), 1.0)
     assert {replica: worker.sequence for replica, worker in view.workers.items()} == {"paris-1": 2, "oslo-1": 1}
@@ -63,7 +63,7 @@ def test_news_replace_join_and_remove() -> None:
 
 
 def test_a_full_view_replaces_everything() -> None:
-    view = View()
+    view = ClusterView()
     view.apply(delta(report("paris"), full=True, rates={"paris": {"a": 1.0}}), 0.0)
     view.apply(delta(report("tokyo"), full=True, rates={"tokyo": {"b": 2.0}}), 1.0)
     assert set(view.workers) == {"tokyo-1"}
@@ -72,7 +72,7 @@ def test_a_full_view_replaces_everything() -> None:
 
 
 def test_what_is_not_in_the_rates_has_none() -> None:
-    assert View().rate("paris", "a") == 0.0
+    assert ClusterView().rate("paris", "a") == 0.0
 
 
 def test_who_leaves_is_left_out_unless_all_do() -> None:
@@ -236,7 +236,7 @@ def anew(*workers: WorkerReport, version: int = 1, full: bool = True) -> ViewDel
 
 
 def test_what_the_last_coordinator_knew_counts_until_the_new_one_has_heard_of_everybody() -> None:
-    view = View()
+    view = ClusterView()
     view.apply(delta(report("paris"), report("tokyo")), 0.0)
     assert view.apply(anew(report("tokyo", sequence=9)), 10.0) == ()
     assert set(view.workers) == {"paris-1", "tokyo-1"}
@@ -247,15 +247,15 @@ def test_what_the_last_coordinator_knew_counts_until_the_new_one_has_heard_of_ev
 
 
 def test_who_does_not_report_to_the_new_coordinator_is_gone() -> None:
-    view = View()
+    view = ClusterView()
     view.apply(delta(report("paris"), report("tokyo")), 0.0)
     view.apply(anew(report("tokyo")), 10.0)
-    assert view.apply(anew(version=2, full=False), 10.0 + View.CARRY_S) == ("paris-1",)
+    assert view.apply(anew(version=2, full=False), 10.0 + ClusterView.CARRY_S) == ("paris-1",)
     assert set(view.workers) == {"tokyo-1"}
 
 
 def test_everything_anew_from_the_same_coordinator_names_who_is_gone() -> None:
-    view = View()
+    view = ClusterView()
     view.apply(delta(report("paris"), report("tokyo")), 0.0)
     assert view.apply(delta(report("tokyo"), full=True, version=5), 1.0) == ("paris-1",)
 
@@ -265,7 +265,7 @@ def test_everything_anew_from_the_same_coordinator_names_who_is_gone() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_whoever_is_known_to_hold_a_model_is_found_by_its_name(seed: int) -> None:
-    rng, known, sequence = random.Random(seed), Knowledge(), 0
+    rng, known, sequence = random.Random(seed), RouterView(), 0
     places = ("oslo", "paris", "rome", "tokyo")
     for version in range(300):
         place, name, sequence = rng.choice(places), rng.choice("abc"), sequence + 1

@@ -10,8 +10,8 @@ from core_support import report
 from serve_app.core.cluster.reports import ViewDelta
 from serve_app.core.links import Link, LinkTable
 from serve_app.core.routing.eviction_cost import prepare
-from serve_app.core.routing.neighbors import Nearby
-from serve_app.core.routing.router_view import Knowledge
+from serve_app.core.routing.neighbors import NeighborIndex
+from serve_app.core.routing.router_view import RouterView
 from serve_app.core.routing.rules import RoutingRules
 
 RTT_S = {"oslo": 0.03, "rome": 0.01, "tokyo": 0.2, "lima": 0.03}
@@ -25,7 +25,7 @@ WORKERS = [report(place) for place in ("tokyo", "paris", "oslo", "lima", "rome")
 
 
 def near(*replicas: str, count: int = 9) -> list[str]:
-    nearby = Nearby("paris", RULES, WORKERS)
+    nearby = NeighborIndex("paris", RULES, WORKERS)
     return [worker.replica for worker, _ in nearby.nearest(set(replicas), count)]
 
 
@@ -35,7 +35,7 @@ def test_the_nearest_come_first_and_equals_in_the_order_in_which_they_were_given
 
 def test_strangers_and_the_own_workers_are_not_among_the_others() -> None:
     assert near("paris-1", "nobody", "oslo-1") == ["oslo-1"]
-    nearby = Nearby("paris", RULES, WORKERS)
+    nearby = NeighborIndex("paris", RULES, WORKERS)
     assert [worker.replica for worker in nearby.own] == ["paris-1"]
     assert [worker.replica for worker, _ in nearby.others] == ["tokyo-1", "oslo-1", "lima-1", "rome-1"]
 
@@ -48,13 +48,13 @@ def test_the_nearest_are_told_and_no_more(strangers: int) -> None:
 
 
 def test_the_way_to_the_nearest_of_several_is_without_end_where_there_is_none() -> None:
-    nearby = Nearby("paris", RULES, WORKERS)
+    nearby = NeighborIndex("paris", RULES, WORKERS)
     assert nearby.rtt_s({"tokyo-1", "oslo-1", "paris-1"}) == 0.03
     assert nearby.rtt_s({"paris-1", "nobody"}) == math.inf
 
 
 def test_ways_that_have_changed_count_after_the_next_look_around() -> None:
-    known, ways = Knowledge(), LinkTable("paris", RULES.link)
+    known, ways = RouterView(), LinkTable("paris", RULES.link)
     known.apply(ViewDelta(epoch="e", version=1, full=True, workers=tuple(WORKERS), gone=(), rates={}), 0.0)
     prepare(known, "paris", RULES, ways)
     for _ in range(9):

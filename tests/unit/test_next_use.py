@@ -11,17 +11,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from serve_app.core.policies.rate_forecast import AGE_EDGES_S, History, NextUse
+from serve_app.core.policies.rate_forecast import AGE_EDGES_S, History, RateForecast
 
 SHORT_S, LONG_S = 100.0, 86400.0
 LEAD_S = 0.5
 
 
-def fresh(now: float = 0.0) -> NextUse:
-    return NextUse(short_s=SHORT_S, long_s=LONG_S, now=now)
+def fresh(now: float = 0.0) -> RateForecast:
+    return RateForecast(short_s=SHORT_S, long_s=LONG_S, now=now)
 
 
-def asked(predictor: NextUse, times_s: Iterable[float]) -> History:
+def asked(predictor: RateForecast, times_s: Iterable[float]) -> History:
     """A model that was asked for at these times."""
     times = list(times_s)
     known = History(times[0])
@@ -30,7 +30,7 @@ def asked(predictor: NextUse, times_s: Iterable[float]) -> History:
     return known
 
 
-def timer(predictor: NextUse, period_s: float, ticks: int = 30) -> tuple[History, float]:
+def timer(predictor: RateForecast, period_s: float, ticks: int = 30) -> tuple[History, float]:
     """A model that is asked for strictly at intervals, and when that was last."""
     return asked(predictor, (tick * period_s for tick in range(ticks))), (ticks - 1) * period_s
 
@@ -159,7 +159,7 @@ def test_without_requests_the_rate_rises_only_when_it_was_announced(past: str, l
         assert rise_s > now
         until_s = min(rise_s, now + 1e6)
         # A rise that was announced a rounding error too early is announced again, for the next moment.
-        if until_s - now > 2 * NextUse.STEP_S:
+        if until_s - now > 2 * RateForecast.STEP_S:
             for step in range(1, 20):
                 # How far the factors are trusted may move a little meanwhile.
                 assert predictor.rate(known, lead_s, now + (until_s - now) * step / 20) <= 1.1 * rate
@@ -198,7 +198,7 @@ def test_until_a_fall_is_announced_the_rate_falls_hardly_faster_than_the_memorie
         now = fall_s
 
 
-@pytest.mark.parametrize("announce", [NextUse.next_fall_s, NextUse.next_rise_s])
+@pytest.mark.parametrize("announce", [RateForecast.next_fall_s, RateForecast.next_rise_s])
 @given(
     last_s=st.floats(0, 1e9, allow_subnormal=False),
     edge=st.sampled_from(AGE_EDGES_S[1:-1]),
@@ -214,7 +214,7 @@ def test_what_is_announced_lies_ahead(announce: type, last_s: float, edge: float
     assert announce(predictor, known, now) > now
 
 
-@pytest.mark.parametrize("announce", [NextUse.next_fall_s, NextUse.next_rise_s])
+@pytest.mark.parametrize("announce", [RateForecast.next_fall_s, RateForecast.next_rise_s])
 @given(last_s=st.floats(0, 1e6, allow_subnormal=False), edge=st.sampled_from(AGE_EDGES_S[1:-1]))
 @example(last_s=63.6, edge=4.0)
 @settings(max_examples=100, deadline=None, derandomize=True)

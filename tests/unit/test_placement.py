@@ -251,7 +251,7 @@ def carried_out(
         held = models[command.replica]
         match command:
             case EvictAt(model_id=model_id):
-                assert not held.pop(model_id).pinned
+                assert not held.pop(model_id).unevictable
             case PreloadAt(model_id=model_id):
                 assert model_id not in held
                 held[model_id] = resident(model_id, profiles[model_id].size_bytes)

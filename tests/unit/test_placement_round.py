@@ -12,9 +12,9 @@ from dense_round import DenseRound
 
 from serve_app.core.cluster.commands import Command, PreloadAt
 from serve_app.core.links import Link
-from serve_app.core.placement.latency_matrix import WayTable
+from serve_app.core.placement.latency_matrix import LatencyMatrix
 from serve_app.core.placement.rules import PlacementRules
-from serve_app.core.placement.solver import Round, Site, Wants
+from serve_app.core.placement.solver import PlacementGoals, PlacementRound, WorkerState
 from serve_app.core.routing.rules import RoutingRules
 
 
@@ -46,7 +46,7 @@ class Case:
         self.sites = [
             self._site(f"{place}-{number}", place) for place in places for number in range(rng.choice([0, 1, 1, 2]))
         ]
-        self.wants = Wants(
+        self.wants = PlacementGoals(
             rates={
                 place: {name: rng.choice([0.0, 10.0 ** rng.uniform(-4, 1)]) for name in sorted(self._some(0.7))}
                 for place in [*places, "elsewhere"]
@@ -57,21 +57,21 @@ class Case:
             only=rng.choice([None, None, self._some(0.5)]),
         )
 
-    def round(self, wants: Wants | None = None) -> Round:
-        ways = WayTable(self.routing.links, self.routing.default_link, 0)
-        return Round(self.sites, wants or self.wants, self.routing.profiles, self.rules, ways)
+    def round(self, wants: PlacementGoals | None = None) -> PlacementRound:
+        ways = LatencyMatrix(self.routing.links, self.routing.default_link, 0)
+        return PlacementRound(self.sites, wants or self.wants, self.routing.profiles, self.rules, ways)
 
     def _some(self, share: float) -> frozenset[str]:
         return frozenset(name for name in self.names if self._rng.random() < share)
 
-    def _site(self, replica: str, location: str) -> Site:
+    def _site(self, replica: str, location: str) -> WorkerState:
         rng, capacity, held, used = self._rng, self._rng.randrange(10, 90), {}, 0
         share = rng.choice([0.2, 0.9])
         for name in self.names:
             if rng.random() < share and used + self.routing.profiles[name].size_bytes <= capacity:
                 held[name] = True
                 used += self.routing.profiles[name].size_bytes
-        return Site(
+        return WorkerState(
             location=location,
             replica=replica,
             capacity_bytes=capacity,
@@ -81,8 +81,8 @@ class Case:
             barred=self._some(0.1),
             fresh=self._some(0.05),
             missed=self._some(0.1),
-            fixed=self._some(0.1) & held.keys(),
-            keeps=self._some(0.6) & held.keys(),
+            unevictable=self._some(0.1) & held.keys(),
+            primary_for=self._some(0.6) & held.keys(),
             unused=self._some(0.5) & held.keys(),
             fill_bytes=capacity * self.rules.share_per_round * rng.choice([1.0, 1.0, 0.5]),
             empty_bytes=capacity * self.rules.share_per_round * rng.choice([1.0, 1.0, 0.5]),
@@ -108,7 +108,7 @@ def test_a_round_gives_the_commands_that_whole_tables_give(part: int) -> None:
 def test_the_ways_are_those_of_the_links_in_either_direction_as_they_are_learned() -> None:
     rng, names = random.Random(0), ["oslo", "paris", "rome", "tokyo"]
     default = Link(rtt_s=0.5, bytes_per_s=1e6)
-    ways = WayTable({}, default, 1000)
+    ways = LatencyMatrix({}, default, 1000)
     links: dict[tuple[str, str], Link] = {}
     for step in range(200):
         news = {(rng.choice(names), rng.choice(names)): Link(rtt_s=rng.random(), bytes_per_s=1e6)}
@@ -129,6 +129,6 @@ def test_what_takes_no_part_changes_nothing() -> None:
     assert _loads(case, replace(case.wants, rates=asked)) == _loads(case, case.wants)
 
 
-def _loads(case: Case, wants: Wants) -> list[Command]:
+def _loads(case: Case, wants: PlacementGoals) -> list[Command]:
     commands = case.round(wants).commands()
     return [command for command in commands if isinstance(command, PreloadAt)]

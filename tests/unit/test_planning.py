@@ -15,9 +15,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.cluster.cluster_view import View
+from serve_app.core.cluster.cluster_view import ClusterView
 from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
-from serve_app.core.cluster.primaries import Keeper
+from serve_app.core.cluster.primaries import PrimaryTracker
 from serve_app.core.cluster.reports import ViewDelta
 from serve_app.core.coordination.coordinator_state import CoordinatorState
 from serve_app.core.coordination.rules import CoordinatorRules, PlacementSettings
@@ -49,7 +49,7 @@ class Cluster:
         self.capacity, self.obey = capacity, obey
         self.now = 0.0
         self.held: dict[str, set[str]] = {location: set() for location in locations}
-        self.keepers = {name: Keeper(f"{name}-1", name, self.min_copies) for name in self.held}
+        self.keepers = {name: PrimaryTracker(f"{name}-1", name, self.min_copies) for name in self.held}
         self.leaving: set[str] = set()
         self.given: list[tuple[float, Command]] = []
         self.last: dict[str, ViewDelta] = {}
@@ -64,7 +64,7 @@ class Cluster:
             rules=CoordinatorRules(half_life_s=60.0, stale_after_s=STALE_AFTER_S, placement=placement),
         )
         self._sequence = 0
-        self._view = View()
+        self._view = ClusterView()
         self._owed: dict[tuple[str, str], float] = {}
 
     def run(
@@ -93,7 +93,7 @@ class Cluster:
                 models=[resident(model_id, self.profiles[model_id].size_bytes) for model_id in sorted(held)],
                 demand={model_id: count for model_id, count in demand.items() if count},
             ),
-            keeps=self.keepers[location].report(held),
+            primary_for=self.keepers[location].report(held),
             leaving=location in self.leaving,
         )
         delta = self.last[location] = self.state.answer(sent, self._view.epoch, self._view.version, self.now)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from serve_app.core.cluster.popularity import DecayedRate, Popularity
-from serve_app.core.placement.demand import Interests
+from serve_app.core.placement.demand import DemandTracker
 
 LN2 = 0.6931471805599453
 
@@ -100,7 +100,7 @@ def test_rates_handed_out_do_not_change_afterwards() -> None:
 
 
 def test_a_location_that_asks_for_nothing_any_more_is_forgotten() -> None:
-    interests = Interests(10.0, 1.0)
+    interests = DemandTracker(10.0, 1.0)
     interests.add("paris", "a", 5, 0.0)
     interests.add("tokyo", "a", 5, 300.0)
     assert set(interests.steady(300.0)) == {"tokyo"}

@@ -8,7 +8,7 @@ import pytest
 from core_support import profile
 
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.lazy_heap import Ranked, Ranking
+from serve_app.core.lazy_heap import HeapEntry, LazyHeap
 
 NOW = 0.0
 
@@ -19,7 +19,7 @@ class Keys(dict[str, float]):
     def __init__(self, **keys: float) -> None:
         super().__init__(keys)
         self.asked = 0
-        self.ranking = Ranking(self.of)
+        self.ranking = LazyHeap(self.of)
         for model_id in keys:
             self.ranking.add(profile(model_id), NOW)
 
@@ -121,7 +121,7 @@ def test_the_heap_stays_in_proportion_to_the_models_however_often_keys_shrink() 
     for step in range(10_000):
         keys["abc"[step % 3]] = -step
         keys.ranking.renew("abc"[step % 3], NOW)
-    assert len(keys.ranking._heap) <= 2 * 3 + Ranking.SLACK + 1
+    assert len(keys.ranking._heap) <= 2 * 3 + LazyHeap.SLACK + 1
     assert keys.order() == "acb"
 
 
@@ -133,7 +133,7 @@ def test_it_tells_the_same_as_a_sorted_list(models: int, seed: int) -> None:
     keys = Keys()
     known = [profile(f"m{number}") for number in range(models)]
     order: dict[str, int] = {}
-    out: list[Ranked] = []
+    out: list[HeapEntry] = []
     added = 0
     for _ in range(3000):
         model = rng.choice(known)

@@ -17,9 +17,9 @@ from core_support import profile, report, resident
 
 from serve_app.core.cluster.reports import ViewDelta, WorkerReport
 from serve_app.core.links import Link, LinkTable
-from serve_app.core.routing.choose import Errand, Plan, choose
+from serve_app.core.routing.choose import Route, RoutingRequest, choose
 from serve_app.core.routing.eviction_cost import forward_costs
-from serve_app.core.routing.router_view import Knowledge
+from serve_app.core.routing.router_view import RouterView
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import Forwarding, ModelState, Outcome
 
@@ -42,14 +42,14 @@ def rules(
     )
 
 
-def knowing(*workers: WorkerReport, rates: Mapping[str, Mapping[str, float]] | None = None) -> Knowledge:
-    known = Knowledge()
+def knowing(*workers: WorkerReport, rates: Mapping[str, Mapping[str, float]] | None = None) -> RouterView:
+    known = RouterView()
     known.apply(ViewDelta(epoch="e", version=1, full=True, workers=workers, gone=(), rates=rates or {}), 0.0)
     return known
 
 
-def errand(**changed: Any) -> Errand:
-    return Errand(**{"model": M, "here": "paris"} | changed)
+def errand(**changed: Any) -> RoutingRequest:
+    return RoutingRequest(**{"model": M, "here": "paris"} | changed)
 
 
 # The table
@@ -310,8 +310,14 @@ def test_without_any_choice_the_request_goes_to_its_own_location(
     workers: tuple[WorkerReport, ...], changed: Mapping[str, Any]
 ) -> None:
     plan = choose(errand(**changed), knowing(*workers), rules())
-    assert plan == Plan(
-        outcome=LOAD, location="paris", replica=None, wait_s=1.0, expected_s=1.1, cost_s=math.inf, must_hold=False
+    assert plan == Route(
+        outcome=LOAD,
+        location="paris",
+        replica=None,
+        wait_s=1.0,
+        expected_s=1.1,
+        cost_s=math.inf,
+        only_if_resident=False,
     )
 
 
@@ -334,10 +340,10 @@ def test_a_worker_can_hold_what_fits_beside_its_pinned_models() -> None:
 
 
 def test_a_worker_can_hold_what_fits_in_the_place_of_what_is_kept_but_at_a_price_without_end() -> None:
-    kept = dataclasses.replace(resident("k", pinned=True), kept=True)
+    kept = dataclasses.replace(resident("k", pinned=True), protected=True)
     worker = report("paris", capacity=30, models=[kept, resident("v")])
     assert worker.can_hold(profile("m", 30))
-    assert not worker.can_hold(profile("m", 21), beside_kept=True)
+    assert not worker.can_hold(profile("m", 21), beside_protected=True)
     plan = choose(errand(model=profile("m", 21)), knowing(worker), rules())
     assert plan.cost_s == math.inf
 
@@ -370,15 +376,17 @@ def test_requests_on_their_way_count_as_queue() -> None:
     assert choose(errand(), known, rules()).replica == "paris-2"
 
 
-@pytest.mark.parametrize(("models", "must_hold"), [(HOLDS, True), (LOADS, True), ((), False)])
-def test_a_forward_for_the_sake_of_a_copy_is_taken_only_if_the_copy_is_there(models: tuple, must_hold: bool) -> None:
+@pytest.mark.parametrize(("models", "only_if_resident"), [(HOLDS, True), (LOADS, True), ((), False)])
+def test_a_forward_for_the_sake_of_a_copy_is_taken_only_if_the_copy_is_there(
+    models: tuple, only_if_resident: bool
+) -> None:
     plan = choose(errand(), knowing(report("tokyo", models=models)), rules())
-    assert plan.must_hold is must_hold
+    assert plan.only_if_resident is only_if_resident
 
 
 def test_nothing_is_demanded_of_the_own_location() -> None:
     for models in (HOLDS, LOADS, ()):
-        assert choose(errand(), knowing(report("paris", models=models)), rules()).must_hold is False
+        assert choose(errand(), knowing(report("paris", models=models)), rules()).only_if_resident is False
 
 
 def test_a_request_that_waits_for_nothing_is_not_said_to() -> None:

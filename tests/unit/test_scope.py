@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import pytest
 from core_support import report, resident
 
-from serve_app.core.cluster.cluster_view import View
-from serve_app.core.cluster.directory import Entry
+from serve_app.core.cluster.cluster_view import ClusterView
+from serve_app.core.cluster.directory import DirectoryEntry
 from serve_app.core.cluster.reports import Demand, WorkerReport
 from serve_app.core.coordination.coordinator_state import CoordinatorState
 from serve_app.core.coordination.rules import CoordinatorRules
-from serve_app.core.coordination.subscription import Scope
+from serve_app.core.coordination.subscription import Subscription
 from serve_app.core.links import Link
 from serve_app.core.vocabulary import ModelState
 
@@ -24,10 +24,10 @@ PLACES = ("lima", "oslo", "paris", "quito", "rome", "tokyo")
 @pytest.fixture(autouse=True)
 def few_peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small numbers, so that small clusters are large ones."""
-    monkeypatch.setattr(Scope, "PEERS", 3)
-    monkeypatch.setattr(Scope, "NEAR", 1)
-    monkeypatch.setattr(Scope, "MODELS", 4)
-    monkeypatch.setattr(Entry, "REMEMBERED", 3)
+    monkeypatch.setattr(Subscription, "PEERS", 3)
+    monkeypatch.setattr(Subscription, "NEAR", 1)
+    monkeypatch.setattr(Subscription, "MODELS", 4)
+    monkeypatch.setattr(DirectoryEntry, "REMEMBERED", 3)
     return
 
 
@@ -58,15 +58,15 @@ class Cluster:
             loading=len(held) if loading else 0,
         )
         demand = tuple(Demand(location=place, model_id=name, count=1) for name in asks)
-        made = self.last[replica] = dataclasses.replace(made, keeps=frozenset(held), demand=demand, **changes)  # type: ignore[arg-type]
+        made = self.last[replica] = dataclasses.replace(made, primary_for=frozenset(held), demand=demand, **changes)  # type: ignore[arg-type]
         self.state.handle(made, self.now)
 
-    def read(self, view: View, place: str) -> View:
+    def read(self, view: ClusterView, place: str) -> ClusterView:
         view.apply(self.state.view(view.epoch, view.version, self.now, place), self.now)
         return view
 
 
-def matters(view: View, scope: Scope) -> dict[str, object]:
+def matters(view: ClusterView, scope: Subscription) -> dict[str, object]:
     """What a reader knows of the workers that matter to it, as far as it is interested."""
     return {
         replica: (
@@ -74,7 +74,7 @@ def matters(view: View, scope: Scope) -> dict[str, object]:
             worker.queue_s,
             worker.leaving,
             {name: model for name, model in worker.models.items() if name in scope.models},
-            worker.keeps & scope.models.keys(),
+            worker.primary_for & scope.models.keys(),
             {name: s for name, s in worker.exec_s.items() if name in scope.models and name in worker.models},
         )
         for replica, worker in view.workers.items()
@@ -89,7 +89,7 @@ class Life(Cluster):
     def __init__(self, seed: int) -> None:
         super().__init__()
         self._rng = random.Random(seed)
-        self._views = [View() for _ in self.READERS]
+        self._views = [ClusterView() for _ in self.READERS]
         self.compared = 0
 
     def step(self) -> None:
@@ -113,12 +113,12 @@ class Life(Cluster):
                 self.now += rng.choice([0.25, 3.0, 40.0])
             case "restart":
                 self.restart()
-                self._views = [View() for _ in self.READERS]
+                self._views = [ClusterView() for _ in self.READERS]
 
-    def compare(self, place: str, view: View) -> None:
+    def compare(self, place: str, view: ClusterView) -> None:
         """A reader knows what one that reads everything is told, and that is so."""
         self.compared += 1
-        whole, reports = self.read(View(), place), self.state._reports
+        whole, reports = self.read(ClusterView(), place), self.state._reports
         self.read(view, place)
         scope = self.state._scopes.get(place)
         if scope is None:
@@ -131,7 +131,7 @@ class Life(Cluster):
             if worker.location == place:
                 assert worker == dataclasses.replace(last, demand=())
                 continue
-            assert abs(worker.queue_s - last.queue_s) <= Entry.QUEUE_S
+            assert abs(worker.queue_s - last.queue_s) <= DirectoryEntry.QUEUE_S
             for name in scope.models:
                 known, there = worker.models.get(name), last.models.get(name)
                 assert (known and known.state) == (there and there.state)
@@ -146,7 +146,7 @@ def test_whatever_happens_readers_know_of_what_matters_what_a_new_reader_is_told
 
 
 def test_a_reader_goes_on_by_what_it_knew_when_the_coordinator_starts_anew() -> None:
-    cluster, view = Cluster(), View()
+    cluster, view = Cluster(), ClusterView()
     for place in PLACES:
         cluster.report(place, "a", asks="a")
     before = set(cluster.read(view, "oslo").workers)
@@ -154,12 +154,12 @@ def test_a_reader_goes_on_by_what_it_knew_when_the_coordinator_starts_anew() -> 
     cluster.report("oslo")
     cluster.report("lima")
     assert set(cluster.read(view, "oslo").workers) == before
-    cluster.now += View.CARRY_S
+    cluster.now += ClusterView.CARRY_S
     assert set(cluster.read(view, "oslo").workers) == {"oslo-1", "lima-1"}
 
 
 def test_a_location_is_told_who_holds_what_it_is_asked_for() -> None:
-    cluster, view = Cluster(), View()
+    cluster, view = Cluster(), ClusterView()
     for place in PLACES:
         cluster.report(place, place[0])
     cluster.read(view, "oslo")
@@ -169,7 +169,7 @@ def test_a_location_is_told_who_holds_what_it_is_asked_for() -> None:
 
 
 def test_who_is_of_no_use_any_more_is_not_followed_and_not_taken_for_gone() -> None:
-    cluster, view = Cluster(), View()
+    cluster, view = Cluster(), ClusterView()
     for place in (*PLACES, "cairo", "delhi"):
         cluster.report(place, place[0])
     cluster.read(view, "oslo")
@@ -177,12 +177,12 @@ def test_who_is_of_no_use_any_more_is_not_followed_and_not_taken_for_gone() -> N
         cluster.report("oslo", "o", asks=name)
         delta = cluster.state.view(view.epoch, view.version, cluster.now, "oslo")
         assert view.apply(delta, cluster.now) == ()
-        assert len(view.workers) <= 1 + Scope.PEERS
+        assert len(view.workers) <= 1 + Subscription.PEERS
     assert list(view.holders("p")) == ["paris-1"]
 
 
 def test_the_nearest_holder_is_followed() -> None:
-    cluster, view = Cluster(), View()
+    cluster, view = Cluster(), ClusterView()
     for place in PLACES:
         cluster.report(place, *("m" if place not in ("oslo", "lima") else ()))
     near = {("oslo", place): Link(rtt_s=0.01 * (7 - number), bytes_per_s=1e9) for number, place in enumerate(PLACES)}
@@ -195,28 +195,32 @@ def test_the_nearest_holder_is_followed() -> None:
 
 
 def test_noise_of_distant_workers_is_no_news_but_now_and_then() -> None:
-    cluster, view = Cluster(), View()
+    cluster, view = Cluster(), ClusterView()
     for place in PLACES[:3]:
         cluster.report(place, "a", asks="a")
     cluster.read(view, "oslo")
     told = []
-    for _ in range(Entry.EVERY_REPORTS):
+    for _ in range(DirectoryEntry.EVERY_REPORTS):
         cluster.report("paris", "a", queue_s=0.1)
         delta = cluster.state.view(view.epoch, view.version, cluster.now, "oslo")
         view.apply(delta, cluster.now)
         told.append(len(delta.changes))
-    assert told == [0] * (Entry.EVERY_REPORTS - 1) + [1]
-    assert (view.workers["paris-1"].sequence, view.workers["paris-1"].queue_s) == (1 + Entry.EVERY_REPORTS, 0.1)
+    every = DirectoryEntry.EVERY_REPORTS
+    assert told == [0] * (every - 1) + [1]
+    assert (view.workers["paris-1"].sequence, view.workers["paris-1"].queue_s) == (
+        1 + DirectoryEntry.EVERY_REPORTS,
+        0.1,
+    )
 
 
 def test_few_workers_become_many_and_few_again() -> None:
-    cluster, view = Cluster(whole_up_to=3), View()
+    cluster, view = Cluster(whole_up_to=3), ClusterView()
     for place in PLACES:
         cluster.report(place, "a")
         cluster.read(view, "oslo")
     assert view.scoped
     assert "oslo-1" in view.workers
-    assert len(view.workers) == 1 + Scope.NEAR
+    assert len(view.workers) == 1 + Subscription.NEAR
     for place in PLACES[:1] + PLACES[2:4]:
         cluster.state.depart(f"{place}-1")
         cluster.read(view, "oslo")
@@ -225,7 +229,7 @@ def test_few_workers_become_many_and_few_again() -> None:
 
 
 def test_a_worker_gets_its_orders_and_its_own_news_though_it_reads_less_often() -> None:
-    cluster, view = Cluster(), View()
+    cluster, view = Cluster(), ClusterView()
     for place in PLACES[:4]:
         cluster.report(place, place[0], asks="p")
     worker = cluster.last["oslo-1"]
@@ -242,7 +246,7 @@ def test_a_worker_gets_its_orders_and_its_own_news_though_it_reads_less_often() 
 
 
 def test_rates_are_those_of_the_location_and_fall() -> None:
-    cluster, view = Cluster(), View()
+    cluster, view = Cluster(), ClusterView()
     for place in PLACES:
         cluster.report(place, asks=place[0])
     cluster.read(view, "oslo")
@@ -254,7 +258,7 @@ def test_rates_are_those_of_the_location_and_fall() -> None:
 
 
 def test_a_reader_of_no_location_is_told_of_everybody() -> None:
-    cluster, view = Cluster(), View()
+    cluster, view = Cluster(), ClusterView()
     for place in PLACES:
         cluster.report(place, "a", asks="a")
     view.apply(cluster.state.view("", 0, cluster.now), cluster.now)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.lazy_heap import Ranked, Ranking
+from serve_app.core.lazy_heap import HeapEntry, LazyHeap
 from serve_app.core.policies.base import EvictionPolicy
 from serve_app.core.vocabulary import ModelState
 
 
 @dataclass(slots=True)
-class Entry:
+class CacheEntry:
     """One model that takes up memory."""
 
     model: ModelProfile
@@ -21,9 +21,9 @@ class Entry:
     #: When it was last asked for, or its last use ended.
     used_s: float
     #: Never a victim: the configuration says so.
-    fixed: bool
+    pinned: bool
     #: Never a victim as long as everything else can be served beside it: it is one of few copies that must exist.
-    kept: bool = False
+    protected: bool = False
     draining: bool = False
     #: Its load is, or was, on nobody's request.
     preload: bool = False
@@ -31,22 +31,22 @@ class Entry:
     speculative: bool = False
 
     @property
-    def pinned(self) -> bool:
+    def unevictable(self) -> bool:
         """Whether it is no victim now."""
-        return self.fixed or self.kept
+        return self.pinned or self.protected
 
 
-def evictable(entry: Entry) -> bool:
+def evictable(entry: CacheEntry) -> bool:
     """Whether it could go, were it not in use."""
     return entry.state is ModelState.READY or entry.speculative
 
 
-def idle(entry: Entry) -> bool:
+def idle(entry: CacheEntry) -> bool:
     """Whether it could go now."""
     return not entry.uses and evictable(entry)
 
 
-class Books:
+class CacheAccounting:
     """Entries and their sums, kept exact. Pinned entries are not ranked, hence never chosen.
 
     Args:
@@ -58,13 +58,13 @@ class Books:
         self.capacity_bytes = capacity_bytes
         #: Of the capacity, what is taken by something that is no model.
         self.reserved_bytes = 0
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, CacheEntry] = {}
         self.used_bytes = 0
-        self.fixed_bytes = 0
-        self.kept_bytes = 0
-        self._draining: list[Entry] = []
+        self.pinned_bytes = 0
+        self.protected_bytes = 0
+        self._draining: list[CacheEntry] = []
         self._policy = policy
-        self._ranking = Ranking(policy.utility)
+        self._ranking = LazyHeap(policy.utility)
 
     @property
     def excess_bytes(self) -> int:
@@ -74,26 +74,26 @@ class Books:
     def missing_bytes(self, size_bytes: int) -> int:
         """What would have to go so that a request's model of that size fits; negative: what would still be free.
 
-        The reserve yields to what is pinned or kept, and to a model that could not be served beside it otherwise.
+        The reserve yields to what is unevictable or kept, and to a model that could not be served beside it otherwise.
         """
-        most_bytes = self.capacity_bytes - self.fixed_bytes - self.kept_bytes - size_bytes
+        most_bytes = self.capacity_bytes - self.pinned_bytes - self.protected_bytes - size_bytes
         held_back_bytes = max(0, min(self.reserved_bytes, most_bytes))
         return self.used_bytes + size_bytes + held_back_bytes - self.capacity_bytes
 
-    def enter(self, entry: Entry, now: float) -> None:
+    def enter(self, entry: CacheEntry, now: float) -> None:
         """A model takes up memory from now on."""
         self.entries[entry.model.model_id] = entry
         self.used_bytes += entry.model.size_bytes
-        if entry.fixed:
-            self.fixed_bytes += entry.model.size_bytes
+        if entry.pinned:
+            self.pinned_bytes += entry.model.size_bytes
         else:
             self._ranking.add(entry.model, now)
 
-    def remove(self, entry: Entry) -> None:
+    def remove(self, entry: CacheEntry) -> None:
         """It takes up no memory any more."""
         size_bytes = entry.model.size_bytes
-        self.fixed_bytes -= entry.fixed * size_bytes
-        self.kept_bytes -= entry.kept * size_bytes
+        self.pinned_bytes -= entry.pinned * size_bytes
+        self.protected_bytes -= entry.protected * size_bytes
         if entry.draining:
             self._draining.remove(entry)
         self._ranking.take(entry.model.model_id)
@@ -103,22 +103,22 @@ class Books:
     def use(self, policy: EvictionPolicy, now: float) -> None:
         """Rank by another policy; equals in the order of their last use."""
         self._policy = policy
-        self._ranking = Ranking(policy.utility)
+        self._ranking = LazyHeap(policy.utility)
         for entry in sorted(self.entries.values(), key=lambda entry: entry.used_s):
-            if not entry.pinned:
+            if not entry.unevictable:
                 self._ranking.add(entry.model, now)
 
     # Pins
 
-    def fix(self, entry: Entry, fixed: bool, now: float) -> None:
+    def pin(self, entry: CacheEntry, pinned: bool, now: float) -> None:
         """Pin a model by configuration, or no longer."""
-        if entry.fixed is not fixed:
-            self._keep(entry, False, now)
-            self._pin(entry, fixed, now)
-            entry.fixed = fixed
-            self.fixed_bytes += entry.model.size_bytes if fixed else -entry.model.size_bytes
+        if entry.pinned is not pinned:
+            self._set_protected(entry, False, now)
+            self._set_unevictable(entry, pinned, now)
+            entry.pinned = pinned
+            self.pinned_bytes += entry.model.size_bytes if pinned else -entry.model.size_bytes
 
-    def keep(self, model_ids: Sequence[str], enough_bytes: int, most_bytes: int, now: float) -> None:
+    def protect(self, model_ids: Sequence[str], enough_bytes: int, most_bytes: int, now: float) -> None:
         """Keep these, the first ones first, until they take ``enough_bytes``, but never more than ``most_bytes``.
 
         No others are kept, nor is a model that makes way for a request.
@@ -127,39 +127,41 @@ class Books:
         taken_bytes = 0
         for model_id in model_ids:
             entry = self.entries.get(model_id)
-            if entry is None or entry.fixed or entry.draining:
+            if entry is None or entry.pinned or entry.draining:
                 continue
             if taken_bytes < enough_bytes and taken_bytes + entry.model.size_bytes <= most_bytes:
                 taken_bytes += entry.model.size_bytes
                 kept.add(model_id)
-        if kept or self.kept_bytes:
+        if kept or self.protected_bytes:
             for model_id, entry in self.entries.items():
-                self._keep(entry, model_id in kept, now)
+                self._set_protected(entry, model_id in kept, now)
 
     def release(self, bytes_wanted: int, now: float) -> None:
         """Keep no more than leaves room for a model of that size; the largest are let go first."""
-        most_bytes = self.capacity_bytes - self.fixed_bytes - bytes_wanted
-        if self.kept_bytes > most_bytes:
-            kept = [entry for entry in self.entries.values() if entry.kept]
+        most_bytes = self.capacity_bytes - self.pinned_bytes - bytes_wanted
+        if self.protected_bytes > most_bytes:
+            kept = [entry for entry in self.entries.values() if entry.protected]
             for entry in sorted(kept, key=lambda entry: -entry.model.size_bytes):
-                if self.kept_bytes > most_bytes:
-                    self._keep(entry, False, now)
+                if self.protected_bytes > most_bytes:
+                    self._set_protected(entry, False, now)
 
-    def _keep(self, entry: Entry, kept: bool, now: float) -> None:
-        if entry.kept is not kept:
-            entry.kept = kept
-            self.kept_bytes += entry.model.size_bytes if kept else -entry.model.size_bytes
-            self._pin(entry, kept, now)
+    def _set_protected(self, entry: CacheEntry, protected: bool, now: float) -> None:
+        if entry.protected is not protected:
+            entry.protected = protected
+            self.protected_bytes += entry.model.size_bytes if protected else -entry.model.size_bytes
+            self._set_unevictable(entry, protected, now)
 
-    def _pin(self, entry: Entry, pinned: bool, now: float) -> None:
-        if pinned:
+    def _set_unevictable(self, entry: CacheEntry, unevictable: bool, now: float) -> None:
+        if unevictable:
             self._ranking.take(entry.model.model_id)
         else:
             self._ranking.add(entry.model, now)
 
     # Who goes
 
-    def choose_victims(self, missing_bytes: int, now: float, eligible: Callable[[Entry], bool]) -> list[Ranked] | None:
+    def choose_victims(
+        self, missing_bytes: int, now: float, eligible: Callable[[CacheEntry], bool]
+    ) -> list[HeapEntry] | None:
         """What to unload for ``missing_bytes``, out of the ranking; None if all together are not enough.
 
         Takes the lowest utilities until enough bytes are free. If the policy says so, it then keeps only the largest of
@@ -176,12 +178,14 @@ class Books:
             self.put_back((ranked for ranked in taken if ranked not in chosen), now)
         return chosen or None
 
-    def take_least_useful(self, missing_bytes: int, now: float, eligible: Callable[[Entry], bool]) -> list[Ranked]:
+    def take_least_useful(
+        self, missing_bytes: int, now: float, eligible: Callable[[CacheEntry], bool]
+    ) -> list[HeapEntry]:
         """The lowest utilities, out of the ranking, until they make so many bytes or there are no more."""
         for model_id in self._policy.fallen(now):
             self._ranking.renew(model_id, now)
         # A model that already makes way goes first: it was ranked lowest a moment ago and has been emptied since.
-        taken: list[Ranked] = []
+        taken: list[HeapEntry] = []
         freed_bytes = 0
         for entry in self._draining:
             if freed_bytes < missing_bytes and eligible(entry):
@@ -189,7 +193,7 @@ class Books:
                 if ranked is not None:
                     taken.append(ranked)
                     freed_bytes += entry.model.size_bytes
-        passed_over: list[Ranked] = []
+        passed_over: list[HeapEntry] = []
         while freed_bytes < missing_bytes and (ranked := self._ranking.pop(now)) is not None:
             if eligible(self.entries[ranked.model.model_id]):
                 taken.append(ranked)
@@ -199,14 +203,14 @@ class Books:
         self.put_back(passed_over, now)
         return taken
 
-    def put_back(self, several: Iterable[Ranked], now: float) -> None:
+    def put_back(self, several: Iterable[HeapEntry], now: float) -> None:
         """They do not go after all."""
         for ranked in several:
             self._ranking.put_back(ranked)
             # The policy may have told of its fall while it was out.
             self._ranking.renew(ranked.model.model_id, now)
 
-    def drain(self, several: Iterable[Ranked]) -> None:
+    def drain(self, several: Iterable[HeapEntry]) -> None:
         """These take no new requests from now on, and no others."""
         for entry in self._draining:
             entry.draining = False
@@ -215,8 +219,8 @@ class Books:
             entry.draining = True
 
 
-def _largest_that_suffice(taken: list[Ranked], missing_bytes: int) -> list[Ranked]:
-    kept: list[Ranked] = []
+def _largest_that_suffice(taken: list[HeapEntry], missing_bytes: int) -> list[HeapEntry]:
+    kept: list[HeapEntry] = []
     for ranked in sorted(taken, key=lambda ranked: -ranked.model.size_bytes):
         if missing_bytes <= 0:
             break

@@ -11,7 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from serve_app.core.cache.accounting import Books, Entry, evictable, idle
+from serve_app.core.cache.accounting import CacheAccounting, CacheEntry, evictable, idle
 from serve_app.core.cache.decisions import (
     HIT,
     JOIN,
@@ -27,7 +27,7 @@ from serve_app.core.cache.decisions import (
     Wait,
 )
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.lazy_heap import Ranked
+from serve_app.core.lazy_heap import HeapEntry
 from serve_app.core.policies.base import EvictionPolicy
 from serve_app.core.vocabulary import ModelState, ResidentModel
 from serve_app.errors import Conflict, NotFound
@@ -116,7 +116,7 @@ class ModelCache:
         self.counters = CacheCounters()
         self._policy = policy
         policy.preloading = max_preloads > 0
-        self._books = Books(capacity_bytes, policy)
+        self._books = CacheAccounting(capacity_bytes, policy)
         #: The same as in the books: every request looks here.
         self._entries = self._books.entries
         self._max_loads = max_loads
@@ -223,9 +223,9 @@ class ModelCache:
         entry = self._entries.get(model_id)
         if entry is None:
             raise NotFound(f"model {model_id} is not loaded here; nothing to unload")
-        if entry.fixed:
+        if entry.pinned:
             raise Conflict(f"model {model_id} is pinned; unpin it in the catalogue before unloading it")
-        if entry.kept:
+        if entry.protected:
             raise Conflict(f"model {model_id} has no copies to spare; lower its min_copies before unloading it")
         if entry.state is ModelState.LOADING or entry.uses:
             raise Conflict(f"model {model_id} is in use; unload it when its requests have ended")
@@ -273,16 +273,16 @@ class ModelCache:
         self._forward_s = forward_s
         self._policy.on_forward_costs(forward_s)
 
-    def keep(self, model_ids: Sequence[str], now: float) -> None:
+    def protect(self, model_ids: Sequence[str], now: float) -> None:
         """Pin those of these models that are here, and no others, beside what is pinned for good.
 
         They are the copies that the cluster cannot spare. Together they take half of the memory that is not pinned for
         good, the first ones first, and the one that exceeds it: else a model larger than that would never stay. They
         let go of it for a request that could never be served otherwise.
         """
-        room_bytes = self.capacity_bytes - self._books.fixed_bytes
+        room_bytes = self.capacity_bytes - self._books.pinned_bytes
         largest_bytes = max((model.size_bytes for model in self._waiting.values()), default=0)
-        self._books.keep(model_ids, room_bytes // 2, room_bytes - largest_bytes, now)
+        self._books.protect(model_ids, room_bytes // 2, room_bytes - largest_bytes, now)
 
     # Changes of the configuration
 
@@ -293,8 +293,8 @@ class ModelCache:
             ValueError: what is pinned for good needs more.
         """
         _require_capacity(capacity_bytes)
-        if capacity_bytes < self._books.fixed_bytes:
-            raise ValueError(f"{capacity_bytes} bytes are less than the {self._books.fixed_bytes} of pinned models")
+        if capacity_bytes < self._books.pinned_bytes:
+            raise ValueError(f"{capacity_bytes} bytes are less than the {self._books.pinned_bytes} of pinned models")
         self._books.capacity_bytes = capacity_bytes
         self._books.release(0, now)
         return self.shed(now)
@@ -327,7 +327,7 @@ class ModelCache:
         self._known = offered
         self._pinned = frozenset(pinned)
         for model_id, entry in self._entries.items():
-            self._books.fix(entry, model_id in self._pinned, now)
+            self._books.pin(entry, model_id in self._pinned, now)
         self._policy.on_catalog(tuple(offered.values()), now)
         return self.shed(now)
 
@@ -399,8 +399,8 @@ class ModelCache:
                 state=entry.state,
                 size_bytes=entry.model.size_bytes,
                 uses=entry.uses,
-                pinned=entry.pinned,
-                kept=entry.kept,
+                unevictable=entry.unevictable,
+                protected=entry.protected,
             )
             for model_id, entry in self._entries.items()
         )
@@ -431,7 +431,7 @@ class ModelCache:
         failure = self._failures.get(model.model_id)
         if failure is not None and now < failure.until_s:
             return Reject(RejectReason.LOAD_FAILED, failure.detail, failure.until_s - now)
-        free_bytes = self.capacity_bytes - self._books.fixed_bytes
+        free_bytes = self.capacity_bytes - self._books.pinned_bytes
         if model.size_bytes > free_bytes:
             return Reject(
                 RejectReason.TOO_LARGE,
@@ -495,16 +495,16 @@ class ModelCache:
         return Load(self._admit(model, chosen, now, uses=1, speculative=False))
 
     def _admit(
-        self, model: ModelProfile, victims: list[Ranked], now: float, *, uses: int, speculative: bool
+        self, model: ModelProfile, victims: list[HeapEntry], now: float, *, uses: int, speculative: bool
     ) -> tuple[str, ...]:
         """Enter ``model`` into the books in the place of ``victims``; returns their names."""
         self._evict(victims, now)
-        entry = Entry(
+        entry = CacheEntry(
             model=model,
             state=ModelState.LOADING,
             uses=uses,
             used_s=now,
-            fixed=model.model_id in self._pinned,
+            pinned=model.model_id in self._pinned,
             preload=speculative,
             speculative=speculative,
         )
@@ -515,7 +515,7 @@ class ModelCache:
         self._books.enter(entry, now)
         return tuple(victim.model.model_id for victim in victims)
 
-    def _evict(self, victims: list[Ranked], now: float) -> None:
+    def _evict(self, victims: list[HeapEntry], now: float) -> None:
         for victim in victims:
             self.counters.evictions += 1
             entry = self._entries[victim.model.model_id]
@@ -524,7 +524,7 @@ class ModelCache:
             self._remove(entry)
             self._policy.on_evict(victim.model, now)
 
-    def _unload(self, entry: Entry, now: float) -> None:
+    def _unload(self, entry: CacheEntry, now: float) -> None:
         self.counters.unloads += 1
         self._remove(entry)
         self._policy.on_unload(entry.model, now)
@@ -544,7 +544,7 @@ class ModelCache:
         The first in line will displace them, or they are more than memory now holds.
         """
         first = next(iter(self._waiting.values()), None)
-        chosen: list[Ranked] = []
+        chosen: list[HeapEntry] = []
         # One that is here and is to go displaces nothing: it stays if memory has become enough meanwhile.
         if first is not None and first.model_id not in self._entries:
             if self._loading >= self._max_loads:
@@ -591,29 +591,29 @@ class ModelCache:
             if self._books.excess_bytes > 0:
                 self._make_way(now)
 
-    def _load_ended(self, entry: Entry) -> None:
+    def _load_ended(self, entry: CacheEntry) -> None:
         if entry.preload:
             self._preloading -= 1
         else:
             self._loading -= 1
 
-    def _remove(self, entry: Entry) -> None:
+    def _remove(self, entry: CacheEntry) -> None:
         if entry.speculative:
             self.counters.wasted_preloads += 1
         self._books.remove(entry)
 
-    def _loading_entry(self, model_id: str) -> Entry:
+    def _loading_entry(self, model_id: str) -> CacheEntry:
         entry = self._entries.get(model_id)
         if entry is None or entry.state is not ModelState.LOADING:
             raise ValueError(f"{model_id} is not loading")
         return entry
 
 
-def _spare(entry: Entry) -> bool:
-    return _settled(entry) and not entry.pinned
+def _spare(entry: CacheEntry) -> bool:
+    return _settled(entry) and not entry.unevictable
 
 
-def _settled(entry: Entry) -> bool:
+def _settled(entry: CacheEntry) -> bool:
     return entry.state is ModelState.READY and not entry.uses
 
 

@@ -13,7 +13,7 @@ _T = TypeVar("_T")
 
 
 @dataclass(slots=True)
-class View:
+class ClusterView:
     """One participant's copy of the cluster, kept current by deltas. A hint, never the truth."""
 
     epoch: str = ""
@@ -118,12 +118,12 @@ def _replace(known: dict[str, _T], name: str, news: _T | None) -> None:
 
 def _changed(report: WorkerReport, change: WorkerChange) -> WorkerReport:
     models, exec_s, load_s = dict(report.models), dict(report.exec_s), dict(report.load_s)
-    keeps = set(report.keeps)
+    primary_for = set(report.primary_for)
     for model in change.models:
         _replace(models, model.model_id, model.resident)
         _replace(exec_s, model.model_id, model.exec_s)
         _replace(load_s, model.model_id, model.load_s)
-        (keeps.add if model.keeps else keeps.discard)(model.model_id)
+        (primary_for.add if model.primary_for else primary_for.discard)(model.model_id)
     return replace(
         report,
         sequence=change.sequence,
@@ -136,5 +136,5 @@ def _changed(report: WorkerReport, change: WorkerChange) -> WorkerReport:
         models=models,
         exec_s=exec_s,
         load_s=load_s,
-        keeps=frozenset(keeps),
+        primary_for=frozenset(primary_for),
     )

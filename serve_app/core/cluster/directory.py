@@ -10,7 +10,7 @@ from serve_app.core.cluster.reports import ModelChange, WorkerChange, WorkerRepo
 from serve_app.core.vocabulary import ResidentModel
 
 
-class Entry:
+class DirectoryEntry:
     """One worker: its last report, and what distant readers are told of it.
 
     Those are told what changes a decision: which models come and go, and of times and queues what is more than noise.
@@ -112,7 +112,7 @@ class Entry:
         """All that a reader is told who is interested in some models, or in all."""
         told = self.told
         if self._pinned is None:
-            self._pinned = frozenset([model.model_id for model in told.models.values() if model.pinned])
+            self._pinned = frozenset([model.model_id for model in told.models.values() if model.unevictable])
         models = {
             model_id: _without_uses(model)
             for model_id, model in told.models.items()
@@ -125,7 +125,7 @@ class Entry:
             load_s={model_id: seconds for model_id, seconds in self._load_s.items() if model_id in models},
             outcomes={},
             demand=(),
-            keeps=told.keeps.intersection(models),
+            primary_for=told.primary_for.intersection(models),
         )
 
     def _changed(self, models: tuple[ModelChange, ...]) -> WorkerChange:
@@ -147,7 +147,7 @@ class Entry:
         return ModelChange(
             model_id=model_id,
             resident=None if resident is None else _without_uses(resident),
-            keeps=model_id in self.told.keeps,
+            primary_for=model_id in self.told.primary_for,
             exec_s=self._exec_s.get(model_id),
             load_s=self._load_s.get(model_id),
         )
@@ -162,11 +162,13 @@ class Entry:
             for model_id, model in after.items():
                 known = before.get(model_id)
                 if known is not None and (
-                    known.state is not model.state or known.pinned != model.pinned or known.kept != model.kept
+                    known.state is not model.state
+                    or known.unevictable != model.unevictable
+                    or known.protected != model.protected
                 ):
                     moved.add(model_id)
-        if told.keeps != report.keeps:
-            moved |= told.keeps ^ report.keeps
+        if told.primary_for != report.primary_for:
+            moved |= told.primary_for ^ report.primary_for
         return moved
 
     def _remeasured(self, report: WorkerReport) -> set[str]:
@@ -196,7 +198,7 @@ class Directory(Mapping[str, WorkerReport]):
     """The last report of every live worker, by replica; knows for every model who holds it."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, DirectoryEntry] = {}
         self._holders: dict[str, dict[str, None]] = {}
         self._locations: dict[str, dict[str, None]] = {}
         #: How often somebody has come or gone.
@@ -212,7 +214,7 @@ class Directory(Mapping[str, WorkerReport]):
         return len(self._entries)
 
     @property
-    def entries(self) -> Mapping[str, Entry]:
+    def entries(self) -> Mapping[str, DirectoryEntry]:
         """What is told of every worker, by replica."""
         return self._entries
 
@@ -220,7 +222,7 @@ class Directory(Mapping[str, WorkerReport]):
         """Take in a worker's report; returns the models at it that are news."""
         entry = self._entries.get(report.replica)
         if entry is None:
-            self._entries[report.replica] = Entry(report, version)
+            self._entries[report.replica] = DirectoryEntry(report, version)
             self.moves += 1
             self._locations.setdefault(report.location, {})[report.replica] = None
             for model_id in report.models:

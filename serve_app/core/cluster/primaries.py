@@ -17,12 +17,12 @@ from serve_app.core.cluster.reports import WorkerReport
 
 
 @lru_cache(maxsize=1 << 16)
-def rank(model_id: str, replica: str) -> int:
+def rendezvous_rank(model_id: str, replica: str) -> int:
     """Of two holders of a model, the one with the lower rank keeps it."""
     return int.from_bytes(hashlib.blake2b(f"{model_id} {replica}".encode(), digest_size=8).digest())
 
 
-def kept_by(
+def primaries_at(
     replica: str,
     location: str,
     held: Collection[str],
@@ -44,12 +44,12 @@ def kept_by(
     mine = frozenset(held)
     for report in others:
         if report.replica != replica and not report.leaving:
-            for model_id in report.keeps & mine:
-                keepers.setdefault(model_id, []).append((rank(model_id, report.replica), report.location))
+            for model_id in report.primary_for & mine:
+                keepers.setdefault(model_id, []).append((rendezvous_rank(model_id, report.replica), report.location))
     spare = {
         model_id
         for model_id, known in keepers.items()
-        if _turn((rank(model_id, replica), location), known) >= max(1, min_copies.get(model_id, 1))
+        if _turn((rendezvous_rank(model_id, replica), location), known) >= max(1, min_copies.get(model_id, 1))
     }
     return mine - spare
 
@@ -62,7 +62,7 @@ def _turn(own: tuple[int, str], others: list[tuple[int, str]]) -> int:
     return sorted([own, *others], key=lambda keeper: (firsts[keeper[1]] is not keeper, keeper)).index(own)
 
 
-class Keeper:
+class PrimaryTracker:
     """One worker's part: what it says to keep, and what it treats as if there were no other copy.
 
     It treats as a duplicate only what it has *reported* not to keep, so that the others know.
@@ -78,18 +78,18 @@ class Keeper:
         self._min_copies = min_copies or {}
         self._seen: frozenset[str] = frozenset()
         self._reported: frozenset[str] = frozenset()
-        self.keeps: frozenset[str] = frozenset()
+        self.primary_for: frozenset[str] = frozenset()
 
     def report(self, held: Collection[str]) -> frozenset[str]:
         """What the worker says to keep, as it reports; what has just come is kept until the next look."""
-        self._reported = self.keeps.intersection(held) | (frozenset(held) - self._seen)
+        self._reported = self.primary_for.intersection(held) | (frozenset(held) - self._seen)
         return self._reported
 
     def look(self, held: Collection[str], others: Iterable[WorkerReport]) -> frozenset[str]:
         """Decide anew what to keep; returns what must not be treated as a duplicate."""
         self._seen = frozenset(held)
-        self.keeps = kept_by(self._replica, self._location, held, others, self._min_copies)
-        return self.keeps | self._reported.intersection(held)
+        self.primary_for = primaries_at(self._replica, self._location, held, others, self._min_copies)
+        return self.primary_for | self._reported.intersection(held)
 
     def required(self, guarded: Iterable[str]) -> list[str]:
         """Those of them of which there must be a number of copies; those of which there must be most come first."""

@@ -47,8 +47,8 @@ class WorkerReport:
     ``loading`` counts the models that load or wait for their turn to, of which ``load_slots`` load at the same time.
     ``queue_s`` is the time until a request that arrives now begins to execute. ``exec_s`` and ``load_s`` are smoothed
     measurements per model, absent where nothing was measured yet. ``outcomes`` is keyed by the location whose users
-    sent the requests: another one's are forwards. ``keeps`` are the models that the worker does not let go as if they
-    were duplicates; see ``keepers.py``. One that is ``leaving`` still serves, but others should be preferred.
+    sent the requests: another one's are forwards. ``primary_for`` are the models whose last copy the worker answers for
+    (``primaries.py``). One that is ``leaving`` still serves, but others should be preferred.
 
     ``capacity_bytes`` and ``used_bytes`` are of models. Beside them the worker sets ``workspace_bytes`` aside for
     executions. It holds ``unaccounted_bytes`` of the capacity back for what the kernel sees of the process
@@ -79,15 +79,15 @@ class WorkerReport:
     wasted_preloads: int = 0
     outcomes: Mapping[str, OutcomeCounts]
     demand: tuple[Demand, ...] = ()
-    keeps: frozenset[str] = frozenset()
+    primary_for: frozenset[str] = frozenset()
     leaving: bool = False
 
-    def can_hold(self, model: ModelProfile, *, beside_kept: bool = False) -> bool:
+    def can_hold(self, model: ModelProfile, *, beside_protected: bool = False) -> bool:
         """Whether the model fits once everything that may go for a request has gone, or all of it but what is kept."""
         pinned_bytes = sum(
             other.size_bytes
             for other in self.models.values()
-            if other.pinned and (beside_kept or not other.kept) and other.model_id != model.model_id
+            if other.unevictable and (beside_protected or not other.protected) and other.model_id != model.model_id
         )
         return model.size_bytes <= self.capacity_bytes - pinned_bytes
 
@@ -98,7 +98,7 @@ class ModelChange:
 
     model_id: str
     resident: ResidentModel | None
-    keeps: bool
+    primary_for: bool
     exec_s: float | None
     load_s: float | None
 

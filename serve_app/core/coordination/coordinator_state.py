@@ -10,7 +10,7 @@ from serve_app.core.cluster.directory import Directory
 from serve_app.core.cluster.popularity import Popularity
 from serve_app.core.cluster.reports import ViewDelta, WorkerChange, WorkerReport
 from serve_app.core.coordination.rules import CoordinatorRules
-from serve_app.core.coordination.subscription import Scope
+from serve_app.core.coordination.subscription import Subscription
 from serve_app.core.links import HERE, Link
 from serve_app.core.placement.controller import Planner
 
@@ -33,7 +33,7 @@ class CoordinatorState:
     A coordinator that starts anew has an empty directory under a new ``epoch``; the next round of reports fills it.
 
     While there are few workers, every reader gets every report. Then a reader gets those of its own location, and of
-    its ``Scope`` what changes decisions: news do not grow with the cluster. One of no location is told of everybody.
+    its ``Subscription`` what changes decisions: news do not grow with the cluster. One of no location is told of all.
 
     Args:
         epoch: differs for every life of the coordinator; readers drop what they knew when it changes.
@@ -67,7 +67,7 @@ class CoordinatorState:
         self._departed: dict[str, int] = {}
         self._complete_since = 0
         #: By location; empty while there are few workers.
-        self._scopes: dict[str | None, Scope] = {}
+        self._scopes: dict[str | None, Subscription] = {}
         self._links: dict[tuple[str, str], Link] = {}
         #: By location, the last ones last.
         self._links_changed: dict[str, dict[tuple[str, str], int]] = {}
@@ -253,7 +253,7 @@ class CoordinatorState:
         )
 
     def _news(
-        self, scope: Scope, location: str | None, reader: str | None, since: int
+        self, scope: Subscription, location: str | None, reader: str | None, since: int
     ) -> tuple[list[WorkerReport], list[WorkerChange]]:
         entries = self._reports.entries
         if location is None:
@@ -282,11 +282,11 @@ class CoordinatorState:
                     changes.append(entry.of(model_id))
         return workers, changes
 
-    def _scope(self, location: str | None, now: float, *, rates: bool) -> Scope:
+    def _scope(self, location: str | None, now: float, *, rates: bool) -> Subscription:
         scope = self._scopes.get(location)
         if scope is None:
             self._version += 1
-            scope = self._scopes[location] = Scope(location or "", self._reports, self._version)
+            scope = self._scopes[location] = Subscription(location or "", self._reports, self._version)
             if location is not None:
                 held = [
                     model_id for replica in self._reports.at(location) for model_id in self._reports[replica].models

@@ -6,10 +6,10 @@ import heapq
 from collections.abc import Callable, Collection, Iterable, Mapping
 from operator import itemgetter
 
-from serve_app.core.cluster.directory import Directory, Entry
+from serve_app.core.cluster.directory import Directory, DirectoryEntry
 
 
-class Scope:
+class Subscription:
     """The workers of other locations, *peers*, of which a location is told.
 
     | event                            | effect                                                        |
@@ -61,7 +61,7 @@ class Scope:
         self.peers: dict[str, int] = {}
         #: The version as of which the last one joined; and what is told of them, as long as nobody comes or goes.
         self.joined_at = version
-        self._entries: list[Entry] = []
+        self._entries: list[DirectoryEntry] = []
         self._moves = -1
         self.models: dict[str, int] = {}
         self._left: dict[str, int] = {}
@@ -107,7 +107,7 @@ class Scope:
         self._add(sorted(new), version)
         return bool(new)
 
-    def told(self, since: int) -> list[Entry]:
+    def told(self, since: int) -> list[DirectoryEntry]:
         """What peers have told of themselves after version ``since``."""
         if self._moves != self._directory.moves:
             self._moves = self._directory.moves

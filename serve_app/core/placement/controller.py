@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from serve_app.core.cluster.commands import Command, PreloadAt
 from serve_app.core.cluster.reports import Demand, WorkerReport
 from serve_app.core.links import Link
-from serve_app.core.placement.demand import Interests
+from serve_app.core.placement.demand import DemandTracker
 from serve_app.core.placement.orders import Placement
 from serve_app.core.placement.rules import PlacementRules
 from serve_app.core.routing.rules import RoutingRules
@@ -39,8 +39,8 @@ class Planner:
     ) -> None:
         self._rules = rules
         self._placement = Placement(routing, rules, payload_bytes=payload_bytes, min_copies=min_copies)
-        self._interests: Interests = (
-            before._interests if before else Interests(rules.half_life_s, rules.crowd_half_life_s)
+        self._interests: DemandTracker = (
+            before._interests if before else DemandTracker(rules.half_life_s, rules.crowd_half_life_s)
         )
         #: What others were told to load when a worker said that it leaves, and when.
         self._handed_over: dict[str, tuple[float, tuple[PreloadAt, ...]]] = before._handed_over if before else {}

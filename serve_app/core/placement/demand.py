@@ -8,14 +8,14 @@ from typing import NamedTuple
 from serve_app.core.cluster.popularity import DecayedRate, Popularity
 
 
-class Memories(NamedTuple):
+class DecayRates(NamedTuple):
     """By what share per second, at first, requests are forgotten: of the long memory, and of the very short one."""
 
     steady_per_s: float
     crowd_per_s: float
 
 
-class Interest:
+class ModelDemand:
     """How often users of one location ask for one model, for placement: patient, but quick to see a crowd come and go.
 
     - ``steady_per_s``: a rate over a long memory.
@@ -44,7 +44,7 @@ class Interest:
         self._had_crowd = False
         self._crowd_since_s = 0.0
 
-    def add(self, now: float, count: int, memories: Memories, *, in_crowd: bool) -> bool:
+    def add(self, now: float, count: int, memories: DecayRates, *, in_crowd: bool) -> bool:
         """Count ``count`` requests at ``now`` (seconds; never runs backwards), perhaps those of a crowd.
 
         Returns:
@@ -67,7 +67,7 @@ class Interest:
         self._had_crowd = self._had_crowd or in_crowd
         return self._had_crowd or before + count > self.CHANCE
 
-    def crowd_per_s(self, now: float, memories: Memories) -> float:
+    def crowd_per_s(self, now: float, memories: DecayRates) -> float:
         """Requests per second of a crowd, 0 if there is none."""
         requests = self._requests(now, memories)
         sure = _beyond_chance(requests)
@@ -78,19 +78,19 @@ class Interest:
         filled = -math.expm1(-memories.crowd_per_s * since_s)
         return requests * memories.crowd_per_s * sure / requests / filled
 
-    def is_over(self, now: float, memories: Memories) -> bool:
+    def is_over(self, now: float, memories: DecayRates) -> bool:
         """Whether there was a crowd, which has gone."""
         silence_s = now - self.last_s
         return self._had_crowd and self._steady_per_s(now, memories) * silence_s > self.MISSED
 
-    def is_lively(self, now: float, memories: Memories) -> bool:
+    def is_lively(self, now: float, memories: DecayRates) -> bool:
         """Whether there may be a crowd, or was one."""
         return self._had_crowd or self._requests(now, memories) > self.CHANCE
 
-    def _steady_per_s(self, now: float, memories: Memories) -> float:
+    def _steady_per_s(self, now: float, memories: DecayRates) -> float:
         return self.steady * math.exp(-memories.steady_per_s * max(0.0, now - self.last_s))
 
-    def _requests(self, now: float, memories: Memories) -> float:
+    def _requests(self, now: float, memories: DecayRates) -> float:
         """How many requests of this very moment the short memory is worth."""
         return self._crowd * math.exp(-memories.crowd_per_s * max(0.0, now - self.last_s)) / memories.crowd_per_s
 
@@ -100,8 +100,8 @@ def _beyond_chance(requests: float) -> float:
     return requests - 2.0 * math.sqrt(requests)
 
 
-class Interests:
-    """``Interest`` of every location in every model.
+class DemandTracker:
+    """``ModelDemand`` of every location in every model.
 
     Args:
         half_life_s: of the long memory.
@@ -114,10 +114,10 @@ class Interests:
 
     def __init__(self, half_life_s: float, crowd_half_life_s: float) -> None:
         self._crowd_half_life_s = crowd_half_life_s
-        self._memories = Memories(math.log(2) / half_life_s, math.log(2) / crowd_half_life_s)
-        self._known: dict[str, dict[str, Interest]] = {}
+        self._memories = DecayRates(math.log(2) / half_life_s, math.log(2) / crowd_half_life_s)
+        self._known: dict[str, dict[str, ModelDemand]] = {}
         #: Those of them that may be a crowd, or were one: few.
-        self._lively: dict[tuple[str, str], Interest] = {}
+        self._lively: dict[tuple[str, str], ModelDemand] = {}
         self._everywhere: dict[str, DecayedRate] = {}
 
     def add(self, location: str, model_id: str, count: int, now: float) -> None:
@@ -127,7 +127,7 @@ class Interests:
             known = self._known[location] = {}
         interest = known.get(model_id)
         if interest is None:
-            interest = known[model_id] = Interest()
+            interest = known[model_id] = ModelDemand()
         everywhere = self._everywhere.get(model_id)
         if everywhere is None:
             everywhere = self._everywhere[model_id] = DecayedRate(self._crowd_half_life_s)

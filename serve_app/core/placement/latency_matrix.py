@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from serve_app.core.links import Link
 
 
-class WayTable:
+class LatencyMatrix:
     """Seconds from location to location for one size of payload.
 
     Args:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from serve_app.core.cluster.commands import Command, PreloadAt
 from serve_app.core.cluster.reports import WorkerReport
 from serve_app.core.links import Link
-from serve_app.core.placement.latency_matrix import WayTable
+from serve_app.core.placement.latency_matrix import LatencyMatrix
 from serve_app.core.placement.rules import PlacementRules
-from serve_app.core.placement.solver import Round, Site, Wants
+from serve_app.core.placement.solver import PlacementGoals, PlacementRound, WorkerState
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ModelState
 
@@ -56,7 +56,7 @@ class Placement:
         min_copies: Mapping[str, int] | None = None,
     ) -> None:
         self._profiles = routing.profiles
-        self._ways = WayTable(routing.links, routing.default_link, payload_bytes)
+        self._ways = LatencyMatrix(routing.links, routing.default_link, payload_bytes)
         self._rules = rules
         self._min_copies = min_copies or {}
         self._orders: dict[tuple[str, str], _Order] = {}
@@ -95,9 +95,9 @@ class Placement:
             return ()
         crowds = crowds or {}
         merged, urgent = self._merged(rates, crowds)
-        work = Round(
+        work = PlacementRound(
             sites,
-            Wants(rates=merged, copies=self._copies(crowds, sites), urgent=urgent, withdraw=over),
+            PlacementGoals(rates=merged, copies=self._copies(crowds, sites), urgent=urgent, withdraw=over),
             self._profiles,
             self._rules,
             self._ways,
@@ -121,8 +121,8 @@ class Placement:
         if not sites:
             return ()
         models = frozenset(leaving.models)
-        wants = Wants(rates=rates, copies=self._min_copies, urgent=models, only=models)
-        return self._given(Round(sites, wants, self._profiles, self._rules, self._ways).commands(), now)
+        wants = PlacementGoals(rates=rates, copies=self._min_copies, urgent=models, only=models)
+        return self._given(PlacementRound(sites, wants, self._profiles, self._rules, self._ways).commands(), now)
 
     def _given(self, commands: tuple[Command, ...], now: float) -> tuple[Command, ...]:
         for command in commands:
@@ -150,7 +150,7 @@ class Placement:
             merged[location] = asked
         return merged, frozenset(urgent)
 
-    def _copies(self, crowds: Mapping[str, Mapping[str, float]], sites: list[Site]) -> Mapping[str, int]:
+    def _copies(self, crowds: Mapping[str, Mapping[str, float]], sites: list[WorkerState]) -> Mapping[str, int]:
         """How many copies there must be of models of which one is not enough, or that nobody may ask for."""
         copies = dict(self._min_copies)
         busy = self._rules.busy_share * sum(site.exec_slots for site in sites) / len(sites)
@@ -161,7 +161,7 @@ class Placement:
                 copies[model_id] = max(copies.get(model_id, 0), min(needed, len(sites)))
         return copies
 
-    def _sites(self, reports: Iterable[WorkerReport], now: float) -> list[Site]:
+    def _sites(self, reports: Iterable[WorkerReport], now: float) -> list[WorkerState]:
         self._orders = {
             key: order for key, order in self._orders.items() if now - order.given_s <= self._rules.repeat_s
         }
@@ -178,7 +178,7 @@ class Placement:
             orders.setdefault(replica, {})[model_id] = order
         return [self._site(report, orders.get(report.replica, {}), now) for report in staying]
 
-    def _site(self, report: WorkerReport, orders: Mapping[str, _Order], now: float) -> Site:
+    def _site(self, report: WorkerReport, orders: Mapping[str, _Order], now: float) -> WorkerState:
         """A worker as it will be when its orders have been carried out."""
         known = self._used_s.get(report.replica, {})
         used_s = self._used_s[report.replica] = {
@@ -205,11 +205,11 @@ class Placement:
         stays = {
             resident.model_id
             for resident in report.models.values()
-            if resident.pinned or resident.state is ModelState.LOADING
+            if resident.unevictable or resident.state is ModelState.LOADING
         }
         share_bytes = report.capacity_bytes * self._rules.share_per_round
         credit = self._credits.get(report.replica, _Credit(share_bytes, share_bytes))
-        return Site(
+        return WorkerState(
             location=report.location,
             replica=report.replica,
             capacity_bytes=report.capacity_bytes,
@@ -219,8 +219,8 @@ class Placement:
             barred=ordered,
             fresh=just_ordered,
             missed=missed,
-            fixed=stays,
-            keeps=report.keeps,
+            unevictable=stays,
+            primary_for=report.primary_for,
             unused={
                 model_id
                 for model_id, since_s in used_s.items()

@@ -16,7 +16,7 @@ import numpy as np
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
 from serve_app.core.placement.candidates import Candidates, Flags, Floats, Rows, asked, numbered
-from serve_app.core.placement.latency_matrix import WayTable
+from serve_app.core.placement.latency_matrix import LatencyMatrix
 from serve_app.core.placement.rules import PlacementRules
 
 #: So many rows of a table of a thousand sites take half a megabyte.
@@ -24,14 +24,14 @@ _BLOCK = 64
 
 
 @dataclass(slots=True, kw_only=True)
-class Site:
+class WorkerState:
     """One worker, as placement sees it.
 
     ``held`` is what it will hold when its orders have been carried out. ``fixed`` ones stay where they are. Of what was
     ordered lately, ``barred`` ones are not to be loaded unless they are urgent or required, nor unloaded unless for a
     required copy; ``fresh`` ones neither way at all; ``missed`` ones should be there and are not. ``unused`` ones could
-    go and have not been used for long, and what it ``keeps`` others may do without. ``fill_bytes`` and ``empty_bytes``
-    are what may be moved, by one round or by several.
+    go and have not been used for long. It is ``primary_for`` those whose last copy it answers for. ``fill_bytes`` and
+    ``empty_bytes`` are what may be moved, by one round or by several.
     """
 
     location: str
@@ -43,15 +43,15 @@ class Site:
     barred: Collection[str]
     fresh: Collection[str]
     missed: Collection[str]
-    fixed: Collection[str]
-    keeps: Collection[str]
+    unevictable: Collection[str]
+    primary_for: Collection[str]
     unused: Collection[str]
     fill_bytes: float
     empty_bytes: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wants:
+class PlacementGoals:
     """What users and operators want.
 
     Attributes:
@@ -69,7 +69,7 @@ class Wants:
     only: frozenset[str] | None = None
 
 
-class Round:
+class PlacementRound:
     """Models (rows) asked for at locations and held by sites (columns); only pairs that exist take memory.
 
     A site that was not worth a copy any more is not looked at again in this round, though a copy that goes later may
@@ -85,11 +85,11 @@ class Round:
 
     def __init__(
         self,
-        sites: list[Site],
-        wants: Wants,
+        sites: list[WorkerState],
+        wants: PlacementGoals,
         profiles: Mapping[str, ModelProfile],
         rules: PlacementRules,
-        ways: WayTable,
+        ways: LatencyMatrix,
     ) -> None:
         self._sites, self._rules = sites, rules
         locations = sorted({site.location for site in sites} | wants.rates.keys())
@@ -145,7 +145,7 @@ class Round:
         return list(zip(self._may_fill.tolist(), self._may_empty.tolist(), strict=True))
 
     def _take_in(
-        self, number: int, site: Site, row: Mapping[str, int], soon: set[int], withdraw: frozenset[str]
+        self, number: int, site: WorkerState, row: Mapping[str, int], soon: set[int], withdraw: frozenset[str]
     ) -> None:
         def rows(names: Collection[str]) -> set[int]:
             return {row[name] for name in names if name in row}
@@ -157,12 +157,12 @@ class Round:
             self._barred_at[model].add(number)
         for model in rows(site.missed):
             self._missed_at.setdefault(model, set()).add(number)
-        must_go = held - fresh - rows(site.fixed)
+        must_go = held - fresh - rows(site.unevictable)
         self._must_go.append(must_go)
         self._may_go.append(must_go - barred)
         if withdraw:
             self._unused += [(model, number) for model in rows(withdraw.intersection(site.unused)) & held]
-            for model in rows(site.keeps):
+            for model in rows(site.primary_for):
                 self._kept_at.setdefault(model, set()).add(number)
 
     # What copies are worth

@@ -8,9 +8,9 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.lazy_heap import Ranked, Ranking
+from serve_app.core.lazy_heap import HeapEntry, LazyHeap
 from serve_app.core.policies.base import EvictionPolicy
-from serve_app.core.policies.rate_forecast import History, NextUse
+from serve_app.core.policies.rate_forecast import History, RateForecast
 
 
 class _Known(History):
@@ -35,7 +35,7 @@ class _Known(History):
 class EdgeServe(EvictionPolicy):
     """Seconds saved per second and byte: predicted request rate x cost of absence / size.
 
-    The rate is that of ``NextUse``, at its highest within the time that it takes to bring a model in. The cost of
+    The rate is that of ``RateForecast``, at its highest within the time that it takes to bring a model in. The cost of
     absence is a load, or the forward to the next location that holds the model, whichever is less: duplicates go before
     last copies.
 
@@ -71,19 +71,19 @@ class EdgeServe(EvictionPolicy):
         self._short_s, self._long_s = short_s, long_s
         self._margin = margin
         self._review_every_s = review_every_s
-        self._next_use: NextUse | None = None
+        self._next_use: RateForecast | None = None
         self._known: dict[str, _Known] = {}
         self._forward_s: Mapping[str, float] = {}
         #: Absent models, the most worthwhile first. A worth that has fallen is seen when the model surfaces.
-        self._absent = Ranking(lambda model, now: -self.utility(model, now))
+        self._absent = LazyHeap(lambda model, now: -self.utility(model, now))
         #: Absent models that are not worth what must go for them, and the most useful of what must go. They are wished
         #: for again when they rise, when a resident is worth less than that, or when there is more free memory than at
         #: the last wish.
-        self._refused: dict[str, Ranked] = {}
+        self._refused: dict[str, HeapEntry] = {}
         self._refused_above = 0.0
         self._free_bytes = 0
         #: What was wished for last and has not been judged: it is wished for again.
-        self._held_up: dict[str, Ranked] = {}
+        self._held_up: dict[str, HeapEntry] = {}
         #: No resident that can go is worth less, as far as is known: a wish is refused without looking for victims.
         self._floor = 0.0
         self._judged = False
@@ -288,7 +288,7 @@ class EdgeServe(EvictionPolicy):
                 self._absent.put_back(refused)
             self._absent.renew(model_id, now)
 
-    def _refuse(self, ranked: Ranked, in_favour_of: float) -> None:
+    def _refuse(self, ranked: HeapEntry, in_favour_of: float) -> None:
         self._refused[ranked.model.model_id] = ranked
         self._refused_above = max(self._refused_above, in_favour_of)
 
@@ -316,9 +316,9 @@ class EdgeServe(EvictionPolicy):
         """Seconds per byte that each request of an absent model would cost."""
         return min(model.load_s, self._forward_s.get(model.model_id, model.load_s)) / model.size_bytes
 
-    def _predictor(self, now: float) -> NextUse:
+    def _predictor(self, now: float) -> RateForecast:
         if self._next_use is None:
-            self._next_use = NextUse(short_s=self._short_s, long_s=self._long_s, now=now)
+            self._next_use = RateForecast(short_s=self._short_s, long_s=self._long_s, now=now)
             self._next_use.age_weight = 1.0 if self.preloading else 0.0
         return self._next_use
 

@@ -69,7 +69,7 @@ class History:
         self.highest = 1.0
 
 
-class NextUse:
+class RateForecast:
     """Predicts the request rates of models.
 
     Args:

@@ -8,12 +8,12 @@ from typing import NamedTuple
 from zlib import crc32
 
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.cluster.primaries import rank
+from serve_app.core.cluster.primaries import rendezvous_rank
 from serve_app.core.cluster.reports import WorkerReport
-from serve_app.core.links import Ways
+from serve_app.core.links import Topology
 from serve_app.core.routing.eviction_cost import exec_s, load_s, victims_loss_s
-from serve_app.core.routing.neighbors import Neighbour
-from serve_app.core.routing.router_view import Knowledge
+from serve_app.core.routing.neighbors import Neighbor
+from serve_app.core.routing.router_view import RouterView
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import Forwarding, ModelState, Outcome
 
@@ -21,12 +21,12 @@ from serve_app.core.vocabulary import Forwarding, ModelState, Outcome
 _OUTCOMES_HERE = {ModelState.READY: Outcome.HIT, ModelState.LOADING: Outcome.JOIN, None: Outcome.LOAD}
 
 
-class Plan(NamedTuple):
+class Route(NamedTuple):
     """One option: run on ``replica`` of ``location``, begin after ``wait_s`` and be done after ``expected_s`` seconds.
 
-    ``cost_s`` ranks the options: the expected latency and what the choice costs later requests. ``must_hold`` is set
-    where the option is worth taking only if the model is still there. ``preload`` names the replica here that should
-    load the model in the background meanwhile.
+    ``cost_s`` ranks the options: the expected latency and what the choice costs later requests. ``only_if_resident``
+    is set where the option is worth taking only if the model is still there. ``preload`` names the replica here that
+    should load the model in the background meanwhile.
     """
 
     # A tuple, because every request makes one: that takes half as long as a frozen dataclass.
@@ -36,11 +36,11 @@ class Plan(NamedTuple):
     wait_s: float
     expected_s: float
     cost_s: float
-    must_hold: bool = False
+    only_if_resident: bool = False
     preload: str | None = None
 
 
-class Errand(NamedTuple):
+class RoutingRequest(NamedTuple):
     """What is to be placed: a request for ``model`` by a user of ``here``.
 
     ``avoid`` names the replicas that have failed this very request already.
@@ -53,7 +53,7 @@ class Errand(NamedTuple):
     avoid: Collection[str] = ()
 
 
-def choose(errand: Errand, known: Knowledge, rules: RoutingRules, ways: Ways | None = None) -> Plan:
+def choose(errand: RoutingRequest, known: RouterView, rules: RoutingRules, ways: Topology | None = None) -> Route:
     """The best way to serve one request.
 
     | option                 | expected latency                | costs later requests                     |
@@ -84,7 +84,7 @@ def choose(errand: Errand, known: Knowledge, rules: RoutingRules, ways: Ways | N
 class _Option:
     """A plan in the making."""
 
-    __slots__ = ("cost_s", "expected_s", "must_hold", "outcome", "report", "wait_s")
+    __slots__ = ("cost_s", "expected_s", "only_if_resident", "outcome", "report", "wait_s")
 
     def __init__(
         self,
@@ -93,19 +93,21 @@ class _Option:
         wait_s: float,
         expected_s: float,
         cost_s: float,
-        must_hold: bool = False,
+        only_if_resident: bool = False,
     ) -> None:
         self.outcome = outcome
         self.report = report
         self.wait_s = wait_s
         self.expected_s = expected_s
         self.cost_s = cost_s
-        self.must_hold = must_hold
+        self.only_if_resident = only_if_resident
 
-    def plan(self, preload: str | None = None) -> Plan:
+    def plan(self, preload: str | None = None) -> Route:
         """As it is carried out."""
         report, wait_s, expected_s, cost_s = self.report, self.wait_s, self.expected_s, self.cost_s
-        return Plan(self.outcome, report.location, report.replica, wait_s, expected_s, cost_s, self.must_hold, preload)
+        return Route(
+            self.outcome, report.location, report.replica, wait_s, expected_s, cost_s, self.only_if_resident, preload
+        )
 
 
 class _Choice:
@@ -125,7 +127,7 @@ class _Choice:
         "_seen", "_way_s", "_ways",
     )  # fmt: skip
 
-    def __init__(self, errand: Errand, known: Knowledge, rules: RoutingRules, ways: Ways) -> None:
+    def __init__(self, errand: RoutingRequest, known: RouterView, rules: RoutingRules, ways: Topology) -> None:
         self._errand = errand
         self._model = errand.model
         self._known = known
@@ -139,7 +141,7 @@ class _Choice:
         self._way_s = self._queue_s = self._run_s = self._others_s = 0.0
         self._local = self._best_here()
 
-    def best(self) -> Plan:
+    def best(self) -> Route:
         local, errand = self._local, self._errand
         if local is None:
             there = self._best_elsewhere()
@@ -210,7 +212,7 @@ class _Choice:
         if len(found) == 1:
             return found[0]
         alike = [option for option in found if option.cost_s <= best_s + self._rules.staleness_s]
-        return min(alike, key=lambda option: rank(model_id, option.report.replica))
+        return min(alike, key=lambda option: rendezvous_rank(model_id, option.report.replica))
 
     def _may_load_elsewhere(self) -> bool:
         """Whether it is an option to have the model loaded elsewhere: only to be rid of a long queue here."""
@@ -219,7 +221,7 @@ class _Choice:
             return True
         return self._others_s > self._rules.staleness_s and self._errand.forwarding is Forwarding.AUTO
 
-    def _others(self) -> Sequence[Neighbour]:
+    def _others(self) -> Sequence[Neighbor]:
         """Workers of other locations where the model could be loaded; all of them if it cannot be loaded here."""
         others, count = self._nearby.others, self.LOOKED_AT
         if len(others) <= self.MANY or self._local is None or self._local.cost_s == math.inf:
@@ -228,7 +230,7 @@ class _Choice:
         chosen = others[first : first + count]
         return chosen if len(chosen) == count else chosen + others[: count - len(chosen)]
 
-    def _there(self, neighbours: Sequence[Neighbour], most_s: float, *, held: bool) -> list[_Option]:
+    def _there(self, neighbours: Sequence[Neighbor], most_s: float, *, held: bool) -> list[_Option]:
         """What those of these workers offer that hold the model, or those that do not, as far as it may be the best.
 
         What costs more than ``most_s`` is of no use. What is known from afar is better than what is here only if it is
@@ -286,17 +288,17 @@ class _Choice:
                     break
         return options
 
-    def _in_background(self, local: _Option, there: _Option) -> Plan:
+    def _in_background(self, local: _Option, there: _Option) -> Route:
         """``local``, a load worth its time; in the background if this request is answered sooner by a holder."""
         # Requests that come before the load has ended are forwarded as well.
         meanwhile_s = self._rate * load_s(self._model, local.report) * (there.expected_s - self._run_s)
-        if not there.must_hold or there.expected_s + meanwhile_s >= local.expected_s:
+        if not there.only_if_resident or there.expected_s + meanwhile_s >= local.expected_s:
             return local.plan()
         there.cost_s = local.cost_s - local.expected_s + there.expected_s
         return there.plan(preload=local.report.replica)
 
     def _state(self, report: WorkerReport) -> ModelState | None:
-        """As ``Knowledge.state`` says, but what is newer than reports has been looked up already."""
+        """As ``RouterView.state`` says, but what is newer than reports has been looked up already."""
         sighting = self._seen.get(report.replica)
         if sighting is not None:
             return sighting.state
@@ -312,9 +314,9 @@ class _Choice:
         return 1 + self._known.loading(report) // report.load_slots
 
 
-def _plan_blindly(errand: Errand) -> Plan:
+def _plan_blindly(errand: RoutingRequest) -> Route:
     wait_s = errand.model.load_s
-    return Plan(
+    return Route(
         outcome=Outcome.LOAD,
         location=errand.here,
         replica=None,

@@ -8,10 +8,10 @@ from itertools import accumulate
 from operator import itemgetter
 
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.cluster.cluster_view import View
+from serve_app.core.cluster.cluster_view import ClusterView
 from serve_app.core.cluster.reports import WorkerReport
-from serve_app.core.links import Ways
-from serve_app.core.routing.router_view import Knowledge
+from serve_app.core.links import Topology
+from serve_app.core.routing.router_view import RouterView
 from serve_app.core.routing.rules import RoutingRules
 
 
@@ -25,7 +25,7 @@ def load_s(model: ModelProfile, report: WorkerReport) -> float:
     return report.load_s.get(model.model_id, model.load_s)
 
 
-def forward_costs(here: str, view: View, rules: RoutingRules) -> dict[str, float]:
+def forward_costs(here: str, view: ClusterView, rules: RoutingRules) -> dict[str, float]:
     """Extra seconds of a small request forwarded to the nearest other holder, for every model that has one."""
     holders = [
         (rules.link(here, report.location).rtt_s, report.models)
@@ -39,19 +39,19 @@ def forward_costs(here: str, view: View, rules: RoutingRules) -> dict[str, float
     return costs
 
 
-def prepare(known: Knowledge, here: str, rules: RoutingRules, ways: Ways) -> None:
+def prepare(known: RouterView, here: str, rules: RoutingRules, ways: Topology) -> None:
     """Work out what the next choice of a location would have to: who is near, and what its own models are worth.
 
     A choice does not need it, but is faster, and goes by the ways as they were measured until now.
     """
     known.look_around(here, ways)
     for report in known.at(here):
-        known.pinned_bytes(report)
+        known.unevictable_bytes(report)
         _losses(report, known, rules, ways)
 
 
 def victims_loss_s(
-    model: ModelProfile, report: WorkerReport, known: Knowledge, rules: RoutingRules, ways: Ways
+    model: ModelProfile, report: WorkerReport, known: RouterView, rules: RoutingRules, ways: Topology
 ) -> float:
     """Seconds that later requests at ``report.location`` lose because ``model`` displaces others there.
 
@@ -65,8 +65,8 @@ def victims_loss_s(
     missing_bytes = report.used_bytes + report.unaccounted_bytes + model.size_bytes - report.capacity_bytes
     if missing_bytes <= 0:
         return 0.0
-    pinned_bytes = known.pinned_bytes(report)
-    if pinned_bytes and (resident := report.models.get(model.model_id)) is not None and resident.pinned:
+    pinned_bytes = known.unevictable_bytes(report)
+    if pinned_bytes and (resident := report.models.get(model.model_id)) is not None and resident.unevictable:
         pinned_bytes -= resident.size_bytes
     if model.size_bytes > report.capacity_bytes - pinned_bytes:
         return math.inf
@@ -80,7 +80,7 @@ class _Losses:
 
     __slots__ = ("_lost_per_s", "_until_bytes", "report", "rules", "ways")
 
-    def __init__(self, report: WorkerReport, known: Knowledge, rules: RoutingRules, ways: Ways) -> None:
+    def __init__(self, report: WorkerReport, known: RouterView, rules: RoutingRules, ways: Topology) -> None:
         self.report, self.rules, self.ways = report, rules, ways
         self._until_bytes: list[int] = []
         self._lost_per_s: list[float] = []
@@ -91,7 +91,7 @@ class _Losses:
         losses: list[tuple[float, float, int]] = []
         for model_id, resident in report.models.items():
             profile = rules.profiles.get(model_id)
-            if resident.pinned or profile is None:
+            if resident.unevictable or profile is None:
                 continue
             per_s = rates.get(model_id, 0.0)
             if per_s:
@@ -109,7 +109,7 @@ class _Losses:
         return self._lost_per_s[min(bisect_left(self._until_bytes, missing_bytes), len(self._lost_per_s) - 1)]
 
 
-def _losses(report: WorkerReport, known: Knowledge, rules: RoutingRules, ways: Ways) -> _Losses:
+def _losses(report: WorkerReport, known: RouterView, rules: RoutingRules, ways: Topology) -> _Losses:
     losses = known.worked_out.get(report.replica)
     if (
         not isinstance(losses, _Losses)

@@ -7,13 +7,13 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 
 from serve_app.core.cluster.reports import WorkerReport
-from serve_app.core.links import Link, Ways
+from serve_app.core.links import Link, Topology
 
 #: A worker, and the way to it.
-Neighbour = tuple[WorkerReport, Link]
+Neighbor = tuple[WorkerReport, Link]
 
 
-class Nearby:
+class NeighborIndex:
     """The workers that a location may send to: its own, and those of other locations.
 
     Args:
@@ -27,12 +27,12 @@ class Nearby:
 
     __slots__ = ("_names", "_nearest", "_place", "others", "own", "own_link", "ways")
 
-    def __init__(self, here: str, ways: Ways, workers: Iterable[WorkerReport]) -> None:
+    def __init__(self, here: str, ways: Topology, workers: Iterable[WorkerReport]) -> None:
         self.ways = ways
         self.own: list[WorkerReport] = []
         self.own_link = ways.link(here, here)
         #: In the order in which they were given; and in that of their round trips.
-        self.others: list[Neighbour] = []
+        self.others: list[Neighbor] = []
         for report in workers:
             if report.location == here:
                 self.own.append(report)
@@ -42,7 +42,7 @@ class Nearby:
         self._names = [report.replica for report, _ in self._nearest]
         self._place = {replica: place for place, replica in enumerate(self._names)}
 
-    def nearest(self, replicas: Collection[str], count: int) -> Sequence[Neighbour]:
+    def nearest(self, replicas: Collection[str], count: int) -> Sequence[Neighbor]:
         """The nearest ``count`` of those of ``replicas`` that are at other locations, the very nearest first."""
         if len(replicas) <= self._FEW:
             places = [place for place in map(self._place.get, replicas) if place is not None]
@@ -58,5 +58,5 @@ class Nearby:
         return _rtt_s(self._nearest[min(places)]) if places else math.inf
 
 
-def _rtt_s(neighbour: Neighbour) -> float:
+def _rtt_s(neighbour: Neighbor) -> float:
     return neighbour[1].rtt_s

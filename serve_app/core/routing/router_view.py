@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from serve_app.core.cluster.cluster_view import View
+from serve_app.core.cluster.cluster_view import ClusterView
 from serve_app.core.cluster.reports import ViewDelta, WorkerReport
-from serve_app.core.links import Ways
-from serve_app.core.queue_estimate import Queue
-from serve_app.core.routing.neighbors import Nearby
+from serve_app.core.links import Topology
+from serve_app.core.queue_estimate import QueueEstimate
+from serve_app.core.routing.neighbors import NeighborIndex
 from serve_app.core.vocabulary import ModelState
 
 
-class Sighting(NamedTuple):
+class Observation(NamedTuple):
     """What a reply, or what it caused, has shown of a model; counts until the report with the number ``sequence``."""
 
     state: ModelState | None
     sequence: int
 
 
-_NOTHING: Mapping[str, Sighting] = {}
+_NOTHING: Mapping[str, Observation] = {}
 
 
-class Knowledge:
+class RouterView:
     """The view, and on top of it what this router's own requests have shown and caused since the last reports.
 
     A report is up to half a second old when it gets here. What a reply says of a worker counts until a report that is
@@ -32,17 +32,17 @@ class Knowledge:
     """
 
     def __init__(self) -> None:
-        self.view = View()
+        self.view = ClusterView()
         #: By replica and model; the same by model and replica.
-        self._sightings: dict[str, dict[str, Sighting]] = {}
-        self._seen: dict[str, dict[str, Sighting]] = {}
-        self._queues: dict[str, Queue] = {}
+        self._sightings: dict[str, dict[str, Observation]] = {}
+        self._seen: dict[str, dict[str, Observation]] = {}
+        self._queues: dict[str, QueueEstimate] = {}
         self._suspects: dict[str, int] = {}
         self._cut_off: frozenset[str] = frozenset()
         self._usable: tuple[WorkerReport, ...] = ()
         self._at: dict[str, list[WorkerReport]] = {}
-        self._nearby: dict[str, Nearby] = {}
-        self._pinned_bytes: dict[str, tuple[WorkerReport, int]] = {}
+        self._nearby: dict[str, NeighborIndex] = {}
+        self._unevictable_bytes: dict[str, tuple[WorkerReport, int]] = {}
         #: What readers have worked out from the view; forgotten with the next news.
         self.worked_out: dict[str, object] = {}
 
@@ -76,14 +76,14 @@ class Knowledge:
         """Those of ``workers`` that are at a location."""
         return self._at.get(location, ())
 
-    def nearby(self, here: str, ways: Ways) -> Nearby:
+    def nearby(self, here: str, ways: Topology) -> NeighborIndex:
         """Those of ``workers`` that a location may send to, as far away as at the last look around."""
         nearby = self._nearby.get(here)
         return self.look_around(here, ways) if nearby is None or nearby.ways is not ways else nearby
 
-    def look_around(self, here: str, ways: Ways) -> Nearby:
+    def look_around(self, here: str, ways: Topology) -> NeighborIndex:
         """Find out anew what is near a location: after news, and when ways may have changed."""
-        nearby = self._nearby[here] = Nearby(here, ways, self._usable)
+        nearby = self._nearby[here] = NeighborIndex(here, ways, self._usable)
         return nearby
 
     def maybe_holding(self, model_id: str) -> Collection[str]:
@@ -91,18 +91,18 @@ class Knowledge:
         holders, seen = self.view.holders(model_id), self._seen.get(model_id)
         return holders | seen.keys() if seen else holders
 
-    def seen(self, model_id: str) -> Mapping[str, Sighting]:
+    def seen(self, model_id: str) -> Mapping[str, Observation]:
         """What counts for a model more than the last reports of the replicas that are named."""
         return self._seen.get(model_id, _NOTHING)
 
-    def pinned_bytes(self, report: WorkerReport) -> int:
+    def unevictable_bytes(self, report: WorkerReport) -> int:
         """What no request can displace at a worker."""
-        known = self._pinned_bytes.get(report.replica)
+        known = self._unevictable_bytes.get(report.replica)
         if known is not None and known[0] is report:
             return known[1]
-        pinned_bytes = sum([model.size_bytes for model in report.models.values() if model.pinned])
-        self._pinned_bytes[report.replica] = report, pinned_bytes
-        return pinned_bytes
+        unevictable_bytes = sum([model.size_bytes for model in report.models.values() if model.unevictable])
+        self._unevictable_bytes[report.replica] = report, unevictable_bytes
+        return unevictable_bytes
 
     def _unsee(self, replica: str, model_id: str) -> None:
         seen = self._seen[model_id]
@@ -114,8 +114,8 @@ class Knowledge:
         """Who may be sent to, after something has changed: looked at by every choice, so it is not worked out there."""
         self.worked_out.clear()
         self._nearby.clear()
-        for replica in self._pinned_bytes.keys() - self.view.workers.keys():
-            del self._pinned_bytes[replica]
+        for replica in self._unevictable_bytes.keys() - self.view.workers.keys():
+            del self._unevictable_bytes[replica]
         suspects, cut_off = self._suspects, self._cut_off
         usable = tuple(self.view.workers.values())
         if suspects or cut_off:
@@ -162,7 +162,7 @@ class Knowledge:
         report = self.view.workers.get(replica)
         if report is not None and sequence <= report.sequence:
             return
-        sighting = Sighting(state, sequence)
+        sighting = Observation(state, sequence)
         self._sightings.setdefault(replica, {})[model_id] = sighting
         self._seen.setdefault(model_id, {})[replica] = sighting
 
@@ -184,7 +184,7 @@ class Knowledge:
 
     def sent(self, replica: str, exec_s: float) -> None:
         """A request of about ``exec_s`` seconds was sent to ``replica``."""
-        self._queues.setdefault(replica, Queue()).add(exec_s)
+        self._queues.setdefault(replica, QueueEstimate()).add(exec_s)
 
     def returned(self, replica: str, exec_s: float) -> None:
         """It came back, well or not."""

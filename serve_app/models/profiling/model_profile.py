@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from serve_app.errors import StoreError
 from serve_app.models.loader import LoadedModel, fill
-from serve_app.models.module_template import Skeleton
+from serve_app.models.module_template import ModuleTemplate
 from serve_app.models.profiling.measure import workspace_bytes
 from serve_app.models.readahead import is_resident
 from serve_app.store.model_store import ModelStore
@@ -120,7 +120,7 @@ def profile(store: ModelStore, model_id: str, *, cold: bool) -> Profile:
     Raises:
         StoreError: it is not published or broken, or the kernel keeps its weights in memory.
     """
-    prepared = Skeleton(store.manifest(model_id))
+    prepared = ModuleTemplate(store.manifest(model_id))
     published = prepared.manifest.model
     batch = np.random.default_rng(0).standard_normal((1, *published.inputs[0].shape[1:]), dtype=np.float32)
 
@@ -232,7 +232,9 @@ def _stamp() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def _cold(store: ModelStore, prepared: Skeleton, load: Callable[[], LoadedModel], batch: NDArray[np.float32]) -> Cold:
+def _cold(
+    store: ModelStore, prepared: ModuleTemplate, load: Callable[[], LoadedModel], batch: NDArray[np.float32]
+) -> Cold:
     paths = [store.blob_path(file.name) for file in prepared.manifest.files]
     rounds, reads = [], []
     for _ in range(COLD_ROUNDS):

@@ -17,7 +17,7 @@ from serve_app.models.builders import registry
 from serve_app.models.builders.base import Metadata
 from serve_app.models.graph_optimizations import ROUNDING, largest_difference, named_slots, optimise, order_of_use
 from serve_app.models.loader import fill
-from serve_app.models.module_template import TORCH_COMPUTE_DTYPES, TORCH_DTYPES, Skeleton
+from serve_app.models.module_template import TORCH_COMPUTE_DTYPES, TORCH_DTYPES, ModuleTemplate
 from serve_app.models.profiling.measure import Measurement, measure
 from serve_app.store.manifest import BlobFile, Execution, Layout, Manifest, TensorPlace
 from serve_app.store.model_store import ModelStore
@@ -61,7 +61,7 @@ def publish_module(
     tell("verifying", weights_bytes)
     model = _draft(entry, weights, metadata, image, expected.shape[1], weights_bytes)
     manifest = Manifest(model=model, default_image=metadata.image, execution=execution, tensors=places, files=(blob,))
-    prepared = Skeleton(manifest)
+    prepared = ModuleTemplate(manifest)
     _verify(store, prepared, batch, expected, entry.dtype)
     tell("measuring", weights_bytes)
     measured = measure(lambda: fill(store, prepared), batch[:1], prepared.module)
@@ -187,7 +187,7 @@ def _measured(model: PublishedModel, measured: Measurement) -> PublishedModel:
 
 
 def _verify(
-    store: ModelStore, prepared: Skeleton, batch: NDArray[np.float32], expected: NDArray[np.float32], dtype: Dtype
+    store: ModelStore, prepared: ModuleTemplate, batch: NDArray[np.float32], expected: NDArray[np.float32], dtype: Dtype
 ) -> None:
     """Runs the model as workers will and compares its logits with those of the directly built module."""
     builder = prepared.manifest.model.builder

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from serve_app.core.cluster.cluster_view import View
+from serve_app.core.cluster.cluster_view import ClusterView
 from serve_app.core.cluster.reports import OutcomeCounts, WorkerReport
 
 
-def cluster_status(view: View, locations: Sequence[str], *, coordinator_up: bool, view_age_s: float | None) -> Any:
+def cluster_status(
+    view: ClusterView, locations: Sequence[str], *, coordinator_up: bool, view_age_s: float | None
+) -> Any:
     """Every location with what it holds, and how well it has served its users so far."""
     served: dict[str, OutcomeCounts] = {}
     for report in view.workers.values():
@@ -26,7 +28,7 @@ def cluster_status(view: View, locations: Sequence[str], *, coordinator_up: bool
     }
 
 
-def _location(view: View, name: str, counts: OutcomeCounts) -> dict[str, Any]:
+def _location(view: ClusterView, name: str, counts: OutcomeCounts) -> dict[str, Any]:
     reports = [view.workers[replica] for replica in view.at(name)]
     return {
         "name": name,
@@ -52,13 +54,13 @@ def _location(view: View, name: str, counts: OutcomeCounts) -> dict[str, Any]:
     }
 
 
-def _resident(view: View, location: str, report: WorkerReport) -> list[dict[str, Any]]:
+def _resident(view: ClusterView, location: str, report: WorkerReport) -> list[dict[str, Any]]:
     return [
         {
             "model": model.model_id,
             "state": model.state.value,
             "bytes": model.size_bytes,
-            "pinned": model.pinned,
+            "pinned": model.unevictable,
             "in_use": model.uses,
             "rate_per_s": round(view.rate(location, model.model_id), 4),
             "replica": report.replica,

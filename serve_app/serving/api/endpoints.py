@@ -37,8 +37,8 @@ from serve_app.serving.api.error_responses import (
     on_fault,
     on_http_error,
 )
-from serve_app.serving.api.fast_path import BareResponse, HotPath, Incoming
-from serve_app.serving.router.request import Query, Served
+from serve_app.serving.api.fast_path import BareResponse, FastPath, Incoming
+from serve_app.serving.router.request import InferenceRequest, InferenceResponse
 from serve_app.serving.router.router import Router
 from serve_app.store.images import top_k
 
@@ -123,7 +123,7 @@ class Endpoints:
             parsed, batch = self._parse(body, json_length, models)
         options = parsed.options
         served = await self._router.serve(
-            Query(
+            InferenceRequest(
                 name=request.path_params["model"],
                 location=self._location(request),
                 payload=batch,
@@ -160,7 +160,7 @@ class Endpoints:
         if not body:
             raise InvalidRequest("the body is empty; send the bytes of a JPEG, PNG or WebP image")
         served = await self._router.serve(
-            Query(
+            InferenceRequest(
                 name=name,
                 location=self._location(request),
                 payload=bytes(body),
@@ -284,9 +284,9 @@ class Endpoints:
         return body
 
 
-def build_http_app(router: Router, settings: HttpSettings, scrape: Callable[[], Awaitable[str]]) -> HotPath:
+def build_http_app(router: Router, settings: HttpSettings, scrape: Callable[[], Awaitable[str]]) -> FastPath:
     """The ASGI application of one router."""
-    app = HotPath(
+    app = FastPath(
         title="EdgeServe", version=__version__, description="Many models from edge locations with little memory."
     )
     ends = Endpoints(router, settings, scrape)
@@ -347,7 +347,7 @@ def _seconds(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1000
 
 
-def _timings(served: Served) -> dict[str, float]:
+def _timings(served: InferenceResponse) -> dict[str, float]:
     return {
         "queue": served.queue_s,
         "load": served.load_s,
@@ -357,7 +357,7 @@ def _timings(served: Served) -> dict[str, float]:
     }
 
 
-def _headers(served: Served) -> dict[str, str]:
+def _headers(served: InferenceResponse) -> dict[str, str]:
     timings = ", ".join(f"{name};dur={seconds * 1000:.3f}" for name, seconds in _timings(served).items())
     return {
         "X-EdgeServe-Outcome": served.outcome.value,

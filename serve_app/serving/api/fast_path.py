@@ -1,6 +1,6 @@
 """The short way for inference through HTTP; what is done for every other address takes most of the time of a hit.
 
-``HotPath`` is the FastAPI application, but for ``POST .../infer``, which it reads straight from ASGI.
+``FastPath`` is the FastAPI application, but for ``POST .../infer``, which it reads straight from ASGI.
 
 ``middlewares`` is for ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH``. With it, inference goes from Serve's HTTP server
 to the application of this process without what Serve does in between: its accounts, its access log, and the tasks that
@@ -81,7 +81,7 @@ class BareRequest:
             self._watch.cancel()
 
 
-class HotPath(FastAPI):
+class FastPath(FastAPI):
     """An application whose inference takes the short way."""
 
     #: Answers an inference request; what it raises becomes a response by ``on_error``.
@@ -115,7 +115,7 @@ class HotPath(FastAPI):
 
     def take_over(self) -> None:
         """Be the application that ``middlewares`` of this process hand inference to."""
-        ShortCut.application = self
+        BypassMiddleware.application = self
 
     async def _answer(self, scope: Scope, request: BareRequest) -> Response | None:
         """The response, or None: the client has hung up, and what was done for it is cancelled."""
@@ -148,10 +148,10 @@ class BareResponse(Response):
         self.raw_headers.append((b"content-length", str(len(body)).encode()))
 
 
-class ShortCut:
+class BypassMiddleware:
     """Takes inference past Serve, and hands everything else on to it."""
 
-    application: ClassVar[HotPath | None] = None
+    application: ClassVar[FastPath | None] = None
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -164,4 +164,4 @@ class ShortCut:
 
 def middlewares() -> list[Middleware]:
     """What Serve puts around the application of every replica that takes HTTP."""
-    return [Middleware(ShortCut)]
+    return [Middleware(BypassMiddleware)]

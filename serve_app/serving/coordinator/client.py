@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 _CALL_TIMEOUT_S = 2.0
 
 
-class CoordinatorLink:
+class CoordinatorClient:
     """One participant's connection to the coordinator: finds it, and finds it again after it was lost.
 
     Args:

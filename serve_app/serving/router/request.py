@@ -11,7 +11,7 @@ from serve_app.serving.transport.messages import FloatArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Query:
+class InferenceRequest:
     """What a user asks of one location: run ``name``, a model or a family, on ``payload``.
 
     ``fits`` says which members of a family take the payload's shape.
@@ -32,7 +32,7 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
+class InferenceResponse:
     """The answer to a query: which model ran where, how, and the seconds that each part took."""
 
     model: PublishedModel

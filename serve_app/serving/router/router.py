@@ -14,20 +14,20 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from http import HTTPStatus
 
 from serve_app.core.catalog import Catalog, PublishedModel, most_accurate_first
-from serve_app.core.cluster.cluster_view import View
+from serve_app.core.cluster.cluster_view import ClusterView
 from serve_app.core.coordination.rules import CoordinatorRules
 from serve_app.core.links import LinkTable
-from serve_app.core.routing.choose import Errand, Plan, choose
+from serve_app.core.routing.choose import Route, RoutingRequest, choose
 from serve_app.core.routing.eviction_cost import exec_s, prepare
-from serve_app.core.routing.router_view import Knowledge
+from serve_app.core.routing.router_view import RouterView
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import Forwarding, ModelState, Outcome
 from serve_app.errors import DeadlineExceeded, EdgeServeError, NotFound, StoreError, Unavailable
-from serve_app.serving.coordinator.client import CoordinatorLink
+from serve_app.serving.coordinator.client import CoordinatorClient
 from serve_app.serving.metrics import RouterMetrics
 from serve_app.serving.periodic import every
-from serve_app.serving.router.request import Query, Served
-from serve_app.serving.transport.messages import Done, NotHeld, Refused, Reply, Work
+from serve_app.serving.router.request import InferenceRequest, InferenceResponse
+from serve_app.serving.transport.messages import InferenceRejected, InferenceResult, InferenceTask, NotResident, Reply
 from serve_app.serving.transport.worker_pool import WorkerLost, WorkerPool
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Router:
         home: str,
         rules: RoutingRules,
         pool: WorkerPool,
-        link: CoordinatorLink,
+        link: CoordinatorClient,
         metrics: RouterMetrics,
         request_time_s: float,
         max_inflight: int,
@@ -82,7 +82,7 @@ class Router:
     ) -> None:
         self.catalog = catalog
         self.locations = locations
-        self.known = Knowledge()
+        self.known = RouterView()
         self._home = home
         self._stands_in = stands_in
         self._rules = rules
@@ -143,13 +143,13 @@ class Router:
         # The ways change without news as well.
         prepare(self.known, self._home, self._rules, self._ways)
 
-    async def whole_view(self) -> View:
+    async def whole_view(self) -> ClusterView:
         """What there is in the whole cluster, for people to look at; what this router knows if nobody can tell."""
         view = self.known.view
         whole = await self._link.everything() if view.scoped else None
         if whole is None:
             return view
-        found = View()
+        found = ClusterView()
         found.apply(whole, self._clock())
         return found
 
@@ -201,7 +201,7 @@ class Router:
         """Seconds since the coordinator was last heard."""
         return self.known.view.age_s(self._clock())
 
-    def candidates(self, query: Query) -> Sequence[PublishedModel]:
+    def candidates(self, query: InferenceRequest) -> Sequence[PublishedModel]:
         """The models that may serve a query, best first.
 
         Raises:
@@ -251,7 +251,7 @@ class Router:
             raise NotFound(f"no model is called {name[:64]!r}; POST /v2/repository/index lists them")
         return self.catalog[name]
 
-    async def _by_hand(self, call: Awaitable[Refused | None], location: str) -> Refused | None:
+    async def _by_hand(self, call: Awaitable[InferenceRejected | None], location: str) -> InferenceRejected | None:
         try:
             async with asyncio.timeout(self._request_time_s):
                 return await call
@@ -269,7 +269,7 @@ class Router:
             self._idle.clear()
             await self._idle.wait()
 
-    async def serve(self, query: Query) -> Served:
+    async def serve(self, query: InferenceRequest) -> InferenceResponse:
         """Answer a query; raises the tree of ``errors.py``, and anything else only for a fault of ours."""
         if query.location not in self.locations:
             raise NotFound(f"no location is called {query.location}; there are {', '.join(self.locations)}")
@@ -286,7 +286,7 @@ class Router:
         asyncio.get_running_loop().call_soon(self._measure, query, served, self._clock() - began_s)
         return served
 
-    def _measure(self, query: Query, served: Served, seconds: float) -> None:
+    def _measure(self, query: InferenceRequest, served: InferenceResponse, seconds: float) -> None:
         outcome = served.outcome.value
         self.count(query.location, served.model.model_id, outcome, HTTPStatus.OK)
         self._metrics.request_seconds.observe(seconds, tags={"location": query.location, "outcome": outcome})
@@ -295,7 +295,7 @@ class Router:
             self._metrics.forwards.inc(tags=way)
             self._metrics.forward_seconds.observe(served.forward_s, tags=way)
 
-    def _pick(self, query: Query) -> PublishedModel:
+    def _pick(self, query: InferenceRequest) -> PublishedModel:
         """The model of that name; of a family, the most accurate that is expected to meet the deadline."""
         candidates = self.candidates(query)
         if query.name not in self.catalog:
@@ -311,7 +311,7 @@ class Router:
                 )
         return model
 
-    def _pick_member(self, query: Query, members: Sequence[PublishedModel]) -> PublishedModel:
+    def _pick_member(self, query: InferenceRequest, members: Sequence[PublishedModel]) -> PublishedModel:
         may_forward = query.forwarding is not Forwarding.NEVER
         workers = [report for report in self.known.workers() if may_forward or report.location == query.location]
         fitting = [model for model in members if query.fits(model)] or members
@@ -326,7 +326,7 @@ class Router:
             "raise deadline_ms or lower min_accuracy"
         )
 
-    async def _see_through(self, query: Query, model: PublishedModel, began_s: float) -> Served:
+    async def _see_through(self, query: InferenceRequest, model: PublishedModel, began_s: float) -> InferenceResponse:
         """Send the work where it is best done, and elsewhere if that fails, until the deadline."""
         limit_s = query.deadline_s if query.deadline_s is not None else self._request_time_s
         avoid: set[str] = set()
@@ -339,12 +339,12 @@ class Router:
             plan = self._choose(query, model, avoid)
             if refusal is not None and plan.replica is None:
                 raise refusal
-            work = Work(
+            work = InferenceTask(
                 model_id=model.model_id,
                 origin=query.location,
                 payload=query.payload,
                 budget_s=budget_s,
-                must_hold=plan.must_hold and hints_left > 0,
+                only_if_resident=plan.only_if_resident and hints_left > 0,
             )
             if plan.preload is not None:
                 self._order_preload(query.location, plan.preload, model.model_id)
@@ -357,12 +357,12 @@ class Router:
                     avoid.add(plan.replica)
                 continue
             match reply:
-                case Done():
+                case InferenceResult():
                     return self._learn(query, model, plan, reply, call_s)
-                case NotHeld(replica=replica, sequence=sequence):
+                case NotResident(replica=replica, sequence=sequence):
                     self.known.see(replica, model.model_id, None, sequence)
                     hints_left -= 1
-                case Refused(error=error):
+                case InferenceRejected(error=error):
                     if plan.replica is None or not isinstance(error, (Unavailable, StoreError)):
                         raise error
                     # That worker is overrun, or its store is broken: another may do better.
@@ -387,14 +387,14 @@ class Router:
         self._orders.add(task)
         task.add_done_callback(self._orders.discard)
 
-    async def _call(self, plan: Plan, model: PublishedModel, work: Work) -> tuple[Reply, float]:
+    async def _call(self, plan: Route, model: PublishedModel, work: InferenceTask) -> tuple[Reply, float]:
         sent_s = self._clock()
         expected_exec_s = model.profile.exec_s
         calls: set[asyncio.Timeout] = set()
         if plan.replica is not None:
             calls = self._calls.setdefault(plan.replica, calls)
             self.known.sent(plan.replica, expected_exec_s)
-            if plan.outcome is Outcome.LOAD or (plan.outcome is Outcome.FORWARD and not plan.must_hold):
+            if plan.outcome is Outcome.LOAD or (plan.outcome is Outcome.FORWARD and not plan.only_if_resident):
                 self.known.expect_load(plan.replica, model.model_id)
         # Nobody is known there; Serve may have a replica soon, or never.
         limit_s = work.budget_s if plan.replica is not None else min(work.budget_s, _BLIND_S)
@@ -410,7 +410,7 @@ class Router:
             if limit_s < work.budget_s:
                 raise Unavailable(f"no worker of {plan.location} is running; try again later", 5.0) from None
             message = f"model {model.model_id} did not answer within its deadline; raise deadline_ms"
-            return Refused(error=DeadlineExceeded(message)), work.budget_s
+            return InferenceRejected(error=DeadlineExceeded(message)), work.budget_s
         finally:
             calls.discard(timeout)
             if plan.replica is not None:
@@ -419,8 +419,10 @@ class Router:
                     self._calls.pop(plan.replica, None)
         return reply, self._clock() - sent_s
 
-    def _choose(self, query: Query, model: PublishedModel, avoid: set[str] | frozenset[str] = frozenset()) -> Plan:
-        errand = Errand(
+    def _choose(
+        self, query: InferenceRequest, model: PublishedModel, avoid: set[str] | frozenset[str] = frozenset()
+    ) -> Route:
+        errand = RoutingRequest(
             model=model.profile,
             here=query.location,
             payload_bytes=query.payload_bytes,
@@ -429,7 +431,9 @@ class Router:
         )
         return choose(errand, self.known, self._rules, self._ways)
 
-    def _learn(self, query: Query, model: PublishedModel, plan: Plan, done: Done, call_s: float) -> Served:
+    def _learn(
+        self, query: InferenceRequest, model: PublishedModel, plan: Route, done: InferenceResult, call_s: float
+    ) -> InferenceResponse:
         """Remember what the reply says of the worker's memory, and make the answer of it."""
         self.known.see(done.replica, model.model_id, ModelState.READY, done.sequence)
         for victim in done.evicted:
@@ -439,7 +443,7 @@ class Router:
         self._ways.add(plan.location, query.payload_bytes, way_s)
         if plan.location != query.location:
             outcome, forward_s = Outcome.FORWARD, way_s
-        return Served(
+        return InferenceResponse(
             model=model,
             location=plan.location,
             outcome=outcome,

@@ -1,13 +1,14 @@
 """A line from a router straight to a worker of the same host: a Unix socket, framed messages, tensors as they are.
 
 A call through a Serve handle takes many times as long, so hits on the same host go this way; Serve's handles stay the
-way to other hosts. The worker listens (``Exchange``) in a folder that only its user may enter, under the name of its
-replica, so a router that finds no such socket knows that the worker is elsewhere. What differs from a handle:
+way to other hosts. The worker listens (``LocalRpcServer``) in a folder that only its user may enter, under the name of
+its replica, so a router that finds no such socket knows that the worker is elsewhere. What differs from a handle:
 
-* a worker that dies breaks its lines, which fails their calls at once: ``LineBroken``;
+* a worker that dies breaks its lines, which fails their calls at once: ``ConnectionLost``;
 * a call that is cancelled at the router is cancelled at the worker, and so are all calls of a router that dies;
-* a worker that shuts down goes on answering until ``Exchange.close``, which lets go of no call that has begun; later
-  ones fail like those to a dead worker. Serve does not count these calls, so its own draining does not wait for them.
+* a worker that shuts down goes on answering until ``LocalRpcServer.close``, which lets go of no call that has begun;
+  later ones fail like those to a dead worker. Serve does not count these calls, so its own draining does not wait for
+  them.
 
 A frame is a header, a pickled message, and the bytes of its one array, if it has any, which are not copied in between.
 Both ends are of the same program and the same user, as with Ray's own calls.
@@ -30,7 +31,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from serve_app.serving.transport.messages import Reply, Work
+from serve_app.serving.transport.messages import InferenceTask, Reply
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ _SCRATCH_BYTES = 64 * 1024
 _SOCKET_BYTES = 4 * 2**20
 
 
-class LineBroken(Exception):
+class ConnectionLost(Exception):
     """The other end has gone, or does not take calls any more."""
 
 
@@ -131,7 +132,7 @@ class _Framed(asyncio.BufferedProtocol, ABC):
         """One frame has come."""
 
 
-class Line(_Framed):
+class LocalRpcConnection(_Framed):
     """The router's end: many calls at a time, each answered whenever it is done. Made by ``connect``."""
 
     def __init__(self) -> None:
@@ -140,7 +141,7 @@ class Line(_Framed):
         self._waiting: dict[int, asyncio.Future[Reply]] = {}
         self.is_broken = False
 
-    async def infer(self, work: Work) -> Reply:
+    async def infer(self, work: InferenceTask) -> Reply:
         """Have the worker do it.
 
         Raises:
@@ -148,7 +149,7 @@ class Line(_Framed):
             RuntimeError: a fault of ours at the worker, whose log says more.
         """
         if self.is_broken:
-            raise LineBroken("the worker hung up")
+            raise ConnectionLost("the worker hung up")
         call = next(self._calls)
         answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting[call] = answer
@@ -170,7 +171,7 @@ class Line(_Framed):
             case _Kind.REPLY:
                 answer.set_result(message)
             case _Kind.CLOSED:
-                answer.set_exception(LineBroken("the worker is shutting down"))
+                answer.set_exception(ConnectionLost("the worker is shutting down"))
             case _:
                 answer.set_exception(RuntimeError(f"the worker failed: {message}"))
 
@@ -179,13 +180,13 @@ class Line(_Framed):
         self.is_broken = True
         for answer in self._waiting.values():
             if not answer.done():
-                answer.set_exception(LineBroken("the worker died or hung up"))
+                answer.set_exception(ConnectionLost("the worker died or hung up"))
 
 
-class _Extension(_Framed):
+class _ServerConnection(_Framed):
     """The worker's end of one line."""
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: LocalRpcServer) -> None:
         super().__init__()
         self._exchange = exchange
         self._running: dict[int, asyncio.Task[None]] = {}
@@ -222,7 +223,7 @@ class _Extension(_Framed):
             self._running[call] = task
             task.add_done_callback(lambda _: self._running.pop(call, None))
 
-    async def _answer(self, call: int, work: Work) -> None:
+    async def _answer(self, call: int, work: InferenceTask) -> None:
         try:
             reply = await self._exchange.infer(work)
         except Exception as error:
@@ -232,17 +233,17 @@ class _Extension(_Framed):
             self.send(call, _Kind.REPLY, reply)
 
 
-class Exchange:
+class LocalRpcServer:
     """Where a worker takes calls of routers on its host.
 
     Args:
         infer: answers one call.
     """
 
-    def __init__(self, infer: Callable[[Work], Awaitable[Reply]]) -> None:
+    def __init__(self, infer: Callable[[InferenceTask], Awaitable[Reply]]) -> None:
         self.infer = infer
         self.is_closed = False
-        self.extensions: set[_Extension] = set()
+        self.extensions: set[_ServerConnection] = set()
         self._server: asyncio.Server | None = None
         self._path: Path | None = None
 
@@ -252,7 +253,7 @@ class Exchange:
         _sweep(folder)
         self._path = _socket_path(folder, replica)
         self._server = await asyncio.get_running_loop().create_unix_server(
-            lambda: _Extension(self), path=str(self._path), backlog=1024
+            lambda: _ServerConnection(self), path=str(self._path), backlog=1024
         )
 
     async def close(self) -> None:
@@ -267,7 +268,7 @@ class Exchange:
             extension.hang_up()
 
 
-async def connect(folder: Path, replica: str) -> Line | None:
+async def connect(folder: Path, replica: str) -> LocalRpcConnection | None:
     """A line to a worker; None if there is no such worker on this host.
 
     Raises:
@@ -278,18 +279,18 @@ async def connect(folder: Path, replica: str) -> Line | None:
         # A cheap look first: for workers elsewhere this is asked again with every call.
         path.lstat()
         _require_own(folder)
-        _, line = await asyncio.get_running_loop().create_unix_connection(Line, str(path))
+        _, line = await asyncio.get_running_loop().create_unix_connection(LocalRpcConnection, str(path))
     except FileNotFoundError:
         return None
     except ConnectionError as error:
-        raise LineBroken(f"nobody answers ({error.strerror})") from None
+        raise ConnectionLost(f"nobody answers ({error.strerror})") from None
     except OSError as error:
         logger.warning("worker %s is asked by way of Serve: %s", replica, error)
         return None
     return line
 
 
-class Lines:
+class LocalRpcPool:
     """A router's lines to the workers of its host, made when they are first needed.
 
     Args:
@@ -298,10 +299,10 @@ class Lines:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._lines: dict[str, Line] = {}
+        self._lines: dict[str, LocalRpcConnection] = {}
 
-    async def to(self, replica: str) -> Line | None:
-        """The line to a worker; None if it is on another host; raises ``LineBroken`` if it has gone."""
+    async def to(self, replica: str) -> LocalRpcConnection | None:
+        """The line to a worker; None if it is on another host; raises ``ConnectionLost`` if it has gone."""
         known = self._lines.get(replica)
         if known is not None and not known.is_broken:
             return known

@@ -14,10 +14,10 @@ FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class InferenceTask:
     """One inference: ``payload`` is a batch ``[N, 3, H, W]`` of float32, or the bytes of one image file.
 
-    ``origin`` is the location whose user asks. ``must_hold``: answer ``NotHeld`` rather than load the model.
+    ``origin`` is the location whose user asks. ``only_if_resident``: answer ``NotResident`` rather than load the model.
     ``budget_s``: seconds left until the answer is useless.
     """
 
@@ -25,11 +25,11 @@ class Work:
     origin: str
     payload: FloatArray | bytes
     budget_s: float
-    must_hold: bool = False
+    only_if_resident: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Done:
+class InferenceResult:
     """The result, and what the router may learn from it.
 
     ``logits`` is ``[N, classes]``. The four times are seconds that this request spent waiting for memory or a thread,
@@ -48,7 +48,7 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NotHeld:
+class NotResident:
     """The model is not here and the request said not to load it: the router's hint was stale."""
 
     replica: str
@@ -56,10 +56,10 @@ class NotHeld:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Refused:
+class InferenceRejected:
     """The worker is well, but this request fails. A value, so that Serve logs no traceback for a user's mistake."""
 
     error: EdgeServeError
 
 
-Reply = Done | NotHeld | Refused
+Reply = InferenceResult | NotResident | InferenceRejected

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import grpc
 from ray import serve
 
-from serve_app.serving.transport.local_rpc import LineBroken, Lines
-from serve_app.serving.transport.messages import Refused, Reply, Work
+from serve_app.serving.transport.local_rpc import ConnectionLost, LocalRpcPool
+from serve_app.serving.transport.messages import InferenceRejected, InferenceTask, Reply
 from serve_app.serving.transport.named_replica_router import LOST_REPLICA_ERRORS
 from serve_app.serving.transport.worker_pool import WorkerLost
 
@@ -28,15 +28,15 @@ class ServeWorkerPool:
 
     def __init__(self, lines: Path) -> None:
         self._handles: dict[str, Any] = {}
-        self._lines = Lines(lines)
+        self._lines = LocalRpcPool(lines)
 
-    async def infer(self, location: str, replica: str | None, work: Work) -> Reply:
+    async def infer(self, location: str, replica: str | None, work: InferenceTask) -> Reply:
         """Run one inference; raises ``WorkerLost``."""
         try:
             line = None if replica is None else await self._lines.to(replica)
             if line is not None:
                 return await line.infer(work)
-        except LineBroken as error:
+        except ConnectionLost as error:
             raise WorkerLost(str(error)) from error
         return await _call(self._handle(location).infer.remote(work, replica=replica))
 
@@ -48,11 +48,11 @@ class ServeWorkerPool:
         """Have a replica load a model that requests will come for; raises ``WorkerLost``."""
         await _call(self._handle(location).preload.remote(model_id, replica=replica))
 
-    async def load(self, location: str, model_id: str) -> Refused | None:
+    async def load(self, location: str, model_id: str) -> InferenceRejected | None:
         """Load a model by hand at a location; raises ``WorkerLost``."""
         return await _call(self._handle(location).load.remote(model_id))
 
-    async def unload(self, location: str, replica: str, model_id: str) -> Refused | None:
+    async def unload(self, location: str, replica: str, model_id: str) -> InferenceRejected | None:
         """Unload a model by hand from a replica; raises ``WorkerLost``."""
         return await _call(self._handle(location).unload.remote(model_id, replica=replica))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from serve_app.serving.transport.messages import Refused, Reply, Work
+from serve_app.serving.transport.messages import InferenceRejected, InferenceTask, Reply
 
 
 class WorkerLost(Exception):
@@ -14,7 +14,7 @@ class WorkerLost(Exception):
 class WorkerPool(Protocol):
     """The way to the workers of all locations."""
 
-    async def infer(self, location: str, replica: str | None, work: Work) -> Reply:
+    async def infer(self, location: str, replica: str | None, work: InferenceTask) -> Reply:
         """Run one inference on a replica, on any of the location's if None; raises ``WorkerLost``."""
 
     async def ping(self, location: str, payload: bytes) -> None:
@@ -23,8 +23,8 @@ class WorkerPool(Protocol):
     async def preload(self, location: str, replica: str, model_id: str) -> None:
         """Have a replica load a model that requests will come for; raises ``WorkerLost``."""
 
-    async def load(self, location: str, model_id: str) -> Refused | None:
+    async def load(self, location: str, model_id: str) -> InferenceRejected | None:
         """Load a model at a location."""
 
-    async def unload(self, location: str, replica: str, model_id: str) -> Refused | None:
+    async def unload(self, location: str, replica: str, model_id: str) -> InferenceRejected | None:
         """Unload a model from a replica."""

@@ -196,9 +196,9 @@ class ModelHost:
         now = self._clock()
         self._shed(self.cache.withdraw_unused(now - unused_s, now), "idle")
 
-    def keep(self, model_ids: Sequence[str]) -> None:
+    def protect(self, model_ids: Sequence[str]) -> None:
         """Pin the copies that the cluster cannot spare; see ``ModelCache.keep``."""
-        self.cache.keep(model_ids, self._clock())
+        self.cache.protect(model_ids, self._clock())
 
     def resize(self, capacity_bytes: int) -> None:
         """Give the models more memory, or less; raises ``ValueError`` if the pinned ones need more."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from serve_app.core.catalog import PublishedModel
-from serve_app.core.memory_budget import Budget, MemoryGuard, ProcessMemory
+from serve_app.core.memory_budget import MemoryBudget, MemoryGuard, ProcessMemory
 from serve_app.errors import DoesNotFit
 from serve_app.serving.worker.model_host import ModelHost
 
@@ -24,7 +24,7 @@ _STEP_SHARE = 1 / 64
 _GIVE_BACK_EVERY_S = 10.0
 
 
-class WorkerMemory:
+class ProcessBudget:
     """Keeps a worker to its budget, by what it counts and by what the kernel says.
 
     Args:
@@ -34,7 +34,7 @@ class WorkerMemory:
     """
 
     def __init__(
-        self, budget: Budget, *, read: Callable[[], ProcessMemory], give_back: Callable[[], None] = lambda: None
+        self, budget: MemoryBudget, *, read: Callable[[], ProcessMemory], give_back: Callable[[], None] = lambda: None
     ) -> None:
         self._read = read
         self._give_back = give_back
@@ -68,7 +68,7 @@ class WorkerMemory:
         """What is held back for what nobody counts."""
         return self._guard.held_back_bytes
 
-    def divide(self, budget: Budget) -> None:
+    def divide(self, budget: MemoryBudget) -> None:
         """Go on with another budget."""
         with self._ended:
             self._budget = budget

@@ -12,24 +12,31 @@ from dataclasses import dataclass, field
 from weakref import WeakSet
 
 from serve_app.core.catalog import Catalog, PublishedModel
-from serve_app.core.cluster.cluster_view import View
+from serve_app.core.cluster.cluster_view import ClusterView
 from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
-from serve_app.core.cluster.primaries import Keeper
+from serve_app.core.cluster.primaries import PrimaryTracker
 from serve_app.core.cluster.reports import Demand, OutcomeCounts, ViewDelta, WorkerReport
 from serve_app.core.coordination.rules import CoordinatorRules
-from serve_app.core.memory_budget import Budget
+from serve_app.core.memory_budget import MemoryBudget
 from serve_app.core.policies.base import EvictionPolicy
-from serve_app.core.queue_estimate import Queue
+from serve_app.core.queue_estimate import QueueEstimate
 from serve_app.core.routing.eviction_cost import forward_costs
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ModelState, Outcome
 from serve_app.errors import DeadlineExceeded, EdgeServeError, StoreError, Unavailable
-from serve_app.serving.coordinator.client import CoordinatorLink
+from serve_app.serving.coordinator.client import CoordinatorClient
 from serve_app.serving.metrics import WorkerMetrics
 from serve_app.serving.periodic import every
-from serve_app.serving.transport.messages import Done, FloatArray, NotHeld, Refused, Reply, Work
+from serve_app.serving.transport.messages import (
+    FloatArray,
+    InferenceRejected,
+    InferenceResult,
+    InferenceTask,
+    NotResident,
+    Reply,
+)
 from serve_app.serving.worker.model_host import Lease, ModelHost, RunnableModel
-from serve_app.serving.worker.process_budget import WorkerMemory
+from serve_app.serving.worker.process_budget import ProcessBudget
 from serve_app.store.images import decode_image, preprocess
 
 logger = logging.getLogger(__name__)
@@ -46,7 +53,7 @@ class WorkerIdentity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HoldingRules:
+class RetentionRules:
     """What a worker holds beside what its policy finds worth it.
 
     Attributes:
@@ -62,7 +69,7 @@ class HoldingRules:
     hand_over_s: float = 5.0
 
 
-_NOTHING_ELSE = HoldingRules()
+_NOTHING_ELSE = RetentionRules()
 
 
 class Smoothed:
@@ -101,12 +108,12 @@ class Worker:
         catalog: Catalog,
         host: ModelHost,
         exec_slots: int,
-        link: CoordinatorLink,
+        link: CoordinatorClient,
         rules: RoutingRules,
         metrics: WorkerMetrics,
-        memory: WorkerMemory,
+        memory: ProcessBudget,
         max_pixels: int,
-        holding: HoldingRules = _NOTHING_ELSE,
+        holding: RetentionRules = _NOTHING_ELSE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._identity = identity
@@ -124,15 +131,15 @@ class Worker:
         self._memory = memory
         self._max_pixels = max_pixels
         self._holding = holding
-        self._keeper = Keeper(identity.replica, identity.location, holding.min_copies)
+        self._keeper = PrimaryTracker(identity.replica, identity.location, holding.min_copies)
         self._is_leaving = False
         self._has_left = False
         self._report_every_s = 0.0
         self._clock = clock
-        self._view = View()
+        self._view = ClusterView()
         self._sequence = 0
         self._inflight = 0
-        self._queue = Queue()
+        self._queue = QueueEstimate()
         self._exec_s = Smoothed()
         self._load_s = Smoothed()
         self._outcomes: dict[str, OutcomeCounts] = {}
@@ -164,21 +171,23 @@ class Worker:
             await asyncio.to_thread(executors.shutdown)
         self._host.close()
 
-    async def infer(self, work: Work) -> Reply:
+    async def infer(self, work: InferenceTask) -> Reply:
         """Run one inference; every failure that is not a fault of ours comes back as a value."""
         if work.model_id not in self._catalog:
             return self._not_in_store(work.model_id)
         model = self._catalog[work.model_id]
-        if work.must_hold and self._host.cache.state(work.model_id) is None:
-            return NotHeld(replica=self._identity.replica, sequence=self._sequence + 1)
+        if work.only_if_resident and self._host.cache.state(work.model_id) is None:
+            return NotResident(replica=self._identity.replica, sequence=self._sequence + 1)
         self._inflight += 1
         try:
             async with asyncio.timeout(work.budget_s):
                 return await self._infer(work, model)
         except TimeoutError:
-            return Refused(error=DeadlineExceeded(f"model {work.model_id} did not answer before its deadline"))
+            return InferenceRejected(
+                error=DeadlineExceeded(f"model {work.model_id} did not answer before its deadline")
+            )
         except EdgeServeError as error:
-            return Refused(error=error)
+            return InferenceRejected(error=error)
         finally:
             self._inflight -= 1
 
@@ -193,22 +202,22 @@ class Worker:
         except EdgeServeError as error:
             logger.info("model %s is not loaded in the background: %s", model_id, error)
 
-    async def load(self, model_id: str) -> Refused | None:
+    async def load(self, model_id: str) -> InferenceRejected | None:
         """Load a model by hand."""
         if model_id not in self._catalog:
             return self._not_in_store(model_id)
         try:
             await self._host.load(self._catalog[model_id].profile)
         except EdgeServeError as error:
-            return Refused(error=error)
+            return InferenceRejected(error=error)
         return None
 
-    async def unload(self, model_id: str) -> Refused | None:
+    async def unload(self, model_id: str) -> InferenceRejected | None:
         """Unload a model by hand."""
         try:
             self._host.unload(model_id)
         except EdgeServeError as error:
-            return Refused(error=error)
+            return InferenceRejected(error=error)
         return None
 
     async def preload_pinned(self) -> None:
@@ -225,10 +234,10 @@ class Worker:
         self,
         *,
         catalog: Catalog,
-        budget: Budget,
+        budget: MemoryBudget,
         policy: EvictionPolicy | None,
         rules: RoutingRules,
-        holding: HoldingRules,
+        holding: RetentionRules,
         coordination: CoordinatorRules,
     ) -> None:
         """Go on by another configuration; requests under way notice nothing.
@@ -248,7 +257,7 @@ class Worker:
         if sum(held.get(model.model_id, 0) for model in pinned) > budget.models_bytes:
             raise ValueError(f"{budget.models_bytes} bytes for models are less than what the pinned ones need")
         self._catalog, self._rules, self._holding = catalog, rules.with_links(self._view.links), holding
-        self._keeper = Keeper(self._identity.replica, self._identity.location, holding.min_copies)
+        self._keeper = PrimaryTracker(self._identity.replica, self._identity.location, holding.min_copies)
         self._host.offer(catalog.profiles().values(), [model.model_id for model in pinned])
         self._host.resize(budget.models_bytes)
         self._memory.divide(budget)
@@ -269,9 +278,9 @@ class Worker:
                 # What the policy preloads meanwhile makes way; but they must not displace each other.
                 self._host.advise(model, insist=free_bytes >= 0)
 
-    def _not_in_store(self, model_id: str) -> Refused:
+    def _not_in_store(self, model_id: str) -> InferenceRejected:
         here = self._identity.location
-        return Refused(error=StoreError(f"the store at {here} has no model {model_id}; publish it there"))
+        return InferenceRejected(error=StoreError(f"the store at {here} has no model {model_id}; publish it there"))
 
     def report(self) -> WorkerReport:
         """The state of this worker now. The demand since the last one goes with it, once."""
@@ -309,11 +318,11 @@ class Worker:
             wasted_preloads=cache.counters.wasted_preloads,
             outcomes=dict(self._outcomes),
             demand=demand,
-            keeps=self._keeper.report({model.model_id for model in models}),
+            primary_for=self._keeper.report({model.model_id for model in models}),
             leaving=self._is_leaving,
         )
 
-    async def _infer(self, work: Work, model: PublishedModel) -> Done:
+    async def _infer(self, work: InferenceTask, model: PublishedModel) -> InferenceResult:
         self._memory.require(model)
         decode_s = 0.0
         if isinstance(work.payload, bytes):
@@ -335,7 +344,7 @@ class Worker:
         self._count(work.origin, lease.outcome)
         # Measuring takes a while, so the answer goes first.
         asyncio.get_running_loop().call_soon(self._metrics.executed, model.model_id, lease.wait_s + queue_s, exec_s)
-        return Done(
+        return InferenceResult(
             logits=logits,
             outcome=lease.outcome,
             queue_s=lease.wait_s + queue_s,
@@ -433,7 +442,7 @@ class Worker:
         )
         costs = forward_costs(self._identity.location, self._view, self._rules)
         self._host.forward_costs({model_id: cost_s for model_id, cost_s in costs.items() if model_id not in guarded})
-        self._host.keep(self._keeper.required(guarded))
+        self._host.protect(self._keeper.required(guarded))
         if not self._is_leaving:
             for command in delta.commands:
                 self._follow(command)

@@ -1,7 +1,7 @@
 """The full model of time: queues, loads that take their time, links, reports, and views that are as stale as in life.
 
 A discrete-event simulation over the classes that the live system runs on: a ``ModelCache`` per location, ``choose`` and
-``Knowledge`` in its router, one ``CoordinatorState``. Only what carries their decisions out is simulated:
+``RouterView`` in its router, one ``CoordinatorState``. Only what carries their decisions out is simulated:
 
 - An execution takes ``exec_s`` in one of ``exec_slots`` places, first come, first served; a load takes ``load_s``, as
   many at a time as the cache allows. Both take exactly what the profile says, wherever they happen.
@@ -18,8 +18,14 @@ A discrete-event simulation over the classes that the live system runs on: a ``M
 - There are no deadlines, no failures and no pinned models, and one worker per location.
 """
 
-from serve_app.simulator.discrete_event.results import FullTally
-from serve_app.simulator.discrete_event.settings import Coordination, FullOptions, geographic_links
-from serve_app.simulator.discrete_event.simulation import simulate_full
+from serve_app.simulator.discrete_event.results import DiscreteEventResults
+from serve_app.simulator.discrete_event.settings import Coordination, DiscreteEventOptions, geographic_links
+from serve_app.simulator.discrete_event.simulation import simulate_discrete_event
 
-__all__ = ["Coordination", "FullOptions", "FullTally", "geographic_links", "simulate_full"]
+__all__ = [
+    "Coordination",
+    "DiscreteEventOptions",
+    "DiscreteEventResults",
+    "geographic_links",
+    "simulate_discrete_event",
+]

@@ -13,7 +13,7 @@ from serve_app.core.cluster.reports import Demand, ViewDelta, WorkerReport
 from serve_app.core.coordination.coordinator_state import CoordinatorState
 from serve_app.core.coordination.rules import CoordinatorRules
 from serve_app.core.placement.controller import Planner
-from serve_app.simulator.discrete_event.event_queue import Agenda
+from serve_app.simulator.discrete_event.event_queue import EventQueue
 from serve_app.simulator.discrete_event.worker import Worker
 
 
@@ -41,7 +41,7 @@ class Rates(Mapping[str, float]):
         return len(self._rates)
 
 
-class LazyPopularity:
+class LaggedPopularity:
     """``Popularity`` for readers that look at few of very many rates: what they were given stays as it was."""
 
     def __init__(self, half_life_s: float) -> None:
@@ -67,7 +67,7 @@ class LazyPopularity:
         return {location: Rates(rates, now) for location, rates in self._rates.items()}
 
 
-class News:
+class SimulatedCoordinator:
     """The coordinator and the ways to it and from it.
 
     Everything is late by the same time, so the coordinator itself may lag: reports lie in its inbox until somebody asks
@@ -84,7 +84,7 @@ class News:
     def __init__(
         self,
         *,
-        agenda: Agenda,
+        agenda: EventQueue,
         report_every_s: float,
         delay_s: float,
         half_life_s: float,
@@ -103,7 +103,7 @@ class News:
         self.sent = 0
         self.read = 0
         self._inbox: deque[tuple[float, WorkerReport, tuple[Demand, ...]]] = deque()
-        self._popularity = LazyPopularity(half_life_s)
+        self._popularity = LaggedPopularity(half_life_s)
         self._planner = planner
         self._rates_tick = -1
         self._rates: Mapping[str, Mapping[str, float]] = {}

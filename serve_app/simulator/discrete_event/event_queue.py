@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 _Subject = TypeVar("_Subject")
 
 
-class Agenda:
+class EventQueue:
     """Events in virtual time; of those at the same moment, the one that was entered first happens first."""
 
     __slots__ = ("_heap", "_order")

@@ -9,7 +9,7 @@ import numpy as np
 
 
 @dataclass(slots=True, kw_only=True)
-class FullTally:
+class DiscreteEventResults:
     """Counts, seconds and latencies of all locations together; hits, misses, joins and forwards add up to requests.
 
     A request that is answered by another location counts as a forward, whatever became of it there. A rejected one

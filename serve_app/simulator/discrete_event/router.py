@@ -7,13 +7,13 @@ from collections.abc import Mapping
 
 from serve_app.core.cache.decisions import RejectReason
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.routing.choose import Errand, choose
-from serve_app.core.routing.router_view import Knowledge
+from serve_app.core.routing.choose import RoutingRequest, choose
+from serve_app.core.routing.router_view import RouterView
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ModelState, Outcome
-from serve_app.simulator.discrete_event.coordinator import News
-from serve_app.simulator.discrete_event.event_queue import Agenda
-from serve_app.simulator.discrete_event.results import FullTally
+from serve_app.simulator.discrete_event.coordinator import SimulatedCoordinator
+from serve_app.simulator.discrete_event.event_queue import EventQueue
+from serve_app.simulator.discrete_event.results import DiscreteEventResults
 from serve_app.simulator.discrete_event.worker import Job, Worker
 
 
@@ -35,14 +35,14 @@ class Router:
         *,
         worker: Worker,
         workers: Mapping[str, Worker],
-        news: News | None,
+        news: SimulatedCoordinator | None,
         rules: RoutingRules,
         payload_bytes: int,
-        agenda: Agenda,
-        tally: FullTally,
+        agenda: EventQueue,
+        tally: DiscreteEventResults,
     ) -> None:
         self.name = worker.location
-        self.known = Knowledge()
+        self.known = RouterView()
         self._worker = worker
         self._workers = workers
         self._news = news
@@ -88,18 +88,20 @@ class Router:
         job.attempts_left -= 1
         model, known = job.model, self.known
         plan = choose(
-            Errand(model=model, here=self.name, payload_bytes=self._payload_bytes, avoid=job.avoid), known, self._rules
+            RoutingRequest(model=model, here=self.name, payload_bytes=self._payload_bytes, avoid=job.avoid),
+            known,
+            self._rules,
         )
         if job.refusal is not None and plan.replica is None:
             self._reject(job, now)
             return
         worker = job.there = self._worker if plan.replica is None else self._workers[plan.replica]
-        job.must_hold = plan.must_hold and job.hints_left > 0
+        job.only_if_resident = plan.only_if_resident and job.hints_left > 0
         if plan.preload is not None:
             known.expect_load(plan.preload, model.model_id)
             self._workers[plan.preload].fetch(model, now)
         known.sent(worker.replica, model.exec_s)
-        if plan.outcome is Outcome.LOAD or (plan.outcome is Outcome.FORWARD and not plan.must_hold):
+        if plan.outcome is Outcome.LOAD or (plan.outcome is Outcome.FORWARD and not plan.only_if_resident):
             known.expect_load(worker.replica, model.model_id)
         if worker is self._worker:
             job.back_s = 0.0

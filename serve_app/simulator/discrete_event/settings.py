@@ -25,7 +25,7 @@ GIGABIT_BYTES_PER_S = 125e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FullOptions:
+class DiscreteEventOptions:
     """How the locations are made and tied together; what the live system is configured with is as there by default.
 
     Attributes:

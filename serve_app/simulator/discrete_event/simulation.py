@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.placement.controller import Planner
 from serve_app.core.routing.rules import RoutingRules
-from serve_app.simulator.discrete_event.coordinator import News
-from serve_app.simulator.discrete_event.event_queue import Agenda
-from serve_app.simulator.discrete_event.results import FullTally
+from serve_app.simulator.discrete_event.coordinator import SimulatedCoordinator
+from serve_app.simulator.discrete_event.event_queue import EventQueue
+from serve_app.simulator.discrete_event.results import DiscreteEventResults
 from serve_app.simulator.discrete_event.router import Router
-from serve_app.simulator.discrete_event.settings import FullOptions
+from serve_app.simulator.discrete_event.settings import DiscreteEventOptions
 from serve_app.simulator.discrete_event.worker import Worker, lines
 from serve_app.workload.trace import Trace
 
@@ -21,12 +21,12 @@ from serve_app.workload.trace import Trace
 _STRIDE = 20_000
 
 
-def simulate_full(
+def simulate_discrete_event(
     trace: Trace,
     profiles: Sequence[ModelProfile],
-    options: FullOptions,
+    options: DiscreteEventOptions,
     progress: Callable[[int], None] = lambda _: None,
-) -> FullTally:
+) -> DiscreteEventResults:
     """Send a trace through its locations; the same arguments give the same tally.
 
     Args:
@@ -41,10 +41,10 @@ def simulate_full(
 
 
 class _Simulation:
-    def __init__(self, trace: Trace, profiles: Sequence[ModelProfile], options: FullOptions) -> None:
+    def __init__(self, trace: Trace, profiles: Sequence[ModelProfile], options: DiscreteEventOptions) -> None:
         self._trace, self._profiles = trace, profiles
-        self._agenda = Agenda()
-        self._tally = FullTally(latencies=array("d", [math.nan]) * len(trace))
+        self._agenda = EventQueue()
+        self._tally = DiscreteEventResults(latencies=array("d", [math.nan]) * len(trace))
         rules = RoutingRules(
             profiles={profile.model_id: profile for profile in profiles},
             links=options.links,
@@ -52,7 +52,7 @@ class _Simulation:
             horizon_s=options.horizon_s,
             staleness_s=options.staleness_s,
         )
-        news = News(
+        news = SimulatedCoordinator(
             agenda=self._agenda,
             report_every_s=options.report_every_s,
             delay_s=options.coordinator_delay_s,
@@ -111,7 +111,7 @@ class _Simulation:
             assert self._agenda.step(), "requests wait for something that never happens"
         progress(len(trace) % _STRIDE)
 
-    def close(self) -> FullTally:
+    def close(self) -> DiscreteEventResults:
         tally = self._tally
         for worker in self._workers.values():
             counters = worker.cache.counters
@@ -127,11 +127,11 @@ class _Placer:
 
     def __init__(
         self,
-        news: News,
+        news: SimulatedCoordinator,
         workers: Mapping[str, Worker],
         profiles: Mapping[str, ModelProfile],
-        agenda: Agenda,
-        options: FullOptions,
+        agenda: EventQueue,
+        options: DiscreteEventOptions,
     ) -> None:
         self._news = news
         self._workers = workers

@@ -12,16 +12,16 @@ from typing import Protocol
 from serve_app.core.cache.decisions import Answer, Grant, Hit, Join, Load, Reject, RejectReason, Wait
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.cluster.cluster_view import View
+from serve_app.core.cluster.cluster_view import ClusterView
 from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
-from serve_app.core.cluster.primaries import Keeper
+from serve_app.core.cluster.primaries import PrimaryTracker
 from serve_app.core.cluster.reports import Demand, OutcomeCounts, WorkerReport
-from serve_app.core.queue_estimate import Queue
+from serve_app.core.queue_estimate import QueueEstimate
 from serve_app.core.routing.eviction_cost import forward_costs
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ModelState, Outcome, ResidentModel
-from serve_app.simulator.discrete_event.event_queue import Agenda
-from serve_app.simulator.discrete_event.results import FullTally
+from serve_app.simulator.discrete_event.event_queue import EventQueue
+from serve_app.simulator.discrete_event.results import DiscreteEventResults
 
 _NOTHING: Mapping[str, float] = {}
 _NO_OUTCOMES: Mapping[str, OutcomeCounts] = {}
@@ -55,7 +55,7 @@ class Job:
     avoid: set[str] = field(default_factory=set)
     #: Where it was sent last, whether it may be loaded there, and how long the answer takes to come back.
     there: Worker | None = None
-    must_hold: bool = False
+    only_if_resident: bool = False
     back_s: float = 0.0
     asked_s: float = 0.0
     sequence: int = 0
@@ -82,7 +82,7 @@ def lines(profiles: Iterable[ModelProfile]) -> Lines:
     return {
         model.model_id: {
             state: ResidentModel(
-                model_id=model.model_id, state=state, size_bytes=model.size_bytes, uses=0, pinned=False
+                model_id=model.model_id, state=state, size_bytes=model.size_bytes, uses=0, unevictable=False
             )
             for state in ModelState
         }
@@ -113,8 +113,8 @@ class Worker:
         cache: ModelCache,
         lines: Lines,
         exec_slots: int,
-        agenda: Agenda,
-        tally: FullTally,
+        agenda: EventQueue,
+        tally: DiscreteEventResults,
         changed: Callable[[Worker, float], None],
     ) -> None:
         self.location = location
@@ -127,12 +127,12 @@ class Worker:
         self._changed = changed
         self.before: Callable[[float], None] = _nothing
         self._sequence = 0
-        self._queue = Queue()
+        self._queue = QueueEstimate()
         #: When the executions under way end; no more than there are slots.
         self._slot_ends_s: list[float] = []
         self._loads: dict[str, _LoadUnderWay] = {}
         self._waiting: dict[int, Job] = {}
-        self._keeper = Keeper(self.replica, location)
+        self._keeper = PrimaryTracker(self.replica, location)
         self._guarded: frozenset[str] = frozenset()
         self._review_s = math.inf
         self._demand: Counter[tuple[str, str]] = Counter()
@@ -148,7 +148,7 @@ class Worker:
         model = job.model
         if job.back_s:
             self.before(now)
-        if job.must_hold and self.cache.state(model.model_id) is None:
+        if job.only_if_resident and self.cache.state(model.model_id) is None:
             job.sequence = self._sequence + 1
             self._reply(job, job.sender.not_held, now)
             return
@@ -300,15 +300,15 @@ class Worker:
                 self.cache.advise(model, now, insist=required)
         self.look_ahead(now)
 
-    def look_around(self, view: View, rules: RoutingRules, moved: bool, now: float) -> None:
+    def look_around(self, view: ClusterView, rules: RoutingRules, moved: bool, now: float) -> None:
         """Decide anew what losing a model costs; ``moved``: others hold other models than before."""
-        keeps = self._keeper.keeps
+        primary_for = self._keeper.primary_for
         guarded = self._keeper.look(self._books, view.workers.values())
         if moved or guarded != self._guarded:
             self._guarded = guarded
             costs = forward_costs(self.location, view, rules)
             self.cache.forward_costs({name: cost_s for name, cost_s in costs.items() if name not in guarded})
-        if self._keeper.keeps != keeps:
+        if self._keeper.primary_for != primary_for:
             self._news(now)
 
     # Reports
@@ -354,7 +354,7 @@ class Worker:
             load_failures=0,
             evictions=counters.evictions,
             outcomes=_NO_OUTCOMES,
-            keeps=self._keeper.report(self._books),
+            primary_for=self._keeper.report(self._books),
         )
         return report, demand
 

@@ -23,7 +23,7 @@ from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.policies.base import EvictionPolicy
 from serve_app.core.policies.edgeserve import EdgeServe
-from serve_app.core.policies.rate_forecast import History, NextUse
+from serve_app.core.policies.rate_forecast import History, RateForecast
 from serve_app.simulator.load_delay import replay
 from serve_app.simulator.oracles import BeladyAm, next_uses
 from serve_app.simulator.runner import MAX_PRELOADS
@@ -33,7 +33,7 @@ from serve_app.simulator.studies.reference_workload import find_reference
 SHARES = (0.1, 0.25, 0.5)
 
 
-class _FixedMemories(NextUse):
+class _FixedMemories(RateForecast):
     """The memories have these weights whatever happens."""
 
     weights: ClassVar[tuple[float, float, float]]
@@ -54,9 +54,9 @@ class _EndlessMemory(_FixedMemories):
 class _Variant(EdgeServe):
     """The whole policy, with room to take a part out."""
 
-    predictor: ClassVar[type[NextUse]] = NextUse
+    predictor: ClassVar[type[RateForecast]] = RateForecast
 
-    def _predictor(self, now: float) -> NextUse:
+    def _predictor(self, now: float) -> RateForecast:
         if self._next_use is None:
             self._next_use = self.predictor(short_s=self._short_s, long_s=self._long_s, now=now)
         return self._next_use
@@ -70,7 +70,7 @@ class _Trusting(_Variant):
 
 
 class _NoAges(_Trusting):
-    def _predictor(self, now: float) -> NextUse:
+    def _predictor(self, now: float) -> RateForecast:
         predictor = super()._predictor(now)
         predictor.age_weight = 0.0
         return predictor

@@ -19,9 +19,9 @@ from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.policies.registry import POLICIES, make_policy
 from serve_app.errors import EdgeServeError
-from serve_app.simulator.discrete_event.results import FullTally
-from serve_app.simulator.discrete_event.settings import Coordination, FullOptions, geographic_links
-from serve_app.simulator.discrete_event.simulation import simulate_full
+from serve_app.simulator.discrete_event.results import DiscreteEventResults
+from serve_app.simulator.discrete_event.settings import Coordination, DiscreteEventOptions, geographic_links
+from serve_app.simulator.discrete_event.simulation import simulate_discrete_event
 from serve_app.workload.locations import split
 from serve_app.workload.profiles import DEFAULT_PROFILES, assign, read_profiles
 from serve_app.workload.spec import parse_trace
@@ -50,15 +50,15 @@ class Case:
         """Memory of one location."""
         return int(self.share * sum(profile.size_bytes for profile in self.profiles))
 
-    def run(self, mode: Coordination) -> FullTally:
+    def run(self, mode: Coordination) -> DiscreteEventResults:
         """Simulate one mode."""
-        options = FullOptions(
+        options = DiscreteEventOptions(
             make_cache=self._cache,
             coordination=mode,
             exec_slots=self.exec_slots,
             links=geographic_links(self.trace.locations, seed=self.seed),
         )
-        return simulate_full(self.trace, self.profiles, options)
+        return simulate_discrete_event(self.trace, self.profiles, options)
 
     def _cache(self, number: int) -> ModelCache:
         rng = random.Random(f"{self.seed}: policy of {number}")
@@ -168,7 +168,7 @@ def _heading(spec: str, trace: Trace, skew: float) -> str:
     )
 
 
-def _line(case: Case, tallies: dict[Coordination, FullTally]) -> str:
+def _line(case: Case, tallies: dict[Coordination, DiscreteEventResults]) -> str:
     loads = [tallies[mode].load_over_exec for mode in _MODES]
     means = [tallies[mode].mean_latency_s * 1e3 for mode in _MODES]
     highs = [tallies[mode].latency_s(0.99) * 1e3 for mode in _MODES]

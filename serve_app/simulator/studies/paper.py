@@ -10,7 +10,7 @@ from rich.table import Table
 from serve_app.core.policies.registry import ORACLES
 from serve_app.simulator.result_row import Row
 from serve_app.simulator.result_table import percent
-from serve_app.simulator.runner import LIVE_PRELOADS, MAX_PRELOADS, Cell, Plan
+from serve_app.simulator.runner import LIVE_PRELOADS, MAX_PRELOADS, Cell, ExperimentPlan
 from serve_app.simulator.scenario import ALL_POLICIES, Capacity, PolicyChoice, Workload
 
 #: The memory at which the claims are made, and those that are compared besides, as shares of all models.
@@ -58,7 +58,7 @@ class Claim:
     holds: bool
 
 
-def paper_plan(workloads: Sequence[Workload]) -> Plan:
+def paper_plan(workloads: Sequence[Workload]) -> ExperimentPlan:
     """Every policy on every workload, and ours a second time; on the first with the memories of the picture, too."""
     cells = []
     for number in range(len(workloads)):
@@ -70,7 +70,7 @@ def paper_plan(workloads: Sequence[Workload]) -> Plan:
             live = PolicyChoice(label=_OURS_LIVE, name=_OURS)
             capacity = Capacity(given_share=share)
             cells.append(Cell(workload=number, policy=live, capacity=capacity, max_preloads=LIVE_PRELOADS))
-    return Plan(workloads=tuple(workloads), cells=tuple(cells))
+    return ExperimentPlan(workloads=tuple(workloads), cells=tuple(cells))
 
 
 class Results:

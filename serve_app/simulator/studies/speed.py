@@ -22,7 +22,7 @@ from rich.table import Table
 from serve_app.core.cache.decisions import Hit, Load
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
-from serve_app.simulator.runner import MAX_PRELOADS, Cell, Plan, play
+from serve_app.simulator.runner import MAX_PRELOADS, Cell, ExperimentPlan, play
 from serve_app.simulator.scenario import ALL_POLICIES, Capacity, PolicyChoice, Workload, cache_maker
 from serve_app.simulator.studies.reference_workload import Reference, find_reference
 from serve_app.workload.trace import Trace
@@ -66,7 +66,7 @@ def _rates(workload: Workload, policies: Sequence[str]) -> Table:
     for name in policies:
         policy = PolicyChoice(label=name, name=name)
         cells = tuple(Cell(policy=policy, capacity=Capacity(given_share=share)) for share in _SHARES)
-        plan = Plan(workloads=(workload,), cells=cells)
+        plan = ExperimentPlan(workloads=(workload,), cells=cells)
         best = [max(play(plan, number).requests_per_s for _ in range(_RUNS)) for number in range(len(cells))]
         table.add_row(name, *(f"{rate:,.0f}" for rate in best))
     return table

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 Column = NDArray[np.float64]
 
 
-class Chance:
+class SeededRandom:
     """Independent draws, always the same for a seed and a purpose; different purposes do not disturb each other."""
 
     def __init__(self, seed: int, purpose: str) -> None:
