@@ -28,13 +28,13 @@ from serve_app.models.weights import Download, DownloadFailed, WeightSource, dow
 from serve_app.store.model_store import ModelStore
 
 models = import_torchvision().models
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 def start_publisher(store: ModelStore, model_id: str = "-", moment: str = "-") -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, HERE / "publisher_process.py", store.root, model_id, moment],
-        env={"PYTHONPATH": f"{HERE.parents[1]}:{HERE}", "PATH": "/usr/bin:/bin"},
+        [sys.executable, SUPPORT / "publisher_process.py", store.root, model_id, moment],
+        env={"PYTHONPATH": f"{SUPPORT.parents[1]}:{SUPPORT}", "PATH": "/usr/bin:/bin"},
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from core_support import profile
-from dense_round import DenseRound
+from dense_placement import DenseRound
 
 from serve_app.core.cluster.commands import Command, PreloadAt
 from serve_app.core.links import Link

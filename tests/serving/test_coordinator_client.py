@@ -12,7 +12,7 @@ import ray
 from fakes import view
 
 from serve_app.core.coordination.rules import CoordinatorRules
-from serve_app.serving.coordinator import actor
+from serve_app.serving.coordinator import client
 from serve_app.serving.coordinator.client import CoordinatorClient
 from serve_app.serving.periodic import every
 
@@ -48,7 +48,7 @@ class FakeRay:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay()
-    monkeypatch.setattr(actor, "ray", fake)
+    monkeypatch.setattr(client, "ray", fake)
     return fake
 
 

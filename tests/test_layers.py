@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[2] / "serve_app"
+PACKAGE = Path(__file__).parents[1] / "serve_app"
 
 #: Layer -> layers below it that it may import; its own modules always, ``serve_app`` itself (the version) always.
 MAY_IMPORT = {
