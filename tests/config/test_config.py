@@ -13,11 +13,12 @@ import pytest
 import yaml
 
 from serve_app.config.catalog import load_catalog
+from serve_app.config.default_files import find
 from serve_app.config.edge import EdgeSettings, load_edge, load_token
 from serve_app.config.environment import STORE_VARIABLE, preset, ray_address, state_dir
 from serve_app.config.policy_parameters import parse_parameters
 from serve_app.config.units import parse_duration, parse_size
-from serve_app.config.yaml_files import find, load_yaml
+from serve_app.config.yaml_files import load_yaml
 from serve_app.core.catalog import ImageInput
 from serve_app.core.links import Link
 from serve_app.errors import ConfigError
@@ -352,27 +353,6 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "image.yaml"
     path.write_bytes(b"\xff\xd8\xff")
     assert refusal(load_yaml, path) == "is not a text file in UTF-8"
-
-
-def test_a_missing_file_is_named_with_the_places_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError) as caught:
-        find(Path("nowhere.yaml"))
-    assert caught.value.message == (
-        f"nowhere.yaml: no such file; looked for {tmp_path}/nowhere.yaml and {DEPLOY.parent}/nowhere.yaml"
-    )
-    with pytest.raises(ConfigError, match="no such file"):
-        load_edge(tmp_path / "nowhere.yaml")
-    with pytest.raises(ConfigError, match="no such file"):
-        find(tmp_path)
-
-
-def test_a_file_is_searched_here_first_and_then_in_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert find(Path("deploy/edge.yaml")) == DEPLOY / "edge.yaml"
-    (tmp_path / "deploy").mkdir()
-    (tmp_path / "deploy/edge.yaml").touch()
-    assert find(Path("deploy/edge.yaml")) == tmp_path / "deploy/edge.yaml"
 
 
 # Tokens and the environment
