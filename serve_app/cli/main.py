@@ -16,7 +16,7 @@ _EXIT_FAILED = 1
 _EXIT_USAGE = 2
 
 #: Subcommand -> the module below ``serve_app.cli`` that has it under the same name; in the order of ``--help``.
-_COMMANDS = {
+COMMANDS = {
     "up": "deployment",
     "down": "deployment",
     "status": "deployment",
@@ -111,7 +111,7 @@ def _not_installed(name: str) -> click.Command:
 
 @click.group(
     cls=_CommandsByModule,
-    modules=_COMMANDS,
+    modules=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__)
