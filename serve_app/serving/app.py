@@ -15,7 +15,7 @@ from serve_app.config.catalog import load_catalog
 from serve_app.config.edge import load_edge, load_token
 from serve_app.config.yaml_files import find
 from serve_app.errors import ConfigError
-from serve_app.serving import code_version
+from serve_app.serving import code_version, ray_internals
 from serve_app.serving.replica_config import ReplicaConfig
 from serve_app.serving.replicas import RouterReplica, WorkerReplica
 from serve_app.serving.transport.named_replica_router import NamedReplicaRouter
@@ -96,12 +96,8 @@ def _put_there_ns(path: Path) -> int:
 
 
 def _versioned(deployment: Any, deployed: ReplicaConfig, token: str | None) -> Any:
-    """Give a deployment a version that changes only when its replicas must be replaced.
-
-    Serve has no public way to say this to ``serve.run``, and replaces all replicas every time if nobody says it.
-    """
+    """Give a deployment a version that changes only when its replicas must be replaced."""
     # Only the gateway stands in for a location, and it cannot move to another.
     stands_in_for = deployed.settings.gateway_location if deployed.location is None else ""
     parts = (code_version.digest(), deployed.settings.restart_digest(), token or "", stands_in_for)
-    deployment._version = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
-    return deployment
+    return ray_internals.set_version(deployment, hashlib.sha256("".join(parts).encode()).hexdigest()[:16])

@@ -13,6 +13,7 @@ from serve_app.config.environment import sockets_dir
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import Catalog
 from serve_app.errors import ConfigError
+from serve_app.serving import ray_internals
 from serve_app.serving.api.endpoints import HttpSettings, build_http_app
 from serve_app.serving.api.metrics_scrape import MetricsScraper
 from serve_app.serving.metrics import RouterMetrics, WorkerMetrics
@@ -29,9 +30,9 @@ logger = logging.getLogger(__name__)
 
 
 def _log_with_serve() -> None:
-    """Let this replica's log take in what we have to say; Serve sets up its own loggers only."""
+    """Have the loggers of this package write to the log of this replica."""
     ours = logging.getLogger("serve_app")
-    ours.handlers = logging.getLogger("ray.serve").handlers
+    ours.handlers = ray_internals.serve_log_handlers()
     ours.setLevel(logging.INFO)
     ours.propagate = False
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
-from ray import serve
 
+from serve_app.serving import ray_internals
 from serve_app.serving.transport.local_rpc import ConnectionLost, LocalRpcPool
 from serve_app.serving.transport.messages import InferenceRejected, InferenceTask, Reply
 from serve_app.serving.transport.named_replica_router import LOST_REPLICA_ERRORS
@@ -58,8 +58,7 @@ class ServeWorkerPool:
 
     def _handle(self, location: str) -> Any:
         if location not in self._handles:
-            # Not checked for existence: the application may still be on its way up, and the check would block.
-            self._handles[location] = serve.get_deployment_handle(WORKER, app_name=location, _check_exists=False)
+            self._handles[location] = ray_internals.deployment_handle(WORKER, location)
         return self._handles[location]
 
 
