@@ -14,8 +14,10 @@ from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import Catalog
 from serve_app.errors import ConfigError
 from serve_app.serving import ray_internals
-from serve_app.serving.api.endpoints import HttpSettings, build_http_app
+from serve_app.serving.api import fast_path
+from serve_app.serving.api.http_app import build_http_app
 from serve_app.serving.api.metrics_scrape import MetricsScraper
+from serve_app.serving.api.request_reader import HttpSettings
 from serve_app.serving.metrics import RouterMetrics, WorkerMetrics
 from serve_app.serving.replica_config import ReplicaConfig
 from serve_app.serving.router.router import Router
@@ -192,7 +194,7 @@ class RouterReplica:
             token=self._token,
         )
         app = build_http_app(self._router, http, MetricsScraper().scrape)
-        app.take_over()
+        fast_path.register(app.fast_path)
         return app
 
     async def reconfigure(self, user_config: Any) -> None:
