@@ -19,7 +19,7 @@ from serve_app.serving import code_version, ray_internals
 from serve_app.serving.replica_config import ReplicaConfig
 from serve_app.serving.replicas import RouterReplica, WorkerReplica
 from serve_app.serving.transport.named_replica_router import NamedReplicaRouter
-from serve_app.serving.transport.worker_client import WORKER
+from serve_app.serving.transport.worker_client import WORKER_DEPLOYMENT
 
 #: Above every limit of ``limits``: Serve's own limit answers without EdgeServe's error format.
 _SERVE_LIMIT = 100_000
@@ -49,7 +49,9 @@ _COMMON: dict[str, Any] = {
     "max_surge_percent": 100,
 }
 WorkerDeployment = serve.deployment(
-    name=WORKER, request_router_config=RequestRouterConfig(request_router_class=NamedReplicaRouter), **_COMMON
+    name=WORKER_DEPLOYMENT,
+    request_router_config=RequestRouterConfig(request_router_class=NamedReplicaRouter),
+    **_COMMON,
 )(WorkerReplica)
 RouterDeployment = serve.deployment(name="Router", **_COMMON)(serve.ingress()(RouterReplica))
 
