@@ -2,13 +2,12 @@
 
 A call through a Serve handle takes many times as long, so hits on the same host go this way; Serve's handles remain the
 way to other hosts. The server of a worker (``LocalRpcServer``) listens in a folder that only its user may enter, under
-the name of its replica, so a router that finds no such socket knows that the worker is on another host. Differences to a
-handle:
+the name of its replica: without such a socket, a router knows that the worker is on another host. Unlike a handle:
 
 * a worker that dies breaks its connections, which fails their calls at once: ``ConnectionLost``;
 * a call that is cancelled at the router is cancelled at the worker, and so are all calls of a router that dies;
-* a worker that shuts down answers until ``LocalRpcServer.close``, which waits for every call that has begun; later calls
-  fail like calls to a dead worker. Serve does not count these calls, so its own draining does not wait for them.
+* a worker that shuts down answers until ``LocalRpcServer.close``, which waits for every call that has begun; later
+  calls fail like calls to a dead worker. Serve does not count these calls, so its own draining does not wait for them.
 
 A frame is a header, a pickled message, and the bytes of its one array, if it has any, which are not copied in between.
 Both ends run the same program as the same user, as with Ray's own calls, so either may unpickle what the other sends.
