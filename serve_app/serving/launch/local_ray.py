@@ -20,12 +20,13 @@ import psutil
 
 from serve_app.config.environment import child_environment, has_ray_token, preset, ray_address, ray_temp_dir
 from serve_app.errors import EdgeServeError
+from serve_app.serving import ray_internals
 from serve_app.serving.launch.serve_config import ServeFile
 
 #: Called with one line for the user.
 ProgressCallback = Callable[[str], None]
 
-#: Variables of Serve's fast ingress; they must be set before Ray starts.
+#: Variables of Serve's fast ingress (serve_app/docs/serving.md); they must be set before Ray starts.
 FAST_INGRESS = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -140,7 +141,7 @@ def start_ray(serve_file: ServeFile, on_progress: ProgressCallback) -> RunningDe
     log = Path(tempfile.gettempdir()) / f"edgeserve-ray-{run_id}.log"
     on_progress("starting Ray on this machine")
     command = [
-        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
+        sys.executable, "-m", ray_internals.COMMAND_MODULE, "start", "--head", "--block", "--disable-usage-stats",
         "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard_port}",
     ]  # fmt: skip
     variables = {
@@ -235,7 +236,7 @@ def _local_ray() -> str | None:
 
 def _address_file() -> Path:
     """The file in which Ray leaves the address of the cluster on this machine."""
-    return ray_temp_dir() / "ray" / "ray_current_cluster"
+    return ray_temp_dir() / "ray" / ray_internals.ADDRESS_FILE
 
 
 def _listens(address: str) -> bool:
