@@ -54,7 +54,7 @@ def edge(**changed: Any) -> dict[str, Any]:
 
 
 def refusal(load: Callable[[Path], object], path: Path) -> str:
-    """The one line that the user is shown, less the path that it must begin with."""
+    """The error line without the path that it must begin with."""
     with pytest.raises(ConfigError) as caught:
         load(path)
     message = caught.value.message
@@ -199,7 +199,7 @@ def test_what_is_no_duration_of_a_policy_is_a_number(written: dict[str, Any]) ->
     assert parse_parameters("edgeserve", written) == {"short_s": 100.0, "margin": 1.5}
 
 
-def test_a_policy_that_knows_the_future_serves_nobody(write: Write) -> None:
+def test_a_policy_that_knows_the_future_cannot_serve(write: Write) -> None:
     assert refusal(load_edge, write(edge(policy={"name": "belady-am"}))) == (
         "policy: policy 'belady-am' knows the future: it exists in edgeserve simulate only; use edgeserve"
     )
@@ -262,7 +262,7 @@ def assert_says(message: str, pattern: str) -> None:
 # catalog.yaml
 
 
-def test_a_catalogue_becomes_entries_in_its_order(write: Write, tmp_path: Path) -> None:
+def test_a_catalog_becomes_entries_in_its_order(write: Write, tmp_path: Path) -> None:
     path = write(
         {
             "models": {
@@ -315,7 +315,7 @@ def test_a_model_needs_a_name_that_fits_into_an_address(write: Write, model_id: 
     assert_says(refusal(load_catalog, write({"models": {model_id: MODEL}})), r"models\..*must be letters")
 
 
-def test_a_catalogue_without_models_is_refused(write: Write) -> None:
+def test_a_catalog_without_models_is_refused(write: Write) -> None:
     assert_says(refusal(load_catalog, write({"models": {}})), "models: .*at least 1")
     assert_says(refusal(load_catalog, write("")), "must be a mapping with the keys models")
 
@@ -340,7 +340,7 @@ def test_a_catalogue_without_models_is_refused(write: Write) -> None:
         ("1: 2\n", ""),
     ],
 )
-def test_what_is_no_settings_file_is_refused(write: Write, text: str, says: str) -> None:
+def test_a_file_that_holds_no_settings_is_refused(write: Write, text: str, says: str) -> None:
     assert_says(refusal(load_edge, write(text)), says)
 
 
@@ -364,7 +364,7 @@ def test_a_token_is_read_without_the_space_around_it(write: Write, tmp_path: Pat
 
 
 @pytest.mark.parametrize("content", [None, "", " \n"])
-def test_an_open_door_is_never_meant_by_a_token_file(write: Write, tmp_path: Path, content: str | None) -> None:
+def test_a_missing_or_empty_token_file_is_refused(write: Write, tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "token").write_text(content)
     settings = load_edge(write(edge(token_file="token")))
@@ -418,7 +418,7 @@ def test_every_shipped_file_is_strict_yaml(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("written", "period_s"), [("off", None), (False, None), ("500ms", 0.5)])
-def test_what_happens_every_so_often_can_be_turned_off(written: object, period_s: float | None) -> None:
+def test_a_period_can_be_off(written: object, period_s: float | None) -> None:
     edge = {"locations": {"paris": {"memory": "1GiB"}}}
     settings = EdgeSettings.model_validate(
         edge | {"coordinator": {"placement_every": written}, "worker": {"idle_unload": written}}
@@ -428,8 +428,8 @@ def test_what_happens_every_so_often_can_be_turned_off(written: object, period_s
         EdgeSettings.model_validate(edge | {"coordinator": {"placement_every": "0s"}})
 
 
-def test_the_defaults_are_settings_that_would_be_accepted() -> None:
-    """Pydantic checks no defaults; this does."""
+def test_the_defaults_are_valid_settings() -> None:
+    """Pydantic does not validate defaults."""
     defaults = EdgeSettings(locations={"paris": {"memory": "1GiB"}})
     for part in ("default_link", "worker", "coordinator", "limits"):
         for key, value in getattr(defaults, part).model_dump().items():
