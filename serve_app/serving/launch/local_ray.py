@@ -25,7 +25,7 @@ from serve_app.serving.launch.serve_config import ServeFile
 
 Say = Callable[[str], None]
 
-#: Must be set before Ray starts: Serve's fast ingress (see DESIGN.md).
+#: Must be set before Ray starts: Serve's fast ingress (see serve_app/docs/serving.md).
 FAST_INGRESS = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
