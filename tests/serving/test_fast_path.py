@@ -89,7 +89,7 @@ async def test_the_fast_path_asks_for_the_token_and_explains_its_errors() -> Non
     assert "no model or family" in missing.json()["error"]
 
 
-async def test_inference_is_cancelled_when_its_client_disconnects() -> None:
+async def test_inference_is_canceled_when_its_client_disconnects() -> None:
     pool = FakePool(paris=[asyncio.Event()])
     app, _ = deployed(application(pool))
     content, headers = body()

@@ -145,7 +145,7 @@ class FastPath:
         return True
 
     async def _answer(self, scope: Scope, request: FastRequest) -> Response | None:
-        """Return the response, or None if the client has disconnected; its inference is cancelled then."""
+        """Return the response, or None if the client has disconnected; its inference is canceled then."""
         try:
             self._authorize(scope)
             return await self._infer(request)
