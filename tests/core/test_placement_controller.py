@@ -99,7 +99,7 @@ class Cluster:
         delta = self.last[location] = self.state.answer(sent, self._view.epoch, self._view.version, self.now)
         # All see the same, which is as new as it can be.
         self._view.apply(delta, self.now)
-        self.keepers[location].look(held, self._view.workers.values())
+        self.keepers[location].update(held, self._view.workers.values())
         for command in delta.commands:
             assert command.replica == f"{location}-1"
             self.given.append((self.now, command))

@@ -24,6 +24,8 @@ class ClusterView:
     links: dict[tuple[str, str], Link] = field(default_factory=dict)
     #: Whether only the workers that matter to the reader are in it.
     scoped: bool = False
+    #: Changes whenever the answer to "which locations can serve this model" may.
+    holders_version: int = field(default=0, compare=False)
     _carried: dict[str, float] = field(default_factory=dict)
     #: What ``workers`` says, by model and by location.
     _holders: dict[str, dict[str, None]] = field(default_factory=dict, compare=False)
@@ -78,8 +80,11 @@ class ClusterView:
             held: Collection[str] = ()
         else:
             held = before.models.keys()
+            if held == report.models.keys() and before.leaving == report.leaving:
+                return
             for model_id in held - report.models.keys():
                 self._let_go(model_id, replica)
+        self.holders_version += 1
         for model_id in report.models.keys() - held:
             self._holders.setdefault(model_id, {})[replica] = None
 
@@ -89,6 +94,7 @@ class ClusterView:
         self._carried.pop(replica, None)
         if report is None:
             return False
+        self.holders_version += 1
         for model_id in report.models:
             self._let_go(model_id, replica)
         del self._locations[report.location][replica]

@@ -71,6 +71,7 @@ class _Simulation:
                 location=location,
                 cache=options.make_cache(number),
                 lines=said,
+                rules=rules,
                 exec_slots=options.exec_slots,
                 agenda=self._agenda,
                 tally=self._tally,
@@ -91,6 +92,7 @@ class _Simulation:
         ]
         for worker, router in zip(self._workers.values(), self._routers, strict=True):
             worker.before = router.catch_up
+            worker.follower.view = router.known.view
             worker.cache.know(profiles, 0.0)
             worker.look_ahead(0.0)
             if not alone:
