@@ -155,7 +155,7 @@ class Worker:
         if self._reporting is not None:
             self._reporting.cancel()
         await self._hand_over()
-        await self._link.depart(self._identity.replica)
+        await self._link.deregister(self._identity.replica)
 
     async def stop(self) -> None:
         """Leave, and give all memory back."""
