@@ -12,7 +12,7 @@ import pytest
 from serve_app import errors
 from serve_app.errors import EdgeServeError, Unavailable
 
-#: The table of INTERFACES, by the class that stands for each line.
+#: What clients may rely on.
 STATUSES = {
     errors.InvalidRequest: 400,
     errors.Unauthenticated: 401,
@@ -30,6 +30,7 @@ STATUSES = {
     errors.ConfigError: 400,
     errors.TraceError: 400,
 }
+FAULTS = {EdgeServeError, errors.InternalError, errors.StoreError}
 TREE = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, EdgeServeError)]
 SENTENCE = "the model 'été' is not here; ask for {another} one, 100 % sure"
 
@@ -77,6 +78,11 @@ def test_an_error_remembers_exactly_the_arguments_of_its_constructor(kind: type[
 
 def test_statuses_are_those_of_the_interface() -> None:
     assert {kind: kind.status for kind in TREE if kind is not EdgeServeError} == STATUSES
+
+
+def test_faults_are_the_errors_that_neither_the_request_nor_the_load_causes() -> None:
+    assert {kind for kind in TREE if kind.is_fault} == FAULTS
+    assert {kind.status for kind in FAULTS} == {500}
 
 
 def test_only_unavailable_says_when_to_try_again() -> None:

@@ -182,7 +182,7 @@ def fill(store: ModelStore, empty: ModuleTemplate, unloaded: Unloaded | None = N
     """
     model_id = empty.manifest.model.model_id
     for file in empty.manifest.files:
-        store.require_whole(file, model_id)
+        store.require_verified(file, model_id)
     mapped = [_map(store, file, model_id) for file in empty.manifest.files]
     reading = [
         ReadAhead(store.blob_path(file.name), file.size_bytes)

@@ -82,11 +82,6 @@ class WeightSource:
         """Notes that a download failed although the probe had succeeded: the other models need not try."""
         self._hosts[urlparse(download.url).netloc] = False
 
-    @property
-    def unreachable(self) -> tuple[str, ...]:
-        """The hosts that could not be reached."""
-        return tuple(host for host, reachable in self._hosts.items() if not reachable)
-
 
 def url_reachable(url: str, timeout_s: float = PROBE_TIMEOUT_S) -> bool:
     """Whether the URL answers within ``timeout_s``, by whatever proxy the system is set up with.

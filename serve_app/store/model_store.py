@@ -4,7 +4,7 @@ Layout::
 
     root/models/<model_id>.json         manifest; its atomic rename publishes the model
     root/blobs/<sha256>.safetensors     weights, named after their content, never changed
-    root/whole/<sha256>.json            what the blob's file looked like when its content was last seen to be right
+    root/verified/<sha256>.json         stat signature of the blob's file when its content was last verified
     root/tmp/                           files being written, named after the process that writes them
     root/lock                           held by the one publisher that may write
 
@@ -45,9 +45,9 @@ class ModelStore:
         self._models = self.root / "models"
         self._blobs = self.root / "blobs"
         self._tmp = self.root / "tmp"
-        self._whole = self.root / "whole"
-        #: What files looked like whose content was right (None), or what was wrong with it.
-        self._seen: dict[str, tuple[list[int], str | None]] = {}
+        self._verified = self.root / "verified"
+        #: Blobs that this process has verified: the signature at that time, and what was wrong with the content.
+        self._checked: dict[str, tuple[list[int], str | None]] = {}
         self._writer = threading.RLock()
         self._depth = 0
 
@@ -112,64 +112,50 @@ class ModelStore:
         for file in self.manifest(model_id).files:
             check_size(file, self.blob_path(file.name), model_id)
 
-    def verify(self, model_id: str) -> None:
-        """Reads every file of the model and checks its SHA-256.
+    def require_verified(self, file: BlobFile, model_id: str) -> None:
+        """Require that a blob has the content that it was published with.
 
-        Raises:
-            StoreError: the model is not published, or a file is missing or differs.
-        """
-        self.check_sizes(model_id)
-        for file in self.manifest(model_id).files:
-            path = self.blob_path(file.name)
-            with explain_os_errors(f"read {path}", path):
-                digest = sha256_of(path)
-            if digest != file.sha256:
-                raise StoreError(f"weights {path} of model {model_id!r} are corrupt; publish it again with force")
-
-    def require_whole(self, file: BlobFile, model_id: str) -> None:
-        """Makes sure that a blob has the content that it was published with.
-
-        Reading a blob takes far longer than loading it, so its content is trusted as long as the file's inode, size
-        and times are as they were when it was last read, by whatever process of this machine. Else it is read again.
+        Reading a blob takes far longer than loading it. The content is therefore trusted while the file's inode, size
+        and times are those of its last verification, by any process of this machine; otherwise it is read again.
 
         Raises:
             StoreError: it is missing, truncated or corrupt.
         """
         path = self.blob_path(file.name)
         check_size(file, path, model_id)
-        looks = _looks(path)
-        seen, problem = self._seen.get(file.name, ([], None))
-        if seen != looks:
+        signature = _stat_signature(path)
+        checked, problem = self._checked.get(file.name, ([], None))
+        if checked != signature:
             problem = None
-            if not self._was_whole(file.name, looks):
+            if not self._is_recorded(file.name, signature):
                 logger.info("reading weights %s: they are new here, or have changed", path)
                 with explain_os_errors(f"read {path}", path):
                     digest = sha256_of(path)
                 if digest == file.sha256:
-                    self._remember_whole(file.name, looks)
+                    self._record_verified(file.name, signature)
                 else:
                     problem = f"weights {path} of model {model_id!r} are corrupt; publish it again with force"
-            self._seen[file.name] = looks, problem
+            self._checked[file.name] = signature, problem
         if problem is not None:
             raise StoreError(problem)
 
-    def _was_whole(self, name: str, looks: list[int]) -> bool:
+    def _is_recorded(self, name: str, signature: list[int]) -> bool:
         try:
-            return bool(json.loads(self._whole_path(name).read_bytes()) == looks)
+            return bool(json.loads(self._record_path(name).read_bytes()) == signature)
         except (OSError, ValueError):
             return False
 
-    def _whole_path(self, name: str) -> Path:
-        return (self._whole / name).with_suffix(".json")
+    def _record_path(self, name: str) -> Path:
+        return (self._verified / name).with_suffix(".json")
 
-    def _remember_whole(self, name: str, looks: list[int]) -> None:
-        # Only to save time; who may not write to the store reads the blob once in every process.
+    def _record_verified(self, name: str, signature: list[int]) -> None:
+        # The record only saves time: a process that may not write to the store reads the blob once.
         with contextlib.suppress(OSError):
-            self._whole.mkdir(exist_ok=True)
-            temporary = self._whole / f".{name}.{os.getpid()}.{threading.get_ident()}"
+            self._verified.mkdir(exist_ok=True)
+            temporary = self._verified / f".{name}.{os.getpid()}.{threading.get_ident()}"
             try:
-                temporary.write_text(json.dumps(looks))
-                temporary.replace(self._whole_path(name))
+                temporary.write_text(json.dumps(signature))
+                temporary.replace(self._record_path(name))
             finally:
                 temporary.unlink(missing_ok=True)
 
@@ -216,7 +202,7 @@ class ModelStore:
                 if not path.is_file() or sha256_of(path) != digest:
                     temporary.replace(path)
                     fsync_path(self._blobs)
-                self._remember_whole(blob.name, _looks(path))
+                self._record_verified(blob.name, _stat_signature(path))
             return blob
 
     def commit(self, manifest: Manifest) -> None:
@@ -252,7 +238,7 @@ class ModelStore:
             for path in list(self._blobs.iterdir()):
                 if path.name not in used:
                     freed += _remove(path)
-                    self._whole_path(path.name).unlink(missing_ok=True)
+                    self._record_path(path.name).unlink(missing_ok=True)
         return freed
 
     def _manifest_path(self, model_id: str) -> Path:
@@ -300,8 +286,8 @@ def is_publication_of(manifest: Manifest, entry: ModelEntry) -> bool:
     )
 
 
-def _looks(path: Path) -> list[int]:
-    """What changes when a file is written to or replaced."""
+def _stat_signature(path: Path) -> list[int]:
+    """Return what changes when a file is written to or replaced: inode, size, and the times of content and inode."""
     status = path.stat()
     return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from model_support import VISION, images, offline, tiny, vision
+from model_support import VISION, check_content, images, offline, tiny, vision
 from publisher_process import ENTRIES
 
 from serve_app.core.catalog import ImageInput, TensorSpec
@@ -82,7 +82,7 @@ def test_publisher_killed_at_any_moment_is_resumed_by_the_next(store: ModelStore
     process = start_publisher(store, "second", moment)
     assert process.wait(60) == -signal.SIGKILL
     assert store.published() == (("first", "second") if moment == "published" else ("first",))
-    store.verify("first")
+    check_content(store, "first")
     if moment == "half-written":
         assert list((store.root / "tmp").iterdir())
     committed = (store.root / "models" / "first.json").stat().st_mtime_ns
@@ -90,7 +90,7 @@ def test_publisher_killed_at_any_moment_is_resumed_by_the_next(store: ModelStore
     assert report.published == ENTRIES_AFTER[moment]
     assert (store.root / "models" / "first.json").stat().st_mtime_ns == committed
     for entry in ENTRIES:
-        store.verify(entry.model_id)
+        check_content(store, entry.model_id)
     assert len(list((store.root / "blobs").iterdir())) == len(ENTRIES)
 
 
@@ -103,7 +103,7 @@ def test_concurrent_publishers_do_not_disturb_each_other(store: ModelStore) -> N
     processes = [start_publisher(store), start_publisher(store)]
     assert [process.wait(120) for process in processes] == [0, 0]
     for entry in ENTRIES:
-        store.verify(entry.model_id)
+        check_content(store, entry.model_id)
     assert len(list((store.root / "blobs").iterdir())) == len(ENTRIES)
 
 
@@ -239,7 +239,6 @@ def test_every_host_is_probed_once() -> None:
         assert source.actual("pretrained", Download(url="https://bad.example/b", cached=True)) == "pretrained"
         assert source.actual("random:4", Download(url="https://bad.example/b", cached=False)) == "random:4"
     assert asked == ["https://good.example/a", "https://bad.example/b"]
-    assert source.unreachable == ("bad.example",)
 
 
 class Answer(http.server.BaseHTTPRequestHandler):

@@ -14,13 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from serve_app.errors import TraceError
-from serve_app.workload.azure_like import AzureLike
-from serve_app.workload.diurnal import FULL_HOUR_FACTOR, HOUR_PROFILE, clock_times
-from serve_app.workload.seeded_random import SeededRandom
-from serve_app.workload.sessions import Sessions
-from serve_app.workload.statistics import (
+from trace_statistics import (
     counts,
     iat_cvs,
     log10_count_deviation,
@@ -31,6 +25,12 @@ from serve_app.workload.statistics import (
     top_share,
     zipf_mle,
 )
+
+from serve_app.errors import TraceError
+from serve_app.workload.azure_like import AzureLike
+from serve_app.workload.diurnal import FULL_HOUR_FACTOR, HOUR_PROFILE, clock_times
+from serve_app.workload.seeded_random import SeededRandom
+from serve_app.workload.sessions import Sessions
 from serve_app.workload.trace import Trace, column
 from serve_app.workload.zipf import ZipfWorkload
 

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serve_app.workload.locations import split
+from serve_app.workload.locations import jensen_shannon_bits, split
 from serve_app.workload.sessions import Sessions
-from serve_app.workload.statistics import jensen_shannon_bits
 from serve_app.workload.trace import Trace, column
 from serve_app.workload.zipf import ZipfWorkload
 

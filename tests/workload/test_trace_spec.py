@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from trace_statistics import counts
 
 from serve_app.errors import TraceError
 from serve_app.workload.azure import read_azure
@@ -15,7 +16,6 @@ from serve_app.workload.azure_like import AzureLike
 from serve_app.workload.csv_trace import read_csv
 from serve_app.workload.sessions import Sessions
 from serve_app.workload.spec import parse_trace
-from serve_app.workload.statistics import counts
 from serve_app.workload.trace import column
 from serve_app.workload.zipf import ZipfWorkload
 

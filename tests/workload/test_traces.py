@@ -13,15 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from serve_app.errors import TraceError
-from serve_app.workload.azure import read_azure
-from serve_app.workload.csv_trace import read_csv
-from serve_app.workload.popularity_filter import worth_keeping
-from serve_app.workload.statistics import (
+from trace_statistics import (
     counts,
     iat_cvs,
-    jensen_shannon_bits,
     log10_count_deviation,
     lru_hit_ratio,
     repeat_share,
@@ -30,6 +24,12 @@ from serve_app.workload.statistics import (
     top_share,
     zipf_mle,
 )
+
+from serve_app.errors import TraceError
+from serve_app.workload.azure import read_azure
+from serve_app.workload.csv_trace import read_csv
+from serve_app.workload.locations import jensen_shannon_bits
+from serve_app.workload.popularity_filter import worth_keeping
 from serve_app.workload.trace import Trace, make_trace
 
 EXCERPT = "azure2019_500fn_480min_invocations.csv.gz"

@@ -22,10 +22,9 @@ from serve_app.errors import EdgeServeError
 from serve_app.simulator.discrete_event.results import DiscreteEventResults
 from serve_app.simulator.discrete_event.settings import Coordination, DiscreteEventOptions, geographic_links
 from serve_app.simulator.discrete_event.simulation import simulate_discrete_event
-from serve_app.workload.locations import split
+from serve_app.workload.locations import jensen_shannon_bits, split
 from serve_app.workload.profiles import DEFAULT_PROFILES, assign, read_profiles
 from serve_app.workload.spec import parse_trace
-from serve_app.workload.statistics import jensen_shannon_bits
 from serve_app.workload.trace import Trace
 
 #: And the skew of their split. Every function is a source of its own: if none moved, there would be nothing to share.

@@ -89,12 +89,8 @@ class Results:
         """Load over exec of ``policy`` over that of ``other``, seed by seed."""
         return self._range(lambda seed: self._compared(seed, share, policy, other))
 
-    def lower_by(self, share: float, policy: str, others: Sequence[str]) -> Range | None:
-        """By what share of it the load delay is below that of the best of ``others``, seed by seed."""
-        return self._range(lambda seed: self._lower_by(seed, share, policy, others))
-
     def lower_by_up_to(self, policy: str, others: Sequence[str]) -> Range | None:
-        """The same with the memory with which it is most, seed by seed."""
+        """By what share the load delay is below that of the best of ``others``, at the memory where it is most."""
 
         def most(seed: int) -> float | None:
             found = [self._lower_by(seed, share, policy, others) for share in SHARES]
