@@ -8,8 +8,8 @@ Layout::
     root/tmp/                           files being written, named after the process that writes them
     root/lock                           held by the one publisher that may write
 
-Readers take no lock. A reader sees the manifest of before or after a publication, never something between. This
-module does not import torch: routers read the store too.
+Readers take no lock. A reader sees the manifest from before or after a publication, never a mixture. This module does
+not import torch: routers read the store too.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ class ModelStore:
         self._depth = 0
 
     def published(self) -> tuple[str, ...]:
-        """The names of all models that have a manifest, sorted."""
+        """Return the names of all models that have a manifest, sorted."""
         return tuple(sorted(path.stem for path in self._models.glob("*.json") if not path.name.startswith(".")))
 
     def has(self, model_id: str) -> bool:
-        """Whether the model has a manifest; ``check_sizes`` tells whether its files are there as well."""
+        """Return whether the model has a manifest; ``check_sizes`` checks its files as well."""
         return self._manifest_path(model_id).is_file()
 
     def manifest(self, model_id: str) -> Manifest:
-        """The manifest of a model.
+        """Read the manifest of a model.
 
         Raises:
             StoreError: the model is not published, or its manifest is malformed.
@@ -78,11 +78,11 @@ class ModelStore:
         return manifest
 
     def catalog(self, entries: Sequence[ModelEntry]) -> Catalog:
-        """The published ones of ``entries``, in their order.
+        """Return those of ``entries`` that are published, in their order.
 
-        Family, pinning, accuracy and input are those of the entry. Models with a malformed manifest, or published
-        from another builder, other weights or another dtype than the entry asks for, are logged and left out: the
-        others must be served.
+        Family, pinning, accuracy and input are those of the entry. A model with a malformed manifest, or published from
+        another builder, other weights or another dtype than the entry asks for, is logged and left out, so that the
+        others are served.
         """
         models = []
         for entry in entries:
@@ -93,18 +93,18 @@ class ModelStore:
             except StoreError as error:
                 logger.error("model %s is left out: %s", entry.model_id, error)
                 continue
-            if is_publication_of(manifest, entry):
-                models.append(_overlay(manifest, entry))
+            if is_published_from(manifest, entry):
+                models.append(_overlaid(manifest, entry))
             else:
                 logger.warning("model %s is left out: its entry changed; publish it again", entry.model_id)
         return Catalog(tuple(models))
 
     def blob_path(self, name: str) -> Path:
-        """Path of the blob with this name, whether or not it exists."""
+        """Return the path of the blob with this name, whether or not it exists."""
         return self._blobs / name
 
     def check_sizes(self, model_id: str) -> None:
-        """Checks that every file of the model exists and has its size; costs one ``stat`` per file.
+        """Check that every file of the model exists and has its size; costs one ``stat`` per file.
 
         Raises:
             StoreError: the model is not published, or a file is missing or has another size.
@@ -161,7 +161,7 @@ class ModelStore:
 
     @contextlib.contextmanager
     def exclusive(self, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-        """Makes the caller the only publisher on this store, across threads and processes; may be nested.
+        """Make the caller the only publisher on this store, across threads and processes; may be nested.
 
         Blobs that no manifest names are safe from ``sweep`` only while their publisher holds this.
 
@@ -183,7 +183,7 @@ class ModelStore:
                     os.close(descriptor)
 
     def put_blob(self, write: Callable[[Path], None]) -> BlobFile:
-        """Stores one file under the name of its content; an equal file that is there already is kept.
+        """Store one file under the name of its content; keep an equal file that the store already has.
 
         Args:
             write: writes the content to the path that it is given.
@@ -206,7 +206,7 @@ class ModelStore:
             return blob
 
     def commit(self, manifest: Manifest) -> None:
-        """Publishes a model: from the return of this method on it is in the store, even after a power failure.
+        """Publish a model: once this method has returned it is in the store, even after a power failure.
 
         Raises:
             StoreError: a file of the manifest is not in the store, the disk is full or the store cannot be written.
@@ -221,9 +221,9 @@ class ModelStore:
                 fsync_path(self._models)
 
     def sweep(self) -> int:
-        """Removes what killed publishers left behind and blobs that no manifest names; returns the bytes freed.
+        """Remove temporary files of dead publishers and blobs that no manifest names; return the bytes freed.
 
-        Blobs stay while any manifest cannot be read: what it refers to is not known.
+        All blobs stay while any manifest cannot be read, because its references are not known.
         """
         freed = 0
         with self.exclusive(), explain_os_errors(f"tidy up {self.root}", self.root):
@@ -247,7 +247,7 @@ class ModelStore:
         return self._models / f"{model_id}.json"
 
     def _lock_file(self, on_wait: Callable[[], None] | None) -> int:
-        """Takes the lock of the store; closing the descriptor, or dying, gives it back."""
+        """Take the lock of the store; closing the descriptor, or the end of the process, releases it."""
         with explain_os_errors(f"write to {self.root}", self.root):
             for directory in (self._models, self._blobs, self._tmp):
                 directory.mkdir(parents=True, exist_ok=True)
@@ -266,7 +266,7 @@ class ModelStore:
 
     @contextlib.contextmanager
     def _temporary(self, suffix: str) -> Iterator[Path]:
-        """A path to write to; whatever is still there at the end is removed."""
+        """Yield a path to write to, and remove a file that is still there at the end."""
         path = self._tmp / f"{os.getpid()}-{secrets.token_hex(8)}{suffix}"
         try:
             yield path
@@ -274,8 +274,8 @@ class ModelStore:
             path.unlink(missing_ok=True)
 
 
-def is_publication_of(manifest: Manifest, entry: ModelEntry) -> bool:
-    """Whether the published model is what the entry asks for, up to what ``ModelStore.catalog`` lays over it."""
+def is_published_from(manifest: Manifest, entry: ModelEntry) -> bool:
+    """Return whether the published model is what the entry asks for, but for the overlay of ``ModelStore.catalog``."""
     model = manifest.model
     image = entry.input or manifest.default_image
     return (model.builder, model.weights_requested, model.dtype, model.image.crop_px) == (
@@ -293,7 +293,7 @@ def _stat_signature(path: Path) -> list[int]:
 
 
 def check_size(file: BlobFile, path: Path, model_id: str) -> None:
-    """Checks that a blob is there and complete.
+    """Check that a blob exists and has its size.
 
     Raises:
         StoreError: it is missing or has another size.
@@ -311,7 +311,7 @@ def check_size(file: BlobFile, path: Path, model_id: str) -> None:
         )
 
 
-def _overlay(manifest: Manifest, entry: ModelEntry) -> PublishedModel:
+def _overlaid(manifest: Manifest, entry: ModelEntry) -> PublishedModel:
     model = manifest.model
     accuracy = model.profile.accuracy if entry.accuracy is None else entry.accuracy
     return dataclasses.replace(

@@ -13,7 +13,7 @@ from model_support import images, offline, tiny, vision
 
 from serve_app.errors import StoreError
 from serve_app.models.builders import registry
-from serve_app.models.graph_optimizations import fold, foldable_norms, named_slots, optimise, order_of_use
+from serve_app.models.graph_optimizations import fold, foldable_norms, named_slots, optimize, order_of_use
 from serve_app.models.loader import ModelLoader
 from serve_app.models.publishing.publish_catalog import publish
 from serve_app.store.manifest import Execution, FoldedNorm
@@ -99,7 +99,7 @@ def test_module_that_fails_with_another_memory_layout_is_run_without(
 def test_module_whose_answers_would_change_is_left_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     module, batch = built("Convolved"), images(2, 32)
     with caplog.at_level(logging.WARNING):
-        assert optimise(module, batch, logits(module, batch) + 1, "m") == Execution()
+        assert optimize(module, batch, logits(module, batch) + 1, "m") == Execution()
     assert isinstance(module.first_norm, torch.nn.BatchNorm2d)
     assert caplog.text.count("its logits would change by") == 2
 
@@ -133,7 +133,7 @@ def test_convolutions_are_mapped_with_their_channels_last(store: ModelStore) -> 
     publish(store, [tiny("m", "Convolved")], reachable=offline)
     loader = ModelLoader(store)
     model = loader.load("m")
-    weight = loader._prepared("m").module.get_parameter("first.weight")
+    weight = loader.template("m").module.get_parameter("first.weight")
     assert weight.shape == (8, 3, 3, 3)
     assert weight.is_contiguous(memory_format=torch.channels_last)
     model.unload()
@@ -154,7 +154,7 @@ def test_model_in_bfloat16_takes_half_the_memory_and_answers_nearly_alike(store:
     assert not np.array_equal(answers[1], answers[0])
 
 
-def test_another_dtype_in_the_catalogue_is_published_again(store: ModelStore) -> None:
+def test_another_dtype_in_the_catalog_is_published_again(store: ModelStore) -> None:
     publish(store, [tiny("m", "Convolved")], reachable=offline)
     assert publish(store, [tiny("m", "Convolved", dtype="bfloat16")], reachable=offline).published == ("m",)
 

@@ -234,10 +234,10 @@ def test_every_host_is_probed_once() -> None:
     asked: list[str] = []
     source = WeightSource(lambda url: bool(asked.append(url)) or "good" in url)
     for _ in range(2):
-        assert source.actual("pretrained", Download(url="https://good.example/a", cached=False)) == "pretrained"
-        assert source.actual("pretrained", Download(url="https://bad.example/b", cached=False)) == "random:0"
-        assert source.actual("pretrained", Download(url="https://bad.example/b", cached=True)) == "pretrained"
-        assert source.actual("random:4", Download(url="https://bad.example/b", cached=False)) == "random:4"
+        assert source.choose("pretrained", Download(url="https://good.example/a", cached=False)) == "pretrained"
+        assert source.choose("pretrained", Download(url="https://bad.example/b", cached=False)) == "random:0"
+        assert source.choose("pretrained", Download(url="https://bad.example/b", cached=True)) == "pretrained"
+        assert source.choose("random:4", Download(url="https://bad.example/b", cached=False)) == "random:4"
     assert asked == ["https://good.example/a", "https://bad.example/b"]
 
 
@@ -306,7 +306,7 @@ def test_workspace_is_the_same_whenever_it_is_measured(shared: ModelStore) -> No
     loader = ModelLoader(shared)
 
     def workspace_bytes() -> int:
-        module = loader._prepared("squeezenet1_1").module
+        module = loader.template("squeezenet1_1").module
         return measure.measure(lambda: loader.load("squeezenet1_1"), images(), module).workspace_bytes
 
     first = workspace_bytes()
@@ -322,16 +322,16 @@ def test_workspace_is_estimated_where_the_kernel_cannot_tell(
     monkeypatch.setattr(measure, "_PROC", tmp_path)
     assert measure.peak_growth_bytes(lambda: None) is None
     loader = ModelLoader(shared)
-    result = measure.measure(lambda: loader.load("squeezenet1_1"), images(), loader._prepared("squeezenet1_1").module)
+    result = measure.measure(lambda: loader.load("squeezenet1_1"), images(), loader.template("squeezenet1_1").module)
     assert 2_000_000 < result.workspace_bytes < 50_000_000
 
 
 def test_measuring_restores_the_number_of_threads(shared: ModelStore) -> None:
     before = torch.get_num_threads()
     loader = ModelLoader(shared)
-    measure.measure(lambda: loader.load("tied"), images(1, 32), loader._prepared("tied").module)
+    measure.measure(lambda: loader.load("tied"), images(1, 32), loader.template("tied").module)
     assert torch.get_num_threads() == before
 
 
-def test_catalogue_of_the_store_is_complete(shared: ModelStore) -> None:
+def test_catalog_of_the_store_is_complete(shared: ModelStore) -> None:
     assert [model.model_id for model in shared.catalog(VISION).models] == [entry.model_id for entry in VISION]

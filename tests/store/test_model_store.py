@@ -35,7 +35,7 @@ def blob_of(store: ModelStore, model_id: str = "tied") -> Path:
 
 def test_routers_read_the_store_without_torch() -> None:
     program = (
-        "import sys, serve_app.store.model_store, serve_app.store.manifest, serve_app.store.images\n"
+        "import sys, serve_app.store.model_store, serve_app.store.manifest, serve_app.tasks.image_classification\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
@@ -161,7 +161,7 @@ def test_commit_refuses_a_manifest_whose_weights_are_not_there(small: ModelStore
         small.commit(manifest)
 
 
-def test_sweep_removes_what_nobody_refers_to(small: ModelStore) -> None:
+def test_sweep_removes_what_no_manifest_refers_to(small: ModelStore) -> None:
     orphan = small.root / "blobs" / f"{'0' * 64}.safetensors"
     orphan.write_bytes(b"orphan")
     dead = subprocess.Popen(["true"])

@@ -1,4 +1,4 @@
-"""Catalogue entries and inputs that the tests of the store, the loader and the publisher share."""
+"""Catalog entries and inputs that the tests of the store, the loader and the publisher share."""
 
 from __future__ import annotations
 

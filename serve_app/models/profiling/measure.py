@@ -1,4 +1,4 @@
-"""Measures what decisions are made from: time to load, time to run, and bytes of workspace."""
+"""Measure what decisions are made from: time to load, time to run, and bytes of workspace."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ class Measurement:
 
 
 def measure(load: Callable[[], LoadedModel], batch: NDArray[np.float32], module: nn.Module) -> Measurement:
-    """Loads and runs a model ``REPEATS`` times each and takes medians.
+    """Load and run a model ``REPEATS`` times each, and take medians.
 
     Args:
         load: loads the model; it is loaded and unloaded several times, and unloaded at the end.
         batch: the input, of batch size 1.
-        module: the module that ``load`` fills, for the estimate of the workspace where the kernel cannot tell.
+        module: the module that ``load`` binds weights to, for an estimate of the workspace where the kernel cannot
+            tell.
     """
     load_times = []
     for _ in range(REPEATS):
@@ -67,9 +68,9 @@ def measure(load: Callable[[], LoadedModel], batch: NDArray[np.float32], module:
 
 
 def workspace_bytes(module: nn.Module, run: Callable[[], object]) -> int:
-    """The memory that one call of ``run`` takes beside what is there already; ``module`` is what runs."""
-    # Otherwise chance decides how much counts of what the allocator has kept, or takes in advance. A thread has a heap
-    # of its own, with no free room of earlier models in it.
+    """Measure the bytes that one call of ``run`` takes in addition to what is resident; ``module`` is what runs."""
+    # With the usual heap the result would depend on what the allocator has kept, or takes in advance. A thread has a
+    # heap of its own, without free room of earlier models.
     with exact_heap(), ThreadPoolExecutor(1) as thread:
         measured = [thread.submit(peak_growth_bytes, run).result() for _ in range(REPEATS)]
         growths = [growth for growth in measured if growth is not None]
@@ -77,11 +78,11 @@ def workspace_bytes(module: nn.Module, run: Callable[[], object]) -> int:
 
 
 def peak_growth_bytes(run: Callable[[], object]) -> int | None:
-    """By how much the resident memory of this process grows at its peak while ``run`` runs.
+    """Measure by how many bytes the resident memory of this process grows at its peak while ``run`` runs.
 
     Returns None where the kernel cannot reset its record of the peak.
     """
-    # Using it again is to count as growth.
+    # Free heap that is used again must count as growth.
     give_back_free_memory()
     try:
         (_PROC / "clear_refs").write_text("5")  # forget the peak so far, see proc_pid_clear_refs(5)
@@ -98,16 +99,16 @@ def _status_bytes(key: str) -> int:
 
 
 def _activation_bytes(module: nn.Module, run: Callable[[], object]) -> int:
-    """Estimates the workspace as twice the largest input and output of one layer."""
+    """Estimate the workspace as twice the largest input and output of one layer."""
     largest = 0
 
-    def note(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def keep_largest(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         nonlocal largest
         tensors = [value for value in (*inputs, output) if isinstance(value, torch.Tensor)]
         largest = max(largest, sum(tensor.nbytes for tensor in tensors))
 
     leaves = [child for child in module.modules() if not any(child.children())]
-    hooks = [leaf.register_forward_hook(note) for leaf in leaves]
+    hooks = [leaf.register_forward_hook(keep_largest) for leaf in leaves]
     try:
         run()
     finally:

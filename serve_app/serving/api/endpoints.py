@@ -40,7 +40,7 @@ from serve_app.serving.api.error_responses import (
 from serve_app.serving.api.fast_path import BareResponse, FastPath, Incoming
 from serve_app.serving.router.request import InferenceRequest, InferenceResponse
 from serve_app.serving.router.router import Router
-from serve_app.store.images import top_k
+from serve_app.tasks.image_classification import top_k
 
 #: JSON bodies above this size are parsed in a thread: numbers as text take milliseconds.
 _LARGE_JSON_BYTES = 32 * 1024

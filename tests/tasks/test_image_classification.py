@@ -13,7 +13,7 @@ from serve_app.core.catalog import ImageInput
 from serve_app.errors import InvalidRequest
 from serve_app.models.builders.registry import metadata
 from serve_app.models.torchvision_compat import import_torchvision
-from serve_app.store.images import decode_image, preprocess, top_k
+from serve_app.tasks.image_classification import decode_image, preprocess, top_k
 
 models = import_torchvision().models
 LIMIT = 1_000_000
@@ -78,7 +78,7 @@ def test_the_three_formats_are_told_apart_by_content(kind: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16", "CMYK"])
-def test_every_colour_mode_becomes_rgb(mode: str) -> None:
+def test_every_color_mode_becomes_rgb(mode: str) -> None:
     source = picture(30, 20).convert("L" if mode == "I;16" else mode)
     if mode == "I;16":
         source = Image.fromarray(np.asarray(source).astype(np.uint16) * 257)
@@ -86,7 +86,7 @@ def test_every_colour_mode_becomes_rgb(mode: str) -> None:
     assert (image.mode, image.size) == ("RGB", (30, 20))
 
 
-def test_palette_with_transparency_keeps_its_colours() -> None:
+def test_palette_with_transparency_keeps_its_colors() -> None:
     source = picture(30, 20).quantize(16)
     data = encoded(source, "PNG", transparency=bytes(range(16)))
     assert np.array_equal(np.asarray(decode_image(data, LIMIT)), np.asarray(source.convert("RGB")))
