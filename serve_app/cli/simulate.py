@@ -20,7 +20,7 @@ from serve_app.core.policies.registry import ORACLES, POLICIES
 # numpy, matplotlib and the simulator itself are imported when a command runs: --help should not wait for them.
 if TYPE_CHECKING:
     from serve_app.simulator.discrete_event.settings import Coordination
-    from serve_app.simulator.result_row import Row
+    from serve_app.simulator.result_row import ResultRow
     from serve_app.simulator.runner import ExperimentPlan, TimeModel
     from serve_app.simulator.scenario import PolicyChoice, Workload
 
@@ -146,7 +146,7 @@ def simulate(
         _paper(trace, models, mapping, locations, range(seed, seed + (seeds or _DEFAULT_SEEDS)), data, workers, outputs)
         return
 
-    from serve_app.simulator.runner import Cell, ExperimentPlan
+    from serve_app.simulator.runner import ExperimentPlan, ReplaySpec
     from serve_app.simulator.scenario import make_workload, parse_capacities, parse_policies
 
     chosen = _parsed(parse_policies, policies or _DEFAULT_POLICIES, "--policy")
@@ -159,8 +159,8 @@ def simulate(
         _say_what_is_too_much(workload)
         if mode != "none" and len(workload.trace.locations) > 1:
             chosen = _without_oracles(chosen)
-    cells = tuple(Cell(policy=policy, capacity=memory) for memory in memories for policy in chosen)
-    rows = _run(ExperimentPlan(workloads=(workload,), cells=cells, time=time_model, coordination=mode), workers)
+    replays = tuple(ReplaySpec(policy=policy, capacity=memory) for memory in memories for policy in chosen)
+    rows = _run(ExperimentPlan(workloads=(workload,), replays=replays, time=time_model, coordination=mode), workers)
     _say_what_is_rejected(rows, workload.largest_bytes)
 
     from serve_app.simulator.result_table import as_table, summary
@@ -206,7 +206,7 @@ def _paper(
     outputs: _Outputs,
 ) -> None:
     from serve_app.simulator.scenario import make_workload
-    from serve_app.simulator.studies.paper import NOTES, Results, claims_table, paper_plan, policies_table
+    from serve_app.simulator.studies.paper import NOTES, PaperResults, claims_table, paper_plan, policies_table
     from serve_app.simulator.studies.reference_workload import Reference, find_reference
 
     if trace is None and models is None:
@@ -225,7 +225,7 @@ def _paper(
     outputs = _Outputs(as_json=outputs.as_json, csv=outputs.csv, plot=outputs.plot or _PAPER_PLOT)
     _check_writable(outputs)
     rows = _run(paper_plan(workloads), jobs)
-    results = Results(rows)
+    results = PaperResults(rows)
     # What is for people goes elsewhere when programs read the output.
     shown = stderr() if outputs.as_json else stdout()
     first = workloads[0].trace
@@ -246,7 +246,7 @@ def _benchmark(data: Path | None, seed: int) -> None:
     benchmark(find_reference(data), seed=seed, out=stdout(), err=stderr())
 
 
-def _run(plan: ExperimentPlan, jobs: int) -> tuple[Row, ...]:
+def _run(plan: ExperimentPlan, jobs: int) -> tuple[ResultRow, ...]:
     from serve_app.simulator.runner import run
 
     # Asked to end in any way, it takes its processes along.
@@ -293,7 +293,7 @@ def _say_what_is_too_much(workload: Workload) -> None:
         )
 
 
-def _say_what_is_rejected(rows: Sequence[Row], largest_bytes: int) -> None:
+def _say_what_is_rejected(rows: Sequence[ResultRow], largest_bytes: int) -> None:
     # The one with the most of each capacity.
     rejecting = sorted((row for row in rows if row.rejected), key=lambda row: row.rejected)
     for row in {row.capacity_bytes: row for row in rejecting}.values():
@@ -308,7 +308,7 @@ def _warn(text: str) -> None:
     stderr().print(f"warning: {text}", style="yellow", markup=False)
 
 
-def _write(rows: Sequence[Row], outputs: _Outputs, drawn: Sequence[Row] = ()) -> None:
+def _write(rows: Sequence[ResultRow], outputs: _Outputs, drawn: Sequence[ResultRow] = ()) -> None:
     from serve_app.simulator.result_table import as_csv, as_json
 
     if outputs.as_json:

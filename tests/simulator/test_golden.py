@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.simulator.result_row import Row
-from serve_app.simulator.runner import Cell, ExperimentPlan, run
+from serve_app.simulator.result_row import ResultRow
+from serve_app.simulator.runner import ExperimentPlan, ReplaySpec, run
 from serve_app.simulator.scenario import ALL_POLICIES, Capacity, make_workload, parse_policies
 
 GOLDEN = Path(__file__).with_name("golden.csv")
@@ -35,8 +35,8 @@ def rows_of(policy: str) -> Iterator[dict[str, str]]:
     """As they stand in the table."""
     plan = ExperimentPlan(
         workloads=tuple(make_workload(trace=trace, seed=0) for trace in TRACES),
-        cells=tuple(
-            Cell(workload=number, policy=parse_policies([policy])[0], capacity=Capacity(given_share=share))
+        replays=tuple(
+            ReplaySpec(workload=number, policy=parse_policies([policy])[0], capacity=Capacity(given_share=share))
             for number in range(len(TRACES))
             for share in CAPACITY_SHARES
         ),
@@ -44,7 +44,7 @@ def rows_of(policy: str) -> Iterator[dict[str, str]]:
     return map(written, run(plan, jobs=1))
 
 
-def written(row: Row) -> dict[str, str]:
+def written(row: ResultRow) -> dict[str, str]:
     seconds = {"load_s": row.load_s_per_request, "preload_s": row.preload_s_per_request}
     # Sums over all requests, which tell more in so many digits than means do.
     return {

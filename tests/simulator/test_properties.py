@@ -6,6 +6,7 @@ import math
 import random
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +21,8 @@ from serve_app.core.catalog import ModelProfile
 from serve_app.simulator import scenario
 from serve_app.simulator.load_delay import LoadDelayResults, replay
 from serve_app.simulator.oracles import Belady, next_uses
-from serve_app.simulator.result_row import Row
-from serve_app.simulator.runner import MAX_PRELOADS, Cell, ExperimentPlan, run
+from serve_app.simulator.result_row import ResultRow
+from serve_app.simulator.runner import MAX_PRELOADS, ExperimentPlan, ReplaySpec, run
 from serve_app.simulator.scenario import ALL_POLICIES, Capacity, Workload, cache_maker, parse_policies
 
 EVERY_POLICY = pytest.mark.parametrize("policy", ALL_POLICIES)
@@ -98,7 +99,7 @@ class Watched(ModelCache):
 
 
 def watched(
-    stream: Workload, policy: str, capacity_bytes: int, monkeypatch: pytest.MonkeyPatch, *, max_preloads: int
+    stream: Workload, policy: str, capacity_bytes: int, *, max_preloads: int
 ) -> tuple[LoadDelayResults, Watched]:
     """A replay, and the cache that it went through."""
     made: list[Watched] = []
@@ -107,15 +108,23 @@ def watched(
         made.append(Watched(**arguments))
         return made[-1]
 
-    monkeypatch.setattr(scenario, "ModelCache", make)
-    tally = play(stream, policy, capacity_bytes, max_preloads=max_preloads)
+    tally = play(stream, policy, capacity_bytes, max_preloads=max_preloads, cache_class=make)
     (cache,) = made
     return tally, cache
 
 
-def play(stream: Workload, policy: str, capacity_bytes: int, *, max_preloads: int = MAX_PRELOADS) -> LoadDelayResults:
+def play(
+    stream: Workload,
+    policy: str,
+    capacity_bytes: int,
+    *,
+    max_preloads: int = MAX_PRELOADS,
+    cache_class: Callable[..., ModelCache] = ModelCache,
+) -> LoadDelayResults:
     (choice,) = parse_policies([policy])
-    make = cache_maker(stream, choice, capacity_bytes=capacity_bytes, max_preloads=max_preloads)
+    make = cache_maker(
+        stream, choice, capacity_bytes=capacity_bytes, max_preloads=max_preloads, cache_class=cache_class
+    )
     return replay(stream.trace, stream.profiles, make)
 
 
@@ -200,11 +209,11 @@ def test_with_room_for_all_every_model_misses_at_most_once(policy: str) -> None:
 # Sums
 
 
-def rows(stream: Workload, *, capacity_share: float = 0.3, time: str = "load-delay") -> tuple[Row, ...]:
-    cells = tuple(
-        Cell(policy=choice, capacity=Capacity(given_share=capacity_share)) for choice in parse_policies(["all"])
+def rows(stream: Workload, *, capacity_share: float = 0.3, time: str = "load-delay") -> tuple[ResultRow, ...]:
+    replays = tuple(
+        ReplaySpec(policy=choice, capacity=Capacity(given_share=capacity_share)) for choice in parse_policies(["all"])
     )
-    return run(ExperimentPlan(workloads=(stream,), cells=cells, time=time), jobs=1)  # type: ignore[arg-type]
+    return run(ExperimentPlan(workloads=(stream,), replays=replays, time=time), jobs=1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -235,10 +244,10 @@ def test_every_request_is_a_hit_a_miss_a_join_or_a_forward(time: str) -> None:
 )
 @pytest.mark.parametrize("seed", range(2))
 def test_seconds_waited_are_those_of_the_loads_and_of_what_joins_waited(
-    policy: str, capacity: int, max_preloads: int, seed: int, monkeypatch: pytest.MonkeyPatch
+    policy: str, capacity: int, max_preloads: int, seed: int
 ) -> None:
     """Recounted from the answers of the cache alone."""
-    tally, cache = watched(random_workload(seed), policy, capacity, monkeypatch, max_preloads=max_preloads)
+    tally, cache = watched(random_workload(seed), policy, capacity, max_preloads=max_preloads)
     answers = cache.answers
     count = Counter(type(answer) for answer, _ in answers)
     # Who would have to wait for memory is turned away.
@@ -263,11 +272,11 @@ def test_seconds_waited_are_those_of_the_loads_and_of_what_joins_waited(
     assert cache.times_s == sorted(cache.times_s)
 
 
-def test_a_preload_is_joined_for_the_rest_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preload_is_joined_for_the_rest_of_its_time() -> None:
     """With room for all, so that nothing goes again, and loads that take longer than the pauses."""
     stream = random_workload(1)
     stream = replace(stream, profiles=tuple(replace(profile, load_s=500.0) for profile in stream.profiles))
-    tally, cache = watched(stream, "edgeserve", stream.total_bytes, monkeypatch, max_preloads=MAX_PRELOADS)
+    tally, cache = watched(stream, "edgeserve", stream.total_bytes, max_preloads=MAX_PRELOADS)
     rests_s = [
         cache.began_s[model.model_id] + model.load_s - now
         for (answer, model), now in zip(cache.answers, stream.trace.arrival_s, strict=True)

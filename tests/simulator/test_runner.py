@@ -15,8 +15,8 @@ from simulator_support import workload
 
 from serve_app.errors import EdgeServeError
 from serve_app.simulator import runner
-from serve_app.simulator.result_row import Latency, Row
-from serve_app.simulator.runner import Cell, ExperimentPlan, run
+from serve_app.simulator.result_row import Latency, ResultRow
+from serve_app.simulator.runner import ExperimentPlan, ReplaySpec, run
 from serve_app.simulator.scenario import (
     ALL_POLICIES,
     Capacity,
@@ -27,12 +27,12 @@ from serve_app.simulator.scenario import (
 )
 
 
-def cell(policy: str, capacity: Capacity, number: int = 0) -> Cell:
-    return Cell(workload=number, policy=parse_policies([policy])[0], capacity=capacity)
+def spec(policy: str, capacity: Capacity, number: int = 0) -> ReplaySpec:
+    return ReplaySpec(workload=number, policy=parse_policies([policy])[0], capacity=capacity)
 
 
-def play(stream: Workload, policy: str, size_bytes: int) -> Row:
-    (row,) = run(ExperimentPlan(workloads=(stream,), cells=(cell(policy, Capacity(given_bytes=size_bytes)),)), jobs=1)
+def play(stream: Workload, policy: str, size_bytes: int) -> ResultRow:
+    (row,) = run(ExperimentPlan(workloads=(stream,), replays=(spec(policy, Capacity(given_bytes=size_bytes)),)), jobs=1)
     return row
 
 
@@ -41,7 +41,7 @@ def lettered(seed: int) -> Workload:
     return workload("".join(rng.choice("aaaabbbccdefgh") for _ in range(400)))
 
 
-def without_clock(rows: tuple[Row, ...]) -> list[Row]:
+def without_clock(rows: tuple[ResultRow, ...]) -> list[ResultRow]:
     return [replace(row, wall_s=0.0, requests_per_s=0.0) for row in rows]
 
 
@@ -99,24 +99,24 @@ def test_percentiles_are_those_of_the_single_latencies() -> None:
         assert found == np.quantile(every, share, method="inverted_cdf")
 
 
-def test_rows_stand_in_the_order_of_the_cells_however_many_processes_there_are() -> None:
+def test_rows_stand_in_the_order_of_the_plan_however_many_processes_there_are() -> None:
     policies = ("belady-am", "random", "lru")
-    cells = tuple(cell(name, Capacity(given_share=share), number)
+    replays = tuple(spec(name, Capacity(given_share=share), number)
                   for number in (0, 1) for share in (0.5, 0.3) for name in policies)  # fmt: skip
-    plan = ExperimentPlan(workloads=(lettered(1), lettered(2)), cells=cells)
-    told: list[int] = []
-    alone = run(plan, jobs=1, on_progress=told.append)
+    plan = ExperimentPlan(workloads=(lettered(1), lettered(2)), replays=replays)
+    reported: list[int] = []
+    alone = run(plan, jobs=1, on_progress=reported.append)
     assert [row.policy for row in alone] == list(policies) * 4
     assert [row.capacity_share for row in alone] == [0.5] * 3 + [0.3] * 3 + [0.5] * 3 + [0.3] * 3
-    assert told[-1] == plan.requests == 12 * 400
-    told.clear()
-    assert without_clock(run(plan, jobs=2, on_progress=told.append)) == without_clock(alone)
-    assert told[-1] == plan.requests
+    assert reported[-1] == plan.requests == 12 * 400
+    reported.clear()
+    assert without_clock(run(plan, jobs=2, on_progress=reported.append)) == without_clock(alone)
+    assert reported[-1] == plan.requests
 
 
-def test_a_cell_can_have_fewer_preloads_than_the_plan() -> None:
-    many, none = (replace(cell("edgeserve", Capacity(given_share=0.5)), max_preloads=most) for most in (None, 0))
-    rows = run(ExperimentPlan(workloads=(workload("abcd" * 50),), cells=(many, none)), jobs=1)
+def test_a_replay_can_have_fewer_preloads_than_the_plan() -> None:
+    many, none = (replace(spec("edgeserve", Capacity(given_share=0.5)), max_preloads=most) for most in (None, 0))
+    rows = run(ExperimentPlan(workloads=(workload("abcd" * 50),), replays=(many, none)), jobs=1)
     assert rows[0].preloads > 0 == rows[1].preloads
 
 
@@ -130,7 +130,7 @@ class DiesInPickling:
 def test_the_death_of_a_process_is_one_sentence() -> None:
     choice = PolicyChoice(label=DiesInPickling(), name="lru")  # type: ignore[arg-type]
     plan = ExperimentPlan(
-        workloads=(workload("ab"),), cells=(Cell(policy=choice, capacity=Capacity(given_bytes=10)),) * 2
+        workloads=(workload("ab"),), replays=(ReplaySpec(policy=choice, capacity=Capacity(given_bytes=10)),) * 2
     )
     with pytest.raises(EdgeServeError, match="lack of memory; try fewer"):
         run(plan, jobs=2)
