@@ -27,7 +27,7 @@ def use_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-#: Starts to read a file of so many bytes into the page cache.
+#: Starts to read a file, given with its size in bytes, into the page cache.
 StartReadAhead = Callable[[Path, int], ReadAhead]
 
 #: Called after an unload with the manifest of the model and the readers of its files, which may not have ended yet.

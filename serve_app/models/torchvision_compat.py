@@ -1,4 +1,4 @@
-"""Make ``import torchvision`` work beside a CPU-only torch.
+"""Make ``import torchvision`` work with a CPU-only torch.
 
 The torchvision wheel of the package index is built against CUDA. Beside a torch without CUDA its C++ extension cannot
 be loaded, and ``import torchvision`` then fails with ``operator torchvision::nms does not exist``, because it

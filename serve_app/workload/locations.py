@@ -22,14 +22,14 @@ def split(
     skew: float = 1.0,
     weights: tuple[float, ...] = (1.0,),
 ) -> Trace:
-    """The same requests, spread over the locations ``loc0``, ``loc1`` and so on.
+    """Spread the same requests over the locations ``loc0``, ``loc1`` and so on.
 
     Args:
-        trace: locations of its own are replaced, unless ``locations`` is ``None``.
-        locations: how many; ``None`` leaves the trace as it is.
+        trace: its own locations are replaced, unless ``locations`` is None.
+        locations: their number; None leaves the trace as it is.
         seed: the same seed gives the same split.
-        skew: how different the locations are, 0..1: the share of the requests that come from the home of their source.
-            The others come from anywhere: with 0 a random split, all locations alike; with 1 a source never moves.
+        skew: difference of the locations, 0..1: the share of requests that come from the home of their source. The
+            others come from a random location: 0 is a random split, with 1 a source never moves.
         weights: relative load of the locations, repeated when there are fewer than locations, e.g. (23, 7, 1, 5, 3).
 
     Raises:

@@ -59,7 +59,7 @@ def until(what: str, is_true: Callable[[], bool], timeout_s: float, why: Callabl
 def copy_project(target: Path, testbed: Testbed) -> None:
     """The project as on the machine of a user who wrote the addresses of the hosts into ``cluster.yaml``.
 
-    And with fewer models: those of the whole catalogue would take minutes to publish on every host.
+    And with fewer models: those of the whole catalog would take minutes to publish on every host.
     """
     target.mkdir()
     for name in ("serve_app", "deploy"):

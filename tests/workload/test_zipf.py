@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.workload import Request
+from serve_app.workload.request import Request
 from serve_app.workload.zipf import ZipfWorkload
 
 MODELS = tuple(f"m{number}" for number in range(20))

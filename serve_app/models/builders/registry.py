@@ -54,7 +54,7 @@ def build(entry: ModelEntry, weights: str) -> nn.Module:
         path = Path(weights.removeprefix("file:"))
         unused = tuple(f"{name}." for name in builder.unused)
         tensors = {key: value for key, value in read_safetensors(path).items() if not key.startswith(unused)}
-        # Some modules refuse a state dict that does not tell their version, and safetensors files cannot.
+        # Some modules refuse a state dict that lacks their version, and safetensors files cannot.
         state = module.state_dict()
         state.clear()
         state.update(tensors)

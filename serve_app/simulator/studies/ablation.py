@@ -113,7 +113,7 @@ CASES = (
     _AblationCase(name="full policy", make=_Variant),
     _AblationCase(name="without preloading, hence without ages", make=EdgeServe, max_preloads=0),
     _AblationCase(name="without preloading, but with ages", make=_Trusting, max_preloads=0),
-    _AblationCase(name="without preloading what nobody has asked for yet", make=_NoCatalog),
+    _AblationCase(name="without preloading models that had no request yet", make=_NoCatalog),
     _AblationCase(name="without ages (step 2)", make=_NoAges),
     _AblationCase(name="short memory only", make=_OnlyShort),
     _AblationCase(name="endless memory only", make=_OnlyEndless),
