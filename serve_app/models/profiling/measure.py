@@ -21,7 +21,8 @@ from serve_app.models.process_memory import exact_heap, give_back_free_memory
 
 REPEATS = 3
 
-_PROC = Path("/proc/self")
+#: What the kernel says about this process.
+PROC = Path("/proc/self")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,17 +68,17 @@ def measure(load: Callable[[], LoadedModel], batch: NDArray[np.float32], module:
     )
 
 
-def workspace_bytes(module: nn.Module, run: Callable[[], object]) -> int:
+def workspace_bytes(module: nn.Module, run: Callable[[], object], *, proc: Path = PROC) -> int:
     """Measure the bytes that one call of ``run`` takes in addition to what is resident; ``module`` is what runs."""
     # With the usual heap the result would depend on what the allocator has kept, or takes in advance. A thread has a
     # heap of its own, without free room of earlier models.
     with exact_heap(), ThreadPoolExecutor(1) as thread:
-        measured = [thread.submit(peak_growth_bytes, run).result() for _ in range(REPEATS)]
+        measured = [thread.submit(peak_growth_bytes, run, proc=proc).result() for _ in range(REPEATS)]
         growths = [growth for growth in measured if growth is not None]
     return int(statistics.median(growths)) if growths else _activation_bytes(module, run)
 
 
-def peak_growth_bytes(run: Callable[[], object]) -> int | None:
+def peak_growth_bytes(run: Callable[[], object], *, proc: Path = PROC) -> int | None:
     """Measure by how many bytes the resident memory of this process grows at its peak while ``run`` runs.
 
     Returns None where the kernel cannot reset its record of the peak.
@@ -85,16 +86,16 @@ def peak_growth_bytes(run: Callable[[], object]) -> int | None:
     # Free heap that is used again must count as growth.
     give_back_free_memory()
     try:
-        (_PROC / "clear_refs").write_text("5")  # forget the peak so far, see proc_pid_clear_refs(5)
-        before = _status_bytes("VmRSS")
+        (proc / "clear_refs").write_text("5")  # forget the peak so far, see proc_pid_clear_refs(5)
+        before = _status_bytes(proc, "VmRSS")
         run()
-        return max(0, _status_bytes("VmHWM") - before)
+        return max(0, _status_bytes(proc, "VmHWM") - before)
     except (OSError, KeyError):
         return None
 
 
-def _status_bytes(key: str) -> int:
-    fields = dict(line.split(":", 1) for line in (_PROC / "status").read_text().splitlines())
+def _status_bytes(proc: Path, key: str) -> int:
+    fields = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
     return int(fields[key].split()[0]) * 1024
 
 

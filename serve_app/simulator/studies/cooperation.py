@@ -89,7 +89,9 @@ def first_requests(trace: Trace, count: int) -> Trace:
 
 @click.command()
 @click.option("--trace", "traces", multiple=True, help="As edgeserve simulate takes it; two generated ones by default.")
-@click.option("--skew", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Of --trace: with 1 sources never move.")
+@click.option(
+    "--skew", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Of --trace: with 1 no source moves."
+)
 @click.option("--models", type=click.Path(path_type=Path, dir_okay=False), help="Table of models; ours by default.")
 @click.option(
     "--fetch-gbit",
