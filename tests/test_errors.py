@@ -1,4 +1,4 @@
-"""Every error arrives as it was sent: in another process, with its status and the sentence for the user."""
+"""Every error arrives in another process unchanged, with its status and the sentence for the user."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ COPIES: dict[str, Callable[[EdgeServeError], EdgeServeError]] = {
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
 @pytest.mark.parametrize("kind", TREE)
-def test_an_error_survives_the_way_to_another_process(
+def test_an_error_survives_the_transport_to_another_process(
     kind: type[EdgeServeError], copied: Callable[[EdgeServeError], EdgeServeError]
 ) -> None:
     error = kind(SENTENCE)
@@ -63,7 +63,7 @@ def test_an_error_survives_the_way_to_another_process(
 
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
-def test_unavailable_keeps_when_to_try_again(copied: Callable[[EdgeServeError], EdgeServeError]) -> None:
+def test_unavailable_keeps_its_time_to_retry(copied: Callable[[EdgeServeError], EdgeServeError]) -> None:
     back = copied(Unavailable(SENTENCE, 2.5))
     assert back.retry_after_s == 2.5
     assert back.message == SENTENCE
@@ -85,7 +85,7 @@ def test_faults_are_the_errors_that_neither_the_request_nor_the_load_causes() ->
     assert {kind.status for kind in FAULTS} == {500}
 
 
-def test_only_unavailable_says_when_to_try_again() -> None:
+def test_only_unavailable_has_a_time_to_retry() -> None:
     assert [kind for kind in TREE if kind(SENTENCE).retry_after_s is not None] == [Unavailable]
 
 

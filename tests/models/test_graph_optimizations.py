@@ -1,4 +1,4 @@
-"""What publishing does to a module so that it runs faster, and that its answers stay the same."""
+"""The optimizations of publishing make a module faster and keep its answers."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_module_with_hooks_is_left_as_it_is() -> None:
     assert foldable_norms(module, "m") == (SECOND,)
 
 
-def test_module_that_cannot_be_traced_says_so_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_module_that_cannot_be_traced_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert foldable_norms(built("LooksAtValues"), "m") == ()
     assert "m keeps its batch norms, torch.fx cannot trace it" in caplog.text
 
@@ -120,7 +120,7 @@ def test_weights_that_only_functions_use_lie_in_order_as_well() -> None:
     assert max(order, key=order.__getitem__).startswith("heads.head.")
 
 
-def test_what_the_probe_does_not_use_comes_last() -> None:
+def test_tensors_that_the_probe_does_not_use_come_last() -> None:
     module = built("LooksAtValues")
     order = order_of_use(module, torch.full((1, 3, 32, 32), 1e9), Execution(), torch.float32)
     first = min(order, key=order.__getitem__)
@@ -169,7 +169,7 @@ def test_builder_without_the_folded_layers_is_refused(store: ModelStore) -> None
 
 
 def test_factories_of_this_file_have_norms_that_matter() -> None:
-    """Else folding them wrongly would go unseen."""
+    """Without such norms a wrong folding would go unnoticed."""
     for factory in (tiny_models.Convolved, tiny_models.TiedConvolutions):
         norm = factory().first_norm
         assert norm.running_mean.abs().max() > 0.1

@@ -201,7 +201,7 @@ def test_weights_are_read_when_they_are_new_here_and_then_trusted_until_they_cha
 
 
 @pytest.mark.parametrize("release", [True, False])
-def test_unloading_gives_the_page_cache_back_if_it_is_told_to(small: ModelStore, release: bool) -> None:
+def test_unloading_releases_the_page_cache_only_if_configured(small: ModelStore, release: bool) -> None:
     blob = small.blob_path(small.manifest("tied").files[0].name)
     model = ModelLoader(small, release_page_cache=release).load("tied")
     model.infer(images(1, 32))
@@ -220,7 +220,7 @@ def test_unknown_model_is_refused(shared: ModelStore) -> None:
         ModelLoader(shared).load("unknown")
 
 
-def test_model_published_again_is_found_by_a_loader_that_knew_the_old_one(small: ModelStore) -> None:
+def test_model_published_again_is_found_by_a_loader_of_the_old_one(small: ModelStore) -> None:
     loader = ModelLoader(small)
     model = loader.load("tied")
     before = model.infer(images(1, 32))

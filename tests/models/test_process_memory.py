@@ -1,4 +1,4 @@
-"""What the kernel says of this process, and that memory goes back to it."""
+"""Memory of this process as the kernel accounts for it, and the return of free memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from serve_app.store.model_store import ModelStore
 SIZE = 64 * 2**20
 
 
-def test_own_pages_and_pages_of_files_are_told_apart(tmp_path: Path) -> None:
+def test_own_pages_and_pages_of_files_are_counted_apart(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(SIZE))
     before = process_memory()

@@ -1,4 +1,4 @@
-"""``edgeserve profile``, as a user meets it and in its arithmetic."""
+"""``edgeserve profile``: the command and its arithmetic."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_cold_rows_say_how_close_to_the_disk_they_are(edge: Path, capsys: pytest
     assert "wrote" in shown.err
 
 
-def test_whole_catalog_leaves_out_what_is_not_published_and_says_so(
+def test_unpublished_models_of_the_catalog_are_left_out_with_a_warning(
     edge: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(edge)

@@ -138,7 +138,7 @@ def test_last_bits_of_very_large_logits_do_not_keep_a_model_from_being_published
     assert publish(store, [tiny("large", "LastBits")], reachable=offline).published == ("large",)
 
 
-def test_constructor_that_reads_values_is_served_all_the_same(store: ModelStore) -> None:
+def test_constructor_that_reads_values_is_served(store: ModelStore) -> None:
     assert publish(store, [tiny("reads", "ReadsValues")], reachable=offline).published == ("reads",)
     model = ModelLoader(store).load("reads")
     with torch.inference_mode():
@@ -265,7 +265,7 @@ def web_server() -> Iterator[str]:
         thread.join()
 
 
-def test_probe_tells_what_can_be_fetched() -> None:
+def test_probe_distinguishes_what_can_be_fetched() -> None:
     with web_server() as address:
         assert url_reachable(f"{address}/there")
         assert not url_reachable(f"{address}/elsewhere")

@@ -1,4 +1,4 @@
-"""What every policy does on small generated streams, to the single request: nobody changes that without noticing.
+"""The results of every policy on small generated streams, to the single request: a change does not go unnoticed.
 
 Where a change is meant, this prints the table anew::
 
@@ -32,7 +32,7 @@ COLUMNS = (
 
 
 def rows_of(policy: str) -> Iterator[dict[str, str]]:
-    """As they stand in the table."""
+    """Format the row as in the table."""
     plan = ExperimentPlan(
         workloads=tuple(make_workload(trace=trace, seed=0) for trace in TRACES),
         replays=tuple(
@@ -67,15 +67,15 @@ def golden() -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("policy", ALL_POLICIES)
-def test_a_policy_does_what_it_has_always_done(policy: str, golden: list[dict[str, str]]) -> None:
+def test_a_policy_gives_its_golden_rows(policy: str, golden: list[dict[str, str]]) -> None:
     assert list(rows_of(policy)) == [row for row in golden if row["policy"] == policy]
 
 
-def test_every_policy_stands_in_the_table_and_no_other(golden: list[dict[str, str]]) -> None:
+def test_every_policy_has_golden_rows_and_no_other(golden: list[dict[str, str]]) -> None:
     assert list(dict.fromkeys(row["policy"] for row in golden)) == list(ALL_POLICIES)
 
 
-def test_every_row_of_the_table_tells_something(golden: list[dict[str, str]]) -> None:
+def test_every_golden_row_distinguishes_something(golden: list[dict[str, str]]) -> None:
     """Nothing fits whole, something is hit, and every regime has enough requests to tell policies apart."""
     for row in golden:
         assert int(row["requests"]) > 500

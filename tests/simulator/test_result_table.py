@@ -1,4 +1,4 @@
-"""What is made of the rows: the paper's claims, tables and pictures."""
+"""The output from rows: the claims of the paper, tables and plots."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def rows() -> tuple[ResultRow, ...]:
 
 
 def ratios(row: ResultRow, load_over_exec: dict[str, float], seed: int = 0) -> list[ResultRow]:
-    """Rows of all policies, 1 where nothing is said."""
+    """Rows of all policies, with the ratio 1 by default."""
     return [
         replace(
             row, policy=policy, capacity_share=share, load_over_exec=load_over_exec.get(policy, 1.0) * share, seed=seed
@@ -44,7 +44,7 @@ def ratios(row: ResultRow, load_over_exec: dict[str, float], seed: int = 0) -> l
     ]
 
 
-def test_csv_says_the_same_as_json(rows: tuple[ResultRow, ...]) -> None:
+def test_csv_has_the_values_of_json(rows: tuple[ResultRow, ...]) -> None:
     rows = (*rows, replace(rows[0], load_over_exec=None))
     table = list(csv.DictReader(io.StringIO(as_csv(rows))))
     listed = json.loads(as_json(rows))
@@ -69,16 +69,14 @@ def test_the_table_marks_the_best_that_knows_no_future_unless_all_are_the_same(r
 
 
 @pytest.mark.parametrize("only", ["40%", "80%", None])
-def test_a_picture_is_drawn_of_one_memory_or_several(
-    rows: tuple[ResultRow, ...], only: str | None, tmp_path: Path
-) -> None:
+def test_one_memory_or_several_are_plotted(rows: tuple[ResultRow, ...], only: str | None, tmp_path: Path) -> None:
     drawn = [row for row in rows if only is None or row.capacity_share == float(only[:-1]) / 100]
     plot(drawn, tmp_path / "plot.png", oracles=ORACLES)
     assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
 
 
 @pytest.mark.parametrize("ratio", [None, 0.0])
-def test_a_picture_of_nothing_is_a_picture(rows: tuple[ResultRow, ...], ratio: float | None, tmp_path: Path) -> None:
+def test_rows_without_ratios_are_plotted(rows: tuple[ResultRow, ...], ratio: float | None, tmp_path: Path) -> None:
     drawn = [replace(row, load_over_exec=ratio, trace="csv:$a.csv", compulsory_load_over_exec=ratio) for row in rows]
     plot(drawn, tmp_path / "plot.png", oracles=ORACLES)
     assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
@@ -92,7 +90,7 @@ def test_a_claim_holds_only_if_it_does_for_every_seed(rows: tuple[ResultRow, ...
     assert [str(claim.ours) for claim in ours] == ["15.0% .. 20.0%", "30.0% .. 40.0%", "60.0% .. 70.0%"]
 
 
-def test_load_delay_is_compared_with_the_best_policy_that_looks_at_the_workload_only(
+def test_load_delay_is_compared_with_the_best_policy_that_uses_the_workload_only(
     rows: tuple[ResultRow, ...],
 ) -> None:
     results = PaperResults(

@@ -1,4 +1,4 @@
-"""Replays side by side, and the rows that come of them."""
+"""Runs of an experiment, and their rows."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def without_clock(rows: tuple[ResultRow, ...]) -> list[ResultRow]:
     return [replace(row, wall_s=0.0, requests_per_s=0.0) for row in rows]
 
 
-def test_a_row_can_be_summed_in_the_head() -> None:
+def test_a_row_has_the_sums_of_its_requests() -> None:
     row = play(workload("ababcc"), "lru", 20)
     assert (row.requests, row.models, row.hits, row.misses, row.evictions) == (6, 3, 3, 3, 1)
     assert row.load_s_per_request == 1.0
@@ -99,7 +99,7 @@ def test_percentiles_are_those_of_the_single_latencies() -> None:
         assert found == np.quantile(every, share, method="inverted_cdf")
 
 
-def test_rows_stand_in_the_order_of_the_plan_however_many_processes_there_are() -> None:
+def test_rows_keep_the_order_of_the_plan_with_any_number_of_processes() -> None:
     policies = ("belady-am", "random", "lru")
     replays = tuple(spec(name, Capacity(given_share=share), number)
                   for number in (0, 1) for share in (0.5, 0.3) for name in policies)  # fmt: skip
@@ -155,12 +155,12 @@ def test_a_capacity_is_bytes_or_a_share_of_all_models(text: str, size_bytes: int
 
 
 @pytest.mark.parametrize("text", ["0", "0%", "0.2", "-5%", "-1", "nan%", "inf", "1e3", "", "%", "half", "5 %%"])
-def test_what_is_no_capacity_is_refused(text: str) -> None:
+def test_a_malformed_capacity_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="capacity"):
         parse_capacities([text])
 
 
-def test_lists_keep_their_order_and_say_nothing_twice() -> None:
+def test_lists_keep_their_order_without_duplicates() -> None:
     assert [policy.label for policy in parse_policies(["lru,gdsf", "lru"])] == ["lru", "gdsf"]
     assert [policy.label for policy in parse_policies(["gdsf,all"])][:2] == ["gdsf", "random"]
     assert {policy.name for policy in parse_policies(["all"])} == set(ALL_POLICIES)
@@ -186,6 +186,6 @@ def test_parameters_are_written_as_in_the_configuration_or_as_in_code(text: str)
         ("modelmesh:churn_age=1s&churn_age_s=1", "stands twice"),
     ],
 )
-def test_what_is_no_policy_is_refused(text: str, words: str) -> None:
+def test_a_malformed_policy_is_refused(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         parse_policies([text])

@@ -211,7 +211,7 @@ def test_equal_blobs_are_stored_once(store: ModelStore) -> None:
 
 @pytest.fixture
 def no_room() -> Iterator[None]:
-    """Files may not grow beyond 64 KiB, which is how a full disk looks to a writer."""
+    """Limit files to 64 KiB, which to a writer is the same as a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, hard))
     yield

@@ -70,7 +70,7 @@ def test_very_long_image_costs_no_more_than_its_middle(size: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_the_three_formats_are_told_apart_by_content(kind: str) -> None:
+def test_the_three_formats_are_recognized_by_content(kind: str) -> None:
     data = encoded(picture(30, 20), kind)
     image = decode_image(data, LIMIT)
     assert (image.mode, image.size) == ("RGB", (30, 20))
@@ -107,7 +107,7 @@ def test_other_formats_are_refused(kind: str) -> None:
 @pytest.mark.parametrize(
     "data", [b"", b"\0" * 100, b"<svg/>", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBP"]
 )
-def test_what_is_no_image_is_refused(data: bytes) -> None:
+def test_data_that_is_no_image_is_refused(data: bytes) -> None:
     with pytest.raises(InvalidRequest):
         decode_image(data, LIMIT)
 
