@@ -1,6 +1,6 @@
 """The results of every policy on small generated streams, to the single request: a change does not go unnoticed.
 
-Where a change is meant, this prints the table anew::
+After an intended change this prints the new table::
 
     python tests/simulator/test_golden.py > tests/simulator/golden.csv
 """
@@ -19,7 +19,7 @@ from serve_app.simulator.runner import ExperimentPlan, ReplaySpec, run
 from serve_app.simulator.scenario import ALL_POLICIES, Capacity, make_workload, parse_policies
 
 GOLDEN = Path(__file__).with_name("golden.csv")
-#: One of each regime: timers and steady functions, and users who come and go.
+#: One of each regime: timers and steady functions, and sessions of users.
 TRACES = (
     "azure-like:functions=30&minutes=120&rate_cap=10&seed=1",
     "sessions:days=2&models=40&sessions_per_day=600&seed=1",
@@ -46,7 +46,7 @@ def rows_of(policy: str) -> Iterator[dict[str, str]]:
 
 def written(row: ResultRow) -> dict[str, str]:
     seconds = {"load_s": row.load_s_per_request, "preload_s": row.preload_s_per_request}
-    # Sums over all requests, which tell more in so many digits than means do.
+    # Sums over all requests show more in as many digits than means.
     return {
         column: f"{seconds[column] * row.requests:.6f}" if column in seconds else str(getattr(row, column))
         for column in COLUMNS
