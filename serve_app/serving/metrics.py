@@ -104,8 +104,8 @@ class WorkerMetrics:
         """A model has been unloaded, or its background load given up."""
         self._evictions.inc(tags={**self._location, "model": model_id, "reason": reason})
 
-    def preloading(self) -> None:
-        """A load that nobody asked for begins."""
+    def preload_started(self) -> None:
+        """A load that no request has asked for begins."""
         self._preloads.inc(tags=self._location)
 
     def executed(self, model_id: str, queue_s: float, exec_s: float) -> None:
