@@ -17,9 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from serve_app.models.torch_internals import (
+    FirstUseRecorder,
+    buffer_table,
+    child_table,
+    has_forward_hooks,
+    parameter_table,
+    storage_address,
+)
 from serve_app.store.manifest import Execution, FoldedNorm
 
 logger = logging.getLogger(__name__)
@@ -42,7 +48,7 @@ def named_slots(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
     A tensor that is tied to another appears under each of its names.
     """
     for prefix, owner in module.named_modules():
-        for table in (owner._parameters, owner._buffers):
+        for table in (parameter_table(owner), buffer_table(owner)):
             for key, tensor in table.items():
                 if tensor is not None:
                     yield f"{prefix}.{key}" if prefix else key, table, key
@@ -139,14 +145,14 @@ def fold(module: nn.Module, folded: Iterable[FoldedNorm]) -> Callable[[], None]:
         norm: Any = module.get_submodule(pair.norm)
         owner, _, key = pair.norm.rpartition(".")
         if conv.weight.is_meta:
-            put(conv._parameters, "bias", nn.Parameter(torch.empty_like(norm.running_mean), requires_grad=False))
+            put(parameter_table(conv), "bias", nn.Parameter(torch.empty_like(norm.running_mean), requires_grad=False))
         else:
             weight, bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
             )
-            put(conv._parameters, "weight", weight)
-            put(conv._parameters, "bias", bias)
-        put(module.get_submodule(owner)._modules, key, nn.Identity())
+            put(parameter_table(conv), "weight", weight)
+            put(parameter_table(conv), "bias", bias)
+        put(child_table(module.get_submodule(owner)), key, nn.Identity())
     return undo
 
 
@@ -155,36 +161,20 @@ def order_of_use(module: nn.Module, images: torch.Tensor, execution: Execution, 
 
     Seen where operators are called, so that it does not matter who hands a tensor to them.
     """
-    recorder = _Recorder()
+    recorder = FirstUseRecorder()
     with torch.inference_mode(), recorder:
         run(module, images, channels_last=execution.channels_last, dtype=dtype)
-    unused = len(recorder.first)
-    return {name: recorder.first.get(_storage(table[key]), unused) for name, table, key in named_slots(module)}
-
-
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Numbers the storages that operators get, in order."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.first: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, torch.Tensor):
-                self.first.setdefault(_storage(leaf), len(self.first))
-        return func(*args, **(kwargs or {}))
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    unused = len(recorder.first_use)
+    return {
+        name: recorder.first_use.get(storage_address(table[key]), unused) for name, table, key in named_slots(module)
+    }
 
 
 def _fits(conv: nn.Module, norm: nn.Module) -> bool:
     """Whether these are plain modules, without hooks, of which the second can be folded into the first."""
     if _NORM_AFTER.get(type(conv)) is not type(norm) or norm.running_mean is None:
         return False
-    return not any(part._forward_hooks or part._forward_pre_hooks for part in (conv, norm))
+    return not any(has_forward_hooks(part) for part in (conv, norm))
 
 
 def _problem(

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from serve_app.errors import StoreError
 from serve_app.models.builders.registry import skeleton
 from serve_app.models.graph_optimizations import fold, named_slots
+from serve_app.models.torch_internals import as_parameter
 from serve_app.store.manifest import ITEM_BYTES, Manifest, TensorPlace
 
 #: torch's names for the element types of safetensors.
@@ -141,5 +141,4 @@ def _flat(file: mmap.mmap, dtype: torch.dtype) -> torch.Tensor:
 
 def _tensor(place: _Place, flat: torch.Tensor) -> torch.Tensor:
     tensor = flat.as_strided(place.shape, place.strides, place.offset)
-    # What nn.Parameter does, less the questions it asks first: there are hundreds in a load.
-    return torch.Tensor._make_subclass(nn.Parameter, tensor, False) if place.is_parameter else tensor
+    return as_parameter(tensor) if place.is_parameter else tensor

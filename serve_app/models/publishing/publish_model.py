@@ -19,6 +19,7 @@ from serve_app.models.graph_optimizations import ROUNDING, largest_difference, n
 from serve_app.models.loader import fill
 from serve_app.models.module_template import TORCH_COMPUTE_DTYPES, TORCH_DTYPES, ModuleTemplate
 from serve_app.models.profiling.measure import Measurement, measure
+from serve_app.models.torch_internals import STATE_TABLES
 from serve_app.store.manifest import BlobFile, Execution, Layout, Manifest, TensorPlace
 from serve_app.store.model_store import ModelStore
 from serve_app.store.safetensors_writer import BlobTensor, plan_blob, write_blob
@@ -220,7 +221,7 @@ def _plain_meta_tensors(module: nn.Module) -> Iterator[str]:
     """Names of tensors without storage that a module holds outside of its parameters and buffers."""
     for prefix, owner in module.named_modules():
         for key, value in vars(owner).items():
-            if key not in ("_parameters", "_buffers", "_modules") and _holds_meta(value):
+            if key not in STATE_TABLES and _holds_meta(value):
                 yield f"{prefix}.{key}" if prefix else key
 
 

@@ -146,7 +146,7 @@ class Router:
     async def whole_view(self) -> ClusterView:
         """What there is in the whole cluster, for people to look at; what this router knows if nobody can tell."""
         view = self.known.view
-        whole = await self._link.everything() if view.scoped else None
+        whole = await self._link.snapshot() if view.partial else None
         if whole is None:
             return view
         found = ClusterView()

@@ -67,14 +67,8 @@ class Router:
         view = self.known.view
         delta = news.view(view.epoch, view.version, tick)
         self._read = news.read
-        before = view.workers
-        moved = any(
-            report.location != self.name
-            and (report.replica not in before or report.models is not before[report.replica].models)
-            for report in delta.workers
-        )
         self.known.apply(delta, now)
-        self._worker.look_around(view, self._rules, moved, now)
+        self._worker.catch_up(now)
 
     def request(self, number: int, model: ModelProfile, now: float) -> None:
         """A user's request comes in."""

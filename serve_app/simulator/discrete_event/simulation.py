@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from serve_app.core.cache.events import ModelsKnown
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.placement.controller import Planner
+from serve_app.core.coordination.rules import PlacementSettings
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.simulator.discrete_event.coordinator import SimulatedCoordinator
 from serve_app.simulator.discrete_event.event_queue import EventQueue
@@ -54,12 +54,17 @@ class _Simulation:
             staleness_s=options.staleness_s,
         )
         news = SimulatedCoordinator(
-            agenda=self._agenda,
+            event_queue=self._agenda,
             report_every_s=options.report_every_s,
             delay_s=options.coordinator_delay_s,
             half_life_s=options.half_life_s,
-            planner=(
-                Planner(rules, options.placement, payload_bytes=options.payload_bytes)
+            placement=(
+                PlacementSettings(
+                    routing=rules,
+                    every_s=options.placement_every_s,
+                    payload_bytes=options.payload_bytes,
+                    rules=options.placement,
+                )
                 if options.coordination == "full"
                 else None
             ),
@@ -72,6 +77,7 @@ class _Simulation:
                 location=location,
                 cache=options.make_cache(number),
                 lines=said,
+                rules=rules,
                 exec_slots=options.exec_slots,
                 agenda=self._agenda,
                 tally=self._tally,
@@ -92,6 +98,7 @@ class _Simulation:
         ]
         for worker, router in zip(self._workers.values(), self._routers, strict=True):
             worker.before = router.catch_up
+            worker.follower.view = router.known.view
             worker.cache.handle(ModelsKnown(profiles), 0.0)
             worker.look_ahead(0.0)
             if not alone:
