@@ -46,7 +46,7 @@ from serve_app.serving.transport.messages import (
 )
 from serve_app.serving.worker.model_host import Lease, ModelHost, RunnableModel
 from serve_app.serving.worker.process_budget import ProcessBudget
-from serve_app.store.images import decode_image, preprocess
+from serve_app.tasks.image_classification import decode_image, preprocess
 
 logger = logging.getLogger(__name__)
 
