@@ -187,7 +187,7 @@ async def test_a_worker_goes_on_by_another_configuration_without_losing_a_reques
         catalog = Catalog((published("a"), published("d")))
         worker.reconfigure(
             catalog=catalog,
-            budget=MemoryBudget(models_bytes=150, workspace_bytes=30),
+            budget=MemoryBudget(capacity_bytes=180, workspace_bytes=30),
             policy=make_policy("gdsf", random.Random(0)),
             rules=RoutingRules(
                 profiles=catalog.profiles(), links={}, default_link=Link(rtt_s=1.0, bytes_per_s=1e9), horizon_s=10
@@ -200,7 +200,8 @@ async def test_a_worker_goes_on_by_another_configuration_without_losing_a_reques
         assert isinstance(await busy, InferenceResult)
         await until_held(worker)
         assert isinstance(await worker.infer(work("d")), InferenceResult)
-        assert worker.report().capacity_bytes == 150
+        assert worker.report().capacity_bytes == 180
+        assert worker.report().model_capacity_bytes == 150
         assert worker.report().workspace_bytes == 30
         assert link.configured == [COORDINATION]
 
@@ -212,7 +213,7 @@ async def test_a_configuration_that_cannot_be_is_refused_whole() -> None:
         with pytest.raises(ValueError, match="pinned"):
             worker.reconfigure(
                 catalog=Catalog((pinned,)),
-                budget=MemoryBudget(models_bytes=50, workspace_bytes=0),
+                budget=MemoryBudget(capacity_bytes=50, workspace_bytes=0),
                 policy=None,
                 rules=RoutingRules(profiles={}, links={}, default_link=Link(rtt_s=1.0, bytes_per_s=1e9), horizon_s=10),
                 holding=RetentionRules(),

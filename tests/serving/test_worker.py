@@ -31,7 +31,7 @@ from serve_app.serving.worker.process_budget import ProcessBudget
 from serve_app.serving.worker.worker import RetentionRules, Worker, WorkerIdentity
 
 BASE = ProcessMemory(anonymous_bytes=5, file_bytes=2)
-BUDGET = MemoryBudget(models_bytes=250, workspace_bytes=0)
+BUDGET = MemoryBudget(capacity_bytes=250, workspace_bytes=0)
 BATCH = np.zeros((2, 3, 8, 8), np.float32)
 
 
@@ -111,8 +111,12 @@ async def running(
 ) -> AsyncIterator[Worker]:
     """A worker with memory for two of its models; at the end every pin must be back and the bytes add up."""
     catalog = Catalog((*map(published, "abc"), published("huge", size_bytes=9999)))
+    memory = memory or ProcessBudget(BUDGET, read=lambda: BASE)
     cache = ModelCache(
-        capacity_bytes=capacity, policy=policy or make_policy("lru", random.Random(0)), failure_memory_s=60
+        capacity_bytes=capacity + memory.workspace_bytes,
+        workspace_bytes=memory.workspace_bytes,
+        policy=policy or make_policy("lru", random.Random(0)),
+        failure_memory_s=60,
     )
     metrics = FakeMetrics()
     loop = asyncio.get_running_loop()
@@ -135,7 +139,7 @@ async def running(
                 profiles=catalog.profiles(), links={}, default_link=Link(rtt_s=0.001, bytes_per_s=1e9), horizon_s=10
             ),
             metrics=metrics,
-            memory=memory or ProcessBudget(BUDGET, read=lambda: BASE),
+            memory=memory,
             max_pixels=10_000,
             holding=holding or RetentionRules(),
             clock=clock or loop.time,
@@ -345,7 +349,7 @@ async def test_an_inference_for_which_no_thread_starts_gives_its_model_back() ->
 
 async def test_a_report_says_what_is_counted_and_what_the_kernel_says() -> None:
     kernel = [BASE]
-    memory = ProcessBudget(MemoryBudget(models_bytes=250, workspace_bytes=30), read=lambda: kernel[-1])
+    memory = ProcessBudget(MemoryBudget(capacity_bytes=280, workspace_bytes=30), read=lambda: kernel[-1])
     async with running(FakeBackend(), memory=memory) as worker:
         await worker.infer(work())
         kernel.append(ProcessMemory(anonymous_bytes=40, file_bytes=90))
@@ -418,7 +422,7 @@ async def test_free_heap_is_given_back_before_models_go_for_it() -> None:
 
 
 async def test_a_model_that_there_is_never_workspace_for_is_refused() -> None:
-    memory = ProcessBudget(MemoryBudget(models_bytes=250, workspace_bytes=10), read=lambda: BASE)
+    memory = ProcessBudget(MemoryBudget(capacity_bytes=260, workspace_bytes=10), read=lambda: BASE)
     large = dataclasses.replace(published("large"), workspace_bytes=11)
     backend = FakeBackend()
     async with running(backend, memory=memory) as worker:
@@ -430,7 +434,7 @@ async def test_a_model_that_there_is_never_workspace_for_is_refused() -> None:
 
 
 def test_executions_that_need_more_workspace_than_there_is_run_one_after_another() -> None:
-    memory = ProcessBudget(MemoryBudget(models_bytes=100, workspace_bytes=10), read=lambda: BASE)
+    memory = ProcessBudget(MemoryBudget(capacity_bytes=110, workspace_bytes=10), read=lambda: BASE)
     gate, began = threading.Event(), threading.Semaphore(0)
     running_now, most = 0, 0
 
@@ -454,7 +458,7 @@ def test_executions_that_need_more_workspace_than_there_is_run_one_after_another
 
 
 def test_more_workspace_lets_those_run_that_wait_for_it() -> None:
-    memory = ProcessBudget(MemoryBudget(models_bytes=100, workspace_bytes=10), read=lambda: BASE)
+    memory = ProcessBudget(MemoryBudget(capacity_bytes=110, workspace_bytes=10), read=lambda: BASE)
     with ThreadPoolExecutor(1) as threads, memory.workspace(10):
 
         def run() -> str:
@@ -462,7 +466,7 @@ def test_more_workspace_lets_those_run_that_wait_for_it() -> None:
                 return "ran"
 
         job = threads.submit(run)
-        memory.divide(MemoryBudget(models_bytes=90, workspace_bytes=20))
+        memory.divide(MemoryBudget(capacity_bytes=110, workspace_bytes=20))
         assert job.result(10) == "ran"
 
 

@@ -62,13 +62,13 @@ def victims_loss_s(
         rules: for the choice.
         ways: what is known of the ways from the worker's location.
     """
-    missing_bytes = report.used_bytes + report.unaccounted_bytes + model.size_bytes - report.capacity_bytes
+    missing_bytes = report.used_bytes + report.unaccounted_bytes + model.size_bytes - report.model_capacity_bytes
     if missing_bytes <= 0:
         return 0.0
     pinned_bytes = known.unevictable_bytes(report)
     if pinned_bytes and (resident := report.models.get(model.model_id)) is not None and resident.unevictable:
         pinned_bytes -= resident.size_bytes
-    if model.size_bytes > report.capacity_bytes - pinned_bytes:
+    if model.size_bytes > report.model_capacity_bytes - pinned_bytes:
         return math.inf
     if not known.view.rates.get(report.location):
         return 0.0

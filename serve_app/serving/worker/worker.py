@@ -258,12 +258,12 @@ class Worker:
         """
         pinned = [model for model in catalog.models if model.pinned]
         held = {model.model_id: model.size_bytes for model in self._host.cache.models()}
-        if sum(held.get(model.model_id, 0) for model in pinned) > budget.models_bytes:
-            raise ValueError(f"{budget.models_bytes} bytes for models are less than what the pinned ones need")
+        if sum(held.get(model.model_id, 0) for model in pinned) > budget.model_capacity_bytes:
+            raise ValueError(f"{budget.model_capacity_bytes} bytes for models are less than what the pinned ones need")
         self._catalog, self._holding = catalog, holding
         self._follower.reconfigure(rules, holding.min_copies)
         self._host.handle(CatalogChanged(tuple(catalog.profiles().values()), [model.model_id for model in pinned]))
-        self._host.handle(CapacityChanged(budget.models_bytes))
+        self._host.handle(CapacityChanged(budget.capacity_bytes, budget.workspace_bytes))
         self._memory.divide(budget)
         if policy is not None:
             self._host.handle(PolicyChanged(policy))
@@ -272,7 +272,7 @@ class Worker:
         self._link.configure(coordination)
 
     def _preload_listed(self) -> None:
-        free_bytes = self._host.cache.capacity_bytes - self._host.cache.used_bytes
+        free_bytes = self._host.cache.model_capacity_bytes - self._host.cache.used_bytes
         for model_id in self._holding.preload:
             if model_id not in self._catalog:
                 logger.error("model %s is to be preloaded, but not in the store", model_id)
@@ -302,8 +302,6 @@ class Worker:
             report,
             rss_bytes=self._memory.rss_bytes,
             base_bytes=self._memory.base_bytes,
-            workspace_bytes=self._memory.workspace_bytes,
-            unaccounted_bytes=self._memory.unaccounted_bytes,
             exec_s=dict(self._exec_s.seconds),
             # Where loads are short, the noise of executions may make the difference negative.
             load_s={model_id: max(0.0, seconds) for model_id, seconds in self._load_s.seconds.items()},
@@ -411,7 +409,7 @@ class Worker:
     async def _report(self) -> None:
         if self._holding.idle_unload_s is not None:
             self._host.handle(IdleChecked(self._clock() - self._holding.idle_unload_s))
-        await self._memory.look(self._host, self._clock())
+        await self._memory.update(self._host, self._clock())
         await self._exchange()
 
     async def _exchange(self) -> ViewDelta | None:
@@ -458,7 +456,7 @@ class Worker:
 
     def _measure(self, report: WorkerReport) -> None:
         self._metrics.used_bytes.set(report.used_bytes)
-        self._metrics.capacity_bytes.set(report.capacity_bytes + report.workspace_bytes)
+        self._metrics.capacity_bytes.set(report.capacity_bytes)
         self._metrics.workspace_bytes.set(report.workspace_bytes)
         self._metrics.unaccounted_bytes.set(report.unaccounted_bytes)
         self._metrics.base_bytes.set(report.base_bytes)
