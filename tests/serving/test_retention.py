@@ -10,7 +10,7 @@ import dataclasses
 import random
 
 import pytest
-from fakes import FakeLink, ManualClock, published, report, view
+from fakes import FakeLink, FakeMetrics, ManualClock, published, report, view
 from test_worker import FakeBackend, running, work
 
 from serve_app.core.catalog import Catalog
@@ -130,6 +130,28 @@ async def test_a_copy_that_must_be_there_is_pinned_only_while_it_is_needed() -> 
             link.delta = view(keeper)
             while worker.report().models["a"].unevictable:  # noqa: ASYNC110 - a worker has no events
                 await asyncio.sleep(0)
+
+
+class CountedPreloads(FakeMetrics):
+    def __init__(self) -> None:
+        self.preloads = 0
+
+    def preload_started(self) -> None:
+        self.preloads += 1
+
+
+async def test_metric_and_report_count_the_same_preloads() -> None:
+    """Pinned models and what placement orders are preloads; what a router orders for a forwarded request is a load."""
+    metrics = CountedPreloads()
+    async with running(FakeBackend(), Orders(preload("c")), capacity=300, metrics=metrics, pinned="b") as worker:
+        await worker.preload_pinned()
+        await worker.preload("a")
+        await worker.preload("a")
+        worker.start(3600)
+        await until_held(worker, "a", "b", "c")
+        report = worker.report()
+        assert (report.preloads, report.loads) == (2, 1)
+        assert metrics.preloads == report.preloads
 
 
 # Leaving

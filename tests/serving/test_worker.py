@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,17 +109,21 @@ async def running(
     holding: RetentionRules | None = None,
     clock: Callable[[], float] | None = None,
     memory: ProcessBudget | None = None,
+    metrics: Any = None,
+    pinned: str = "",
 ) -> AsyncIterator[Worker]:
     """A worker with memory for two of its models; at the end every pin must be back and the bytes add up."""
-    catalog = Catalog((*map(published, "abc"), published("huge", size_bytes=9999)))
+    models = [dataclasses.replace(published(name), pinned=name in pinned) for name in "abc"]
+    catalog = Catalog((*models, published("huge", size_bytes=9999)))
     memory = memory or ProcessBudget(BUDGET, read=lambda: BASE)
     cache = ModelCache(
         capacity_bytes=capacity + memory.workspace_bytes,
         workspace_bytes=memory.workspace_bytes,
         policy=policy or make_policy("lru", random.Random(0)),
         failure_memory_s=60,
+        pinned=pinned,
     )
-    metrics = FakeMetrics()
+    metrics = metrics or FakeMetrics()
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(2) as loaders:
         worker = Worker(
