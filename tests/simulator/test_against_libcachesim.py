@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from serve_app.core.cache.decisions import Hit, Load
+from serve_app.core.cache.events import LoadEnded
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.policies.base import EvictionPolicy
@@ -53,7 +54,7 @@ def our_hits(stream: Stream, policy: EvictionPolicy, capacity: int) -> list[bool
         answer = cache.request(profile, now)
         hits.append(isinstance(answer, Hit))
         if isinstance(answer, Load):
-            cache.loaded(profile.model_id, now)
+            cache.handle(LoadEnded(profile.model_id), now)
         if isinstance(answer, Hit | Load):
             cache.finish(profile.model_id, now)
     return hits
