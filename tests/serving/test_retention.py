@@ -23,7 +23,8 @@ from serve_app.core.memory_budget import MemoryBudget
 from serve_app.core.policies.registry import make_policy
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.serving.transport.messages import InferenceResult
-from serve_app.serving.worker.worker import RetentionRules, Worker
+from serve_app.serving.worker.settings import RetentionRules
+from serve_app.serving.worker.worker import Worker
 
 COORDINATION = CoordinatorRules(half_life_s=60.0, stale_after_s=2.0)
 
@@ -152,7 +153,6 @@ async def test_who_leaves_says_so_and_waits_until_it_may() -> None:
         link.delta = view()
         await asyncio.wait_for(leaving, 10)
         assert link.departed == ["paris-1"]
-        worker._reporting = None  # the bench stops it again
 
 
 @pytest.mark.parametrize("down", ["before", "meanwhile", "never"])
@@ -169,7 +169,6 @@ async def test_nobody_waits_for_long_or_for_a_coordinator_that_is_down(down: str
             link.delta = None
         await asyncio.wait_for(leaving, 10)
         assert link.departed == ["paris-1"]
-        worker._reporting = None
 
 
 # Another configuration
