@@ -1,4 +1,4 @@
-"""Which holders keep a model: one of them always, whoever acts on an old view, and no more than needed in the end."""
+"""Primary holders of a model: always one, also where views are old, and in the end no more than needed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def said(replica: str, *, holds: bool, primary_for: bool, leaving: bool = False)
 def test_never_do_all_holders_let_go_though_one_of_them_acts_on_any_old_view(
     claims: dict[str, bool], stale: int, old: dict[str, bool], copies: int
 ) -> None:
-    """``claims``: the holders, and whether each has said last that it keeps the model."""
+    """``claims``: the holders, and whether each has reported last to be primary for the model."""
     holders = sorted(claims)
     now = [said(replica, holds=True, primary_for=primary_for) for replica, primary_for in claims.items()]
     then = [said(replica, holds=True, primary_for=primary_for) for replica, primary_for in old.items()]

@@ -168,7 +168,7 @@ async def test_the_first_request_loads_and_the_second_hits() -> None:
     assert backend.loads == ["a"]
 
 
-async def test_a_third_model_evicts_and_says_whom() -> None:
+async def test_a_third_model_evicts_another_and_names_it() -> None:
     async with running(FakeBackend()) as worker:
         for model_id in ("a", "b", "c"):
             reply = await worker.infer(work(model_id))
