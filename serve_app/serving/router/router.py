@@ -18,11 +18,22 @@ from serve_app.core.cluster.cluster_view import ClusterView
 from serve_app.core.coordination.rules import CoordinatorRules
 from serve_app.core.links import LinkTable
 from serve_app.core.routing.choose import Route, RoutingRequest, choose
+from serve_app.core.routing.dispatch import (
+    Absent,
+    AttemptResult,
+    Dispatch,
+    Fail,
+    FailReason,
+    Finished,
+    Lost,
+    Rejected,
+    Send,
+)
 from serve_app.core.routing.eviction_cost import exec_s, prepare
 from serve_app.core.routing.router_view import RouterView
 from serve_app.core.routing.rules import RoutingRules
-from serve_app.core.vocabulary import Forwarding, ModelState, Outcome
-from serve_app.errors import DeadlineExceeded, EdgeServeError, NotFound, StoreError, Unavailable
+from serve_app.core.vocabulary import Forwarding, Outcome
+from serve_app.errors import DeadlineExceeded, EdgeServeError, NotFound, Unavailable
 from serve_app.serving.coordinator.client import CoordinatorClient
 from serve_app.serving.metrics import RouterMetrics
 from serve_app.serving.periodic import every
@@ -31,9 +42,6 @@ from serve_app.serving.transport.messages import InferenceRejected, InferenceRes
 from serve_app.serving.transport.worker_pool import WorkerLost, WorkerPool
 
 logger = logging.getLogger(__name__)
-
-#: How often one request is sent to another worker because the one it went to died.
-_MAX_ATTEMPTS = 5
 
 #: How long a request waits for a location of which no worker is known.
 _BLIND_S = 15.0
@@ -319,7 +327,8 @@ class Router:
         if query.deadline_s is None:
             return fitting[0]
         for model in fitting:
-            if self._choose(query, model).expected_s <= query.deadline_s:
+            route = choose(self._routing_request(query, model), self.known, self._rules, self._ways)
+            if route.expected_s <= query.deadline_s:
                 return model
         raise DeadlineExceeded(
             f"no model of {query.name} is expected to answer within {query.deadline_s * 1000:g} ms; "
@@ -327,54 +336,47 @@ class Router:
         )
 
     async def _see_through(self, query: InferenceRequest, model: PublishedModel, began_s: float) -> InferenceResponse:
-        """Send the work where it is best done, and elsewhere if that fails, until the deadline."""
+        """Send the request where its ``Dispatch`` says, until a worker has executed it or it has failed."""
         limit_s = query.deadline_s if query.deadline_s is not None else self._request_time_s
-        avoid: set[str] = set()
-        hints_left = 1
-        refusal: EdgeServeError | None = None
-        for _ in range(_MAX_ATTEMPTS):
-            budget_s = limit_s - (self._clock() - began_s)
-            if budget_s <= 0:
-                break
-            plan = self._choose(query, model, avoid)
-            if refusal is not None and plan.replica is None:
-                raise refusal
-            work = InferenceTask(
-                model_id=model.model_id,
-                origin=query.location,
-                payload=query.payload,
-                budget_s=budget_s,
-                only_if_resident=plan.only_if_resident and hints_left > 0,
-            )
-            if plan.preload is not None:
-                self._order_preload(query.location, plan.preload, model.model_id)
-            try:
-                reply, call_s = await self._call(plan, model, work)
-            except WorkerLost as lost:
-                logger.warning("worker %s of %s lost: %s", plan.replica, plan.location, lost)
-                if plan.replica is not None:
-                    self.known.suspect(plan.replica)
-                    avoid.add(plan.replica)
-                continue
-            match reply:
-                case InferenceResult():
-                    return self._learn(query, model, plan, reply, call_s)
-                case NotResident(replica=replica, sequence=sequence):
-                    self.known.see(replica, model.model_id, None, sequence)
-                    hints_left -= 1
-                case InferenceRejected(error=error):
-                    if plan.replica is None or not isinstance(error, (Unavailable, StoreError)):
-                        raise error
-                    # That worker is overrun, or its store is broken: another may do better.
-                    refusal = error
-                    avoid.add(plan.replica)
-        if refusal is not None:
-            raise refusal
-        if self._clock() - began_s >= limit_s:
-            raise DeadlineExceeded(
-                f"model {model.model_id} did not answer within {limit_s * 1000:g} ms; raise deadline_ms"
-            )
-        raise Unavailable(f"no worker could be reached for model {model.model_id}; try again later", 2.0)
+        deadline_s = began_s + limit_s
+        dispatch = Dispatch(self._routing_request(query, model), self.known, self._rules, self._ways, deadline_s)
+        try:
+            while isinstance(step := dispatch.next(self._clock()), Send):
+                result, response = await self._attempt(step, query, model, deadline_s)
+                dispatch.replied(result)
+                if response is not None:
+                    return response
+        finally:
+            dispatch.close()
+        raise _error(step, model.model_id, limit_s)
+
+    async def _attempt(
+        self, step: Send, query: InferenceRequest, model: PublishedModel, deadline_s: float
+    ) -> tuple[AttemptResult, InferenceResponse | None]:
+        """Send the request once; what came of it, and the response if it was executed."""
+        route, sent_s = step.route, self._clock()
+        if route.preload is not None:
+            self._order_preload(query.location, route.preload, model.model_id)
+        work = InferenceTask(
+            model_id=model.model_id,
+            origin=query.location,
+            payload=query.payload,
+            budget_s=deadline_s - sent_s,
+            only_if_resident=step.only_if_resident,
+        )
+        try:
+            reply = await self._call(route, work)
+        except WorkerLost as lost:
+            logger.warning("worker %s of %s lost: %s", route.replica, route.location, lost)
+            return Lost(), None
+        match reply:
+            case InferenceResult():
+                response = self._response(query, model, route, reply, self._clock() - sent_s)
+                return Finished(reply.replica, reply.sequence, reply.evicted), response
+            case NotResident():
+                return Absent(reply.replica, reply.sequence), None
+            case InferenceRejected():
+                return Rejected(reply.error), None
 
     def _order_preload(self, location: str, replica: str, model_id: str) -> None:
         async def order() -> None:
@@ -382,20 +384,14 @@ class Router:
             with contextlib.suppress(WorkerLost):
                 await self._pool.preload(location, replica, model_id)
 
-        self.known.expect_load(replica, model_id)
         task = asyncio.get_running_loop().create_task(order(), name=f"have {model_id} loaded")
         self._orders.add(task)
         task.add_done_callback(self._orders.discard)
 
-    async def _call(self, plan: Route, model: PublishedModel, work: InferenceTask) -> tuple[Reply, float]:
-        sent_s = self._clock()
-        expected_exec_s = model.profile.exec_s
+    async def _call(self, plan: Route, work: InferenceTask) -> Reply:
         calls: set[asyncio.Timeout] = set()
         if plan.replica is not None:
             calls = self._calls.setdefault(plan.replica, calls)
-            self.known.sent(plan.replica, expected_exec_s)
-            if plan.outcome is Outcome.LOAD or (plan.outcome is Outcome.FORWARD and not plan.only_if_resident):
-                self.known.expect_load(plan.replica, model.model_id)
         # Nobody is known there; Serve may have a replica soon, or never.
         limit_s = work.budget_s if plan.replica is not None else min(work.budget_s, _BLIND_S)
         deadline = asyncio.get_running_loop().time() + limit_s
@@ -403,41 +399,33 @@ class Router:
         calls.add(timeout)
         try:
             async with timeout:
-                reply = await self._pool.infer(plan.location, plan.replica, work)
+                return await self._pool.infer(plan.location, plan.replica, work)
         except TimeoutError:
             if (timeout.when() or 0.0) < deadline:
                 raise WorkerLost("it has left the directory") from None
             if limit_s < work.budget_s:
-                raise Unavailable(f"no worker of {plan.location} is running; try again later", 5.0) from None
-            message = f"model {model.model_id} did not answer within its deadline; raise deadline_ms"
-            return InferenceRejected(error=DeadlineExceeded(message)), work.budget_s
+                return InferenceRejected(
+                    error=Unavailable(f"no worker of {plan.location} is running; try again later", 5.0)
+                )
+            message = f"model {work.model_id} did not answer within its deadline; raise deadline_ms"
+            return InferenceRejected(error=DeadlineExceeded(message))
         finally:
             calls.discard(timeout)
-            if plan.replica is not None:
-                self.known.returned(plan.replica, expected_exec_s)
-                if not calls:
-                    self._calls.pop(plan.replica, None)
-        return reply, self._clock() - sent_s
+            if not calls and plan.replica is not None:
+                self._calls.pop(plan.replica, None)
 
-    def _choose(
-        self, query: InferenceRequest, model: PublishedModel, avoid: set[str] | frozenset[str] = frozenset()
-    ) -> Route:
-        errand = RoutingRequest(
+    def _routing_request(self, query: InferenceRequest, model: PublishedModel) -> RoutingRequest:
+        return RoutingRequest(
             model=model.profile,
             here=query.location,
             payload_bytes=query.payload_bytes,
             forwarding=query.forwarding,
-            avoid=avoid,
         )
-        return choose(errand, self.known, self._rules, self._ways)
 
-    def _learn(
+    def _response(
         self, query: InferenceRequest, model: PublishedModel, plan: Route, done: InferenceResult, call_s: float
     ) -> InferenceResponse:
-        """Remember what the reply says of the worker's memory, and make the answer of it."""
-        self.known.see(done.replica, model.model_id, ModelState.READY, done.sequence)
-        for victim in done.evicted:
-            self.known.see(done.replica, victim, None, done.sequence)
+        """Measure the link by the reply, and make the response of it."""
         outcome, forward_s = done.outcome, 0.0
         way_s = max(0.0, call_s - done.queue_s - done.load_s - done.decode_s - done.exec_s)
         self._ways.add(plan.location, query.payload_bytes, way_s)
@@ -460,3 +448,12 @@ class Router:
         model_id = name if name in self.catalog or self.catalog.members(name) else "none"
         tags = {"location": location, "model": model_id, "outcome": outcome, "code": str(int(status))}
         self._metrics.requests.inc(tags=tags)
+
+
+def _error(fail: Fail, model_id: str, limit_s: float) -> EdgeServeError:
+    """What the user is told of a request that has failed."""
+    if fail.error is not None:
+        return fail.error
+    if fail.reason is FailReason.DEADLINE:
+        return DeadlineExceeded(f"model {model_id} did not answer within {limit_s * 1000:g} ms; raise deadline_ms")
+    return Unavailable(f"no worker could be reached for model {model_id}; try again later", 2.0)

@@ -6,7 +6,7 @@ import heapq
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from serve_app.core.cache.decisions import Answer, Grant, Hit, Join, Load, Reject, RejectReason, Wait
@@ -17,9 +17,11 @@ from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
 from serve_app.core.cluster.primaries import PrimaryTracker
 from serve_app.core.cluster.reports import Demand, OutcomeCounts, WorkerReport
 from serve_app.core.queue_estimate import QueueEstimate
+from serve_app.core.routing.dispatch import Absent, AttemptResult, Dispatch, Finished, Rejected
 from serve_app.core.routing.eviction_cost import forward_costs
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ModelState, Outcome, ResidentModel
+from serve_app.errors import DoesNotFit, StoreError, Unavailable
 from serve_app.simulator.discrete_event.event_queue import EventQueue
 from serve_app.simulator.discrete_event.results import DiscreteEventResults
 
@@ -27,41 +29,42 @@ _NOTHING: Mapping[str, float] = {}
 _NO_OUTCOMES: Mapping[str, OutcomeCounts] = {}
 
 
+#: Rejections as the router takes them: what counts is the class of the error, as in ``serving/worker/model_host.py``.
+_REJECTED = {
+    RejectReason.TOO_LARGE: Rejected(DoesNotFit("the model is larger than the memory")),
+    RejectReason.QUEUE_FULL: Rejected(Unavailable("too many requests wait for memory")),
+    RejectReason.LOAD_FAILED: Rejected(StoreError("the model cannot be loaded")),
+}
+
+
 class Sender(Protocol):
-    """Who sent a job, and is told when it is back."""
+    """The router that sends a job, and takes in its result."""
 
     name: str
 
-    def answered(self, job: Job, now: float) -> None:
-        """The job is done, and the answer has come."""
-
-    def not_held(self, job: Job, now: float) -> None:
-        """The worker has not taken the job, because the model is not there."""
-
-    def refused(self, job: Job, now: float) -> None:
-        """The worker has not taken the job, for ``job.refusal``."""
+    def replied(self, job: Job, now: float) -> None:
+        """``job.result`` has come."""
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One request on its way: what is asked, and what has become of it so far."""
+    """One request under way: what is asked, and what has become of it so far."""
 
     number: int
     model: ModelProfile
     sender: Sender
     arrived_s: float
-    attempts_left: int = 5
-    hints_left: int = 1
-    avoid: set[str] = field(default_factory=set)
+    #: None where locations do not forward.
+    dispatch: Dispatch | None = None
     #: Where it was sent last, whether it may be loaded there, and how long the answer takes to come back.
     there: Worker | None = None
     only_if_resident: bool = False
     back_s: float = 0.0
     asked_s: float = 0.0
-    sequence: int = 0
-    refusal: RejectReason | None = None
     outcome: Outcome = Outcome.HIT
     victims: tuple[str, ...] = ()
+    #: What came of the last attempt.
+    result: AttemptResult | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -69,8 +72,8 @@ class _LoadUnderWay:
     model: ModelProfile
     ends_s: float
     jobs: list[Job]
-    #: For a router that has forwarded the request that asked for it.
-    fetched: bool
+    #: Routers that have ordered it for a request that they forwarded: each pins the model until it is loaded.
+    orders: int = 0
 
 
 #: A model's two lines in the reports, made once: as it loads, and as it stands ready.
@@ -131,7 +134,8 @@ class Worker:
         #: When the executions under way end; no more than there are slots.
         self._slot_ends_s: list[float] = []
         self._loads: dict[str, _LoadUnderWay] = {}
-        self._waiting: dict[int, Job] = {}
+        #: Requests, and models that a router has ordered, in the wait queue of the cache.
+        self._waiting: dict[int, Job | ModelProfile] = {}
         self._keeper = PrimaryTracker(self.replica, location)
         self._guarded: frozenset[str] = frozenset()
         self._review_s = math.inf
@@ -149,8 +153,7 @@ class Worker:
         if job.back_s:
             self.before(now)
         if job.only_if_resident and self.cache.state(model.model_id) is None:
-            job.sequence = self._sequence + 1
-            self._reply(job, job.sender.not_held, now)
+            self._reply(job, Absent(self.replica, self._sequence + 1), now)
             return
         self._demand[job.sender.name, model.model_id] += 1
         self._news(now)
@@ -178,8 +181,7 @@ class Worker:
                 self._start_load(job.model, victims, [job], now)
                 self._tally.load_s += job.model.load_s
             case Reject(reason=reason):
-                job.refusal = reason
-                self._reply(job, job.sender.refused, now)
+                self._reply(job, _REJECTED[reason], now)
 
     def _execute(self, job: Job, now: float) -> None:
         ends, exec_s = self._slot_ends_s, job.model.exec_s
@@ -201,49 +203,64 @@ class Worker:
         if self._reported_queue_s:
             self._news(now)
         grants = self.cache.finish(job.model.model_id, now)
-        job.sequence = self._sequence + 1
-        self._reply(job, job.sender.answered, now)
+        self._reply(job, Finished(self.replica, self._sequence + 1, job.victims), now)
         if grants:
             self._carry_out(grants, now)
         self.look_ahead(now)
 
-    def _reply(self, job: Job, tell: Callable[[Job, float], None], now: float) -> None:
+    def _reply(self, job: Job, result: AttemptResult, now: float) -> None:
+        job.result = result
         if job.back_s:
-            self._agenda.at(now + job.back_s, tell, job)
+            self._agenda.at(now + job.back_s, job.sender.replied, job)
         else:
-            tell(job, now)
+            job.sender.replied(job, now)
 
     def _carry_out(self, grants: Sequence[Grant], now: float) -> None:
         # A grant may join a load that a later one starts.
-        jobs = {grant.ticket: self._waiting.pop(grant.ticket) for grant in grants}
+        waited = {grant.ticket: self._waiting.pop(grant.ticket) for grant in grants}
         for grant in sorted(grants, key=lambda grant: not isinstance(grant.answer, Load)):
-            self._go_on(jobs[grant.ticket], grant.answer, now)
+            waiter = waited[grant.ticket]
+            if isinstance(waiter, Job):
+                self._go_on(waiter, grant.answer, now)
+            else:
+                self._go_on_fetching(waiter, grant.answer, now)
 
     # Loads
 
     def fetch(self, model: ModelProfile, now: float) -> None:
-        """Load a model whose request was forwarded, for those that will come."""
+        """Load a model whose request was forwarded, for later requests; as ``Worker.preload`` of the live system.
+
+        The cache counts a request, which it was, and the model waits for memory as a request does.
+        """
         answer = self.cache.request(model, now)
+        if isinstance(answer, Wait):
+            self._waiting[answer.ticket] = model
+            self._news(now)
+        else:
+            self._go_on_fetching(model, answer, now)
+        self.look_ahead(now)
+
+    def _go_on_fetching(self, model: ModelProfile, answer: Answer, now: float) -> None:
         match answer:
+            case Hit():
+                self._carry_out(self.cache.finish(model.model_id, now), now)
+            case Join():
+                self._loads[model.model_id].orders += 1
             case Load(victims=victims):
                 self._tally.preload_s += model.load_s
                 self._tally.preload_bytes += model.size_bytes
-                self._start_load(model, victims, [], now, fetched=True)
-            case Hit() | Join():
-                self._carry_out(self.cache.finish(model.model_id, now), now)
-            case Wait(ticket=ticket):
-                self._carry_out(self.cache.give_up(ticket, now), now)
+                self._start_load(model, victims, [], now, orders=1)
             case Reject():
                 pass
 
     def _start_load(
-        self, model: ModelProfile, victims: Sequence[str], jobs: list[Job], now: float, *, fetched: bool = False
+        self, model: ModelProfile, victims: Sequence[str], jobs: list[Job], now: float, *, orders: int = 0
     ) -> None:
         books = self._own_books()
         for victim in victims:
             del books[victim]
             self._loads.pop(victim, None)
-        load = _LoadUnderWay(model, now + model.load_s, jobs, fetched)
+        load = _LoadUnderWay(model, now + model.load_s, jobs, orders)
         books[model.model_id] = self._lines[model.model_id][ModelState.LOADING]
         self._loads[model.model_id] = load
         self._news(now)
@@ -261,7 +278,7 @@ class Worker:
         for job in load.jobs:
             self._execute(job, now)
         self._carry_out(grants, now)
-        if load.fetched:
+        for _ in range(load.orders):
             self._carry_out(self.cache.finish(model_id, now), now)
         self.look_ahead(now)
 
