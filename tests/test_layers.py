@@ -33,7 +33,7 @@ IMPURE = {
     "asyncio", "concurrent", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "queue", "secrets",
     "select", "shutil", "signal", "socket", "subprocess", "sys", "tempfile", "threading", "time", "uuid",
 }  # fmt: skip
-ROUTER_MODULES = ("serve_app.serving.router.router", "serve_app.serving.api.endpoints", "serve_app.serving.app")
+ROUTER_MODULES = ("serve_app.serving.router.router", "serve_app.serving.api.http_app", "serve_app.serving.app")
 
 
 def modules(layer: str | None = None) -> list[Path]:

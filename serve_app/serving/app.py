@@ -1,6 +1,6 @@
-"""The Serve applications: one per location, and a gateway. The import path of ``deploy/*.yaml``.
+"""Builds the Serve applications, one for each location and a gateway; ``deploy/*.yaml`` name ``build``.
 
-No ``from __future__ import annotations`` here: with it, Serve would hand the builder a plain dict.
+No ``from __future__ import annotations`` here: with it, Serve would pass the builder a plain dict.
 """
 
 import hashlib
@@ -15,17 +15,17 @@ from serve_app.config.catalog import load_catalog
 from serve_app.config.edge import load_edge, load_token
 from serve_app.config.yaml_files import find
 from serve_app.errors import ConfigError
-from serve_app.serving import code_version
+from serve_app.serving import code_version, ray_internals
 from serve_app.serving.replica_config import ReplicaConfig
 from serve_app.serving.replicas import RouterReplica, WorkerReplica
 from serve_app.serving.transport.named_replica_router import NamedReplicaRouter
-from serve_app.serving.transport.worker_client import WORKER
+from serve_app.serving.transport.worker_client import WORKER_DEPLOYMENT
 
-#: Serve's own limit would answer without our error shape, so ours (``limits``) must bind first.
+#: Above every limit of ``limits``: Serve's own limit answers without EdgeServe's error format.
 _SERVE_LIMIT = 100_000
 
-#: Every arena of the heap keeps what its threads have freed: with one for each thread, workspace stays taken several
-#: times over. Two are as fast as many for executions that run in parallel; one is not.
+#: Every arena of the heap keeps what its threads have freed: with an arena for each thread, the workspace of executions
+#: stays allocated several times over. Two arenas are as fast as many for parallel executions; one is slower.
 _WORKER_ENVIRONMENT = {"MALLOC_ARENA_MAX": "2"}
 
 
@@ -36,7 +36,7 @@ class AppArgs(BaseModel):
 
     edge: str = "deploy/edge.yaml"
     location: str | None = None
-    #: Anything. `serve deploy` builds an application anew, from its files as they are then, when its arguments change.
+    #: Any text. `serve deploy` builds an application again, from the files of that time, when its arguments change.
     revision: str | None = None
 
 
@@ -45,11 +45,13 @@ _COMMON: dict[str, Any] = {
     "health_check_period_s": 2,
     "health_check_timeout_s": 10,
     "graceful_shutdown_timeout_s": 10,
-    # A replica is replaced only when the new one serves: otherwise a location with one of them would be gone meanwhile.
+    # A replica ends only once its replacement serves; a location with one replica would be down in between.
     "max_surge_percent": 100,
 }
 WorkerDeployment = serve.deployment(
-    name=WORKER, request_router_config=RequestRouterConfig(request_router_class=NamedReplicaRouter), **_COMMON
+    name=WORKER_DEPLOYMENT,
+    request_router_config=RequestRouterConfig(request_router_class=NamedReplicaRouter),
+    **_COMMON,
 )(WorkerReplica)
 RouterDeployment = serve.deployment(name="Router", **_COMMON)(serve.ingress()(RouterReplica))
 
@@ -63,17 +65,17 @@ def build(args: AppArgs) -> Any:
     settings = load_edge(Path(args.edge))
     if args.location is not None and args.location not in settings.locations:
         raise ConfigError(f"{args.edge}: no location {args.location!r}; there are {', '.join(settings.locations)}")
-    deployed = ReplicaConfig(
+    config = ReplicaConfig(
         settings=settings,
         entries=load_catalog(settings.catalog),
         location=args.location,
-        issued=max(_put_there_ns(find(path)) for path in (Path(args.edge), settings.catalog)),
+        issued=max(_written_ns(find(path)) for path in (Path(args.edge), settings.catalog)),
     )
     token = load_token(settings)
-    common = {"user_config": deployed.to_json()}
+    common = {"user_config": config.to_json()}
     if args.location is None:
         router = RouterDeployment.options(ray_actor_options={"num_cpus": 0}, **common)
-        return _versioned(router, deployed, token).bind(deployed, token)
+        return _versioned(router, config, token).bind(config, token)
     location = settings.locations[args.location]
     actor: dict[str, Any] = {"num_cpus": 0}
     if location.pin_to_nodes:
@@ -81,27 +83,23 @@ def build(args: AppArgs) -> Any:
     worker = WorkerDeployment.options(
         num_replicas=location.workers,
         ray_actor_options={**actor, "runtime_env": {"env_vars": _WORKER_ENVIRONMENT}},
-        # It hands over when its requests have ended.
+        # The worker hands its models over after its requests have ended.
         graceful_shutdown_timeout_s=_COMMON["graceful_shutdown_timeout_s"] + settings.worker.hand_over,
         **common,
     )
     router = RouterDeployment.options(ray_actor_options=actor, **common)
-    return _versioned(router, deployed, token).bind(deployed, token, _versioned(worker, deployed, token).bind(deployed))
+    return _versioned(router, config, token).bind(config, token, _versioned(worker, config, token).bind(config))
 
 
-def _put_there_ns(path: Path) -> int:
-    """When a file was written or put there; a backup that is moved back has kept the time of its content."""
+def _written_ns(path: Path) -> int:
+    """Return when a file was written or moved to its path; a backup that is restored keeps the time of its content."""
     status = path.stat()
     return max(status.st_mtime_ns, status.st_ctime_ns)
 
 
-def _versioned(deployment: Any, deployed: ReplicaConfig, token: str | None) -> Any:
-    """Give a deployment a version that changes only when its replicas must be replaced.
-
-    Serve has no public way to say this to ``serve.run``, and replaces all replicas every time if nobody says it.
-    """
-    # Only the gateway stands in for a location, and it cannot move to another.
-    stands_in_for = deployed.settings.gateway_location if deployed.location is None else ""
-    parts = (code_version.digest(), deployed.settings.restart_digest(), token or "", stands_in_for)
-    deployment._version = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
-    return deployment
+def _versioned(deployment: Any, config: ReplicaConfig, token: str | None) -> Any:
+    """Give a deployment a version that changes only when its replicas must be replaced."""
+    # The gateway stands in for one location, and cannot change to another while it runs.
+    stands_in_for = config.settings.gateway_location if config.location is None else ""
+    parts = (code_version.digest(), config.settings.restart_digest(), token or "", stands_in_for)
+    return ray_internals.set_version(deployment, hashlib.sha256("".join(parts).encode()).hexdigest()[:16])

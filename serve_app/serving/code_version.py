@@ -1,4 +1,4 @@
-"""Which code this is, so that what runs on by other code can be told and replaced."""
+"""The version of the code, by which processes that run other code are recognized and replaced."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def digest() -> str:
-    """A digest of the whole package as it lies on the disk; takes milliseconds."""
+    """Return a digest of the source files of the package; takes milliseconds."""
     package = Path(__file__).parents[1]
-    found = hashlib.sha256()
+    content = hashlib.sha256()
     for source in sorted(package.rglob("*.py")):
-        found.update(source.read_bytes())
-    return found.hexdigest()
+        content.update(source.read_bytes())
+    return content.hexdigest()

@@ -1,4 +1,4 @@
-"""A coroutine, called again and again."""
+"""A coroutine that is called periodically."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ logger = logging.getLogger(__name__)
 
 
 async def every(period_s: float, act: Callable[[], Awaitable[None]]) -> None:
-    """Run ``act`` again and again until cancelled; a failure is logged and does not end it."""
+    """Call ``act`` every ``period_s`` until cancelled; log its failures and go on."""
     task = asyncio.current_task()
     while True:
         began_s = time.monotonic()
         try:
             await act()
         except (Exception, asyncio.CancelledError):
-            # A call of Serve raises this as well when the other side has cancelled it.
+            # A call through Serve also raises CancelledError when the other end has cancelled the call.
             if task is not None and task.cancelling():
                 raise
             logger.exception("a periodic task failed; trying again")

@@ -1,4 +1,6 @@
-"""From settings to the rules, budgets and catalog of one replica."""
+"""The configuration of one replica, and what follows from it: rules, budgets and policy. Reads no disk."""
+
+from __future__ import annotations
 
 import random
 from dataclasses import dataclass
@@ -6,7 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from serve_app.config.edge import EdgeSettings, LocationSettings
+from serve_app.config.edge import EdgeSettings
 from serve_app.core.catalog import Catalog, ModelEntry
 from serve_app.core.coordination.rules import CoordinatorRules, PlacementSettings
 from serve_app.core.memory_budget import MemoryBudget, divide
@@ -14,19 +16,24 @@ from serve_app.core.placement.rules import PlacementRules
 from serve_app.core.policies.base import EvictionPolicy
 from serve_app.core.policies.registry import make_policy
 from serve_app.core.routing.rules import RoutingRules
-from serve_app.serving.coordinator.client import CoordinatorClient
+from serve_app.errors import ConfigError
 from serve_app.serving.worker.worker import RetentionRules
-from serve_app.store.model_store import ModelStore
 
-#: A typical request, for placement: a photograph.
+#: Size of a typical request, for placement: a photograph.
 _PAYLOAD_BYTES = 200_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaConfig:
-    """What a replica is told: everything that was configured. The store is read where the replica runs.
+    """The ``user_config`` of the Serve applications, so that a change reaches the replicas while they serve.
 
-    It is the Serve applications' ``user_config``, so a change of it reaches the replicas while they serve.
+    Methods with a ``catalog`` take the published models of the store, which each replica reads on its own node.
+
+    Attributes:
+        settings: ``edge.yaml``.
+        entries: ``catalog.yaml``.
+        location: the location of the replica; None for the gateway.
+        issued: when the configuration was written; of two configurations, the coordinator follows the newer.
     """
 
     settings: EdgeSettings
@@ -35,64 +42,66 @@ class ReplicaConfig:
     issued: int = 0
 
     def to_json(self) -> Any:
-        """As plain values, which is all that Serve takes."""
-        return _DEPLOYED.dump_python(self, mode="json")
+        """Return plain values, which is all that Serve takes."""
+        return _ADAPTER.dump_python(self, mode="json")
 
     @staticmethod
-    def from_json(content: Any) -> "ReplicaConfig":
-        """What ``to_json`` has made plain."""
-        return _DEPLOYED.validate_python(content)
+    def from_json(content: Any) -> ReplicaConfig:
+        """Return the configuration of which ``to_json`` made ``content``."""
+        return _ADAPTER.validate_python(content)
 
-    def budget(self, catalog: Catalog) -> MemoryBudget:
-        """How a worker of this location divides its memory."""
-        return divide(self.here.memory, catalog.models, self.settings.worker.parallel_inferences)
+    def worker_location(self) -> str:
+        """Return the location, for what only workers have.
 
-    @property
-    def here(self) -> LocationSettings:
-        """The settings of the replica's location; the gateway has none."""
-        assert self.location is not None
-        return self.settings.locations[self.location]
+        Raises:
+            ConfigError: this is the configuration of the gateway.
+        """
+        if self.location is None:
+            raise ConfigError("the gateway has no workers; give the application the argument location")
+        return self.location
 
-    def policy(self, replica: str) -> EvictionPolicy:
-        """A policy for the cache of a worker."""
-        return make_policy(self.settings.policy.name, random.Random(replica), **self.settings.policy.parameters)
+    def memory_budget(self, catalog: Catalog) -> MemoryBudget:
+        """Divide the memory of a worker between models and workspace; raises ``ConfigError`` for the gateway."""
+        memory_bytes = self.settings.locations[self.worker_location()].memory
+        return divide(memory_bytes, catalog.models, self.settings.worker.parallel_inferences)
 
-    def catalog(self) -> Catalog:
-        """The models that the store of this node holds."""
-        return ModelStore(self.settings.store).catalog(self.entries)
+    def eviction_policy(self, replica: str) -> EvictionPolicy:
+        """Make the policy of a worker's cache; ``replica`` seeds its random choices."""
+        policy = self.settings.policy
+        return make_policy(policy.name, random.Random(replica), **policy.parameters)
 
-    def rules(self, catalog: Catalog) -> RoutingRules:
-        """The rules that routers and workers share."""
+    def routing_rules(self, catalog: Catalog) -> RoutingRules:
+        """Return the rules that routers and workers share."""
         return RoutingRules(
             profiles=catalog.profiles(),
             links=self.settings.core_links(),
             default_link=self.settings.core_default_link(),
             horizon_s=self.settings.coordinator.horizon,
-            # A report waits for its turn, and so does the view that brings it.
+            # A report waits for its period, and so does the delta that carries it to the router.
             staleness_s=2 * self.settings.coordinator.report_every,
         )
 
     def min_copies(self) -> dict[str, int]:
-        """Models of which there must be a number of copies."""
+        """Return the number of copies that the cluster must have, for each model with such a number."""
         return {entry.model_id: entry.min_copies for entry in self.entries if entry.min_copies}
 
-    def holding(self) -> RetentionRules:
-        """What a worker of this location holds in any case."""
+    def retention_rules(self) -> RetentionRules:
+        """Return which models a worker holds whatever its policy says; raises ``ConfigError`` for the gateway."""
         worker = self.settings.worker
         return RetentionRules(
-            preload=self.settings.locations[self.location].preload if self.location else (),
+            preload=self.settings.locations[self.worker_location()].preload,
             min_copies=self.min_copies(),
             idle_unload_s=worker.idle_unload,
             hand_over_s=worker.hand_over,
         )
 
-    def coordination(self, catalog: Catalog) -> CoordinatorRules:
-        """How the coordinator is to work."""
+    def coordinator_rules(self, catalog: Catalog) -> CoordinatorRules:
+        """Return the rules that the coordinator is to follow."""
         coordinator = self.settings.coordinator
         placement = None
         if coordinator.placement_every is not None:
             placement = PlacementSettings(
-                routing=self.rules(catalog),
+                routing=self.routing_rules(catalog),
                 every_s=coordinator.placement_every,
                 payload_bytes=_PAYLOAD_BYTES,
                 min_copies=self.min_copies(),
@@ -105,9 +114,5 @@ class ReplicaConfig:
             placement=placement,
         )
 
-    def link(self, catalog: Catalog) -> CoordinatorClient:
-        """A connection to the coordinator."""
-        return CoordinatorClient(self.coordination(catalog), self.location)
 
-
-_DEPLOYED = TypeAdapter(ReplicaConfig)
+_ADAPTER = TypeAdapter(ReplicaConfig)

@@ -1,4 +1,7 @@
-"""What Ray Serve runs: the router and the worker, composed from configuration."""
+"""The classes that Ray Serve runs: a router and a worker, each composed from its configuration.
+
+No ``from __future__ import annotations`` here: Serve reads the annotations of these classes.
+"""
 
 import asyncio
 import logging
@@ -9,16 +12,23 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 
+from serve_app.config.edge import EdgeSettings
 from serve_app.config.environment import sockets_dir
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import Catalog
+from serve_app.core.memory_budget import MemoryBudget
 from serve_app.errors import ConfigError
-from serve_app.serving.api.endpoints import HttpSettings, build_http_app
+from serve_app.serving import ray_internals
+from serve_app.serving.api import fast_path
+from serve_app.serving.api.http_app import build_http_app
 from serve_app.serving.api.metrics_scrape import MetricsScraper
+from serve_app.serving.api.request_reader import HttpSettings
+from serve_app.serving.coordinator.client import CoordinatorClient
 from serve_app.serving.metrics import RouterMetrics, WorkerMetrics
 from serve_app.serving.replica_config import ReplicaConfig
 from serve_app.serving.router.router import Router
 from serve_app.serving.transport.local_rpc import LocalRpcServer
+from serve_app.serving.transport.messages import InferenceRejected, InferenceTask, Reply
 from serve_app.serving.transport.worker_client import ServeWorkerPool
 from serve_app.serving.worker.model_host import ModelHost
 from serve_app.serving.worker.process_budget import ProcessBudget
@@ -28,79 +38,25 @@ from serve_app.store.model_store import ModelStore
 logger = logging.getLogger(__name__)
 
 
-def _log_with_serve() -> None:
-    """Let this replica's log take in what we have to say; Serve sets up its own loggers only."""
-    ours = logging.getLogger("serve_app")
-    ours.handlers = logging.getLogger("ray.serve").handlers
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
-
-
 class WorkerReplica:
-    """One worker replica: a ``Worker`` with its parts put together."""
+    """A worker replica: a ``Worker`` and its parts."""
 
-    async def __init__(self, deployed: ReplicaConfig) -> None:  # type: ignore[misc]
-        # Here and not above: the router's process must not pay for torch.
-        from serve_app.models.loader import ModelLoader, use_threads
-        from serve_app.models.process_memory import give_back_free_memory, process_memory
-        from serve_app.models.warm_up import warm_up
-
-        _log_with_serve()
-        settings, location = deployed.settings, deployed.location
-        context = serve.get_replica_context()
-        if location is None or location != context.app_name:
-            raise ConfigError(f"application {context.app_name!r} must have the name of its location, {location!r}")
-        use_threads(settings.worker.threads_per_inference)
-        self._deployed = deployed
-        self._loader = loader = ModelLoader(
-            ModelStore(settings.store), release_page_cache=settings.worker.release_page_cache
-        )
-        catalog = self._prepared(deployed)
-        await asyncio.to_thread(warm_up, loader, catalog)
-        self._replica = replica = context.replica_id.unique_id
-        metrics = WorkerMetrics(location, replica)
-        budget = deployed.budget(catalog)
-        cache = ModelCache(
-            capacity_bytes=budget.models_bytes,
-            policy=deployed.policy(replica),
-            max_loads=settings.worker.parallel_loads,
-            max_preloads=settings.worker.parallel_preloads,
-            max_waiting=settings.limits.waiting,
-            failure_memory_s=settings.worker.failure_memory,
-            pinned=[model.model_id for model in catalog.models if model.pinned],
-        )
-        self._worker = Worker(
-            identity=WorkerIdentity(location=location, replica=replica),
-            catalog=catalog,
-            host=ModelHost(
-                cache=cache,
-                backend=loader,
-                loaders=ThreadPoolExecutor(settings.worker.parallel_loads, thread_name_prefix="load"),
-                # Without preloads it starts no thread; an executor of none does not exist.
-                preloaders=ThreadPoolExecutor(max(1, settings.worker.parallel_preloads), thread_name_prefix="preload"),
-                clock=time.monotonic,
-                call_at=asyncio.get_running_loop().call_at,
-                observer=metrics,
-            ),
-            exec_slots=settings.worker.parallel_inferences,
-            link=deployed.link(catalog),
-            rules=deployed.rules(catalog),
-            holding=deployed.holding(),
-            metrics=metrics,
-            memory=ProcessBudget(budget, read=process_memory, give_back=give_back_free_memory),
-            max_pixels=settings.limits.image_pixels,
-        )
-        self._exchange = LocalRpcServer(self._worker.infer)
-        try:
-            await self._exchange.open(sockets_dir(), replica)
-        except OSError as error:
-            logger.warning("routers of this host must take the long way, by Serve: %s", error)
+    async def __init__(self, config: ReplicaConfig) -> None:  # type: ignore[misc]
+        _log_to_serve()
+        self._config = config
+        self._identity = _identity(config)
+        self._loader = _make_loader(config.settings)
+        catalog = self._prepare_models(config)
+        await self._warm_up(catalog)
+        self._worker = self._make_worker(catalog)
+        self._local_rpc = LocalRpcServer(self._worker.infer)
+        await self._open_local_rpc()
         await self._worker.preload_pinned()
-        self._worker.start(settings.coordinator.report_every)
+        self._worker.start(config.settings.coordinator.report_every)
 
-    def _prepared(self, deployed: ReplicaConfig) -> Catalog:
-        """The models of this node's store, each ready to be loaded."""
-        catalog = deployed.catalog()
+    def _prepare_models(self, config: ReplicaConfig) -> Catalog:
+        """Return the models in the store of this node, each prepared for loading."""
+        catalog = _published(config)
         for model in catalog.models:
             try:
                 self._loader.prepare(model.model_id)
@@ -109,72 +65,119 @@ class WorkerReplica:
                 logger.exception("model %s cannot be served", model.model_id)
         return catalog
 
+    async def _warm_up(self, catalog: Catalog) -> None:
+        from serve_app.models.warm_up import warm_up
+
+        await asyncio.to_thread(warm_up, self._loader, catalog)
+
+    def _make_worker(self, catalog: Catalog) -> Worker:
+        config, identity = self._config, self._identity
+        metrics = WorkerMetrics(identity.location, identity.replica)
+        budget = config.memory_budget(catalog)
+        return Worker(
+            identity=identity,
+            catalog=catalog,
+            host=self._make_host(_make_cache(config, catalog, budget, identity.replica), metrics),
+            exec_slots=config.settings.worker.parallel_inferences,
+            link=_make_client(config, catalog),
+            rules=config.routing_rules(catalog),
+            holding=config.retention_rules(),
+            metrics=metrics,
+            memory=_make_process_budget(budget),
+            max_pixels=config.settings.limits.image_pixels,
+        )
+
+    def _make_host(self, cache: ModelCache, metrics: WorkerMetrics) -> ModelHost:
+        worker = self._config.settings.worker
+        return ModelHost(
+            cache=cache,
+            backend=self._loader,
+            loaders=ThreadPoolExecutor(worker.parallel_loads, thread_name_prefix="load"),
+            # An executor has at least one thread; without preloads that thread never starts.
+            preloaders=ThreadPoolExecutor(max(1, worker.parallel_preloads), thread_name_prefix="preload"),
+            clock=time.monotonic,
+            call_at=asyncio.get_running_loop().call_at,
+            observer=metrics,
+        )
+
+    async def _open_local_rpc(self) -> None:
+        try:
+            await self._local_rpc.open(sockets_dir(), self._identity.replica)
+        except OSError as error:
+            logger.warning("routers of this host reach this worker through Serve, which takes longer: %s", error)
+
     async def reconfigure(self, user_config: Any) -> None:
-        """Called by Serve, once after the constructor and whenever the configuration has changed."""
-        deployed = ReplicaConfig.from_json(user_config)
-        if deployed == self._deployed:
+        """Called by Serve after the constructor and at every change of the configuration."""
+        config = ReplicaConfig.from_json(user_config)
+        if config == self._config:
             return
-        catalog = await asyncio.to_thread(self._prepared, deployed)
-        other_policy = deployed.settings.policy != self._deployed.settings.policy
+        catalog = await asyncio.to_thread(self._prepare_models, config)
+        is_other_policy = config.settings.policy != self._config.settings.policy
         try:
             self._worker.reconfigure(
                 catalog=catalog,
-                budget=deployed.budget(catalog),
-                policy=deployed.policy(self._replica) if other_policy else None,
-                rules=deployed.rules(catalog),
-                holding=deployed.holding(),
-                coordination=deployed.coordination(catalog),
+                budget=config.memory_budget(catalog),
+                policy=config.eviction_policy(self._identity.replica) if is_other_policy else None,
+                rules=config.routing_rules(catalog),
+                holding=config.retention_rules(),
+                coordination=config.coordinator_rules(catalog),
             )
         except ValueError as error:
-            # Serve would replace this replica by one that cannot take it either.
+            # An exception would have Serve replace this replica by one that cannot take the configuration either.
             logger.error("going on with the configuration of before: %s", error)
             return
-        self._deployed = deployed
+        self._config = config
         logger.info("going on with the new configuration")
 
-    async def infer(self, work: Any, replica: str | None = None) -> Any:
+    async def infer(self, task: InferenceTask, replica: str | None = None) -> Reply:
         """``Worker.infer``; ``replica`` is for ``NamedReplicaRouter``."""
-        return await self._worker.infer(work)
+        return await self._worker.infer(task)
 
     async def ping(self, payload: bytes) -> None:
-        """Nothing: what it takes to get here and back is what the caller wants to know."""
+        """Return at once: the caller measures the round trip."""
 
     async def preload(self, model_id: str, replica: str | None = None) -> None:
         """``Worker.preload``; ``replica`` is for ``NamedReplicaRouter``."""
         await self._worker.preload(model_id)
 
-    async def load(self, model_id: str) -> Any:
+    async def load(self, model_id: str) -> InferenceRejected | None:
         """``Worker.load``."""
         return await self._worker.load(model_id)
 
-    async def unload(self, model_id: str, replica: str | None = None) -> Any:
+    async def unload(self, model_id: str, replica: str | None = None) -> InferenceRejected | None:
         """``Worker.unload``; ``replica`` is for ``NamedReplicaRouter``."""
         return await self._worker.unload(model_id)
 
     async def __del__(self) -> None:
-        # By now Serve has seen its own calls through. Routers learn in here that they should ask others.
+        # Serve has drained its own calls by now. While the worker leaves, routers stop sending it requests.
         await self._worker.leave()
-        await self._exchange.close()
+        await self._local_rpc.close()
         await self._worker.stop()
 
 
 class RouterReplica:
-    """One router replica: a ``Router`` with its parts put together, behind HTTP."""
+    """A router replica: a ``Router`` and its parts, behind HTTP.
 
-    def __init__(self, deployed: ReplicaConfig, token: str | None, worker: Any = None) -> None:
-        _log_with_serve()
-        settings = deployed.settings
-        catalog = deployed.catalog()
-        self._deployed = deployed
+    Args:
+        config: of the location, or of the gateway.
+        token: requests must carry it; None: any request is served.
+        worker: the handle to the location's workers, which makes Serve deploy them with the router.
+    """
+
+    def __init__(self, config: ReplicaConfig, token: str | None, worker: Any = None) -> None:
+        _log_to_serve()
+        settings = config.settings
+        catalog = _published(config)
+        self._config = config
         self._token = token
         self._router = Router(
             catalog=catalog,
             locations=tuple(settings.locations),
-            home=deployed.location or settings.gateway_location,
-            stands_in=deployed.location is None,
-            rules=deployed.rules(catalog),
+            home=config.location or settings.gateway_location,
+            stands_in=config.location is None,
+            rules=config.routing_rules(catalog),
             pool=ServeWorkerPool(sockets_dir()),
-            link=deployed.link(catalog),
+            link=_make_client(config, catalog),
             metrics=RouterMetrics(serve.get_replica_context().replica_id.unique_id),
             request_time_s=settings.limits.request_time,
             max_inflight=settings.limits.inflight,
@@ -182,30 +185,82 @@ class RouterReplica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve on the replica's event loop, after the constructor."""
-        settings = self._deployed.settings
-        self._router.start(settings.coordinator.report_every, self._deployed.location or "gateway")
+        settings = self._config.settings
+        self._router.start(settings.coordinator.report_every, self._config.location or "gateway")
         http = HttpSettings(
-            location=self._deployed.location,
+            location=self._config.location,
             default_location=settings.gateway_location,
             limits=settings.limits,
             token=self._token,
         )
         app = build_http_app(self._router, http, MetricsScraper().scrape)
-        app.take_over()
+        fast_path.register(app.fast_path)
         return app
 
     async def reconfigure(self, user_config: Any) -> None:
-        """Called by Serve, once after the constructor and whenever the configuration has changed."""
-        deployed = ReplicaConfig.from_json(user_config)
-        if deployed == self._deployed:
+        """Called by Serve after the constructor and at every change of the configuration."""
+        config = ReplicaConfig.from_json(user_config)
+        if config == self._config:
             return
-        catalog = await asyncio.to_thread(deployed.catalog)
+        catalog = await asyncio.to_thread(_published, config)
         self._router.reconfigure(
-            catalog, tuple(deployed.settings.locations), deployed.rules(catalog), deployed.coordination(catalog)
+            catalog, tuple(config.settings.locations), config.routing_rules(catalog), config.coordinator_rules(catalog)
         )
-        self._deployed = deployed
+        self._config = config
         logger.info("going on with the new configuration")
 
     async def __del__(self) -> None:
-        # Serve has waited for the requests that it knows of; those of the hot path it does not.
+        # Serve has drained its own requests by now, but those of the fast path bypass it.
         await self._router.drained()
+
+
+def _log_to_serve() -> None:
+    """Have the loggers of this package write to the log of this replica."""
+    ours = logging.getLogger("serve_app")
+    ours.handlers = ray_internals.serve_log_handlers()
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+
+
+def _identity(config: ReplicaConfig) -> WorkerIdentity:
+    """Return the name of this worker; raises ``ConfigError`` if its application does not have its location's name."""
+    location, context = config.worker_location(), serve.get_replica_context()
+    if location != context.app_name:
+        raise ConfigError(f"application {context.app_name!r} must have the name of its location, {location!r}")
+    return WorkerIdentity(location=location, replica=context.replica_id.unique_id)
+
+
+def _published(config: ReplicaConfig) -> Catalog:
+    """Return the models that the store of this node holds."""
+    return ModelStore(config.settings.store).catalog(config.entries)
+
+
+def _make_client(config: ReplicaConfig, catalog: Catalog) -> CoordinatorClient:
+    return CoordinatorClient(config.coordinator_rules(catalog), config.location)
+
+
+def _make_loader(settings: EdgeSettings) -> Any:
+    # Imported here: the process of a router must not load torch.
+    from serve_app.models.loader import ModelLoader, use_threads
+
+    use_threads(settings.worker.threads_per_inference)
+    return ModelLoader(ModelStore(settings.store), release_page_cache=settings.worker.release_page_cache)
+
+
+def _make_cache(config: ReplicaConfig, catalog: Catalog, budget: MemoryBudget, replica: str) -> ModelCache:
+    worker = config.settings.worker
+    return ModelCache(
+        capacity_bytes=budget.models_bytes,
+        policy=config.eviction_policy(replica),
+        max_loads=worker.parallel_loads,
+        max_preloads=worker.parallel_preloads,
+        max_waiting=config.settings.limits.waiting,
+        failure_memory_s=worker.failure_memory,
+        pinned=[model.model_id for model in catalog.models if model.pinned],
+    )
+
+
+def _make_process_budget(budget: MemoryBudget) -> ProcessBudget:
+    from serve_app.models.process_memory import give_back_free_memory, process_memory
+
+    return ProcessBudget(budget, read=process_memory, give_back=give_back_free_memory)

@@ -1,20 +1,19 @@
-"""Inference by the short way: with or without Serve around it, it is the same application."""
+"""Inference by the fast path gives the same responses past Serve as through Serve."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import numpy as np
 import orjson
-import pytest
 from fakes import FakePool, done, make_router, report
 
 from serve_app.config.edge import LimitSettings
-from serve_app.serving.api.endpoints import HttpSettings, build_http_app
-from serve_app.serving.api.fast_path import BypassMiddleware, FastPath, middlewares
+from serve_app.serving.api.fast_path import FastPathApp, Registry, middlewares, register
+from serve_app.serving.api.http_app import build_http_app
+from serve_app.serving.api.request_reader import HttpSettings
 
 PATH = "/paris/v2/models/small/infer"
 
@@ -29,7 +28,7 @@ def body() -> tuple[bytes, dict[str, str]]:
     }
 
 
-def application(pool: FakePool, token: str | None = None) -> FastPath:
+def application(pool: FakePool, token: str | None = None) -> FastPathApp:
     settings = HttpSettings(location="paris", default_location="paris", limits=LimitSettings(), token=token)
 
     async def scrape() -> str:
@@ -38,27 +37,22 @@ def application(pool: FakePool, token: str | None = None) -> FastPath:
     return build_http_app(make_router(pool, report("paris", "small")), settings, scrape)
 
 
-@pytest.fixture
-async def served() -> AsyncIterator[Any]:
-    """What Serve's HTTP server calls, and the paths that went through Serve: it mounts the application at /paris."""
+def deployed(app: FastPathApp) -> tuple[Any, list[str]]:
+    """What Serve's HTTP server calls, and the paths that went through Serve, which mounts the application at /paris."""
+    registry = Registry()
     through_serve: list[str] = []
-    previous = BypassMiddleware.application
 
-    def around(app: FastPath) -> Any:
-        async def serve(scope: Any, receive: Any, send: Any) -> None:
-            through_serve.append(scope["path"])
-            await app({**scope, "root_path": "/paris"}, receive, send)
+    async def serve(scope: Any, receive: Any, send: Any) -> None:
+        through_serve.append(scope["path"])
+        await app({**scope, "root_path": "/paris"}, receive, send)
 
-        app.take_over()
-        (middleware,) = middlewares()
-        return middleware.cls(serve, *middleware.args, **middleware.kwargs), through_serve
-
-    yield around
-    BypassMiddleware.application = previous
+    (middleware,) = middlewares(registry)
+    register(app.fast_path, registry)
+    return middleware.cls(serve, *middleware.args, **middleware.kwargs), through_serve
 
 
-async def test_inference_passes_serve_by_once_it_is_known_where_the_application_is_mounted(served: Any) -> None:
-    app, through_serve = served(application(FakePool(paris=[done("paris-1")] * 3)))
+async def test_inference_bypasses_serve_once_the_route_prefix_is_known() -> None:
+    app, through_serve = deployed(application(FakePool(paris=[done("paris-1")] * 3)))
     content, headers = body()
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://edge") as http:
         answers = [await http.post(PATH, content=content, headers=headers) for _ in range(3)]
@@ -70,12 +64,24 @@ async def test_inference_passes_serve_by_once_it_is_known_where_the_application_
     assert elsewhere.status_code == 404
 
 
-async def test_the_short_way_asks_for_the_token_and_explains_its_errors(served: Any) -> None:
-    app, _ = served(application(FakePool(paris=[done("paris-1")]), token="secret"))
+async def test_a_process_without_an_application_passes_every_request_to_serve() -> None:
+    app = application(FakePool(paris=[done("paris-1")]))
+    (middleware,) = middlewares(Registry())
+    content, headers = body()
+    transport = httpx.ASGITransport(middleware.cls(app, **middleware.kwargs))
+    async with httpx.AsyncClient(transport=transport, base_url="http://edge") as http:
+        answer = await http.post(PATH.removeprefix("/paris"), content=content, headers=headers)
+    assert answer.status_code == 200
+
+
+async def test_the_fast_path_asks_for_the_token_and_explains_its_errors() -> None:
+    app, _ = deployed(application(FakePool(paris=[done("paris-1")]), token="secret"))
     content, headers = body()
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://edge") as http:
         for _ in range(2):
             assert (await http.post(PATH, content=content, headers=headers)).status_code == 401
+        wrong = {**headers, "Authorization": "Bearer other"}
+        assert (await http.post(PATH, content=content, headers=wrong)).status_code == 403
         known = {**headers, "Authorization": "Bearer secret"}
         assert (await http.post(PATH, content=content, headers=known)).status_code == 200
         missing = await http.post("/paris/v2/models/nowhere/infer", content=content, headers=known)
@@ -83,22 +89,21 @@ async def test_the_short_way_asks_for_the_token_and_explains_its_errors(served: 
     assert "no model or family" in missing.json()["error"]
 
 
-async def test_a_client_that_hangs_up_has_its_request_cancelled(served: Any) -> None:
+async def test_inference_is_cancelled_when_its_client_disconnects() -> None:
     pool = FakePool(paris=[asyncio.Event()])
-    inner = application(pool)
-    app, _ = served(inner)
+    app, _ = deployed(application(pool))
     content, headers = body()
-    hang_up = asyncio.Event()
+    disconnect = asyncio.Event()
     messages = iter([{"type": "http.request", "body": content}])
 
     async def receive() -> Any:
         for message in messages:
             return message
-        await hang_up.wait()
+        await disconnect.wait()
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
-        raise AssertionError(f"nobody is there to be told {message}")
+        raise AssertionError(f"the client has disconnected, and is sent {message}")
 
     scope = {
         "type": "http", "method": "POST", "path": PATH, "query_string": b"",
@@ -107,5 +112,5 @@ async def test_a_client_that_hangs_up_has_its_request_cancelled(served: Any) -> 
     request = asyncio.create_task(app(scope, receive, send))
     async with asyncio.timeout(10):
         await pool.called.wait()
-        hang_up.set()
+        disconnect.set()
         await request

@@ -1,5 +1,5 @@
 # ruff: noqa: PTH101, PTH102, PTH208 - in coroutines pathlib is refused, and these are tests
-"""Lines from routers to workers, without Ray: what comes through, and what happens when an end goes away."""
+"""Local RPC from routers to workers, without Ray: what arrives, and what happens when one end dies."""
 
 from __future__ import annotations
 
@@ -55,114 +55,114 @@ class Gate:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return tmp_path / "lines"
+    return tmp_path / "sockets"
 
 
 @asynccontextmanager
-async def linked(
+async def connected(
     folder: Path, infer: Callable[[InferenceTask], Awaitable[Reply]]
 ) -> AsyncIterator[tuple[LocalRpcConnection, LocalRpcServer]]:
-    exchange = LocalRpcServer(infer)
-    await exchange.open(folder, "paris-1")
-    line = await connect(folder, "paris-1")
-    assert line is not None
+    server = LocalRpcServer(infer)
+    await server.open(folder, "paris-1")
+    connection = await connect(folder, "paris-1")
+    assert connection is not None
     async with asyncio.timeout(10):
-        while not exchange.extensions:  # noqa: ASYNC110 - lines have no events
+        while not server.connections:  # noqa: ASYNC110 - connections have no events
             await asyncio.sleep(0)
-        yield line, exchange
-        await exchange.close()
-        line.hang_up()
-        while not line.is_broken or exchange.extensions:  # noqa: ASYNC110 - lines have no events
+        yield connection, server
+        await server.close()
+        connection.close()
+        while not connection.is_lost or server.connections:  # noqa: ASYNC110 - connections have no events
             await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("shape", [SMALL, LARGE])
-async def test_tensors_come_through_whole_whatever_their_size(folder: Path, shape: tuple[int, ...]) -> None:
-    async with linked(folder, echo) as (line, _):
+async def test_tensors_of_any_size_arrive_unchanged(folder: Path, shape: tuple[int, ...]) -> None:
+    async with connected(folder, echo) as (connection, _):
         asked = work(shape)
-        reply = await line.infer(asked)
+        reply = await connection.infer(asked)
         assert isinstance(reply, InferenceResult)
         np.testing.assert_array_equal(reply.logits, asked.payload * 2)
 
 
-async def test_a_tensor_that_may_be_written_to_arrives_as_one_that_may(folder: Path) -> None:
+async def test_a_writable_tensor_arrives_writable(folder: Path) -> None:
     seen: list[InferenceTask] = []
 
     async def infer(asked: InferenceTask) -> Reply:
         seen.append(asked)
         return await echo(asked)
 
-    async with linked(folder, infer) as (line, _):
+    async with connected(folder, infer) as (connection, _):
         for shape in (SMALL, LARGE):
-            await line.infer(work(shape))
+            await connection.infer(work(shape))
     assert all(asked.payload.flags.writeable and asked.payload.flags.aligned for asked in seen)
 
 
-async def test_many_calls_at_a_time_each_get_their_own_answer(folder: Path) -> None:
-    async with linked(folder, echo) as (line, _):
+async def test_concurrent_calls_each_get_their_own_reply(folder: Path) -> None:
+    async with connected(folder, echo) as (connection, _):
         asked = [work(LARGE if number % 3 else SMALL, f"m{number}") for number in range(30)]
-        replies = await asyncio.gather(*(line.infer(each) for each in asked))
+        replies = await asyncio.gather(*(connection.infer(each) for each in asked))
         for each, reply in zip(asked, replies, strict=True):
             assert isinstance(reply, InferenceResult)
             assert reply.logits.shape == each.payload.shape
 
 
-async def test_a_refusal_is_an_answer_and_a_fault_is_not(folder: Path) -> None:
+async def test_a_rejection_is_a_reply_and_a_fault_is_an_error(folder: Path) -> None:
     async def infer(asked: InferenceTask) -> Reply:
         if asked.model_id == "broken":
             raise ZeroDivisionError("inner detail")
         return InferenceRejected(error=InvalidRequest("no image"))
 
-    async with linked(folder, infer) as (line, _):
-        refused = await line.infer(work())
+    async with connected(folder, infer) as (connection, _):
+        refused = await connection.infer(work())
         assert isinstance(refused, InferenceRejected)
         assert isinstance(refused.error, InvalidRequest)
         with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-            await line.infer(work(model_id="broken"))
+            await connection.infer(work(model_id="broken"))
 
 
 async def test_a_worker_that_dies_fails_its_calls_at_once(folder: Path) -> None:
     gate = Gate()
-    async with linked(folder, gate.infer) as (line, exchange):
-        call = asyncio.create_task(line.infer(work()))
+    async with connected(folder, gate.infer) as (connection, server):
+        call = asyncio.create_task(connection.infer(work()))
         await gate.began.wait()
-        for extension in tuple(exchange.extensions):
-            extension._transport.abort()
+        for accepted in tuple(server.connections):
+            accepted.abort()
         with pytest.raises(ConnectionLost):
             await call
         with pytest.raises(ConnectionLost):
-            await line.infer(work())
+            await connection.infer(work())
 
 
 async def test_a_call_that_is_cancelled_is_cancelled_at_the_worker(folder: Path) -> None:
     gate = Gate()
-    async with linked(folder, gate.infer) as (line, _):
-        call = asyncio.create_task(line.infer(work()))
+    async with connected(folder, gate.infer) as (connection, _):
+        call = asyncio.create_task(connection.infer(work()))
         await gate.began.wait()
         call.cancel()
         await gate.cancelled.wait()
 
 
-async def test_what_a_router_that_died_has_asked_for_is_cancelled(folder: Path) -> None:
+async def test_the_calls_of_a_router_that_dies_are_cancelled(folder: Path) -> None:
     gate = Gate()
-    async with linked(folder, gate.infer) as (line, _):
-        call = asyncio.create_task(line.infer(work()))
+    async with connected(folder, gate.infer) as (connection, _):
+        call = asyncio.create_task(connection.infer(work()))
         await gate.began.wait()
-        line._transport.abort()
+        connection.abort()
         await gate.cancelled.wait()
         with pytest.raises(ConnectionLost):
             await call
 
 
-async def test_closing_sees_calls_through_and_takes_no_more(folder: Path) -> None:
+async def test_closing_ends_running_calls_and_takes_no_more(folder: Path) -> None:
     gate = Gate()
-    async with linked(folder, gate.infer) as (line, exchange):
-        call = asyncio.create_task(line.infer(work()))
+    async with connected(folder, gate.infer) as (connection, server):
+        call = asyncio.create_task(connection.infer(work()))
         await gate.began.wait()
-        closing = asyncio.create_task(exchange.close())
+        closing = asyncio.create_task(server.close())
         await asyncio.sleep(0)
         with pytest.raises(ConnectionLost, match="shutting down"):
-            await line.infer(work())
+            await connection.infer(work())
         assert not closing.done()
         gate.may_end.set()
         assert isinstance(await call, InferenceResult)
@@ -170,14 +170,14 @@ async def test_closing_sees_calls_through_and_takes_no_more(folder: Path) -> Non
         assert await connect(folder, "paris-1") is None
 
 
-async def test_who_is_not_on_this_host_has_no_line_and_who_was_killed_is_lost(folder: Path) -> None:
+async def test_a_worker_of_another_host_has_no_connection_and_a_killed_one_is_lost(folder: Path) -> None:
     assert await connect(folder, "tokyo-1") is None
     os.mkdir(folder, mode=0o700)
     with socket.socket(socket.AF_UNIX) as killed:
         killed.bind(str(folder / "tokyo-1.sock"))
     with pytest.raises(ConnectionLost):
         await connect(folder, "tokyo-1")
-    async with linked(folder, echo):
+    async with connected(folder, echo):
         assert os.listdir(folder) == ["paris-1.sock"]
 
 
@@ -189,24 +189,24 @@ async def test_a_folder_that_others_may_enter_is_not_used(folder: Path) -> None:
     assert os.listdir(folder) == []
 
 
-async def test_who_answers_in_a_folder_that_others_may_enter_is_not_asked(folder: Path) -> None:
-    async with linked(folder, echo):
+async def test_a_worker_in_a_folder_that_others_may_enter_is_not_called(folder: Path) -> None:
+    async with connected(folder, echo):
         os.chmod(folder, 0o777)
         assert await connect(folder, "paris-1") is None
         os.chmod(folder, 0o700)
 
 
-async def test_calls_to_one_worker_share_a_line_and_a_broken_one_is_not_used_again(folder: Path) -> None:
-    lines = LocalRpcPool(folder)
-    assert await lines.to("tokyo-1") is None
-    async with linked(folder, echo) as (_, _):
-        first, second = await asyncio.gather(lines.to("paris-1"), lines.to("paris-1"))
-        assert first is second is await lines.to("paris-1") is not None
+async def test_calls_to_one_worker_share_a_connection_until_it_is_lost(folder: Path) -> None:
+    pool = LocalRpcPool(folder)
+    assert await pool.connection("tokyo-1") is None
+    async with connected(folder, echo) as (_, _):
+        first, second = await asyncio.gather(pool.connection("paris-1"), pool.connection("paris-1"))
+        assert first is second is await pool.connection("paris-1") is not None
         await first.infer(work())
-        first._transport.abort()
-        while not first.is_broken:  # noqa: ASYNC110 - lines have no events
+        first.abort()
+        while not first.is_lost:  # noqa: ASYNC110 - connections have no events
             await asyncio.sleep(0)
-        again = await lines.to("paris-1")
+        again = await pool.connection("paris-1")
         assert again is not first
         assert isinstance(await again.infer(work()), InferenceResult)
-        again.hang_up()
+        again.close()

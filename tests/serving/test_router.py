@@ -14,7 +14,8 @@ from serve_app.core.catalog import Catalog
 from serve_app.core.cluster.reports import ViewDelta
 from serve_app.core.vocabulary import Forwarding, Outcome
 from serve_app.errors import DeadlineExceeded, InvalidRequest, NotFound, StoreError, Unavailable
-from serve_app.serving.api.endpoints import HttpSettings, build_http_app
+from serve_app.serving.api.http_app import build_http_app
+from serve_app.serving.api.request_reader import HttpSettings
 from serve_app.serving.router.request import InferenceRequest
 from serve_app.serving.transport.messages import InferenceRejected, NotResident
 from serve_app.serving.transport.worker_pool import WorkerLost

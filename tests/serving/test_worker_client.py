@@ -1,4 +1,4 @@
-"""Which failures of a call say that the worker is lost, so that another one is asked."""
+"""Which failures of a call mean that the worker is lost, so that another worker gets the request."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ async def failing(code: grpc.StatusCode) -> None:
     raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata())
 
 
-async def test_a_call_that_a_worker_cuts_off_because_its_time_is_over_is_made_elsewhere() -> None:
-    from serve_app.serving.transport.worker_client import _call
+async def test_a_call_that_a_replica_cancels_as_it_ends_counts_as_a_lost_worker() -> None:
+    from serve_app.serving.transport.worker_client import reply_of
 
     with pytest.raises(WorkerLost):
-        await _call(failing(grpc.StatusCode.CANCELLED))
+        await reply_of(failing(grpc.StatusCode.CANCELLED))
 
 
-async def test_a_call_that_the_transport_refuses_is_a_fault_wherever_it_is_made() -> None:
-    from serve_app.serving.transport.worker_client import _call
+async def test_a_call_that_the_transport_refuses_is_a_fault() -> None:
+    from serve_app.serving.transport.worker_client import reply_of
 
     with pytest.raises(grpc.aio.AioRpcError):
-        await _call(failing(grpc.StatusCode.RESOURCE_EXHAUSTED))
+        await reply_of(failing(grpc.StatusCode.RESOURCE_EXHAUSTED))

@@ -12,13 +12,13 @@ from serve_app.core.cluster.reports import OutcomeCounts, WorkerReport
 def cluster_status(
     view: ClusterView, locations: Sequence[str], *, coordinator_up: bool, view_age_s: float | None
 ) -> Any:
-    """Every location with what it holds, and how well it has served its users so far."""
-    served: dict[str, OutcomeCounts] = {}
+    """Return every location with its resident models and the outcomes of its users' requests."""
+    outcomes: dict[str, OutcomeCounts] = {}
     for report in view.workers.values():
         for origin, counts in report.outcomes.items():
-            served[origin] = served.get(origin, OutcomeCounts()) + counts
+            outcomes[origin] = outcomes.get(origin, OutcomeCounts()) + counts
     return {
-        "locations": [_location(view, name, served.get(name, OutcomeCounts())) for name in locations],
+        "locations": [_location(view, name, outcomes.get(name, OutcomeCounts())) for name in locations],
         "coordinator": {
             "up": coordinator_up,
             "view_age_s": None if view_age_s is None else round(view_age_s, 3),

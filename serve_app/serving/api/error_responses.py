@@ -1,4 +1,4 @@
-"""Errors as HTTP responses: ``{"error": "<one sentence>"}`` with the fitting status."""
+"""Errors as HTTP responses: ``{"error": "<one sentence>"}`` with the status of the error."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class JsonResponse(Response):
     media_type = "application/json"
 
     def render(self, content: object) -> bytes:
-        """The bytes of ``content``."""
+        """Return ``content`` as JSON."""
         return orjson.dumps(content)
 
 
 async def on_any_error(request: Request, error: Exception) -> Response:
-    """Whatever a request has run into."""
+    """Respond to any exception of a request."""
     return await (on_error if isinstance(error, EdgeServeError) else on_fault)(request, error)
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """An error of our tree: its sentence and its status, or a fault of ours."""
+    """Respond to an ``EdgeServeError``: its sentence and status, or the response to a fault."""
     assert isinstance(error, EdgeServeError)
     if (
         error.status >= HTTPStatus.INTERNAL_SERVER_ERROR
@@ -52,7 +52,7 @@ async def on_error(request: Request, error: Exception) -> Response:
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """The framework's own refusals, in our words."""
+    """Respond to an error of the web framework, as to one of ``errors.py``."""
     assert isinstance(error, HTTPException)
     path = request.url.path[:200]
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
@@ -65,12 +65,12 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def on_disconnect(request: Request, error: Exception) -> Response:
-    """The client has gone away in the middle of its request; nobody reads this."""
+    """Respond to a client that has disconnected before the end of its request; the response is not read."""
     return Response(status_code=HTTPStatus.BAD_REQUEST)
 
 
 async def on_fault(request: Request, error: Exception) -> Response:
-    """A fault of ours: the log has it under the request id that the client gets."""
+    """Respond to a fault of EdgeServe: log it under a request id, and name the id to the client."""
     request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
     request_id = request_id[:64]
     logger.error("request %s failed", request_id, exc_info=error)
@@ -79,7 +79,7 @@ async def on_fault(request: Request, error: Exception) -> Response:
 
 
 def error_response(error: EdgeServeError, more_headers: Mapping[str, str] | None = None) -> Response:
-    """The response for an error of our tree."""
+    """Return the response for an ``EdgeServeError``."""
     headers = dict(more_headers or {})
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))

@@ -1,11 +1,16 @@
-"""The short way for inference through HTTP; what is done for every other address takes most of the time of a hit.
+"""The fast path: inference over HTTP without Ray Serve's and FastAPI's work per request, most of the time of a hit.
 
-``FastPath`` is the FastAPI application, but for ``POST .../infer``, which it reads straight from ASGI.
+``FastPath`` answers ``POST .../infer`` straight from ASGI. A request reaches it in one of two ways:
 
-``middlewares`` is for ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH``. With it, inference goes from Serve's HTTP server
-to the application of this process without what Serve does in between: its accounts, its access log, and the tasks that
-watch whether the client hangs up, which the hot path sees by itself. So whoever shuts the application down must wait
-for requests under way, as Serve does for its own.
+* through Serve: ``FastPathApp``, the application that Serve calls, asks its ``FastPath`` before FastAPI;
+* past Serve: ``BypassMiddleware`` stands before Serve's own ASGI application in the HTTP server of the replica. Serve
+  puts it there by the import path in ``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH``, which names ``middlewares``.
+
+Serve makes the middleware before the replica has an application, and passes nothing to it. ``register`` connects the
+two. Without the variable, or before ``register``, every request goes through Serve.
+
+A request past Serve is in none of Serve's counts and logs, and Serve does not wait for it when the replica shuts down:
+the router drains its own requests.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
@@ -21,44 +26,46 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve_app.serving.api.auth import Authorize
+
 _INFER = re.compile("/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
 
 
-class Incoming(Protocol):
-    """What inference needs of a request; Starlette's ``Request`` is one."""
+class InferenceHttpRequest(Protocol):
+    """What inference reads of an HTTP request; Starlette's ``Request`` is one."""
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """The headers, their names in small letters."""
+        """The headers, with lower-case names."""
 
     @property
     def path_params(self) -> Mapping[str, Any]:
-        """``model`` and, if it was named, ``version``."""
+        """``model``, and ``version`` where the path has one."""
 
     def stream(self) -> AsyncIterator[bytes]:
-        """The body, as it comes in; raises ``ClientDisconnect``."""
+        """The body, chunk by chunk; raises ``ClientDisconnect``."""
 
 
-class BareRequest:
-    """A request as ASGI gives it, with nothing looked at that nobody asks for.
+class FastRequest:
+    """A request as ASGI gives it, parsed no further than inference needs.
 
-    From the end of its body on it watches whether its client hangs up, and then cancels the task that made it.
+    Once the body is complete, the request watches its client, and cancels its own task when the client disconnects.
     """
 
-    __slots__ = ("_receive", "_task", "_watch", "headers", "hung_up", "path_params")
+    __slots__ = ("_receive", "_task", "_watch", "disconnected", "headers", "path_params")
 
     def __init__(self, scope: Scope, receive: Receive, path_params: Mapping[str, Any]) -> None:
         self.headers: Mapping[str, str] = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
         self.path_params = path_params
-        self.hung_up = False
+        self.disconnected = False
         self._receive = receive
         self._task = asyncio.current_task()
         self._watch: asyncio.Task[None] | None = None
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """The body, as it comes in; raises ``ClientDisconnect``."""
+        """The body, chunk by chunk; raises ``ClientDisconnect``."""
         more = True
         while more:
             message = await self._receive()
@@ -71,74 +78,21 @@ class BareRequest:
     async def _watch_client(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self.hung_up = True
+        self.disconnected = True
         if self._task is not None:
             self._task.cancel()
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop watching the client."""
         if self._watch is not None:
             self._watch.cancel()
 
 
-class FastPath(FastAPI):
-    """An application whose inference takes the short way."""
-
-    #: Answers an inference request; what it raises becomes a response by ``on_error``.
-    infer: Callable[[Any], Awaitable[Response]]
-    on_error: Callable[[Request, Exception], Awaitable[Response]]
-    #: Raises what keeps a request with these headers out.
-    admit: Callable[[Mapping[str, str]], None]
-
-    #: Where the application is mounted, as Serve says with the requests that go through it.
-    _prefix: str | None = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Called by Serve with one request."""
-        self._prefix = scope.get("root_path", "")
-        if not await self.take(scope, receive, send):
-            await super().__call__(scope, receive, send)
-
-    async def take(self, scope: Scope, receive: Receive, send: Send) -> bool:
-        """Answer a request if it is inference; whether it was."""
-        if scope["type"] != "http" or scope["method"] != "POST" or self._prefix is None:
-            return False
-        path: str = scope["path"]
-        found = _INFER.fullmatch(path, len(self._prefix)) if path.startswith(self._prefix) else None
-        if found is None:
-            return False
-        request = BareRequest(scope, receive, {"model": found[1], "version": found[2]})
-        response = await self._answer(scope, request)
-        if response is not None:
-            await response(scope, receive, send)
-        return True
-
-    def take_over(self) -> None:
-        """Be the application that ``middlewares`` of this process hand inference to."""
-        BypassMiddleware.application = self
-
-    async def _answer(self, scope: Scope, request: BareRequest) -> Response | None:
-        """The response, or None: the client has hung up, and what was done for it is cancelled."""
-        try:
-            self.admit(request.headers)
-            return await self.infer(request)
-        except ClientDisconnect:
-            return None
-        except asyncio.CancelledError:
-            if request.hung_up:
-                return None
-            raise
-        except Exception as error:
-            return await self.on_error(Request(scope), error)
-        finally:
-            request.close()
-
-
-class BareResponse(Response):
-    """A response of bytes; ``headers`` are written as they are."""
+class FastResponse(Response):
+    """A response of bytes with exactly the given headers and the content length."""
 
     def __init__(self, body: bytes, headers: Mapping[str, str]) -> None:
-        # Not that of the base class: to look whether any header is missing takes longer than to write them all.
+        # The constructor of the base class searches for missing headers, which takes longer than writing all of them.
         self.status_code = 200
         self.body = body
         self.background = None
@@ -148,20 +102,119 @@ class BareResponse(Response):
         self.raw_headers.append((b"content-length", str(len(body)).encode()))
 
 
+class FastPath:
+    """Answers inference requests straight from ASGI.
+
+    Args:
+        infer: answers one inference request.
+        authorize: raises unless the request may be served.
+        on_error: makes the response for what ``infer`` or ``authorize`` raised.
+    """
+
+    def __init__(
+        self,
+        *,
+        infer: Callable[[Any], Awaitable[Response]],
+        authorize: Authorize,
+        on_error: Callable[[Request, Exception], Awaitable[Response]],
+    ) -> None:
+        self._infer = infer
+        self._authorize = authorize
+        self._on_error = on_error
+        self._route_prefix: str | None = None
+
+    def set_route_prefix(self, route_prefix: str) -> None:
+        """Set the path below which Serve has mounted the application; until then no request is answered here.
+
+        Serve tells a replica its route prefix with the requests that go through Serve, and in no other way.
+        """
+        self._route_prefix = route_prefix
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> bool:
+        """Answer a request if it is an inference request of this application; return whether it was."""
+        if scope["type"] != "http" or scope["method"] != "POST" or self._route_prefix is None:
+            return False
+        path: str = scope["path"]
+        found = _INFER.fullmatch(path, len(self._route_prefix)) if path.startswith(self._route_prefix) else None
+        if found is None:
+            return False
+        request = FastRequest(scope, receive, {"model": found[1], "version": found[2]})
+        response = await self._answer(scope, request)
+        if response is not None:
+            await response(scope, receive, send)
+        return True
+
+    async def _answer(self, scope: Scope, request: FastRequest) -> Response | None:
+        """Return the response, or None if the client has disconnected; its inference is cancelled then."""
+        try:
+            self._authorize(scope)
+            return await self._infer(request)
+        except ClientDisconnect:
+            return None
+        except asyncio.CancelledError:
+            if request.disconnected:
+                return None
+            raise
+        except Exception as error:
+            return await self._on_error(Request(scope), error)
+        finally:
+            request.close()
+
+
+class FastPathApp(FastAPI):
+    """A FastAPI application whose inference requests take the fast path.
+
+    Args:
+        fast_path: is asked first for every request.
+        settings: of FastAPI.
+    """
+
+    def __init__(self, fast_path: FastPath, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.fast_path = fast_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Called by Serve with one request."""
+        self.fast_path.set_route_prefix(scope.get("root_path", ""))
+        if not await self.fast_path.handle(scope, receive, send):
+            await super().__call__(scope, receive, send)
+
+
+class Registry:
+    """Connects the middleware of a process to the fast path of the process's application, which exists later."""
+
+    def __init__(self) -> None:
+        self.fast_path: FastPath | None = None
+
+
 class BypassMiddleware:
-    """Takes inference past Serve, and hands everything else on to it."""
+    """ASGI middleware before Serve: passes inference requests to the registered fast path, all others to Serve.
 
-    application: ClassVar[FastPath | None] = None
+    Args:
+        app: Serve's ASGI application.
+        registry: holds the fast path, or None until the application is registered.
+    """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, registry: Registry) -> None:
         self._app = app
+        self._registry = registry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Called by Serve's HTTP server with one request."""
-        if self.application is None or not await self.application.take(scope, receive, send):
+        fast_path = self._registry.fast_path
+        if fast_path is None or not await fast_path.handle(scope, receive, send):
             await self._app(scope, receive, send)
 
 
-def middlewares() -> list[Middleware]:
-    """What Serve puts around the application of every replica that takes HTTP."""
-    return [Middleware(BypassMiddleware)]
+#: One replica runs in a process, and Serve calls ``middlewares`` without arguments.
+_PROCESS = Registry()
+
+
+def register(fast_path: FastPath, registry: Registry = _PROCESS) -> None:
+    """Have ``BypassMiddleware`` pass inference requests to this fast path from now on."""
+    registry.fast_path = fast_path
+
+
+def middlewares(registry: Registry = _PROCESS) -> list[Middleware]:
+    """Return what Serve puts before its ASGI application in every process that serves HTTP."""
+    return [Middleware(BypassMiddleware, registry=registry)]

@@ -1,4 +1,4 @@
-"""``GET /metrics``: what this node's Ray agent exports of EdgeServe's metrics."""
+"""EdgeServe's metrics of this node, as its Ray agent exports them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MetricsScraper:
         self._url: str | None = None
 
     async def scrape(self) -> str:
-        """EdgeServe's metrics as Prometheus text.
+        """Return EdgeServe's metrics as Prometheus text.
 
         Raises:
             Unavailable: the agent does not answer.
@@ -35,17 +35,17 @@ class MetricsScraper:
             raise Unavailable(
                 f"Ray's metrics agent does not answer ({type(error).__name__}); try again later"
             ) from None
-        return "".join(line for line in text.splitlines(keepends=True) if _is_ours(line))
+        return "".join(line for line in text.splitlines(keepends=True) if _is_edgeserve(line))
 
 
-def _is_ours(line: str) -> bool:
+def _is_edgeserve(line: str) -> bool:
     name = line.split(" ", 3)[2] if line.startswith("# ") else line
     return name.startswith(_PREFIX)
 
 
 def _agent_url() -> str:
-    here = ray.get_runtime_context().get_node_id()
+    own_id = ray.get_runtime_context().get_node_id()
     for node in ray.nodes():
-        if node["NodeID"] == here:
+        if node["NodeID"] == own_id:
             return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    raise LookupError(here)
+    raise LookupError(own_id)

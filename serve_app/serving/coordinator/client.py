@@ -12,6 +12,7 @@ import ray
 from serve_app.core.cluster.reports import ViewDelta, WorkerReport
 from serve_app.core.coordination.rules import CoordinatorRules
 from serve_app.core.links import Link
+from serve_app.serving import ray_internals
 from serve_app.serving.coordinator.actor import NAME, NAMESPACE, Coordinator
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class CoordinatorClient:
                 get_if_exists=True,
                 max_restarts=-1,
                 num_cpus=0,
-                resources={"node:__internal_head__": 0.001},
+                resources={ray_internals.HEAD_NODE_RESOURCE: 0.001},
             )
             .remote(rules)
         )

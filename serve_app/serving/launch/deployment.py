@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 
 from serve_app.config import environment, yaml_files
+from serve_app.serving import ray_internals
 from serve_app.serving.launch.local_ray import (
     Running,
     Say,
@@ -184,13 +185,7 @@ def _hosts(serve_file: ServeFile) -> list[str]:
         return [serve_file.host]
     hosts = {"127.0.0.1"}
     if serve_file.proxy_location == "EveryNode":
-        from ray.serve.context import _get_global_client
-
-        details = _get_global_client().get_serve_details()["applications"]
-        for name in set(serve_file.names) & details.keys():
-            for deployment in details[name]["deployments"].values():
-                # One that has not started yet is nowhere.
-                hosts |= {replica["node_ip"] for replica in deployment["replicas"] if replica.get("node_ip")}
+        hosts |= ray_internals.replica_hosts(serve_file.names)
     return sorted(hosts)
 
 
@@ -219,7 +214,7 @@ def _delete(applications: tuple[str, ...]) -> None:
 
     for name in applications:
         # Each takes half a minute to drain, so not one after another.
-        serve.delete(name, _blocking=False)
+        ray_internals.delete_application(name)
     while serve.status().applications.keys() & set(applications):
         time.sleep(0.5)
 

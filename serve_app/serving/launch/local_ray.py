@@ -20,11 +20,12 @@ import psutil
 
 from serve_app.config.environment import child_environment, has_ray_token, preset, ray_address, ray_temp_dir
 from serve_app.errors import EdgeServeError
+from serve_app.serving import ray_internals
 from serve_app.serving.launch.serve_config import ServeFile
 
 Say = Callable[[str], None]
 
-#: Must be set before Ray starts: Serve's fast ingress (see DESIGN.md).
+#: Must be set before Ray starts: Serve's fast ingress (see serve_app/docs/serving.md).
 FAST_INGRESS = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -139,7 +140,7 @@ def start_ray(serve_file: ServeFile, say: Say) -> Running:
     log = Path(tempfile.gettempdir()) / f"edgeserve-ray-{run_id}.log"
     say("starting Ray on this machine")
     command = [
-        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
+        sys.executable, "-m", ray_internals.COMMAND_MODULE, "start", "--head", "--block", "--disable-usage-stats",
         "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard_port}",
     ]  # fmt: skip
     variables = {
@@ -234,7 +235,7 @@ def _local_ray() -> str | None:
 
 def _address_file() -> Path:
     """Where Ray leaves the address of the cluster that runs on this machine."""
-    return ray_temp_dir() / "ray" / "ray_current_cluster"
+    return ray_temp_dir() / "ray" / ray_internals.ADDRESS_FILE
 
 
 def _listens(address: str) -> bool:

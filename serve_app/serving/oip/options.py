@@ -47,6 +47,11 @@ class RequestOptions:
         if type(self.priority) is not int or not 0 <= self.priority <= MAX_PRIORITY:
             raise InvalidRequest(f"priority must be a whole number in 0..{MAX_PRIORITY}, not {describe(self.priority)}")
 
+    @property
+    def deadline_s(self) -> float | None:
+        """``deadline_ms`` in seconds."""
+        return None if self.deadline_ms is None else self.deadline_ms / 1000
+
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, object]) -> RequestOptions:
         """Options from the ``parameters`` of a request; names it does not know are ignored, as the protocol asks."""

@@ -1,1 +1,1 @@
-"""How work gets from routers to workers, and results back."""
+"""How requests get from routers to workers, and replies back."""

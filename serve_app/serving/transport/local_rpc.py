@@ -1,17 +1,16 @@
-"""A line from a router straight to a worker of the same host: a Unix socket, framed messages, tensors as they are.
+"""Calls from a router to a worker of the same host: framed messages over a Unix socket, tensors as they are.
 
-A call through a Serve handle takes many times as long, so hits on the same host go this way; Serve's handles stay the
-way to other hosts. The worker listens (``LocalRpcServer``) in a folder that only its user may enter, under the name of
-its replica, so a router that finds no such socket knows that the worker is elsewhere. What differs from a handle:
+A call through a Serve handle takes many times as long, so hits on the same host go this way; Serve's handles remain the
+way to other hosts. The server of a worker (``LocalRpcServer``) listens in a folder that only its user may enter, under
+the name of its replica: without such a socket, a router knows that the worker is on another host. Unlike a handle:
 
-* a worker that dies breaks its lines, which fails their calls at once: ``ConnectionLost``;
+* a worker that dies breaks its connections, which fails their calls at once: ``ConnectionLost``;
 * a call that is cancelled at the router is cancelled at the worker, and so are all calls of a router that dies;
-* a worker that shuts down goes on answering until ``LocalRpcServer.close``, which lets go of no call that has begun;
-  later ones fail like those to a dead worker. Serve does not count these calls, so its own draining does not wait for
-  them.
+* a worker that shuts down answers until ``LocalRpcServer.close``, which waits for every call that has begun; later
+  calls fail like calls to a dead worker. Serve does not count these calls, so its own draining does not wait for them.
 
 A frame is a header, a pickled message, and the bytes of its one array, if it has any, which are not copied in between.
-Both ends are of the same program and the same user, as with Ray's own calls.
+Both ends run the same program as the same user, as with Ray's own calls, so either may unpickle what the other sends.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ from serve_app.serving.transport.messages import InferenceTask, Reply
 
 logger = logging.getLogger(__name__)
 
-#: Call, kind, bytes of the pickled message with its padding, bytes of the array.
+#: Number of the call, kind, bytes of the pickled message with its padding, bytes of the array.
 _HEADER = struct.Struct("<QIIQ")
-#: Arrays begin at multiples of this, as vector instructions like it.
+#: Arrays begin at multiples of this, for vector instructions.
 _ALIGNMENT = 64
 _SCRATCH_BYTES = 64 * 1024
 #: As much as the system allows: each time a socket is full costs two switches between processes.
@@ -45,7 +44,7 @@ _SOCKET_BYTES = 4 * 2**20
 
 
 class ConnectionLost(Exception):
-    """The other end has gone, or does not take calls any more."""
+    """The worker has died, or takes no more calls."""
 
 
 class _Kind(IntEnum):
@@ -56,16 +55,15 @@ class _Kind(IntEnum):
     CLOSED = 4
 
 
-class _Framed(asyncio.BufferedProtocol, ABC):
-    """One end of a line: cuts what arrives into frames.
+class _FramedProtocol(asyncio.BufferedProtocol, ABC):
+    """One end of a connection: cuts received bytes into frames.
 
-    Small frames are cut from a scratch buffer; a large one is received right into memory of its own, in which its array
-    then stays.
+    Small frames are cut from a scratch buffer; a large frame is received into memory of its own, which its array keeps.
     """
 
     def __init__(self) -> None:
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
-        self._have = 0
+        self._received_bytes = 0
         self._large: memoryview | None = None
         self._transport: asyncio.Transport | None = None
 
@@ -76,34 +74,34 @@ class _Framed(asyncio.BufferedProtocol, ABC):
             transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, option, _SOCKET_BYTES)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Called by asyncio: where to put what arrives."""
-        return (self._scratch if self._large is None else self._large)[self._have :]
+        """Called by asyncio for the buffer that it receives into."""
+        return (self._scratch if self._large is None else self._large)[self._received_bytes :]
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Called by asyncio: so much has arrived."""
-        self._have += nbytes
+        """Called by asyncio when the buffer has received ``nbytes`` more."""
+        self._received_bytes += nbytes
         if self._large is not None:
-            if self._have == len(self._large):
-                frame, self._large, self._have = self._large, None, 0
-                self._take(frame)
+            if self._received_bytes == len(self._large):
+                frame, self._large, self._received_bytes = self._large, None, 0
+                self._decode(frame)
             return
         begin = 0
-        while self._have - begin >= _HEADER.size:
+        while self._received_bytes - begin >= _HEADER.size:
             _, _, message_bytes, array_bytes = _HEADER.unpack_from(self._scratch, begin)
             size = _HEADER.size + message_bytes + array_bytes
-            if self._have - begin < size:
+            if self._received_bytes - begin < size:
                 if size > len(self._scratch):
                     self._large = memoryview(bytearray(size))
                 break
-            self._take(memoryview(bytearray(self._scratch[begin : begin + size])))
+            self._decode(memoryview(bytearray(self._scratch[begin : begin + size])))
             begin += size
-        rest = bytes(self._scratch[begin : self._have])
+        rest = bytes(self._scratch[begin : self._received_bytes])
         target = self._scratch if self._large is None else self._large
         target[: len(rest)] = rest
-        self._have = len(rest)
+        self._received_bytes = len(rest)
 
     def send(self, call: int, kind: _Kind, message: object = None) -> None:
-        """Send one frame; nothing happens if the line is broken."""
+        """Send one frame; do nothing if the connection is lost."""
         if self._transport is None or self._transport.is_closing():
             return
         arrays: list[pickle.PickleBuffer] = []
@@ -116,12 +114,17 @@ class _Framed(asyncio.BufferedProtocol, ABC):
         else:
             self._transport.write(head)
 
-    def hang_up(self) -> None:
-        """Close this end when everything has been sent."""
+    def close(self) -> None:
+        """Close the connection once everything has been sent."""
         if self._transport is not None:
             self._transport.close()
 
-    def _take(self, frame: memoryview) -> None:
+    def abort(self) -> None:
+        """Close the connection at once, as the death of this process would."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _decode(self, frame: memoryview) -> None:
         call, kind, message_bytes, array_bytes = _HEADER.unpack_from(frame)
         end = _HEADER.size + message_bytes
         array = (frame[end : end + array_bytes],) if array_bytes else ()
@@ -129,81 +132,81 @@ class _Framed(asyncio.BufferedProtocol, ABC):
 
     @abstractmethod
     def received(self, call: int, kind: _Kind, message: Any) -> None:
-        """One frame has come."""
+        """Handle one frame."""
 
 
-class LocalRpcConnection(_Framed):
-    """The router's end: many calls at a time, each answered whenever it is done. Made by ``connect``."""
+class LocalRpcConnection(_FramedProtocol):
+    """The router's end of a connection, made by ``connect``: any number of calls at a time, answered in any order."""
 
     def __init__(self) -> None:
         super().__init__()
         self._calls = itertools.count()
-        self._waiting: dict[int, asyncio.Future[Reply]] = {}
-        self.is_broken = False
+        self._pending: dict[int, asyncio.Future[Reply]] = {}
+        self.is_lost = False
 
-    async def infer(self, work: InferenceTask) -> Reply:
-        """Have the worker do it.
+    async def infer(self, task: InferenceTask) -> Reply:
+        """Run a task at the worker.
 
         Raises:
-            LineBroken: the worker has died, or takes no calls any more.
-            RuntimeError: a fault of ours at the worker, whose log says more.
+            ConnectionLost: the worker has died, or takes no more calls.
+            RuntimeError: a fault at the worker, whose log says more.
         """
-        if self.is_broken:
-            raise ConnectionLost("the worker hung up")
+        if self.is_lost:
+            raise ConnectionLost("the worker has closed the connection")
         call = next(self._calls)
-        answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._waiting[call] = answer
+        reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._pending[call] = reply
         try:
-            self.send(call, _Kind.CALL, work)
-            return await answer
+            self.send(call, _Kind.CALL, task)
+            return await reply
         except asyncio.CancelledError:
             self.send(call, _Kind.CANCEL)
             raise
         finally:
-            self._waiting.pop(call, None)
+            self._pending.pop(call, None)
 
     def received(self, call: int, kind: _Kind, message: Any) -> None:
-        """An answer has come."""
-        answer = self._waiting.get(call)
-        if answer is None or answer.done():
+        """End the call that a frame answers."""
+        reply = self._pending.get(call)
+        if reply is None or reply.done():
             return
         match kind:
             case _Kind.REPLY:
-                answer.set_result(message)
+                reply.set_result(message)
             case _Kind.CLOSED:
-                answer.set_exception(ConnectionLost("the worker is shutting down"))
+                reply.set_exception(ConnectionLost("the worker is shutting down"))
             case _:
-                answer.set_exception(RuntimeError(f"the worker failed: {message}"))
+                reply.set_exception(RuntimeError(f"the worker failed: {message}"))
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Called by asyncio: the worker has died or hung up."""
-        self.is_broken = True
-        for answer in self._waiting.values():
-            if not answer.done():
-                answer.set_exception(ConnectionLost("the worker died or hung up"))
+        """Called by asyncio when the worker has died or closed the connection."""
+        self.is_lost = True
+        for reply in self._pending.values():
+            if not reply.done():
+                reply.set_exception(ConnectionLost("the worker died or closed the connection"))
 
 
-class _ServerConnection(_Framed):
-    """The worker's end of one line."""
+class _ServerConnection(_FramedProtocol):
+    """The worker's end of a connection."""
 
-    def __init__(self, exchange: LocalRpcServer) -> None:
+    def __init__(self, server: LocalRpcServer) -> None:
         super().__init__()
-        self._exchange = exchange
+        self._server = server
         self._running: dict[int, asyncio.Task[None]] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Called by asyncio."""
         super().connection_made(transport)
-        if self._exchange.is_closed:
-            self.hang_up()
+        if self._server.is_closed:
+            self.close()
         else:
-            self._exchange.extensions.add(self)
+            self._server.connections.add(self)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Called by asyncio: the router has gone, and nobody waits for what it asked for."""
-        self._exchange.extensions.discard(self)
-        for task in self._running.values():
-            task.cancel()
+        """Called by asyncio when the router has died or closed the connection; its calls have no reader any more."""
+        self._server.connections.discard(self)
+        for running in self._running.values():
+            running.cancel()
 
     @property
     def running(self) -> tuple[asyncio.Task[None], ...]:
@@ -211,21 +214,21 @@ class _ServerConnection(_Framed):
         return tuple(self._running.values())
 
     def received(self, call: int, kind: _Kind, message: Any) -> None:
-        """A call has come, or is not wanted any more."""
+        """Begin a call, or cancel it."""
         if kind is _Kind.CANCEL:
-            task = self._running.get(call)
-            if task is not None:
-                task.cancel()
-        elif self._exchange.is_closed:
+            running = self._running.get(call)
+            if running is not None:
+                running.cancel()
+        elif self._server.is_closed:
             self.send(call, _Kind.CLOSED)
         else:
-            task = asyncio.get_running_loop().create_task(self._answer(call, message))
-            self._running[call] = task
-            task.add_done_callback(lambda _: self._running.pop(call, None))
+            running = asyncio.get_running_loop().create_task(self._answer(call, message))
+            self._running[call] = running
+            running.add_done_callback(lambda _: self._running.pop(call, None))
 
-    async def _answer(self, call: int, work: InferenceTask) -> None:
+    async def _answer(self, call: int, task: InferenceTask) -> None:
         try:
-            reply = await self._exchange.infer(work)
+            reply = await self._server.infer(task)
         except Exception as error:
             logger.exception("a call failed")
             self.send(call, _Kind.FAULT, f"{type(error).__name__}: {error}")
@@ -234,7 +237,7 @@ class _ServerConnection(_Framed):
 
 
 class LocalRpcServer:
-    """Where a worker takes calls of routers on its host.
+    """Takes the calls of routers on the host of a worker.
 
     Args:
         infer: answers one call.
@@ -243,55 +246,55 @@ class LocalRpcServer:
     def __init__(self, infer: Callable[[InferenceTask], Awaitable[Reply]]) -> None:
         self.infer = infer
         self.is_closed = False
-        self.extensions: set[_ServerConnection] = set()
-        self._server: asyncio.Server | None = None
+        self.connections: set[_ServerConnection] = set()
+        self._listener: asyncio.Server | None = None
         self._path: Path | None = None
 
     async def open(self, folder: Path, replica: str) -> None:
         """Listen as ``replica`` in ``folder``; raises ``OSError`` where that cannot be done safely."""
-        _own(folder)
-        _sweep(folder)
+        _make_private(folder)
+        _remove_stale_sockets(folder)
         self._path = _socket_path(folder, replica)
-        self._server = await asyncio.get_running_loop().create_unix_server(
+        self._listener = await asyncio.get_running_loop().create_unix_server(
             lambda: _ServerConnection(self), path=str(self._path), backlog=1024
         )
 
     async def close(self) -> None:
-        """Take no more calls, and wait for those that have begun; then hang up."""
+        """Take no more calls, wait for those that have begun, and close the connections."""
         self.is_closed = True
-        if self._server is not None and self._path is not None:
-            self._server.close()
+        if self._listener is not None and self._path is not None:
+            self._listener.close()
             self._path.unlink(missing_ok=True)
-        while running := [task for extension in self.extensions for task in extension.running]:
+        while running := [task for connection in self.connections for task in connection.running]:
             await asyncio.wait(running)
-        for extension in tuple(self.extensions):
-            extension.hang_up()
+        for connection in tuple(self.connections):
+            connection.close()
 
 
 async def connect(folder: Path, replica: str) -> LocalRpcConnection | None:
-    """A line to a worker; None if there is no such worker on this host.
+    """Connect to a worker; None if there is no such worker on this host.
 
     Raises:
-        LineBroken: it was here, but has gone.
+        ConnectionLost: the worker was on this host, but has died.
     """
     path = _socket_path(folder, replica)
     try:
-        # A cheap look first: for workers elsewhere this is asked again with every call.
+        # A cheap check first: for workers on other hosts it runs with every call.
         path.lstat()
-        _require_own(folder)
-        _, line = await asyncio.get_running_loop().create_unix_connection(LocalRpcConnection, str(path))
+        _require_private(folder)
+        _, connection = await asyncio.get_running_loop().create_unix_connection(LocalRpcConnection, str(path))
     except FileNotFoundError:
         return None
     except ConnectionError as error:
-        raise ConnectionLost(f"nobody answers ({error.strerror})") from None
+        raise ConnectionLost(f"the worker does not listen ({error.strerror})") from None
     except OSError as error:
-        logger.warning("worker %s is asked by way of Serve: %s", replica, error)
+        logger.warning("worker %s is called through Serve: %s", replica, error)
         return None
-    return line
+    return connection
 
 
 class LocalRpcPool:
-    """A router's lines to the workers of its host, made when they are first needed.
+    """A router's connections to the workers of its host, each made for its first call.
 
     Args:
         folder: where those workers listen.
@@ -299,41 +302,45 @@ class LocalRpcPool:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._lines: dict[str, LocalRpcConnection] = {}
+        self._connections: dict[str, LocalRpcConnection] = {}
 
-    async def to(self, replica: str) -> LocalRpcConnection | None:
-        """The line to a worker; None if it is on another host; raises ``ConnectionLost`` if it has gone."""
-        known = self._lines.get(replica)
-        if known is not None and not known.is_broken:
+    async def connection(self, replica: str) -> LocalRpcConnection | None:
+        """Return the connection to a worker; None if the worker is on another host.
+
+        Raises:
+            ConnectionLost: the worker was on this host, but has died.
+        """
+        known = self._connections.get(replica)
+        if known is not None and not known.is_lost:
             return known
-        line = await connect(self._folder, replica)
-        if line is None:
+        connection = await connect(self._folder, replica)
+        if connection is None:
             return None
-        self._lines = {name: other for name, other in self._lines.items() if not other.is_broken}
+        self._connections = {name: other for name, other in self._connections.items() if not other.is_lost}
         # Another call may have connected meanwhile.
-        if self._lines.setdefault(replica, line) is not line:
-            line.hang_up()
-        return self._lines[replica]
+        if self._connections.setdefault(replica, connection) is not connection:
+            connection.close()
+        return self._connections[replica]
 
 
 def _socket_path(folder: Path, replica: str) -> Path:
     return folder / f"{replica}.sock"
 
 
-def _own(folder: Path) -> None:
-    """Make the folder, or make sure that it is this user's and nobody else's."""
+def _make_private(folder: Path) -> None:
+    """Make the folder, or make sure that it is private to this user."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _require_own(folder)
+    _require_private(folder)
 
 
-def _require_own(folder: Path) -> None:
-    """Raise ``PermissionError`` unless only this user may enter: who answers in there is trusted."""
+def _require_private(folder: Path) -> None:
+    """Raise ``PermissionError`` unless only this user may enter: a router trusts every process that listens there."""
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise PermissionError(f"{folder} is not a folder that only this user may enter")
 
 
-def _sweep(folder: Path) -> None:
+def _remove_stale_sockets(folder: Path) -> None:
     """Remove the sockets of workers that were killed."""
     for path in folder.glob("*.sock"):
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:

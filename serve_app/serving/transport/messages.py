@@ -1,4 +1,4 @@
-"""What a router and a worker say to each other; everything here crosses process boundaries."""
+"""The messages between a router and a worker; all of them cross process boundaries."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ FloatArray = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceTask:
-    """One inference: ``payload`` is a batch ``[N, 3, H, W]`` of float32, or the bytes of one image file.
+    """One inference for a worker to run.
 
-    ``origin`` is the location whose user asks. ``only_if_resident``: answer ``NotResident`` rather than load the model.
-    ``budget_s``: seconds left until the answer is useless.
+    Attributes:
+        model_id: the model.
+        origin: the location whose user sent the request.
+        payload: a batch ``[N, 3, H, W]`` of float32, or the bytes of one image file.
+        budget_s: seconds until the deadline of the request.
+        only_if_resident: reply ``NotResident`` instead of loading the model.
     """
 
     model_id: str
@@ -30,10 +34,18 @@ class InferenceTask:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceResult:
-    """The result, and what the router may learn from it.
+    """The result of an inference, and what the router learns of the worker by it.
 
-    ``logits`` is ``[N, classes]``. The four times are seconds that this request spent waiting for memory or a thread,
-    waiting for a load, decoding its image, and executing. ``sequence`` numbers the worker's next report.
+    Attributes:
+        logits: ``[N, classes]``.
+        outcome: hit, join or load.
+        queue_s: seconds of waiting for memory or a thread.
+        load_s: seconds of waiting for a load.
+        decode_s: seconds of decoding the image.
+        exec_s: seconds of execution.
+        replica: the worker.
+        sequence: number of the worker's next report.
+        evicted: the models that left memory for the load.
     """
 
     logits: FloatArray
@@ -49,7 +61,7 @@ class InferenceResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotResident:
-    """The model is not here and the request said not to load it: the router's hint was stale."""
+    """The model is not in memory, and the task was ``only_if_resident``: the router's view was stale."""
 
     replica: str
     sequence: int
@@ -57,7 +69,7 @@ class NotResident:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceRejected:
-    """The worker is well, but this request fails. A value, so that Serve logs no traceback for a user's mistake."""
+    """The task failed, and the worker is well. A value, because Serve logs an exception with its traceback."""
 
     error: EdgeServeError
 

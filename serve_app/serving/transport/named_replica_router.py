@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import random
 import time
+from typing import Any
 
 from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError
 from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from serve_app.serving import ray_internals
 
 #: What Ray raises for a call whose replica is gone or cannot be reached.
 LOST_REPLICA_ERRORS = (
@@ -27,8 +30,14 @@ class NamedReplicaRouter(RequestRouter):  # type: ignore[misc]
     undo theirs, and its own retry would wait for a new replica although other locations could serve.
     """
 
-    #: How long after a failed call the replica is taken for lost.
+    #: Seconds after a failed call for which the replica counts as lost.
     LOST_S = 2.0
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        """Called by Serve after the constructor, whose arguments are Serve's own."""
+        super().initialize_state(**kwargs)
+        #: When a call to a replica failed last, by the replica's id.
+        self._lost_at_s: dict[str, float] = {}
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -51,25 +60,20 @@ class NamedReplicaRouter(RequestRouter):  # type: ignore[misc]
     def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
         """A call could not be delivered, or its replica died with it."""
         super().on_replica_actor_unavailable(replica_id)
-        self._lost()[replica_id.unique_id] = time.monotonic()
+        self._lost_at_s[replica_id.unique_id] = time.monotonic()
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         """A replica is gone for good."""
         super().on_replica_actor_died(replica_id)
-        self._lost()[replica_id.unique_id] = time.monotonic()
-        for pending_request in list(self._pending_requests_by_id.values()):
+        self._lost_at_s[replica_id.unique_id] = time.monotonic()
+        for pending_request in ray_internals.pending_requests(self):
             if pending_request.kwargs.get("replica") == replica_id.unique_id:
                 self._fail(pending_request)
 
     def _fail(self, pending_request: PendingRequest) -> None:
         if not pending_request.future.done():
             pending_request.future.set_exception(ReplicaUnavailableError(str(pending_request.kwargs["replica"])))
-        self._remove_pending_request_from_indices(pending_request)
+        ray_internals.discard_pending_request(self, pending_request)
 
     def _is_lost(self, unique_id: str) -> bool:
-        return time.monotonic() - self._lost().get(unique_id, -math.inf) < self.LOST_S
-
-    def _lost(self) -> dict[str, float]:
-        # Serve makes the object with arguments of its own, so there is no constructor to put this into.
-        lost: dict[str, float] = self.__dict__.setdefault("_lost_replicas", {})
-        return lost
+        return time.monotonic() - self._lost_at_s.get(unique_id, -math.inf) < self.LOST_S

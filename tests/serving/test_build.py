@@ -21,15 +21,20 @@ def edge(tmp_path: Path) -> Path:
     return tmp_path / "edge.yaml"
 
 
-def built(edge: Path, location: str | None = None) -> Any:
-    """The router's deployment."""
+def deployment_of(application: Any) -> Any:
+    """What Serve deploys for an application; Serve has no public name for it."""
+    return application._bound_deployment
+
+
+def router(edge: Path, location: str | None = None) -> Any:
+    """The deployment of a router."""
     from serve_app.serving.app import AppArgs, build
 
-    return build(AppArgs(edge=str(edge), location=location))._bound_deployment
+    return deployment_of(build(AppArgs(edge=str(edge), location=location)))
 
 
 def issued(edge: Path) -> int:
-    return int(built(edge)._deployment_config.user_config["issued"])
+    return int(router(edge).user_config["issued"])
 
 
 def test_a_backup_that_is_put_back_is_the_newest_configuration(edge: Path, tmp_path: Path) -> None:
@@ -47,18 +52,20 @@ def test_a_configuration_that_stays_is_as_new_as_before(edge: Path) -> None:
 
 
 def test_the_gateway_is_replaced_when_it_would_stand_in_for_a_location_that_has_gone(edge: Path) -> None:
-    before = {name: built(edge, name)._version for name in (None, "tokyo")}
+    before = {name: router(edge, name).version for name in (None, "tokyo")}
     settings = yaml.safe_load(edge.read_text())
     del settings["locations"]["paris"]
     edge.write_text(yaml.safe_dump(settings, sort_keys=False))
-    assert built(edge)._version != before[None]
-    assert built(edge, "tokyo")._version == before["tokyo"]
+    assert router(edge).version != before[None]
+    assert router(edge, "tokyo").version == before["tokyo"]
 
 
 def test_a_worker_is_given_the_time_that_it_may_take_to_hand_over(edge: Path) -> None:
     def given_s() -> float:
-        worker = built(edge, "paris").init_args[2]._bound_deployment
-        return float(worker._deployment_config.graceful_shutdown_timeout_s)
+        from ray.serve.deployment import deployment_to_schema
+
+        worker = deployment_of(router(edge, "paris").init_args[2])
+        return float(deployment_to_schema(worker).graceful_shutdown_timeout_s)
 
     settings = yaml.safe_load(edge.read_text())
     times = []

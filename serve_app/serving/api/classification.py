@@ -1,0 +1,86 @@
+"""``POST /v1/classify``: the best labels for one image."""
+
+from __future__ import annotations
+
+import re
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from serve_app.core.vocabulary import Forwarding
+from serve_app.errors import InvalidRequest
+from serve_app.serving import oip
+from serve_app.serving.api.error_responses import JsonResponse
+from serve_app.serving.api.inference import outcome_headers, parts_s
+from serve_app.serving.api.request_reader import RequestReader, check_content_type
+from serve_app.serving.router.request import InferenceRequest, InferenceResponse
+from serve_app.serving.router.router import Router
+from serve_app.store.images import top_k
+
+_MAX_TOP_K = 1000
+_CONTENT_TYPES = frozenset({"image/jpeg", "image/png", "image/webp", "application/octet-stream"})
+
+
+class ClassificationEndpoints:
+    """The handler of images.
+
+    Args:
+        router: runs the inferences.
+        reader: reads the requests.
+    """
+
+    def __init__(self, router: Router, reader: RequestReader) -> None:
+        self._router = router
+        self._reader = reader
+
+    async def classify(self, request: Request) -> Response:
+        """The best labels for one JPEG, PNG or WebP image."""
+        with self._reader.counting_errors(request, request.query_params.get("model", "")):
+            return await self._classify(request)
+
+    async def _classify(self, request: Request) -> Response:
+        self._router.require_room()
+        check_content_type(request, _CONTENT_TYPES, "image/jpeg, image/png, image/webp or application/octet-stream")
+        name = request.query_params.get("model")
+        if not name:
+            raise InvalidRequest(
+                "query parameter model is missing; name a model or a family: /v1/classify?model=resnet50"
+            )
+        count = _label_count(request.query_params.get("top_k", "5"))
+        options = oip.RequestOptions.from_query(dict(request.query_params))
+        body = await self._reader.body(request)
+        if not body:
+            raise InvalidRequest("the body is empty; send the bytes of a JPEG, PNG or WebP image")
+        response = await self._router.serve(
+            InferenceRequest(
+                name=name,
+                location=self._reader.location(request),
+                payload=bytes(body),
+                deadline_s=options.deadline_s,
+                min_accuracy=options.min_accuracy,
+                forwarding=Forwarding(options.forward),
+            )
+        )
+        return JsonResponse(_content(response, count), headers=outcome_headers(response))
+
+
+def _content(response: InferenceResponse, count: int) -> dict[str, object]:
+    predictions = top_k(response.logits[0], response.model.labels, count)
+    content: dict[str, object] = {
+        "model": response.model.model_id,
+        "location": response.location,
+        "outcome": response.outcome.value,
+        "predictions": [
+            {"label": best.label, "index": best.index, "probability": best.probability} for best in predictions
+        ],
+        "timing_ms": {name: round(part_s * 1000, 3) for name, part_s in parts_s(response).items()},
+    }
+    if response.model.fallback:
+        content["warning"] = f"the weights are {response.model.weights_actual}: the labels mean nothing"
+    return content
+
+
+def _label_count(value: str) -> int:
+    if re.fullmatch("[0-9]{1,4}", value) is None or not 1 <= int(value) <= _MAX_TOP_K:
+        raise InvalidRequest(f"top_k must be a whole number from 1 to {_MAX_TOP_K}, not {value[:32]!r}")
+    return int(value)

@@ -1,0 +1,89 @@
+"""Models and their state: health, metadata and the model repository extension of the Open Inference Protocol."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from serve_app import __version__
+from serve_app.core.vocabulary import ModelState
+from serve_app.serving import oip
+from serve_app.serving.api.error_responses import JsonResponse
+from serve_app.serving.api.request_reader import RequestReader
+from serve_app.serving.router.router import Router
+
+
+class RepositoryEndpoints:
+    """The handlers of requests about models.
+
+    Args:
+        router: knows the models and the workers.
+        reader: reads the requests.
+    """
+
+    def __init__(self, router: Router, reader: RequestReader) -> None:
+        self._router = router
+        self._reader = reader
+
+    async def server(self, request: Request) -> Response:
+        """Open Inference Protocol: the server and its extensions."""
+        extensions = (*oip.EXTENSIONS, "model_repository")
+        return JsonResponse(oip.server_metadata("edgeserve", __version__, extensions))
+
+    async def live(self, request: Request) -> Response:
+        """Open Inference Protocol: whether the process runs."""
+        return JsonResponse({"live": True})
+
+    async def ready(self, request: Request) -> Response:
+        """Open Inference Protocol: whether a worker of the location is there to serve."""
+        location = self._reader.location(request)
+        workers = [report for report in self._router.known.workers() if report.location == location]
+        is_ready = bool(workers) and len(self._router.catalog) > 0
+        return JsonResponse({"ready": is_ready}, _ready_status(is_ready))
+
+    async def model(self, request: Request) -> Response:
+        """Open Inference Protocol: one model's tensors, family, accuracy and weights."""
+        return JsonResponse(oip.model_metadata(self._reader.models(request)[0]))
+
+    async def model_ready(self, request: Request) -> Response:
+        """Open Inference Protocol: whether a model can be served, from memory or after a load."""
+        models = self._reader.models(request)
+        workers = self._router.known.workers()
+        is_ready = any(report.can_hold(model.profile) for model in models for report in workers)
+        return JsonResponse({"name": request.path_params["model"], "ready": is_ready}, _ready_status(is_ready))
+
+    async def repository_index(self, request: Request) -> Response:
+        """Model repository extension: every model, and whether this location holds it."""
+        location = self._reader.location(request)
+        ready = {
+            model.model_id
+            for report in self._router.known.workers()
+            if report.location == location
+            for model in report.models.values()
+            if model.state is ModelState.READY
+        }
+        index = [
+            {
+                "name": model.model_id,
+                "version": oip.VERSION,
+                "state": "READY" if model.model_id in ready else "UNAVAILABLE",
+            }
+            for model in self._router.catalog.models
+        ]
+        return JsonResponse(index)
+
+    async def load(self, request: Request) -> Response:
+        """Model repository extension: load a model at this location."""
+        await self._router.load(self._reader.location(request), request.path_params["model"])
+        return JsonResponse({})
+
+    async def unload(self, request: Request) -> Response:
+        """Model repository extension: unload a model at this location."""
+        await self._router.unload(self._reader.location(request), request.path_params["model"])
+        return JsonResponse({})
+
+
+def _ready_status(is_ready: bool) -> HTTPStatus:
+    return HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE

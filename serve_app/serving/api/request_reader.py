@@ -1,0 +1,115 @@
+"""What every endpoint reads of an HTTP request: its location, its models, its content type and its body."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http import HTTPStatus
+
+from starlette.requests import ClientDisconnect
+
+from serve_app.config.edge import LimitSettings
+from serve_app.core.catalog import PublishedModel
+from serve_app.errors import EdgeServeError, NotFound, PayloadTooLarge, UnsupportedMediaType
+from serve_app.serving import oip
+from serve_app.serving.api.fast_path import InferenceHttpRequest
+from serve_app.serving.router.router import Router
+
+_LOCATION_HEADER = "x-edge-location"
+
+#: Memory for a body is allocated by its Content-Length up to this size, and beyond it only as the body arrives.
+_PREALLOCATED_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpSettings:
+    """Settings of the HTTP interface. ``location`` is None for the gateway, which serves all locations."""
+
+    location: str | None
+    default_location: str
+    limits: LimitSettings
+    token: str | None
+
+
+class RequestReader:
+    """Reads requests to one router, and counts those that fail."""
+
+    def __init__(self, router: Router, settings: HttpSettings) -> None:
+        self._router = router
+        self._settings = settings
+
+    def location(self, request: InferenceHttpRequest) -> str:
+        """Return the location that a request is for.
+
+        Raises:
+            NotFound: there is no such location, or another address serves it.
+        """
+        own = self._settings.location
+        name: str = request.headers.get(_LOCATION_HEADER, own or self._settings.default_location)
+        if own is not None and name != own:
+            raise NotFound(f"this address serves {own} only; ask the address without a location for {name[:64]!r}")
+        if name not in self._router.locations:
+            raise NotFound(f"no location is called {name[:64]!r}; there are {', '.join(self._router.locations)}")
+        return name
+
+    def models(self, request: InferenceHttpRequest) -> tuple[PublishedModel, ...]:
+        """Return the model that the path names, or the members of the family.
+
+        Raises:
+            NotFound: there is neither, or not in this version.
+        """
+        oip.check_version(request.path_params.get("version"))
+        return self._router.models_named(request.path_params["model"])
+
+    async def body(self, request: InferenceHttpRequest) -> bytearray:
+        """Receive the body.
+
+        The array is writable: torch wants its inputs so, and would copy them otherwise.
+
+        Raises:
+            PayloadTooLarge: the body is larger than the limit.
+        """
+        limit = self._settings.limits.body
+        message = f"the body is larger than the limit of {limit} bytes; send a smaller one"
+        expected = int(request.headers.get("content-length") or 0)
+        if expected > limit:
+            raise PayloadTooLarge(message)
+        # A chunk is copied to its place while the next ones arrive.
+        body, size = bytearray(min(expected, _PREALLOCATED_BYTES)), 0
+        async for chunk in request.stream():
+            if size + len(chunk) > limit:
+                raise PayloadTooLarge(message)
+            body[size : size + len(chunk)] = chunk
+            size += len(chunk)
+        del body[size:]
+        return body
+
+    @contextlib.contextmanager
+    def counting_errors(self, request: InferenceHttpRequest, name: str) -> Iterator[None]:
+        """Count a request that fails; the router counts one that succeeds, with its outcome."""
+        try:
+            yield
+        except ClientDisconnect:
+            raise
+        except Exception as error:
+            status = error.status if isinstance(error, EdgeServeError) else HTTPStatus.INTERNAL_SERVER_ERROR
+            location = request.headers.get(_LOCATION_HEADER, self._settings.default_location)
+            location = self._settings.location or (location if location in self._router.locations else "none")
+            self._router.count(location, name, "error", status)
+            raise
+
+
+def check_content_type(request: InferenceHttpRequest, accepted: frozenset[str], wording: str) -> None:
+    """Make sure that a body has one of the accepted content types, which ``wording`` lists, and no encoding.
+
+    Raises:
+        UnsupportedMediaType: it has another.
+    """
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise UnsupportedMediaType(f"Content-Encoding {encoding[:32]!r} is not accepted here; send the body as it is")
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type not in accepted:
+        found = f"{content_type[:64]!r} is" if content_type else "a body without a content type is"
+        raise UnsupportedMediaType(f"{found} not accepted here; send Content-Type: {wording}")
