@@ -28,6 +28,7 @@ class Router:
         payload_bytes: of every request.
         agenda: of the simulation.
         tally: of the simulation.
+        request_time_s: the deadline of every request; none by default.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Router:
         payload_bytes: int,
         agenda: EventQueue,
         tally: DiscreteEventResults,
+        request_time_s: float = math.inf,
     ) -> None:
         self.name = worker.location
         self.known = RouterView()
@@ -50,6 +52,7 @@ class Router:
         self._payload_bytes = payload_bytes
         self._agenda = agenda
         self._tally = tally
+        self._request_time_s = request_time_s
         self._tick = -1
         self._read = -1
 
@@ -82,7 +85,8 @@ class Router:
             self._worker.take(Job(number, model, self, now), now)
             return
         request = RoutingRequest(model=model, here=self.name, payload_bytes=self._payload_bytes)
-        self._send(Job(number, model, self, now, Dispatch(request, self.known, self._rules)), now)
+        dispatch = Dispatch(request, self.known, self._rules, deadline_s=now + self._request_time_s)
+        self._send(Job(number, model, self, now, dispatch), now)
 
     def _send(self, job: Job, now: float) -> None:
         assert job.dispatch is not None
