@@ -1,11 +1,11 @@
 #!/bin/sh
-# Stop Ray on this host, and what it would leave behind: at once, or, as `stop-ray.sh later`, when it has ended by itself.
+# Stop Ray and Serve's HAProxy on this host: at once, or, as `stop-ray.sh later`, when Ray has ended by itself.
 #
-# `ray down` stops Ray on the head only. Without a head, Ray on the other hosts gives up after a minute, but not all of
-# it: Serve's HAProxy runs on, answers 500, and would keep the port from the next one. Not even `ray stop` ends it then.
-# cluster.yaml runs this on every host before Ray starts, and leaves `later` waiting on the workers.
+# `ray down` stops Ray on the head only. Without a head, Ray on the other hosts gives up after a minute, but Serve's
+# HAProxy runs on, answers 500, and keeps the port. Not even `ray stop` ends it then. cluster.yaml runs this script on
+# every host before Ray starts, and leaves `stop-ray.sh later` waiting on the workers.
 
-# Held by the one that waits, until it has done its work.
+# The waiting script holds this lock until it has stopped everything.
 exec 9> ~/.edgeserve-stop-ray.lock
 
 stop() {
@@ -22,7 +22,7 @@ later)
     ;;
 *)
     stop
-    # That has woken the one that waits, and what starts after us is not for it to stop.
+    # Ray's end wakes the waiting script. It must finish before Ray starts again.
     flock --timeout 60 9
     ;;
 esac

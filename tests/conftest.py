@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 #: Folder below ``tests`` -> what its tests are.
-MARKERS = {"e2e": ("ray", "slow"), "cluster": ("cluster", "ray", "slow")}
+MARKERS = {"e2e": ("ray", "slow"), "cluster": ("cluster", "ray", "slow"), "packaging": ("ray", "slow")}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

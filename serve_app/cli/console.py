@@ -1,4 +1,4 @@
-"""What the commands that measure and simulate share: consoles, and files that they write."""
+"""The consoles of all commands, and the files that commands write."""
 
 from __future__ import annotations
 
@@ -12,23 +12,28 @@ from rich.console import Console
 
 from serve_app.errors import EdgeServeError
 
-#: Where no terminal says how wide it is, a table is not broken.
+#: Width where the output is no terminal, so that tables are not broken.
 _WIDE = 200
 
 
 def stdout() -> Console:
-    """For results; a console that leaves the text as it is."""
+    """Make the console for results; it does not highlight or wrap text."""
     return _console(stderr=False)
 
 
 def stderr() -> Console:
-    """For progress and warnings."""
+    """Make the console for progress and warnings."""
     return _console(stderr=True)
+
+
+def warn(text: str) -> None:
+    """Print a warning on stderr."""
+    stderr().print(f"warning: {text}", style="yellow", markup=False)
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Says on stderr that the file is written, or why it cannot be.
+    """Report on stderr that the body has written ``path``.
 
     Raises:
         EdgeServeError: the body met an ``OSError``.
@@ -41,7 +46,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def check_writable(option: str, path: Path) -> None:
-    """Says before a long run what would come to light only after it.
+    """Refuse a path that cannot be written, before the run whose results go there.
 
     Raises:
         click.BadParameter: the file named by ``option`` cannot be written.
@@ -53,5 +58,5 @@ def check_writable(option: str, path: Path) -> None:
 
 
 def _console(*, stderr: bool) -> Console:
-    made = Console(stderr=stderr, highlight=False, soft_wrap=True)
-    return made if made.is_terminal else Console(stderr=stderr, highlight=False, soft_wrap=True, width=_WIDE)
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, soft_wrap=True, width=_WIDE)

@@ -12,9 +12,10 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from serve_app.cli.console import check_writable, stderr, stdout, writing
-from serve_app.cli.publish import chosen_entries
-from serve_app.config.edge import DEFAULT_EDGE, EdgeSettings, load_edge
+from serve_app.cli.console import check_writable, stderr, stdout, warn, writing
+from serve_app.cli.publish import chosen_entries, edge_option, store_option
+from serve_app.config.default_files import find_default
+from serve_app.config.edge import EdgeSettings, load_edge
 from serve_app.core.catalog import ModelEntry
 from serve_app.errors import ConfigError, StoreError
 from serve_app.store.model_store import ModelStore, is_publication_of
@@ -28,19 +29,25 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("names", metavar="[MODEL]...", nargs=-1)
 @click.option("--cold", is_flag=True, help="Also with weights that must be read from the disk.")
-@click.option("--variants", is_flag=True, help="Instead, compare the ways to run a model: see below.")
+@click.option("--variants", is_flag=True, help="Instead, compare variants of running a model: see below.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write JSON there.")
-@click.option("--edge", default=DEFAULT_EDGE, show_default=True, type=click.Path(path_type=Path), help="Settings.")
-@click.option("--store", type=click.Path(path_type=Path), help="Directory of the model store, if not the settings'.")
+@edge_option
+@store_option
 def profile(
-    names: tuple[str, ...], cold: bool, variants: bool, as_json: bool, out: Path | None, edge: Path, store: Path | None
+    names: tuple[str, ...],
+    cold: bool,
+    variants: bool,
+    as_json: bool,
+    out: Path | None,
+    edge: Path | None,
+    store: Path | None,
 ) -> None:
-    """Measure published models: size, load, first inference, hit and workspace. Without MODEL, the whole catalogue.
+    """Measure published models: size, load, first inference, hit and workspace. Without MODEL, the whole catalog.
 
     A miss is a load and the first inference; the weights are in the page cache. Each round takes a miss and a hit, and
-    miss/hit is the median of the rounds, with quartiles behind it, and the same in processor time, which others on the
-    machine disturb less. Size is weights and buffers; in memory a model counts with its workspace as well.
+    miss/hit is the median of the rounds, with quartiles behind it, and the same in processor time, which other
+    processes disturb less. Size is weights and buffers; in memory a model counts with its workspace as well.
 
     With --cold the kernel is made to drop the weights before each load. A cold miss can take no less than a hit, and no
     less than reading the weights; cold/bound says how many times the longer of the two it took.
@@ -53,7 +60,7 @@ def profile(
         raise click.UsageError("--cold and --variants are two measurements; choose one")
     if out is not None:
         check_writable("--out", out)
-    settings = load_edge(edge)
+    settings = load_edge(edge or find_default("edge.yaml"))
     root = ModelStore(store or settings.store)
     entries = _published(root, chosen_entries(settings, names), settings, names)
     if variants:
@@ -92,17 +99,17 @@ def _variants(store: ModelStore, entries: Sequence[ModelEntry], as_json: bool, o
 def _published(
     store: ModelStore, entries: Sequence[ModelEntry], settings: EdgeSettings, names: Sequence[str]
 ) -> Sequence[ModelEntry]:
-    """Those of the entries that can be measured.
+    """The entries that can be measured.
 
     Raises:
-        ConfigError: one of ``names``, or all, are not published as the catalogue asks for them.
+        ConfigError: one of ``names``, or all, are not published as the catalog describes them.
     """
     missing = [entry.model_id for entry in entries if not _is_published(store, entry)]
     if missing and (names or len(missing) == len(entries)):
-        which = ", ".join(missing) if names else f"the catalogue {settings.catalog}"
-        raise ConfigError(f"{which}: not in the store {store.root} as the catalogue asks for; run: edgeserve publish")
+        which = ", ".join(missing) if names else f"the catalog {settings.catalog}"
+        raise ConfigError(f"{which}: not in the store {store.root} as the catalog describes it; run: edgeserve publish")
     if missing:
-        stderr().print(f"warning: not published, and left out: {', '.join(missing)}", style="yellow", markup=False)
+        warn(f"not published, and left out: {', '.join(missing)}")
     return [entry for entry in entries if entry.model_id not in missing]
 
 
@@ -114,10 +121,10 @@ def _is_published(store: ModelStore, entry: ModelEntry) -> bool:
 
 
 def _each(entries: Sequence[ModelEntry], doing: str, measure: Callable[[ModelEntry], Any]) -> Iterator[Any]:
-    """Measures one model after the other, with a bar on stderr where somebody watches."""
-    watched = stderr()
+    """Measure one model after the other, with a progress bar on stderr if that is a terminal."""
+    console = stderr()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=watched, transient=True, disable=not watched.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(doing, total=len(entries))
         for entry in entries:
             progress.update(task, description=f"{doing} {entry.model_id}")

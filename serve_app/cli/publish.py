@@ -1,4 +1,4 @@
-"""Progress of ``edgeserve publish`` on a terminal."""
+"""``edgeserve publish``: models into the store, with progress on a terminal."""
 
 from __future__ import annotations
 
@@ -6,18 +6,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from rich.console import Console
+import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from serve_app.cli.console import stderr, stdout, warn
 from serve_app.config.catalog import load_catalog
-from serve_app.config.edge import EdgeSettings
+from serve_app.config.default_files import find_default
+from serve_app.config.edge import EdgeSettings, load_edge
 from serve_app.core.catalog import ModelEntry
 from serve_app.errors import ConfigError, StoreError
 from serve_app.store.model_store import ModelStore
 
+_EDGE_HELP = "Settings.  [default: edge.yaml of this folder, else deploy/edge.yaml]"
+edge_option = click.option("--edge", type=click.Path(path_type=Path), metavar="FILE", help=_EDGE_HELP)
+store_option = click.option(
+    "--store", type=click.Path(path_type=Path), help="Directory of the model store, if not the settings'."
+)
+
+
+@click.command()
+@click.argument("names", metavar="[MODEL]...", nargs=-1)
+@edge_option
+@store_option
+@click.option("--force", is_flag=True, help="Publish again what is in the store, too.")
+def publish(names: tuple[str, ...], edge: Path | None, store: Path | None, force: bool) -> None:
+    """Put models into the store: download or build them, convert, verify and measure.
+
+    Without MODEL, the whole catalog. What is there already is left alone; a run that was killed goes on.
+    """
+    publish_catalog(edge or find_default("edge.yaml"), names, force=force, store=store)
+
 
 def chosen_entries(settings: EdgeSettings, names: Sequence[str]) -> tuple[ModelEntry, ...]:
-    """The entries of the catalogue with these names, in its order; all of them if no name is given.
+    """The entries of the catalog with these names, in its order; all of them if no name is given.
 
     Raises:
         ConfigError: there is no such model.
@@ -29,17 +50,25 @@ def chosen_entries(settings: EdgeSettings, names: Sequence[str]) -> tuple[ModelE
     return tuple(entry for entry in entries if not names or entry.model_id in names)
 
 
-def publish_with_progress(
-    root: Path, entries: Sequence[ModelEntry], *, force: bool, out: Console, err: Console
-) -> None:
-    """Publish ``entries`` into the store at ``root`` and say what happens.
+def publish_catalog(edge: Path, names: Sequence[str] = (), *, force: bool = False, store: Path | None = None) -> None:
+    """Publish models and show progress.
+
+    Args:
+        edge: the settings that name the catalog and the store.
+        names: the models to publish; empty for all.
+        force: publish models again that are in the store.
+        store: directory of the store, if not the one of the settings.
 
     Raises:
+        ConfigError: the settings or the catalog are wrong, or there is no such model.
         StoreError: at least one model could not be published.
     """
-    # torch takes seconds to import, and not even --help should wait for it.
-    from serve_app.models.publishing.publish_catalog import PublishEvent, publish
+    # torch takes seconds to import, and --help does not need it.
+    from serve_app.models.publishing.publish_catalog import PublishEvent
+    from serve_app.models.publishing.publish_catalog import publish as publish_entries
 
+    settings = load_edge(edge)
+    entries, root, out = chosen_entries(settings, names), store or settings.store, stdout()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=out, transient=True) as progress:
         task = progress.add_task(f"publishing to {root}", total=len(entries))
@@ -50,20 +79,20 @@ def publish_with_progress(
             done = event.index + (event.stage in ("published", "skipped", "failed"))
             progress.update(task, description=f"{event.stage} {event.model_id}", completed=done, total=event.total)
 
-        report = publish(ModelStore(root), entries, on_progress=show, force=force)
+        report = publish_entries(ModelStore(root), entries, on_progress=show, force=force)
     out.print(f"{len(report.published)} models published, {len(report.skipped)} were in the store at {root}")
     if report.published:
         out.print(_measured(ModelStore(root), [entry for entry in entries if entry.model_id in report.published]))
     if report.warning:
-        err.print(f"warning: {report.warning}", style="yellow")
+        warn(report.warning)
     for failure in report.failures:
-        err.print(f"failed: {failure.model_id}: {failure.message}", style="red")
+        stderr().print(f"failed: {failure.model_id}: {failure.message}", style="red")
     if report.failures:
         raise StoreError(f"{len(report.failures)} of {len(entries)} models could not be published; see above")
 
 
 def _measured(store: ModelStore, entries: Sequence[ModelEntry]) -> str:
-    """What publishing has found out about its models."""
+    """Load and inference times of the published models, in one line."""
     profiles = [model.profile for model in store.catalog(entries).models]
     loads, runs = (sorted(getattr(profile, name) * 1000 for profile in profiles) for name in ("load_s", "exec_s"))
     return (

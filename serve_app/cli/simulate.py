@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from serve_app.cli.console import check_writable, stderr, stdout, writing
+from serve_app.cli.console import check_writable, stderr, stdout, warn, writing
 from serve_app.config.edge import WorkerSettings
 from serve_app.core.policies.registry import ORACLES, POLICIES
 
@@ -35,90 +35,128 @@ _Parsed = TypeVar("_Parsed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Outputs:
+class _Options:
+    """The command line as click has parsed it."""
+
+    trace: str | None
+    models: Path | None
+    mapping: str
+    policies: tuple[str, ...]
+    capacities: tuple[str, ...]
+    locations: int | None
+    time_model: TimeModel
+    coordination: Coordination | None
+    seed: int
+    jobs: int | None
     as_json: bool
     csv: Path | None
     plot: Path | None
+    paper: bool
+    seeds: int | None
+    benchmark: bool
+    data: Path | None
+
+    def given(self) -> frozenset[str]:
+        """The names of the options that are not at a default of nothing."""
+        return frozenset(field.name for field in fields(self) if getattr(self, field.name) not in (None, (), False))
+
+    def workload(self, trace: str, models: Path | None, *, seed: int) -> Workload:
+        """Make the requests of a trace.
+
+        Args:
+            trace: as ``--trace`` takes it.
+            models: the table of model profiles, None for the default one.
+            seed: of everything random in it.
+        """
+        from serve_app.simulator.scenario import make_workload
+
+        return make_workload(
+            trace=trace, models=models, keep=self.mapping == "keep", locations=self.locations, seed=seed
+        )
+
+
+_WORKLOAD_OPTIONS = (
+    click.option("--trace", metavar="T", help=f"The requests; see above.  [default: {_DEFAULT_TRACE}]"),
+    click.option(
+        "--models",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="What models cost, a CSV table: name,size_mb,load_s,exec_s.  [default: 26 torchvision models on a CPU]",
+    ),
+    click.option(
+        "--map",
+        "mapping",
+        type=click.Choice(("random", "keep")),
+        default="random",
+        show_default=True,
+        help="What a model of the trace costs: a random row of the table, or the row that has its name.",
+    ),
+)
+_EXPERIMENT_OPTIONS = (
+    click.option(
+        "--policy",
+        "policies",
+        multiple=True,
+        metavar="P",
+        help=f"{', '.join((*POLICIES, *ORACLES))}, or all; several with commas.  "
+        f"[default: {','.join(_DEFAULT_POLICIES)}]",
+    ),
+    click.option(
+        "--capacity",
+        "capacities",
+        multiple=True,
+        metavar="C",
+        help="Memory of a location, 2GiB or 25% of what all models take; several with commas.  "
+        f"[default: {','.join(_DEFAULT_CAPACITIES)}]",
+    ),
+    click.option("--locations", type=click.IntRange(1, 10_000), help="Spread the requests over so many locations."),
+    click.option(
+        "--time",
+        "time_model",
+        type=click.Choice(("load-delay", "full")),
+        default="load-delay",
+        show_default=True,
+        help="Count waiting for loads alone, or simulate queues, links and coordination as well.",
+    ),
+    click.option(
+        "--coordination",
+        type=click.Choice(("none", "forwarding", "full")),
+        help="With --time full: locations on their own; that forward to each other; with models placed as well.  "
+        "[default: full]",
+    ),
+    click.option("--seed", type=click.IntRange(0, 2**63), default=0, show_default=True, help="Of everything random."),
+    click.option("--jobs", type=click.IntRange(1, 1024), help="Replays at the same time.  [default: one per core]"),
+)
+_OUTPUT_OPTIONS = (
+    click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+    click.option(
+        "--csv", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the rows there."
+    ),
+    click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Draw them."),
+)
+_STUDY_OPTIONS = (
+    click.option(
+        "--paper", is_flag=True, help=f"Check the paper's claims on the reference workload; draws {_PAPER_PLOT}."
+    ),
+    click.option("--seeds", type=click.IntRange(1, 1000), help=f"With --paper: how many.  [default: {_DEFAULT_SEEDS}]"),
+    click.option("--benchmark", is_flag=True, help="Measure how fast the decisions are."),
+    click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the reference files."),
+)
+
+
+def _all_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed((*_WORKLOAD_OPTIONS, *_EXPERIMENT_OPTIONS, *_OUTPUT_OPTIONS, *_STUDY_OPTIONS)):
+        command = option(command)
+    return command
 
 
 @click.command()
-@click.option("--trace", metavar="T", help=f"The requests; see above.  [default: {_DEFAULT_TRACE}]")
-@click.option(
-    "--models",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="What models cost, a CSV table: name,size_mb,load_s,exec_s.  [default: 26 torchvision models on a CPU]",
-)
-@click.option(
-    "--map",
-    "mapping",
-    type=click.Choice(("random", "keep")),
-    default="random",
-    show_default=True,
-    help="What a model of the trace costs: a random row of the table, or the row that has its name.",
-)
-@click.option(
-    "--policy",
-    "policies",
-    multiple=True,
-    metavar="P",
-    help=f"{', '.join((*POLICIES, *ORACLES))}, or all; several with commas.  [default: {','.join(_DEFAULT_POLICIES)}]",
-)
-@click.option(
-    "--capacity",
-    "capacities",
-    multiple=True,
-    metavar="C",
-    help="Memory of a location, 2GiB or 25% of what all models take; several with commas.  "
-    f"[default: {','.join(_DEFAULT_CAPACITIES)}]",
-)
-@click.option("--locations", type=click.IntRange(1, 10_000), help="Spread the requests over so many locations.")
-@click.option(
-    "--time",
-    "time_model",
-    type=click.Choice(("load-delay", "full")),
-    default="load-delay",
-    show_default=True,
-    help="Count waiting for loads alone, or simulate queues, links and coordination as well.",
-)
-@click.option(
-    "--coordination",
-    type=click.Choice(("none", "forwarding", "full")),
-    help="With --time full: locations on their own; that forward to each other; with models placed as well.  "
-    "[default: full]",
-)
-@click.option("--seed", type=click.IntRange(0, 2**63), default=0, show_default=True, help="Of everything random.")
-@click.option("--jobs", type=click.IntRange(1, 1024), help="Replays at the same time.  [default: one per core]")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--csv", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write the rows there.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Draw them.")
-@click.option("--paper", is_flag=True, help=f"Check the paper's claims on the reference workload; draws {_PAPER_PLOT}.")
-@click.option("--seeds", type=click.IntRange(1, 1000), help=f"With --paper: how many.  [default: {_DEFAULT_SEEDS}]")
-@click.option("--benchmark", is_flag=True, help="Measure how fast the decisions are.")
-@click.option("--data", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the reference files.")
-def simulate(
-    trace: str | None,
-    models: Path | None,
-    mapping: str,
-    policies: tuple[str, ...],
-    capacities: tuple[str, ...],
-    locations: int | None,
-    time_model: TimeModel,
-    coordination: Coordination | None,
-    seed: int,
-    jobs: int | None,
-    as_json: bool,
-    csv: Path | None,
-    plot: Path | None,
-    paper: bool,
-    seeds: int | None,
-    benchmark: bool,
-    data: Path | None,
-) -> None:
+@_all_options
+def simulate(**parsed: Any) -> None:
     """Replay requests through caches with one eviction policy or several, and show what each makes of them.
 
     The figure to compare is load/exec: seconds that requests waited for loads, over seconds of execution; less is
-    better. Seconds of background loads, for which nobody waits, stand under preload/exec.
+    better. Seconds of background loads, for which no request waits, stand under preload/exec.
 
     \b
     edgeserve simulate --policy all --capacity 10%,25%,50% --plot policies.png
@@ -135,50 +173,26 @@ def simulate(
       azure-like:   generated functions: functions, minutes, start_hour, rate_cap, max_quantile, drop_one_hit
       sessions:     generated users: days, models, sessions_per_day, users
     """
-    outputs = _Outputs(as_json=as_json, csv=csv, plot=plot)
-    workers = jobs or _cores()
-    _refuse_contradictions(click.get_current_context().params)
-    if benchmark:
-        _benchmark(data, seed)
+    options = _Options(**parsed)
+    _check_compatible(options)
+    if options.benchmark:
+        _benchmark(options)
         return
-    _check_writable(outputs)
-    if paper:
-        _paper(trace, models, mapping, locations, range(seed, seed + (seeds or _DEFAULT_SEEDS)), data, workers, outputs)
-        return
-
-    from serve_app.simulator.runner import Cell, ExperimentPlan
-    from serve_app.simulator.scenario import make_workload, parse_capacities, parse_policies
-
-    chosen = _parsed(parse_policies, policies or _DEFAULT_POLICIES, "--policy")
-    memories = _parsed(parse_capacities, capacities or _DEFAULT_CAPACITIES, "--capacity")
-    workload = make_workload(
-        trace=trace or _DEFAULT_TRACE, models=models, keep=mapping == "keep", locations=locations, seed=seed
-    )
-    mode = coordination or "full"
-    if time_model == "full":
-        _say_what_is_too_much(workload)
-        if mode != "none" and len(workload.trace.locations) > 1:
-            chosen = _without_oracles(chosen)
-    cells = tuple(Cell(policy=policy, capacity=memory) for memory in memories for policy in chosen)
-    rows = _run(ExperimentPlan(workloads=(workload,), cells=cells, time=time_model, coordination=mode), workers)
-    _say_what_is_rejected(rows, workload.largest_bytes)
-
-    from serve_app.simulator.result_table import as_table, summary
-
-    if not as_json:
-        stdout().print(summary(rows), markup=False)
-        stdout().print(as_table(rows, ORACLES))
-    _write(rows, outputs)
+    _check_writable(options)
+    if options.paper:
+        _paper(options)
+    else:
+        _compare(options)
 
 
-def _refuse_contradictions(options: Mapping[str, Any]) -> None:
-    """Say which options do not go together.
+def _check_compatible(options: _Options) -> None:
+    """Refuse options that contradict each other.
 
     Raises:
-        click.UsageError: some do not.
+        click.UsageError: some do.
     """
-    given = {name for name, value in options.items() if value not in (None, (), False)}
-    is_full = options["time_model"] == "full"
+    given = options.given()
+    is_full = options.time_model == "full"
     if given >= {"paper", "benchmark"}:
         raise click.UsageError("--paper and --benchmark are two commands; choose one")
     if given & {"paper", "benchmark"} and (is_full or given & {"policies", "capacities"}):
@@ -195,39 +209,50 @@ def _refuse_contradictions(options: Mapping[str, Any]) -> None:
         raise click.UsageError("--coordination is for --time full")
 
 
-def _paper(
-    trace: str | None,
-    models: Path | None,
-    mapping: str,
-    locations: int | None,
-    seeds: Sequence[int],
-    data: Path | None,
-    jobs: int,
-    outputs: _Outputs,
-) -> None:
-    from serve_app.simulator.scenario import make_workload
+def _compare(options: _Options) -> None:
+    """Replay one workload with every policy and capacity."""
+    from serve_app.simulator.result_table import as_table, summary
+    from serve_app.simulator.runner import Cell, ExperimentPlan
+    from serve_app.simulator.scenario import parse_capacities, parse_policies
+
+    policies = _parsed(parse_policies, options.policies or _DEFAULT_POLICIES, "--policy")
+    capacities = _parsed(parse_capacities, options.capacities or _DEFAULT_CAPACITIES, "--capacity")
+    workload = options.workload(options.trace or _DEFAULT_TRACE, options.models, seed=options.seed)
+    coordination = options.coordination or "full"
+    if options.time_model == "full":
+        _warn_of_overload(workload)
+        if coordination != "none" and len(workload.trace.locations) > 1:
+            policies = _without_oracles(policies)
+    cells = tuple(Cell(policy=policy, capacity=capacity) for capacity in capacities for policy in policies)
+    plan = ExperimentPlan(workloads=(workload,), cells=cells, time=options.time_model, coordination=coordination)
+    rows = _run(plan, options.jobs)
+    _warn_of_rejections(rows, workload.largest_bytes)
+    if not options.as_json:
+        stdout().print(summary(rows), markup=False)
+        stdout().print(as_table(rows, ORACLES))
+    _write(rows, options)
+
+
+def _paper(options: _Options) -> None:
+    """Replay the reference workload with several seeds, and check the paper's claims."""
     from serve_app.simulator.studies.paper import NOTES, Results, claims_table, paper_plan, policies_table
     from serve_app.simulator.studies.reference_workload import Reference, find_reference
 
-    if trace is None and models is None:
-        reference = find_reference(data)
+    if options.trace is None and options.models is None:
+        reference = find_reference(options.data)
     else:
-        asked = trace or _DEFAULT_TRACE
-        reference = Reference(label=f"{asked}, as asked for", trace=asked, models=models)
+        trace = options.trace or _DEFAULT_TRACE
+        reference = Reference(label=f"{trace}, as asked for", trace=trace, models=options.models)
     if reference.warning:
         stderr().print(reference.warning, style="bold yellow", markup=False)
-    workloads = [
-        make_workload(
-            trace=reference.trace, models=reference.models, keep=mapping == "keep", locations=locations, seed=seed
-        )
-        for seed in seeds
-    ]
-    outputs = _Outputs(as_json=outputs.as_json, csv=outputs.csv, plot=outputs.plot or _PAPER_PLOT)
-    _check_writable(outputs)
-    rows = _run(paper_plan(workloads), jobs)
+    seeds = range(options.seed, options.seed + (options.seeds or _DEFAULT_SEEDS))
+    workloads = [options.workload(reference.trace, reference.models, seed=seed) for seed in seeds]
+    options = replace(options, plot=options.plot or _PAPER_PLOT)
+    _check_writable(options)
+    rows = _run(paper_plan(workloads), options.jobs)
     results = Results(rows)
-    # What is for people goes elsewhere when programs read the output.
-    shown = stderr() if outputs.as_json else stdout()
+    # With --json, stdout is for programs.
+    shown = stderr() if options.as_json else stdout()
     first = workloads[0].trace
     several = f"; seeds {seeds[0]} to {seeds[-1]}, least .. most" if len(seeds) > 1 else ""
     counts = f"{len(first):,} requests for {len(first.models):,} models"
@@ -236,101 +261,97 @@ def _paper(
     shown.print()
     shown.print(claims_table(results))
     shown.print(f"\n{NOTES}", markup=False)
-    _write(rows, outputs, drawn=[row for row in rows if row.seed == seeds[0]])
+    _write(rows, options, drawn=[row for row in rows if row.seed == seeds[0]])
 
 
-def _benchmark(data: Path | None, seed: int) -> None:
+def _benchmark(options: _Options) -> None:
     from serve_app.simulator.studies.reference_workload import find_reference
     from serve_app.simulator.studies.speed import benchmark
 
-    benchmark(find_reference(data), seed=seed, out=stdout(), err=stderr())
+    benchmark(find_reference(options.data), seed=options.seed, out=stdout(), err=stderr())
 
 
-def _run(plan: ExperimentPlan, jobs: int) -> tuple[Row, ...]:
+def _run(plan: ExperimentPlan, jobs: int | None) -> tuple[Row, ...]:
     from serve_app.simulator.runner import run
 
-    # Asked to end in any way, it takes its processes along.
+    # Terminated, the command ends its processes as well.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with _progress(plan.requests) as on_progress:
-            return run(plan, jobs=jobs, on_progress=on_progress)
+            return run(plan, jobs=jobs or _cores(), on_progress=on_progress)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
 def _progress(requests: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr where somebody watches, else nothing."""
-    watched = stderr()
-    if not watched.is_terminal:
+    """Show a progress bar on stderr if that is a terminal."""
+    console = stderr()
+    if not console.is_terminal:
         yield lambda _: None
         return
     columns = (TextColumn("replaying"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=watched, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=requests)
         yield lambda done: progress.update(task, completed=done)
 
 
 def _without_oracles(chosen: Sequence[PolicyChoice]) -> tuple[PolicyChoice, ...]:
-    """They know what each location is asked for, but not what others will forward to it."""
+    """Leave out oracles: they know the requests of each location, but not those that others will forward to it."""
     left = tuple(policy for policy in chosen if not policy.is_oracle)
     why = "a policy that knows the future cannot know what locations will forward to each other"
     if not left:
         raise click.BadParameter(f"{why}; try --coordination none", param_hint="--policy")
     if len(left) < len(chosen):
         out = ", ".join(policy.label for policy in chosen if policy.is_oracle)
-        _warn(f"{out} left out: {why}")
+        warn(f"{out} left out: {why}")
     return left
 
 
-def _say_what_is_too_much(workload: Workload) -> None:
-    """Queues that grow to the end of the trace drown what policies do."""
-    at_a_time = WorkerSettings().parallel_inferences * len(workload.trace.locations)
-    if workload.executions_at_a_time > at_a_time:
-        _warn(
+def _warn_of_overload(workload: Workload) -> None:
+    """Warn of queues that grow to the end of the trace: they hide the differences between policies."""
+    slots = WorkerSettings().parallel_inferences * len(workload.trace.locations)
+    if workload.executions_at_a_time > slots:
+        warn(
             f"the requests take {workload.executions_at_a_time:.1f} executions at a time, and the locations run "
-            f"{at_a_time}: queues grow to the end, and latencies say little; try more --locations"
+            f"{slots}: queues grow to the end, and latencies say little; try more --locations"
         )
 
 
-def _say_what_is_rejected(rows: Sequence[Row], largest_bytes: int) -> None:
-    # The one with the most of each capacity.
+def _warn_of_rejections(rows: Sequence[Row], largest_bytes: int) -> None:
+    # The last of each capacity has the most.
     rejecting = sorted((row for row in rows if row.rejected), key=lambda row: row.rejected)
     for row in {row.capacity_bytes: row for row in rejecting}.values():
         if row.capacity_bytes >= largest_bytes:
-            _warn(f"up to {row.rejected:,} requests found too many others in line; they count as misses")
+            warn(f"up to {row.rejected:,} requests found too many others in line; they count as misses")
             continue
         what = "no model fits" if row.rejected == row.requests else "some models do not fit"
-        _warn(f"{what} into {row.capacity_bytes} bytes; their requests count as misses that load every time")
+        warn(f"{what} into {row.capacity_bytes} bytes; their requests count as misses that load every time")
 
 
-def _warn(text: str) -> None:
-    stderr().print(f"warning: {text}", style="yellow", markup=False)
-
-
-def _write(rows: Sequence[Row], outputs: _Outputs, drawn: Sequence[Row] = ()) -> None:
+def _write(rows: Sequence[Row], options: _Options, drawn: Sequence[Row] = ()) -> None:
     from serve_app.simulator.result_table import as_csv, as_json
 
-    if outputs.as_json:
+    if options.as_json:
         click.echo(as_json(rows))
-    if outputs.csv:
-        with writing(outputs.csv):
-            outputs.csv.write_text(as_csv(rows), encoding="utf-8")
-    if outputs.plot:
+    if options.csv:
+        with writing(options.csv):
+            options.csv.write_text(as_csv(rows), encoding="utf-8")
+    if options.plot:
         # matplotlib takes a second.
         from serve_app.simulator.result_plot import plot
 
-        with writing(outputs.plot):
-            plot(drawn or rows, outputs.plot, oracles=ORACLES)
+        with writing(options.plot):
+            plot(drawn or rows, options.plot, oracles=ORACLES)
 
 
-def _check_writable(outputs: _Outputs) -> None:
-    """Say before a long run what would come to light only after it."""
-    for option, path in (("--csv", outputs.csv), ("--plot", outputs.plot)):
+def _check_writable(options: _Options) -> None:
+    """Refuse files that cannot be written, before the run whose results go there."""
+    for option, path in (("--csv", options.csv), ("--plot", options.plot)):
         if path is not None:
             check_writable(option, path)
-    if outputs.plot is not None and outputs.plot.suffix.lower() not in _PLOT_FORMATS:
-        raise click.BadParameter(f"{outputs.plot}: must end in {', '.join(_PLOT_FORMATS)}", param_hint="--plot")
+    if options.plot is not None and options.plot.suffix.lower() not in _PLOT_FORMATS:
+        raise click.BadParameter(f"{options.plot}: must end in {', '.join(_PLOT_FORMATS)}", param_hint="--plot")
 
 
 def _parsed(parse: Callable[[Sequence[str]], _Parsed], texts: Sequence[str], option: str) -> _Parsed:

@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from serve_app.config.yaml_files import Settings, beside, find, read_settings
+from serve_app.config.default_files import find
+from serve_app.config.yaml_files import Settings, beside, read_settings
 from serve_app.core.catalog import Dtype, ImageInput, ModelEntry
 from serve_app.errors import ConfigError
 
@@ -35,7 +36,7 @@ class _CatalogSettings(Settings):
     models: dict[str, _ModelSettings] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _names_mean_one_thing(self) -> _CatalogSettings:
+    def _models_and_families_have_different_names(self) -> _CatalogSettings:
         for model_id, model in self.models.items():
             if model.family in self.models:
                 raise ValueError(

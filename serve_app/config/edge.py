@@ -9,29 +9,32 @@ from pathlib import Path
 
 from pydantic import ConfigDict, Field, model_validator
 
+from serve_app.config.default_files import find, resolve
 from serve_app.config.environment import STORE_VARIABLE
 from serve_app.config.policy_parameters import parse_parameters
 from serve_app.config.units import Duration, Period, Size
-from serve_app.config.yaml_files import Settings, beside, find, read_settings, read_text
+from serve_app.config.yaml_files import Settings, beside, read_settings, read_text
 from serve_app.core.catalog import MODEL_ID_PATTERN
 from serve_app.core.links import Link
 from serve_app.core.policies.registry import make_policy
 from serve_app.errors import ConfigError
 
-DEFAULT_EDGE = "deploy/edge.yaml"
-
-#: First parts of paths that the gateway answers itself, so no location can have them as its prefix.
+#: First parts of the gateway's own paths; no location can have one of them as its prefix.
 _RESERVED_NAMES = ("v1", "v2", "metrics", "console", "docs", "openapi.json")
 
 
 class LocationSettings(Settings):
-    """One edge location. ``memory`` is the cache of each of its workers, in bytes."""
+    """One edge location.
+
+    ``memory`` is what each of its workers may take beyond a process without models, in bytes: the models in its cache,
+    and the workspace of running inferences.
+    """
 
     memory: Size
     workers: int = Field(default=1, ge=1, le=64)
-    #: Run on the nodes that carry the label ``location=<name>``; on one machine there are none.
+    #: Run only on nodes with the label ``location=<name>``; a single machine has no such label.
     pin_to_nodes: bool = False
-    #: Models that each of its workers loads in the background as it starts; they are evicted like others.
+    #: Models that each worker loads in the background as it starts; they are evicted like others.
     preload: tuple[str, ...] = ()
 
 
@@ -44,20 +47,20 @@ class LinkSettings(Settings):
 
 
 class DefaultLinkSettings(Settings):
-    """The network between two locations that no entry of ``links`` describes."""
+    """The network between two locations that ``links`` leaves out."""
 
     rtt: Duration = 0.002
     bandwidth: Size = 1_250_000_000
 
 
 class PolicySettings(Settings):
-    """Which models to keep; the rest of the keys are the policy's own parameters."""
+    """The eviction policy; the other keys are its own parameters."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str = "edgeserve"
 
     @model_validator(mode="after")
-    def _makeable(self) -> PolicySettings:
+    def _policy_accepts_its_parameters(self) -> PolicySettings:
         make_policy(self.name, random.Random(0), **self.parameters)
         return self
 
@@ -73,50 +76,50 @@ class WorkerSettings(Settings):
     threads_per_inference: int = Field(default=1, ge=1)
     parallel_inferences: int = Field(default=2, ge=1)
     parallel_loads: int = Field(default=2, ge=1)
-    #: Loads in the background of what will probably be asked for, beside the others; 0: none.
+    #: Concurrent background loads of models that will probably be requested, in addition to the others; 0: none.
     parallel_preloads: int = Field(default=2, ge=0)
-    #: How long a failed load is remembered before it is tried again.
+    #: Time from a failed load to the next attempt.
     failure_memory: Duration = 5.0
-    #: A model that nobody has asked for in so long is unloaded, though nothing needs its place; off: never.
+    #: A model without requests for so long is unloaded, although no other model needs its memory; off: never.
     idle_unload: Period = None
-    #: Give the pages of a model's weights back to the machine when it is unloaded. Otherwise the kernel keeps them as
-    #: long as nobody else needs the memory, and the next load is free.
+    #: Drop the weights of an unloaded model from the kernel's page cache. Otherwise they stay there until the machine
+    #: needs the memory, and the next load does not read the disk.
     release_page_cache: bool = False
-    #: How long a worker that is shut down waits for others to load what it is popular for.
+    #: How long a worker that shuts down waits until other workers have loaded its popular models.
     hand_over: Duration = 5.0
 
 
 class CoordinatorSettings(Settings):
-    """How workers, coordinator and routers keep each other informed."""
+    """Reports of the workers, and what the coordinator makes of them."""
 
     report_every: Duration = 0.25
     stale_after: Duration = 2.0
     popularity_half_life: Duration = 60.0
-    #: How far ahead popularity is trusted when a load is weighed against forwarding.
+    #: How far ahead the request rate is extrapolated when a load is weighed against forwarding.
     horizon: Duration = 10.0
-    #: Period of the rounds in which the coordinator tells workers what to load and to unload; off: none.
+    #: Period of placement rounds, in which the coordinator orders loads and unloads; off: none.
     placement_every: Period = 1.0
-    #: After a crowd, a copy that others have too and that is not worth its load goes when it was not used for so long.
+    #: After a flash crowd, a redundant copy that is not worth its load is unloaded when unused for so long.
     withdraw_after: Duration = 60.0
 
     @model_validator(mode="after")
-    def _heard_in_time(self) -> CoordinatorSettings:
+    def _reports_arrive_in_time(self) -> CoordinatorSettings:
         if self.stale_after <= self.report_every:
             raise ValueError("stale_after must be longer than report_every, or every worker is taken for dead")
         return self
 
 
 class LimitSettings(Settings):
-    """What one request, and all of them together, may ask for."""
+    """Limits of one request, and of all requests together."""
 
     body: Size = 32 * 2**20
     image_pixels: int = Field(default=50_000_000, gt=0)
     batch: int = Field(default=32, ge=1)
-    #: Requests that one router has under way; more are answered 503.
+    #: Concurrent requests of one router; more are answered 503.
     inflight: int = Field(default=1024, ge=1)
-    #: Requests that one worker lets wait for memory.
+    #: Requests of one worker that wait for memory.
     waiting: int = Field(default=256, ge=1)
-    #: Without a deadline of its own a request is answered within this time, if only with a 504.
+    #: Deadline of a request that carries none; it is answered 504 then.
     request_time: Duration = 60.0
 
 
@@ -133,7 +136,7 @@ class EdgeSettings(Settings):
     worker: WorkerSettings = WorkerSettings()
     coordinator: CoordinatorSettings = CoordinatorSettings()
     limits: LimitSettings = LimitSettings()
-    #: File with the token that requests must carry; without it nobody is asked.
+    #: File with the token that requests must carry; without the file, requests need none.
     token_file: Path | None = None
 
     @model_validator(mode="after")
@@ -154,27 +157,27 @@ class EdgeSettings(Settings):
         return self
 
     def restart_digest(self) -> str:
-        """Changes when replicas cannot take these settings in place of those that they have, and must be replaced."""
+        """A digest of the settings that a running replica cannot take over; a new digest replaces the replicas."""
         changeable = {"worker": {"idle_unload", "hand_over"}}
         fixed = self.model_dump_json(include={"store", "worker", "limits", "token_file"}, exclude=changeable)
         return hashlib.sha256(f"{fixed} {self.coordinator.report_every}".encode()).hexdigest()
 
     @property
     def gateway_location(self) -> str:
-        """Where requests run that name no location."""
+        """The location of requests that name none."""
         return self.default_location or next(iter(self.locations))
 
     def core_links(self) -> dict[tuple[str, str], Link]:
-        """``links`` as the routing rules want them."""
+        """``links`` as the core takes them."""
         return {link.between: Link(rtt_s=link.rtt, bytes_per_s=link.bandwidth) for link in self.links}
 
     def core_default_link(self) -> Link:
-        """``default_link`` as the routing rules want it."""
+        """``default_link`` as the core takes it."""
         return Link(rtt_s=self.default_link.rtt, bytes_per_s=self.default_link.bandwidth)
 
 
 def load_edge(path: Path) -> EdgeSettings:
-    """Read ``edge.yaml``; relative paths in it are relative to its folder.
+    """Read ``edge.yaml``; relative paths in it are relative to its folder, and ``deploy/catalog.yaml`` is the default.
 
     Raises:
         ConfigError: the file is missing, not YAML, or has a wrong key or value.
@@ -184,7 +187,7 @@ def load_edge(path: Path) -> EdgeSettings:
     store = os.environ.get(STORE_VARIABLE)
     return settings.model_copy(
         update={
-            "catalog": beside(path, settings.catalog),
+            "catalog": resolve(settings.catalog, named_by=path),
             "store": Path(store).expanduser().absolute() if store else beside(path, settings.store),
             "token_file": beside(path, settings.token_file) if settings.token_file else None,
         }

@@ -1,4 +1,4 @@
-"""What EdgeServe reads from the environment; no other module reads it."""
+"""Environment variables; no other module reads them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ STORE_VARIABLE = "EDGESERVE_STORE"
 
 
 def preset(variables: Mapping[str, str]) -> None:
-    """Set environment variables for this process and its children, but none that the user has set."""
+    """Set environment variables for this process and its children, except those that the user has set."""
     for name, value in variables.items():
         os.environ.setdefault(name, value)
 
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a process that we start: ours, and ``extra`` where ours says nothing."""
+    """The environment of a child process: this process's own, and ``extra`` for variables that are not set."""
     return {**extra, **os.environ}
 
 
 def ray_address() -> str | None:
-    """The Ray cluster that the user wants to join, if any."""
+    """The address of the Ray cluster to join, if the user has set one."""
     return os.environ.get("RAY_ADDRESS") or None
 
 
@@ -35,21 +35,21 @@ def has_ray_token() -> bool:
 
 
 def traces_dir() -> Path | None:
-    """The folder of recorded traces that the user has named, if any."""
+    """The folder of recorded traces, if the user has set one."""
     named = os.environ.get("EDGESERVE_TRACES")
     return Path(named).expanduser() if named else None
 
 
 def ray_temp_dir() -> Path:
-    """Where Ray keeps its files on this machine."""
+    """The folder that holds Ray's own, ``ray``, on this machine."""
     return Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
 
 
 def sockets_dir() -> Path:
-    """Where this user's workers on this machine listen for routers; socket paths must be short."""
+    """The folder of the sockets on which this user's workers listen for routers; socket paths must be short."""
     return ray_temp_dir() / f"edgeserve-{os.getuid()}"
 
 
 def state_dir() -> Path:
-    """Where this user's EdgeServe remembers what it has started."""
+    """The folder in which ``edgeserve up`` records what it has started for this user."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "edgeserve"

@@ -12,19 +12,20 @@ _NUMBER = re.compile(r"-?\d{1,15}(?:\.\d{1,15})?", re.ASCII)
 
 
 def parse_parameters(policy: str, written: Mapping[str, object]) -> dict[str, float]:
-    """Parameters of a policy as ``make_policy`` wants them.
+    """Parse the parameters of a policy for ``make_policy``.
 
-    What ends in ``_s`` there is a duration: ``short: 100s`` here, or ``short_s: 100`` as in code. All else is a number.
+    A parameter that ends in ``_s`` is a duration: ``short: 100s`` as a user writes it, or ``short_s: 100`` as in code.
+    All others are numbers.
 
     Raises:
         ValueError: no such policy or parameter, or a bad value.
     """
-    taken = {parameter.removesuffix("_s"): parameter for parameter in policy_parameters(policy)}
+    accepted = {parameter.removesuffix("_s"): parameter for parameter in policy_parameters(policy)}
     parameters: dict[str, float] = {}
     for key, value in written.items():
-        in_code = key if key in taken.values() else taken.get(key)
+        in_code = key if key in accepted.values() else accepted.get(key)
         if in_code is None:
-            raise ValueError(f"unknown key {key}; policy {policy} takes {', '.join(taken) or 'no parameters'}")
+            raise ValueError(f"unknown key {key}; policy {policy} takes {', '.join(accepted) or 'no parameters'}")
         if in_code in parameters:
             raise ValueError(f"{key} stands twice")
         try:

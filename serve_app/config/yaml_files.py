@@ -1,4 +1,4 @@
-"""Strict YAML: where a file is found, how it becomes settings, and errors that name file and key."""
+"""Strict YAML: how a file becomes settings, and errors that name file and key."""
 
 from __future__ import annotations
 
@@ -30,20 +30,6 @@ def load_yaml(path: Path) -> Any:
     except (yaml.YAMLError, ValueError) as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"{path}: not valid YAML: {problem}") from None
-
-
-def find(path: Path) -> Path:
-    """A configuration file by its path, from the working directory or from the project's folder.
-
-    Raises:
-        ConfigError: it is in neither.
-    """
-    path = path.expanduser()
-    candidates = [path] if path.is_absolute() else [Path.cwd() / path, Path(__file__).parents[2] / path]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise ConfigError(f"{path}: no such file; looked for {' and '.join(map(str, candidates))}")
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -12,8 +12,8 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from serve_app.config.catalog import load_catalog
+from serve_app.config.default_files import find
 from serve_app.config.edge import load_edge, load_token
-from serve_app.config.yaml_files import find
 from serve_app.errors import ConfigError
 from serve_app.serving import code_version, ray_internals
 from serve_app.serving.replica_config import ReplicaConfig
@@ -62,14 +62,15 @@ def build(args: AppArgs) -> Any:
     Raises:
         ConfigError: a configuration file is wrong, or the location is not in it.
     """
-    settings = load_edge(Path(args.edge))
+    edge = find(Path(args.edge))
+    settings = load_edge(edge)
     if args.location is not None and args.location not in settings.locations:
         raise ConfigError(f"{args.edge}: no location {args.location!r}; there are {', '.join(settings.locations)}")
     config = ReplicaConfig(
         settings=settings,
         entries=load_catalog(settings.catalog),
         location=args.location,
-        issued=max(_written_ns(find(path)) for path in (Path(args.edge), settings.catalog)),
+        issued=max(_written_ns(path) for path in (edge, settings.catalog)),
     )
     token = load_token(settings)
     common = {"user_config": config.to_json()}

@@ -70,10 +70,13 @@ def test_the_cluster_differs_from_cluster_yaml_in_addresses_and_key_alone(ray_cl
     assert used == (ROOT / "cluster.yaml").read_text()
 
 
-def test_every_host_has_installed_the_project_and_asks_for_the_token(ray_cluster: Cluster) -> None:
+def test_every_host_has_installed_the_wheel_and_requires_the_token(ray_cluster: Cluster) -> None:
     for host in ray_cluster.testbed.hosts.values():
         paths = host.run("bash", "-c", ". ~/edgeserve.env && command -v edgeserve python ray").stdout.split()
         assert all(path.startswith(f"{ray_cluster.testbed.home}/edgeserve-env/bin/") for path in paths)
+        package = 'python -c "import serve_app; print(serve_app.__file__)"'
+        file = host.run("bash", "-c", f". ~/edgeserve.env && {package}").stdout
+        assert file.startswith(f"{ray_cluster.testbed.home}/edgeserve-env/lib/")
     stranger = (
         f". ~/edgeserve.env && RAY_AUTH_TOKEN=stranger ray status --address {ray_cluster.host(HEAD).address}:6379"
     )

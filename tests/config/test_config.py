@@ -13,11 +13,12 @@ import pytest
 import yaml
 
 from serve_app.config.catalog import load_catalog
+from serve_app.config.default_files import find
 from serve_app.config.edge import EdgeSettings, load_edge, load_token
 from serve_app.config.environment import STORE_VARIABLE, preset, ray_address, state_dir
 from serve_app.config.policy_parameters import parse_parameters
 from serve_app.config.units import parse_duration, parse_size
-from serve_app.config.yaml_files import find, load_yaml
+from serve_app.config.yaml_files import load_yaml
 from serve_app.core.catalog import ImageInput
 from serve_app.core.links import Link
 from serve_app.errors import ConfigError
@@ -53,7 +54,7 @@ def edge(**changed: Any) -> dict[str, Any]:
 
 
 def refusal(load: Callable[[Path], object], path: Path) -> str:
-    """The one line that the user is shown, less the path that it must begin with."""
+    """The error line without the path that it must begin with."""
     with pytest.raises(ConfigError) as caught:
         load(path)
     message = caught.value.message
@@ -198,7 +199,7 @@ def test_what_is_no_duration_of_a_policy_is_a_number(written: dict[str, Any]) ->
     assert parse_parameters("edgeserve", written) == {"short_s": 100.0, "margin": 1.5}
 
 
-def test_a_policy_that_knows_the_future_serves_nobody(write: Write) -> None:
+def test_a_policy_that_knows_the_future_cannot_serve(write: Write) -> None:
     assert refusal(load_edge, write(edge(policy={"name": "belady-am"}))) == (
         "policy: policy 'belady-am' knows the future: it exists in edgeserve simulate only; use edgeserve"
     )
@@ -261,7 +262,7 @@ def assert_says(message: str, pattern: str) -> None:
 # catalog.yaml
 
 
-def test_a_catalogue_becomes_entries_in_its_order(write: Write, tmp_path: Path) -> None:
+def test_a_catalog_becomes_entries_in_its_order(write: Write, tmp_path: Path) -> None:
     path = write(
         {
             "models": {
@@ -314,7 +315,7 @@ def test_a_model_needs_a_name_that_fits_into_an_address(write: Write, model_id: 
     assert_says(refusal(load_catalog, write({"models": {model_id: MODEL}})), r"models\..*must be letters")
 
 
-def test_a_catalogue_without_models_is_refused(write: Write) -> None:
+def test_a_catalog_without_models_is_refused(write: Write) -> None:
     assert_says(refusal(load_catalog, write({"models": {}})), "models: .*at least 1")
     assert_says(refusal(load_catalog, write("")), "must be a mapping with the keys models")
 
@@ -339,7 +340,7 @@ def test_a_catalogue_without_models_is_refused(write: Write) -> None:
         ("1: 2\n", ""),
     ],
 )
-def test_what_is_no_settings_file_is_refused(write: Write, text: str, says: str) -> None:
+def test_a_file_that_holds_no_settings_is_refused(write: Write, text: str, says: str) -> None:
     assert_says(refusal(load_edge, write(text)), says)
 
 
@@ -354,27 +355,6 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     assert refusal(load_yaml, path) == "is not a text file in UTF-8"
 
 
-def test_a_missing_file_is_named_with_the_places_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError) as caught:
-        find(Path("nowhere.yaml"))
-    assert caught.value.message == (
-        f"nowhere.yaml: no such file; looked for {tmp_path}/nowhere.yaml and {DEPLOY.parent}/nowhere.yaml"
-    )
-    with pytest.raises(ConfigError, match="no such file"):
-        load_edge(tmp_path / "nowhere.yaml")
-    with pytest.raises(ConfigError, match="no such file"):
-        find(tmp_path)
-
-
-def test_a_file_is_searched_here_first_and_then_in_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert find(Path("deploy/edge.yaml")) == DEPLOY / "edge.yaml"
-    (tmp_path / "deploy").mkdir()
-    (tmp_path / "deploy/edge.yaml").touch()
-    assert find(Path("deploy/edge.yaml")) == tmp_path / "deploy/edge.yaml"
-
-
 # Tokens and the environment
 
 
@@ -384,7 +364,7 @@ def test_a_token_is_read_without_the_space_around_it(write: Write, tmp_path: Pat
 
 
 @pytest.mark.parametrize("content", [None, "", " \n"])
-def test_an_open_door_is_never_meant_by_a_token_file(write: Write, tmp_path: Path, content: str | None) -> None:
+def test_a_missing_or_empty_token_file_is_refused(write: Write, tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "token").write_text(content)
     settings = load_edge(write(edge(token_file="token")))
@@ -438,7 +418,7 @@ def test_every_shipped_file_is_strict_yaml(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("written", "period_s"), [("off", None), (False, None), ("500ms", 0.5)])
-def test_what_happens_every_so_often_can_be_turned_off(written: object, period_s: float | None) -> None:
+def test_a_period_can_be_off(written: object, period_s: float | None) -> None:
     edge = {"locations": {"paris": {"memory": "1GiB"}}}
     settings = EdgeSettings.model_validate(
         edge | {"coordinator": {"placement_every": written}, "worker": {"idle_unload": written}}
@@ -448,8 +428,8 @@ def test_what_happens_every_so_often_can_be_turned_off(written: object, period_s
         EdgeSettings.model_validate(edge | {"coordinator": {"placement_every": "0s"}})
 
 
-def test_the_defaults_are_settings_that_would_be_accepted() -> None:
-    """Pydantic checks no defaults; this does."""
+def test_the_defaults_are_valid_settings() -> None:
+    """Pydantic does not validate defaults."""
     defaults = EdgeSettings(locations={"paris": {"memory": "1GiB"}})
     for part in ("default_link", "worker", "coordinator", "limits"):
         for key, value in getattr(defaults, part).model_dump().items():

@@ -143,6 +143,7 @@ def run_on_host(home: Path, addresses: str, command: str) -> str:
     """Output of a command on a host where the environment is set up, and ``ray`` prints what it was given."""
     binaries = home / "edgeserve-env" / "bin"
     binaries.mkdir(parents=True, exist_ok=True)
+    (home / "edgeserve").mkdir(exist_ok=True)
     (binaries / "activate").write_text(f"PATH={binaries}:$PATH\n")
     for name, script in {"ray": 'echo "$@"', "hostname": f"echo {addresses}"}.items():
         (binaries / name).write_text(f"#!/bin/sh\n{script}\n")

@@ -80,7 +80,7 @@ def test_models_load_and_unload_change_what_a_location_holds(deployment) -> None
 
 
 def test_what_the_server_refuses_is_one_line_and_exit_code_1(deployment, photo_file) -> None:
-    check_fails(deployment.cli("infer", "nobody", str(photo_file), "--url", deployment.url), 1, "nobody")
+    check_fails(deployment.cli("infer", "unknown", str(photo_file), "--url", deployment.url), 1, "unknown")
 
 
 def test_a_second_up_finds_everything_as_configured(deployment) -> None:
@@ -105,7 +105,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(environment, command) -> None:
 
 def test_help_names_every_command(environment) -> None:
     shown = run_cli(("--help",), environment).stdout
-    for command in ("up", "down", "status", "infer", "models", "publish", "load", "unload"):
+    for command in ("up", "down", "status", "init", "infer", "models", "publish", "load", "unload"):
         assert f"\n  {command} " in shown
 
 
@@ -150,7 +150,7 @@ def test_up_says_which_port_is_taken(environment, tmp_path) -> None:
         ({"deployments": []}, "deployments"),
     ],
 )
-def test_up_refuses_what_it_would_not_honour(environment, tmp_path, change, word) -> None:
+def test_up_refuses_what_it_would_not_honor(environment, tmp_path, change, word) -> None:
     check_fails(run_cli(("up", str(configure(tmp_path, **change))), environment), 2, word)
 
 
@@ -159,13 +159,13 @@ def test_up_refuses_a_port_that_is_none(environment, tmp_path, port) -> None:
     check_fails(run_cli(("up", str(configure(tmp_path, port))), environment), 2, "port")
 
 
-def test_up_says_so_when_it_could_not_remember_what_it_started(environment, tmp_path) -> None:
+def test_up_refuses_to_start_what_it_could_not_record(environment, tmp_path) -> None:
     blocked = {**environment, "XDG_CACHE_HOME": str(configure(tmp_path))}
     check_fails(run_cli(("up", str(tmp_path / "local.yaml")), blocked), 1, "XDG_CACHE_HOME")
 
 
 @pytest.fixture
-def stranger() -> Iterator[str]:
+def other_server() -> Iterator[str]:
     """A web server that is not EdgeServe."""
 
     class Page(BaseHTTPRequestHandler):
@@ -185,11 +185,11 @@ def stranger() -> Iterator[str]:
         thread.join()
 
 
-def test_an_answer_that_is_not_ours_is_one_line(environment, stranger) -> None:
-    check_fails(run_cli(("status", "--url", stranger), environment), 1, "not EdgeServe")
+def test_an_answer_of_another_server_is_one_line(environment, other_server) -> None:
+    check_fails(run_cli(("status", "--url", other_server), environment), 1, "not EdgeServe")
 
 
-def test_a_proxy_of_the_users_is_not_asked_for_servers_on_this_machine(deployment) -> None:
+def test_the_users_proxy_is_not_used_for_servers_on_this_machine(deployment) -> None:
     proxied = {**deployment.environment, "http_proxy": "http://127.0.0.1:1", "HTTP_PROXY": "http://127.0.0.1:1"}
     assert run_cli(("status", "--url", deployment.url + "/"), proxied).returncode == 0
 

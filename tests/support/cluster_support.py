@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import numpy as np
 import yaml
+from wheel_support import build_wheel
 
 from loadtests.testbed import Testbed
 from loadtests.testbed.host import Host
@@ -57,15 +58,13 @@ def until(what: str, is_true: Callable[[], bool], timeout_s: float, why: Callabl
 
 
 def copy_project(target: Path, testbed: Testbed) -> None:
-    """The project as on the machine of a user who wrote the addresses of the hosts into ``cluster.yaml``.
+    """Copy what ``ray up`` needs, with the addresses of the hosts in ``cluster.yaml``, and build the wheel.
 
-    And with fewer models: those of the whole catalogue would take minutes to publish on every host.
+    The catalog has fewer models: to publish all of them would take minutes on every host.
     """
     target.mkdir()
-    for name in ("serve_app", "deploy"):
-        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", ".gitignore"):
-        shutil.copy(ROOT / name, target / name)
+    shutil.copytree(ROOT / "deploy", target / "deploy")
+    build_wheel(ROOT, target / "dist")
     (target / "cluster.yaml").write_text(with_addresses((ROOT / "cluster.yaml").read_text(), testbed))
     entry = {"weights": "random:0", "family": "imagenet"}
     models = {name: {"builder": f"torchvision:{name}", **entry} for name in MODELS}
@@ -175,8 +174,8 @@ def copy_dependencies(one: Host, other: Host) -> None:
         one.folder / "home" / "edgeserve-env",
         other.folder / "home" / "edgeserve-env",
         symlinks=True,
-        ignore=shutil.ignore_patterns("edgeserve", "edgeserve-*", "__editable__*"),
-        # Installing replaces files and does not write into them.
+        ignore=shutil.ignore_patterns("edgeserve", "edgeserve-*", "serve_app"),
+        # pip replaces files and does not write into them.
         copy_function=os.link,
     )
 

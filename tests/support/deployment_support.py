@@ -30,7 +30,7 @@ PINNED = "shufflenet_v2_x0_5"
 #: Fits only where memory is ample.
 LARGE = "resnet18"
 TOO_LARGE = "resnet34"
-#: Two locations hold it though nobody asks for it; one location loads the other one as it starts.
+#: Two locations hold it without requests; one location preloads the other one.
 GUARDED, LISTED = "guarded", "listed"
 #: A quarter is workspace, and a fifth may be held back for what the process grows by: the rest is too small for the
 #: large model at two of them.

@@ -1,4 +1,4 @@
-"""Bringing a deployment up and down: Ray, the Serve applications, and what is remembered between two commands."""
+"""Start, update and stop a deployment: Ray, the Serve applications, and the state kept between two commands."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 
 import httpx
 
-from serve_app.config import environment, yaml_files
+from serve_app.config import environment
 from serve_app.serving import ray_internals
 from serve_app.serving.launch.local_ray import (
-    Running,
-    Say,
+    ProgressCallback,
+    RunningDeployment,
     StartFailed,
     is_alive,
     join_ray,
     quiet_ray,
-    rejoin,
+    reconnect,
     start_ray,
     stop_ray,
 )
@@ -28,53 +28,53 @@ from serve_app.serving.launch.serve_config import ServeFile
 _READY_S = 180.0
 
 
-def bring_up(serve_file: ServeFile, say: Say) -> Running:
+def start(serve_file: ServeFile, on_progress: ProgressCallback) -> RunningDeployment:
     """Start or join Ray, deploy every application, and wait until all of them answer.
 
     Raises:
-        StartFailed: something did not come up; what this call had started is stopped again.
+        StartFailed: an application did not come up; everything that this call has started is stopped again.
     """
-    running = join_ray(serve_file, say) or start_ray(serve_file, say)
+    running = join_ray(serve_file, on_progress) or start_ray(serve_file, on_progress)
     try:
-        remember(running)
-        deploy(serve_file, say)
+        write_state(running)
+        deploy(serve_file, on_progress)
     except BaseException:
-        say("stopping what was started")
-        bring_down(running)
+        on_progress("stopping what was started")
+        stop(running)
         raise
     return running
 
 
-def change(running: Running, serve_file: ServeFile, say: Say) -> Running:
-    """Bring what is up in line with a configuration that has changed, while it serves.
+def update(running: RunningDeployment, serve_file: ServeFile, on_progress: ProgressCallback) -> RunningDeployment:
+    """Bring a running deployment in line with a changed configuration, without losing a request.
 
-    What a replica can take in while it runs, it takes in; where it must be replaced, the new one serves before the old
-    one ends. Locations that are no longer configured end last, when nobody forwards to them any more.
+    Replicas take over the settings that they can. Where a replica must be replaced, the new one serves before the old
+    one ends. Locations that are no longer configured end last, when no router forwards to them any more.
 
     Raises:
-        StartFailed: it cannot be changed like that, or does not get ready; what is up stays up.
+        StartFailed: the change is impossible, or an application does not get ready; the deployment goes on.
     """
     if serve_file.url != running.url:
         raise StartFailed(
             f"what is up answers at {running.url}, and cannot move to {serve_file.url} while it serves; "
             "stop it first with: edgeserve down"
         )
-    rejoin(running)
+    reconnect(running)
     changed = replace(running, applications=tuple(dict.fromkeys((*running.applications, *serve_file.names))))
-    # Before anything is deployed, so that `down` knows of it.
-    remember(changed)
-    deploy(serve_file, say)
-    left = tuple(name for name in changed.applications if name not in serve_file.names)
-    if left:
-        say(f"stopping {', '.join(left)}")
-        _delete(left)
+    # Before anything is deployed, so that `down` stops it.
+    write_state(changed)
+    deploy(serve_file, on_progress)
+    removed = tuple(name for name in changed.applications if name not in serve_file.names)
+    if removed:
+        on_progress(f"stopping {', '.join(removed)}")
+        _delete(removed)
     changed = replace(changed, applications=serve_file.names)
-    remember(changed)
+    write_state(changed)
     return changed
 
 
-def require_writable() -> None:
-    """Make sure that what is started can be remembered.
+def require_writable_state() -> None:
+    """Check that the state of a deployment can be kept.
 
     Raises:
         StartFailed: the state directory cannot be written.
@@ -87,8 +87,8 @@ def require_writable() -> None:
         raise StartFailed(f"cannot write to {_state_file().parent} ({error.strerror}); set XDG_CACHE_HOME") from None
 
 
-def bring_down(running: Running) -> None:
-    """Stop what ``bring_up`` started, and nothing else."""
+def stop(running: RunningDeployment) -> None:
+    """Stop everything that ``start`` has started, and nothing else."""
     if running.pid is not None:
         stop_ray(running)
     else:
@@ -96,38 +96,42 @@ def bring_down(running: Running) -> None:
     _state_file().unlink(missing_ok=True)
 
 
-def remember(running: Running) -> None:
-    """Keep what was started for a later ``edgeserve down``."""
+def write_state(running: RunningDeployment) -> None:
+    """Keep the state of a deployment for a later ``edgeserve down``."""
     _state_file().write_text(json.dumps(asdict(running)))
 
 
-def recall() -> Running | None:
-    """What an earlier ``up`` has started, if it still runs."""
+def read_state() -> RunningDeployment | None:
+    """The deployment of an earlier ``edgeserve up``, if it still runs."""
     try:
         content = json.loads(_state_file().read_text())
-        running = Running(**{**content, "applications": tuple(content["applications"])})
+        running = RunningDeployment(**{**content, "applications": tuple(content["applications"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return running if is_alive(running) else None
 
 
-def forget(running: Running) -> bool:
-    """Clean up after a deployment that has ended without us; false if somebody else has done that already."""
+def clean_up(running: RunningDeployment) -> bool:
+    """Clean up after a deployment whose Ray has ended; false if ``edgeserve down`` has done that already."""
     if not _state_file().is_file():
         return False
-    bring_down(running)
+    stop(running)
     return True
 
 
-def deploy(serve_file: ServeFile, say: Say) -> None:
-    """Deploy every application and wait until all of them answer; raises ``StartFailed``."""
+def deploy(serve_file: ServeFile, on_progress: ProgressCallback) -> None:
+    """Deploy every application and wait until all of them answer.
+
+    Raises:
+        StartFailed: an application failed, or did not get ready in time.
+    """
     from ray import serve
 
     from serve_app.serving.app import AppArgs, build
     from serve_app.serving.coordinator import actor
 
-    say(f"deploying {', '.join(app.name for app in serve_file.applications)}")
-    edge = str(yaml_files.find(serve_file.edge_path()).absolute())
+    on_progress(f"deploying {', '.join(app.name for app in serve_file.applications)}")
+    edge = str(serve_file.edge_path())
     with quiet_ray():
         serve.start(
             proxy_location=serve_file.proxy_location,
@@ -147,12 +151,12 @@ def deploy(serve_file: ServeFile, say: Say) -> None:
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
-    _await_ready(serve_file, say)
-    # Not before: what is being replaced would start one of its own kind again.
+    _await_ready(serve_file, on_progress)
+    # Not earlier: replicas that are still to be replaced would start a coordinator of the old code again.
     actor.end_outdated()
 
 
-def _await_ready(serve_file: ServeFile, say: Say) -> None:
+def _await_ready(serve_file: ServeFile, on_progress: ProgressCallback) -> None:
     from ray import serve
 
     deadline_s = time.monotonic() + _READY_S
@@ -171,16 +175,16 @@ def _await_ready(serve_file: ServeFile, say: Say) -> None:
                 path = f"{app.route_prefix.rstrip('/')}/v2/health/ready"
                 running = status is not None and status.status == "RUNNING"
                 if not running or not all(_answers(client, f"http://{host}:{serve_file.port}{path}") for host in hosts):
-                    # A host that has just come in may not know it yet.
+                    # A host that has just joined may not have the route yet.
                     ready.discard(app.name)
                 elif app.name not in ready:
                     ready.add(app.name)
-                    say(f"{app.name} is ready")
+                    on_progress(f"{app.name} is ready")
             time.sleep(0.2)
 
 
 def _hosts(serve_file: ServeFile) -> list[str]:
-    """Where the applications must answer: each host has a proxy of its own, and they learn of replicas one by one."""
+    """The hosts on which the applications must answer: each has a proxy of its own that learns routes by itself."""
     if serve_file.host not in ("0.0.0.0", ""):
         return [serve_file.host]
     hosts = {"127.0.0.1"}
@@ -196,15 +200,15 @@ def _answers(client: httpx.Client, url: str) -> bool:
         return False
 
 
-def _delete_applications(running: Running) -> None:
+def _delete_applications(running: RunningDeployment) -> None:
     from ray import serve
 
     from serve_app.serving.coordinator import actor
 
-    rejoin(running)
+    reconnect(running)
     _delete(running.applications)
     if not serve.status().applications:
-        # Its proxies would hold the port.
+        # Serve's proxies would keep the port.
         serve.shutdown()
     actor.end()
 
@@ -213,7 +217,7 @@ def _delete(applications: tuple[str, ...]) -> None:
     from ray import serve
 
     for name in applications:
-        # Each takes half a minute to drain, so not one after another.
+        # Each application drains for half a minute: all of them at the same time.
         ray_internals.delete_application(name)
     while serve.status().applications.keys() & set(applications):
         time.sleep(0.5)

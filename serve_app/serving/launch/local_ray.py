@@ -1,4 +1,4 @@
-"""A Ray cluster to deploy on: joined where one runs, else started on this machine and stopped again."""
+"""The Ray cluster of a deployment: joined if one runs, else started on this machine and stopped again."""
 
 from __future__ import annotations
 
@@ -23,29 +23,30 @@ from serve_app.errors import EdgeServeError
 from serve_app.serving import ray_internals
 from serve_app.serving.launch.serve_config import ServeFile
 
-Say = Callable[[str], None]
+#: Called with one line for the user.
+ProgressCallback = Callable[[str], None]
 
-#: Must be set before Ray starts: Serve's fast ingress (see serve_app/docs/serving.md).
+#: Variables of Serve's fast ingress (serve_app/docs/serving.md); they must be set before Ray starts.
 FAST_INGRESS = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # Throughput mode would keep the last thousand lines of every log in memory, and a dead replica its last words.
+    # Throughput mode would buffer a thousand log lines in memory, and a dead replica would lose them.
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
-    # A dead HAProxy is noticed by the third look; every ten seconds, a host would refuse connections for half a minute.
+    # The third failed check replaces a dead HAProxy: with Serve's ten seconds, after half a minute without connections.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-    # And would refuse to hand a router's request to a worker beyond 4 MiB: seven images.
+    # Otherwise requests from router to worker end at 4 MiB: seven images.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",
-    # Inference watches by itself whether its client hangs up; Serve would take longer to do so.
+    # Inference detects by itself that its client has gone; Serve's own detection takes longer.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.serving.api.fast_path:middlewares",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
-#: The same for a Ray of our own. It asks for no token: left alone, `ray start` would if this user happens to have one,
-#: and drivers do not present it.
+#: The same for a Ray that EdgeServe starts, without a token: `ray start` would require one if this user has one, and
+#: drivers do not present it.
 _OWN_RAY = {**FAST_INGRESS, "RAY_AUTH_MODE": "disabled"}
 
-#: Marks every process of a Ray that we start.
+#: Marks every process of a Ray that EdgeServe starts.
 _RUN_VARIABLE = "EDGESERVE_RUN_ID"
 _START_S = 60.0
 _STOP_S = 5.0
@@ -57,8 +58,8 @@ class StartFailed(EdgeServeError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Running:
-    """What ``up`` has started. ``pid`` and ``run_id`` are those of our own Ray, None where one was joined."""
+class RunningDeployment:
+    """The state of a deployment; ``pid`` and ``run_id`` are those of EdgeServe's own Ray, None where one was joined."""
 
     address: str
     url: str
@@ -67,8 +68,8 @@ class Running:
     run_id: str | None
 
 
-def is_alive(running: Running) -> bool:
-    """Whether the Ray that serves this still runs."""
+def is_alive(running: RunningDeployment) -> bool:
+    """Whether the Ray of a deployment still runs."""
     if running.pid is None:
         return _listens(running.address)
     try:
@@ -78,15 +79,15 @@ def is_alive(running: Running) -> bool:
         return False
 
 
-def prepare_to_join() -> None:
-    """Set the environment for a cluster that we join: this user's token; one that asks for none does not mind."""
+def preset_to_join() -> None:
+    """Set the environment to join a cluster: this user's token, which a cluster without authentication ignores."""
     preset(FAST_INGRESS)
     if has_ray_token():
         preset({"RAY_AUTH_MODE": "token"})
 
 
 def connect(address: str) -> None:
-    """Connect this process to a Ray cluster, and keep our own signal handlers: Ray would put its in their place."""
+    """Connect this process to a Ray cluster, and keep the signal handlers that Ray would replace."""
     import ray
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -96,7 +97,7 @@ def connect(address: str) -> None:
         signal.signal(number, handler)
 
 
-def join_ray(serve_file: ServeFile, say: Say) -> Running | None:
+def join_ray(serve_file: ServeFile, on_progress: ProgressCallback) -> RunningDeployment | None:
     """Connect to the Ray cluster at RAY_ADDRESS, or to the one on this machine; None if there is none.
 
     Raises:
@@ -108,27 +109,27 @@ def join_ray(serve_file: ServeFile, say: Say) -> Running | None:
         raise StartFailed(f"no Ray cluster answers at RAY_ADDRESS={wanted}; start it, or unset RAY_ADDRESS")
     if address is None:
         return None
-    prepare_to_join()
+    preset_to_join()
     connect(address)
-    say(f"joined the Ray cluster at {address}")
-    return Running(address=address, url=serve_file.url, applications=serve_file.names, pid=None, run_id=None)
+    on_progress(f"joined the Ray cluster at {address}")
+    return RunningDeployment(address=address, url=serve_file.url, applications=serve_file.names, pid=None, run_id=None)
 
 
-def rejoin(running: Running) -> None:
-    """Connect to the Ray that an earlier command has started or joined, unless this process is connected."""
+def reconnect(running: RunningDeployment) -> None:
+    """Connect to the Ray of an earlier command, unless this process is connected."""
     import ray
 
     if ray.is_initialized():
         return
     if running.pid is None:
-        prepare_to_join()
+        preset_to_join()
     else:
         preset(_OWN_RAY)
     connect(running.address)
 
 
-def start_ray(serve_file: ServeFile, say: Say) -> Running:
-    """Start a Ray of our own on this machine and connect to it.
+def start_ray(serve_file: ServeFile, on_progress: ProgressCallback) -> RunningDeployment:
+    """Start Ray on this machine and connect to it.
 
     Raises:
         StartFailed: the port of ``serve_file`` is taken, or Ray does not start.
@@ -138,7 +139,7 @@ def start_ray(serve_file: ServeFile, say: Say) -> Running:
     port, dashboard_port, stats_port, metrics_port = _free_ports(4)
     address, run_id = f"127.0.0.1:{port}", uuid.uuid4().hex
     log = Path(tempfile.gettempdir()) / f"edgeserve-ray-{run_id}.log"
-    say("starting Ray on this machine")
+    on_progress("starting Ray on this machine")
     command = [
         sys.executable, "-m", ray_internals.COMMAND_MODULE, "start", "--head", "--block", "--disable-usage-stats",
         "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard_port}",
@@ -157,7 +158,7 @@ def start_ray(serve_file: ServeFile, say: Say) -> Running:
             start_new_session=True,
             env=environment,
         )
-    running = Running(
+    running = RunningDeployment(
         address=address, url=serve_file.url, applications=serve_file.names, pid=process.pid, run_id=run_id
     )
     try:
@@ -176,45 +177,45 @@ def start_ray(serve_file: ServeFile, say: Say) -> Running:
     return running
 
 
-def stop_ray(running: Running) -> None:
-    """Stop the Ray that ``start_ray`` has started, with everything that came of it."""
-    # Interrupted while it was imported, Ray is not there to be left.
+def stop_ray(running: RunningDeployment) -> None:
+    """Stop the Ray that ``start_ray`` has started, with all of its processes."""
+    # After an interrupted import, Ray cannot be disconnected.
     with quiet_ray(), contextlib.suppress(ImportError, AttributeError):
         import ray
 
         ray.shutdown()
-    family = _family(running)
-    for process in family:
+    processes = _processes(running)
+    for process in processes:
         if process.pid == running.pid:
             process.terminate()
-    _, left = psutil.wait_procs(family, timeout=_STOP_S)
-    # HAProxy is replaced while it shuts down, so one look is not enough.
+    _, left = psutil.wait_procs(processes, timeout=_STOP_S)
+    # Serve replaces HAProxy while it shuts down, so new processes may appear.
     for _ in range(_KILL_ROUNDS):
-        left = [*left, *_family(running)]
+        left = [*left, *_processes(running)]
         for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         _, left = psutil.wait_procs(left, timeout=1.0)
-        if not left and not _family(running):
+        if not left and not _processes(running):
             break
-    # Ray leaves its address behind, and whoever looks for a cluster would wait for the dead one for minutes.
+    # Ray leaves its address behind: another driver would wait for the dead cluster for minutes.
     address_file = _address_file()
     if address_file.is_file() and _port(address_file.read_text()) == _port(running.address):
         address_file.unlink(missing_ok=True)
 
 
-def _family(running: Running) -> list[psutil.Process]:
-    """Every process of our own Ray.
+def _processes(running: RunningDeployment) -> list[psutil.Process]:
+    """Every process of a Ray that EdgeServe has started.
 
-    They all inherit its run id, whoever their parent is by now; but those that change their title may lose what the
-    kernel shows of their environment, so the children of the others count as well.
+    All inherit the run id, whatever their parent is by now. A process that changes its title may lose the environment
+    that the kernel shows, so the children of the others count as well.
     """
-    family: dict[int, psutil.Process] = {}
+    found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get(_RUN_VARIABLE) == running.run_id:
-                family |= {member.pid: member for member in (process, *process.children(recursive=True))}
-    return [process for process in family.values() if _runs(process)]
+                found |= {member.pid: member for member in (process, *process.children(recursive=True))}
+    return [process for process in found.values() if _runs(process)]
 
 
 def _runs(process: psutil.Process) -> bool:
@@ -225,7 +226,7 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def _local_ray() -> str | None:
-    """Address of the Ray that runs on this machine, if it still does."""
+    """Address of the Ray that runs on this machine, if any."""
     try:
         address = _address_file().read_text().strip()
     except OSError:
@@ -234,7 +235,7 @@ def _local_ray() -> str | None:
 
 
 def _address_file() -> Path:
-    """Where Ray leaves the address of the cluster that runs on this machine."""
+    """The file in which Ray leaves the address of the cluster on this machine."""
     return ray_temp_dir() / "ray" / ray_internals.ADDRESS_FILE
 
 
@@ -273,7 +274,7 @@ def _free_ports(count: int) -> list[int]:
 
 @contextlib.contextmanager
 def quiet_ray() -> Iterator[None]:
-    """Ray and Serve tell at length what they do; the user reads our own few lines instead."""
+    """Silence the log of Ray and Serve in this process: the user reads EdgeServe's own lines."""
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # noqa: PTH123

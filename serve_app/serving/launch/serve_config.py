@@ -1,4 +1,4 @@
-"""Serve configuration files such as ``deploy/local.yaml``, as far as ``edgeserve up`` reads them."""
+"""Serve configuration files such as ``deploy/local.yaml``: the keys that ``edgeserve up`` reads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from serve_app.config.yaml_files import Settings, find, read_settings
+from serve_app.config.default_files import find
+from serve_app.config.yaml_files import Settings, read_settings
 from serve_app.errors import ConfigError
 
 
@@ -24,7 +25,7 @@ class Application:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeFile:
-    """What ``edgeserve up`` needs of a Serve configuration file such as ``deploy/local.yaml``."""
+    """The content of a Serve configuration file such as ``deploy/local.yaml``."""
 
     path: Path
     applications: tuple[Application, ...]
@@ -35,7 +36,7 @@ class ServeFile:
 
     @property
     def url(self) -> str:
-        """Where the gateway answers."""
+        """URL of the gateway."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "") else self.host
         return f"http://{host}:{self.port}"
 
@@ -53,19 +54,19 @@ class ServeFile:
         """The ``edge.yaml`` that the applications share.
 
         Raises:
-            ConfigError: they do not share one.
+            ConfigError: the applications name different files, or the file does not exist.
         """
         paths = {app.edge for app in self.applications}
         if len(paths) != 1:
             raise ConfigError(f"{self.path}: all applications must name the same edge file, not {sorted(paths)}")
-        return Path(paths.pop())
+        return find(Path(paths.pop()), named_by=self.path)
 
 
 def read_serve_file(path: Path) -> ServeFile:
-    """Read a Serve configuration file; what ``edgeserve up`` would not honour is refused.
+    """Read a Serve configuration file strictly: keys that ``edgeserve up`` does not honor are errors.
 
     Raises:
-        ConfigError: it is missing, malformed, or deploys something else.
+        ConfigError: the file is missing, malformed, or deploys other applications than EdgeServe's.
     """
     path = find(path)
     content = read_settings(path, _ServeSettings)
@@ -118,7 +119,7 @@ class _ServeSettings(Settings):
     applications: tuple[_Application, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _different(self) -> _ServeSettings:
+    def _names_and_prefixes_are_unique(self) -> _ServeSettings:
         for field in ("name", "route_prefix"):
             values = [getattr(app, field) for app in self.applications]
             twice = sorted({value for value in values if values.count(value) > 1})

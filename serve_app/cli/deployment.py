@@ -1,0 +1,162 @@
+"""Commands that start, stop and show a deployment: ``up``, ``down``, ``status``."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from serve_app.cli.client import request, server_options
+from serve_app.cli.console import stdout, warn
+from serve_app.cli.publish import publish_catalog
+from serve_app.config.default_files import find_default
+from serve_app.config.environment import ray_temp_dir
+from serve_app.errors import EdgeServeError, StoreError
+
+# Ray and torch take seconds to import; --help and status need neither.
+if TYPE_CHECKING:
+    from serve_app.serving.launch.local_ray import RunningDeployment
+
+
+@click.command()
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.option("--detach", is_flag=True, help="Return once everything is ready; edgeserve down stops it.")
+def up(config: Path | None, detach: bool) -> None:
+    """Publish missing models, start the locations of CONFIG, and wait until they are ready.
+
+    CONFIG is a Serve configuration file. Without it, local.yaml of the working directory if edgeserve init has written
+    one there, else deploy/local.yaml. Starts Ray if none runs, or joins the cluster at RAY_ADDRESS. Ctrl-C stops what
+    it has started.
+
+    While EdgeServe is up already, brings it in line with what has changed in the configuration files, without losing a
+    request: memory, policy, links, models and locations that come or go.
+    """
+    from serve_app.serving.launch import deployment
+    from serve_app.serving.launch.serve_config import read_serve_file
+
+    began_s, out = time.monotonic(), stdout()
+
+    def show(message: str) -> None:
+        out.print(f"[dim]{time.monotonic() - began_s:5.1f} s[/]  {message}")
+
+    # SIGINT as well: a shell script sets it to be ignored in a process that it starts in the background.
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
+    serve_file = read_serve_file(config or find_default("local.yaml"))
+    edge = serve_file.edge_path()
+    show(f"configuration {serve_file.path}")
+    deployment.require_writable_state()
+    try:
+        publish_catalog(edge)
+    except StoreError as error:
+        # The models that are published can be served all the same.
+        warn(error.message)
+    earlier = deployment.read_state()
+    if earlier is not None:
+        deployment.update(earlier, serve_file, show)
+        show("everything is as configured; edgeserve down stops it")
+        return
+    running = deployment.start(serve_file, show)
+    _show_addresses(out, serve_file.url, serve_file.locations)
+    if detach:
+        out.print("running in the background; stop it with: edgeserve down")
+        return
+    out.print("Ctrl-C stops it")
+    _wait_for_the_end(running, show)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _wait_for_the_end(running: RunningDeployment, show: Callable[[str], None]) -> None:
+    """Wait until Ctrl-C, and stop the deployment then, or until it has ended otherwise.
+
+    Raises:
+        EdgeServeError: Ray has stopped by itself.
+    """
+    from serve_app.serving.launch import deployment
+
+    try:
+        while (latest := deployment.read_state()) is not None and latest.address == running.address:
+            # Another `up` may have changed the deployment.
+            running = latest
+            time.sleep(1.0)
+    except KeyboardInterrupt:
+        show("stopping")
+        deployment.stop(running)
+        return
+    if deployment.clean_up(running):
+        raise EdgeServeError(f"Ray has stopped by itself; its logs are in {ray_temp_dir() / 'ray/session_latest/logs'}")
+    show("stopped by edgeserve down")
+
+
+def _show_addresses(out: Console, url: str, locations: dict[str, str]) -> None:
+    out.print()
+    for name, location_url in locations.items():
+        out.print(f"  {name:<12} {location_url}")
+    out.print(f"  {'any location':<12} {url}  (header X-Edge-Location)")
+    out.print("\ntry it:")
+    first = next(iter(locations.values()), url)
+    out.print(
+        f"  curl -H 'Content-Type: image/jpeg' --data-binary @photo.jpg '{first}/v1/classify?model=resnet50'\n",
+        markup=False,
+    )
+
+
+@click.command()
+def down() -> None:
+    """Stop what `edgeserve up --detach` has started."""
+    from serve_app.serving.launch import deployment
+
+    running = deployment.read_state()
+    if running is None:
+        raise EdgeServeError("nothing is up; edgeserve up starts it")
+    deployment.stop(running)
+    stdout().print("stopped")
+
+
+@click.command()
+@server_options
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def status(url: str, token: str | None, as_json: bool) -> None:
+    """Show memory, resident models, rates and hit ratio of every location."""
+    content = request("GET", f"{url}/v1/locations", token)
+    if as_json:
+        click.echo(json.dumps(content))
+        return
+    out = stdout()
+    out.print(_locations_table(content["locations"]))
+    for row in content["locations"]:
+        resident = sorted(row["resident"], key=lambda model: -model["rate_per_s"])
+        listed = ", ".join(f"{model['model']} {model['rate_per_s']:.2g}/s" for model in resident) or "nothing"
+        out.print(f"{row['name']} holds {listed}")
+    coordinator = content["coordinator"]
+    age_s = coordinator["view_age_s"]
+    state = "up" if coordinator["up"] else "not reachable: locations go on with their last view"
+    out.print(f"coordinator {state}" + (f", last update {age_s:.1f} s ago" if age_s is not None else ""))
+
+
+def _locations_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, header_style="bold")
+    for column in ("location", "workers", "memory MiB", "requests", "hit ratio", "loads", "forwards", "evictions"):
+        table.add_column(column, justify="left" if column == "location" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["name"],
+            str(row["replicas"]),
+            f"{row['used_bytes'] / 2**20:.0f} of {row['capacity_bytes'] / 2**20:.0f}",
+            str(row["requests"]),
+            f"{(row['hits'] + row['joins']) / row['requests']:.0%}" if row["requests"] else "-",
+            str(row["model_loads"]),
+            str(row["forwards"]),
+            str(row["evictions"]),
+        )
+    return table
