@@ -115,7 +115,7 @@ class _Bench:
             self._state.handle(report, self._now)
 
     def _view(self, location: str, known: RouterView) -> bytes:
-        delta = self._state.view(known.view.epoch, known.view.version, self._now, location)
+        delta = self._state.view(known.cluster.epoch, known.cluster.version, self._now, location)
         return pickle.dumps(delta, pickle.HIGHEST_PROTOCOL)
 
     def _resynchronise(self) -> None:

@@ -80,14 +80,14 @@ class LinkTable:
     """
 
     #: A way that takes this much more or less than when it was told of last is worth telling of.
-    _NEWS_SHARE = 0.1
-    _NEWS_BYTES = 100_000
+    _CHANGED_SHARE = 0.1
+    _CHANGED_BYTES = 100_000
 
     def __init__(self, home: str, configured: Callable[[str, str], Link]) -> None:
         self._home = home
         self._configured = configured
         self._estimates: dict[str, LinkEstimate] = {}
-        self._told: dict[tuple[str, str], Link] = {}
+        self._sent: dict[tuple[str, str], Link] = {}
 
     def configure(self, configured: Callable[[str, str], Link]) -> None:
         """Take other links for what has not been measured."""
@@ -105,17 +105,17 @@ class LinkTable:
         estimate = self._estimates.get(there)
         return self._configured(here, there) if estimate is None else estimate.link
 
-    def news(self) -> dict[tuple[str, str], Link]:
-        """The ways that have changed since they were told of last; they count as told of now."""
+    def changes(self) -> dict[tuple[str, str], Link]:
+        """Links that have changed since they were sent last; from now on they count as sent."""
         changed: dict[tuple[str, str], Link] = {}
         for there, estimate in self._estimates.items():
             way, link = (self._home, there), estimate.link
-            told = self._told.get(way)
-            if told is None or link.differs_from(told, self._NEWS_BYTES, self._NEWS_SHARE):
+            sent = self._sent.get(way)
+            if sent is None or link.differs_from(sent, self._CHANGED_BYTES, self._CHANGED_SHARE):
                 changed[way] = link
-        self._told |= changed
+        self._sent |= changed
         return changed
 
-    def forget_told(self) -> None:
-        """Whoever was told of the ways has lost it: tell everything again."""
-        self._told.clear()
+    def resend(self) -> None:
+        """The reader of ``changes`` has lost them: send all links again."""
+        self._sent.clear()

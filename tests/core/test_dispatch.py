@@ -41,9 +41,9 @@ class RecordedView(RouterView):
         self.told.append(("returned", replica))
         super().returned(replica, exec_s)
 
-    def see(self, replica: str, model_id: str, state: ModelState | None, sequence: int) -> None:
+    def observe(self, replica: str, model_id: str, state: ModelState | None, sequence: int) -> None:
         self.told.append(("observe", replica, model_id, state))
-        super().see(replica, model_id, state, sequence)
+        super().observe(replica, model_id, state, sequence)
 
     def suspect(self, replica: str) -> None:
         self.told.append(("suspect", replica))
@@ -199,4 +199,4 @@ def test_a_request_that_is_closed_is_no_longer_under_way_and_is_returned_once() 
     request.close()
     request.close()
     assert known.told == [("sent", "paris-1"), ("returned", "paris-1")]
-    assert known.queue_s(known.view.workers["paris-1"]) == 0.0
+    assert known.queue_s(known.cluster.workers["paris-1"]) == 0.0

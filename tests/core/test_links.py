@@ -61,16 +61,16 @@ def test_a_payload_that_took_less_than_the_round_trip_makes_no_negative_bandwidt
 
 def test_a_table_tells_of_a_way_when_it_is_new_and_when_it_has_changed() -> None:
     table = LinkTable("paris", lambda here, there: CONFIGURED)
-    assert table.news() == {}
+    assert table.changes() == {}
     assert table.link("paris", "tokyo") == CONFIGURED
     for _ in range(9):
         table.add("tokyo", 0, 0.05)
-    assert set(table.news()) == {("paris", "tokyo")}
+    assert set(table.changes()) == {("paris", "tokyo")}
     table.add("tokyo", 0, 0.0501)
-    assert table.news() == {}
+    assert table.changes() == {}
     for _ in range(9):
         table.add("tokyo", 0, 0.2)
-    assert table.news()["paris", "tokyo"].rtt_s == pytest.approx(0.2)
-    assert table.news() == {}
-    table.forget_told()
-    assert set(table.news()) == {("paris", "tokyo")}
+    assert table.changes()["paris", "tokyo"].rtt_s == pytest.approx(0.2)
+    assert table.changes() == {}
+    table.resend()
+    assert set(table.changes()) == {("paris", "tokyo")}

@@ -9,7 +9,6 @@ from core_support import report
 
 from serve_app.core.cluster.reports import ViewDelta
 from serve_app.core.links import Link, LinkTable
-from serve_app.core.routing.eviction_cost import prepare
 from serve_app.core.routing.neighbors import NeighborIndex
 from serve_app.core.routing.router_view import RouterView
 from serve_app.core.routing.rules import RoutingRules
@@ -56,8 +55,8 @@ def test_the_way_to_the_nearest_of_several_is_without_end_where_there_is_none() 
 def test_ways_that_have_changed_count_after_the_next_look_around() -> None:
     known, ways = RouterView(), LinkTable("paris", RULES.link)
     known.apply(ViewDelta(epoch="e", version=1, full=True, workers=tuple(WORKERS), gone=(), rates={}), 0.0)
-    prepare(known, "paris", RULES, ways)
+    known.precompute("paris", RULES, ways)
     for _ in range(9):
         ways.add("tokyo", 0, 0.001)
-    prepare(known, "paris", RULES, ways)
-    assert known.nearby("paris", ways).rtt_s({"tokyo-1", "rome-1"}) == 0.001
+    known.precompute("paris", RULES, ways)
+    assert known.neighbors("paris", ways).rtt_s({"tokyo-1", "rome-1"}) == 0.001

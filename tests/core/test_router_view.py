@@ -36,7 +36,7 @@ def knowing(*workers: WorkerReport) -> RouterView:
 
 
 def state(known: RouterView, replica: str, model_id: str) -> ModelState | None:
-    return known.state(known.view.workers[replica], model_id)
+    return known.state(known.cluster.workers[replica], model_id)
 
 
 def replicas(known: RouterView) -> list[str]:
@@ -92,8 +92,8 @@ def test_the_last_report_tells_what_a_worker_holds() -> None:
 
 def test_a_reply_counts_until_a_younger_report() -> None:
     known = knowing(report("paris", sequence=4, models=[resident("victim")]))
-    known.see("paris-1", "new", READY, 5)
-    known.see("paris-1", "victim", None, 5)
+    known.observe("paris-1", "new", READY, 5)
+    known.observe("paris-1", "victim", None, 5)
     assert (state(known, "paris-1", "new"), state(known, "paris-1", "victim")) == (READY, None)
     known.apply(delta(report("tokyo"), version=2), 1.0)
     assert (state(known, "paris-1", "new"), state(known, "paris-1", "victim")) == (READY, None)
@@ -103,21 +103,21 @@ def test_a_reply_counts_until_a_younger_report() -> None:
 
 def test_a_reply_that_is_older_than_the_last_report_counts_nothing() -> None:
     known = knowing(report("paris", sequence=6, models=[resident("b")]))
-    known.see("paris-1", "a", READY, 6)
-    known.see("paris-1", "b", None, 3)
+    known.observe("paris-1", "a", READY, 6)
+    known.observe("paris-1", "b", None, 3)
     assert (state(known, "paris-1", "a"), state(known, "paris-1", "b")) == (None, READY)
 
 
 def test_the_latest_of_two_replies_counts() -> None:
     known = knowing(report("paris"))
-    known.see("paris-1", "a", READY, 2)
-    known.see("paris-1", "a", None, 2)
+    known.observe("paris-1", "a", READY, 2)
+    known.observe("paris-1", "a", None, 2)
     assert state(known, "paris-1", "a") is None
 
 
 def test_a_sighting_is_of_one_replica() -> None:
     known = knowing(report("paris"), report("paris", "paris-2"))
-    known.see("paris-1", "a", READY, 2)
+    known.observe("paris-1", "a", READY, 2)
     assert state(known, "paris-2", "a") is None
 
 
@@ -134,7 +134,7 @@ def test_an_expected_load_can_be_joined_until_the_report_after_the_next() -> Non
 def test_the_reply_to_an_expected_load_replaces_the_expectation() -> None:
     known = knowing(report("paris", sequence=4))
     known.expect_load("paris-1", "a")
-    known.see("paris-1", "a", READY, 5)
+    known.observe("paris-1", "a", READY, 5)
     assert state(known, "paris-1", "a") is READY
 
 
@@ -147,7 +147,7 @@ def test_nothing_is_expected_of_an_unknown_replica() -> None:
 
 def test_what_was_seen_of_a_replica_goes_with_it() -> None:
     known = knowing(report("paris", sequence=1))
-    known.see("paris-1", "a", READY, 9)
+    known.observe("paris-1", "a", READY, 9)
     known.apply(delta(gone=("paris-1",), version=2), 1.0)
     known.apply(delta(report("paris", sequence=2), version=3), 2.0)
     assert state(known, "paris-1", "a") is None
@@ -175,7 +175,7 @@ def test_a_full_view_with_the_same_old_report_clears_nobody() -> None:
 
 def test_what_was_seen_of_a_suspect_counts_no_more() -> None:
     known = knowing(report("paris", sequence=1))
-    known.see("paris-1", "a", READY, 9)
+    known.observe("paris-1", "a", READY, 9)
     known.suspect("paris-1")
     known.apply(delta(report("paris", sequence=2), version=2), 1.0)
     assert state(known, "paris-1", "a") is None
@@ -275,22 +275,24 @@ def test_whoever_is_known_to_hold_a_model_is_found_by_its_name(seed: int) -> Non
             case 0:
                 known.apply(delta(worker, version=version), 0.0)
             case 1:
-                known.see(f"{place}-1", name, rng.choice([READY, LOADING, None]), sequence + rng.randrange(3))
+                known.observe(f"{place}-1", name, rng.choice([READY, LOADING, None]), sequence + rng.randrange(3))
             case 2:
                 known.expect_load(f"{place}-1", name)
             case 3:
                 known.suspect(f"{place}-1")
             case 4:
-                known.reach(place, reached=rng.random() < 0.7)
+                (known.reconnect if rng.random() < 0.7 else known.cut_off)(place)
             case 5:
                 known.apply(delta(worker, gone=(f"{rng.choice(places)}-1",), version=version), 0.0)
         usable = known.workers()
-        assert [worker for place in places for worker in known.at(place)] == sorted(usable, key=lambda w: w.location)
+        assert [worker for place in places for worker in known.workers_at(place)] == sorted(
+            usable, key=lambda w: w.location
+        )
         for model_id in "abc":
             holding = [worker for worker in usable if known.state(worker, model_id) is not None]
-            found = [worker for worker in usable if worker.replica in known.maybe_holding(model_id)]
+            found = [worker for worker in usable if worker.replica in known.possible_holders(model_id)]
             assert [worker for worker in found if known.state(worker, model_id) is not None] == holding
-            nearest = known.nearby("oslo", WAYS).nearest(known.maybe_holding(model_id), 99)
+            nearest = known.neighbors("oslo", WAYS).nearest(known.possible_holders(model_id), 99)
             elsewhere = [worker for worker, _ in nearest if known.state(worker, model_id) is not None]
             assert sorted(worker.replica for worker in elsewhere) == sorted(
                 worker.replica for worker in holding if worker.location != "oslo"

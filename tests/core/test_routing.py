@@ -353,13 +353,13 @@ def test_a_worker_can_hold_what_fits_in_the_place_of_what_is_kept_but_at_a_price
 
 def test_a_hint_that_turned_out_stale_is_not_followed_again() -> None:
     known = knowing(PARIS, report("tokyo", models=HOLDS))
-    known.see("tokyo-1", "m", None, 2)
+    known.observe("tokyo-1", "m", None, 2)
     assert choose(errand(), known, rules()).outcome is LOAD
 
 
 def test_a_model_that_was_just_loaded_is_hit() -> None:
     known = knowing(PARIS)
-    known.see("paris-1", "m", ModelState.READY, 2)
+    known.observe("paris-1", "m", ModelState.READY, 2)
     assert choose(errand(), known, rules()).outcome is HIT
 
 
@@ -473,9 +473,9 @@ def test_losing_a_model_costs_at_most_the_way_to_the_nearest_other_holder() -> N
         report("tokyo", models=[resident("m"), resident("v")]),
         report("oslo", models=[resident("m")]),
     )
-    assert forward_costs("paris", known.view, rules(links=links)) == {"m": 0.001, "v": 0.02}
+    assert forward_costs("paris", known.cluster, rules(links=links)) == {"m": 0.001, "v": 0.02}
 
 
 def test_a_second_worker_of_the_same_location_is_no_other_holder() -> None:
     known = knowing(report("paris", models=HOLDS), report("paris", "paris-2", models=HOLDS))
-    assert forward_costs("paris", known.view, rules()) == {}
+    assert forward_costs("paris", known.cluster, rules()) == {}

@@ -76,7 +76,7 @@ class Course:
         usable = {worker.replica for worker in view.workers()}
         self.believed = {
             replica: (replica in usable, view.state(worker, "small"), view.loading(worker), view.queue_s(worker))
-            for replica, worker in view.view.workers.items()
+            for replica, worker in view.cluster.workers.items()
         }
         return self
 
@@ -112,14 +112,14 @@ async def live(scene: Scene) -> Course:
     clock = ManualClock()
     pool = ScriptedPool(scene, clock)
     router = make_router(pool, clock=clock, rules=RULES, locations=LOCATIONS, request_time_s=REQUEST_TIME_S)
-    scene.tell(router.known)
+    scene.tell(router.view)
     try:
         await router.serve(InferenceRequest(name="small", location="paris", payload=PAYLOAD))
         pool.course.is_served = True
     except EdgeServeError:
         pass
     await asyncio.sleep(0)
-    return pool.course.close(router.known)
+    return pool.course.close(router.view)
 
 
 # The simulated router

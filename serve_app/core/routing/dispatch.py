@@ -156,11 +156,11 @@ class Dispatch:
         self.close()
         match result:
             case Finished():
-                view.see(result.replica, model_id, ModelState.READY, result.sequence)
+                view.observe(result.replica, model_id, ModelState.READY, result.sequence)
                 for victim in result.evicted:
-                    view.see(result.replica, victim, None, result.sequence)
+                    view.observe(result.replica, victim, None, result.sequence)
             case Absent():
-                view.see(result.replica, model_id, None, result.sequence)
+                view.observe(result.replica, model_id, None, result.sequence)
                 self._hints_left -= 1
             case Rejected(error=error):
                 self._rejection = error

@@ -67,7 +67,7 @@ class Router:
         if news is None or (tick := news.tick(now)) == self._tick:
             return
         self._tick = tick
-        view = self.known.view
+        view = self.known.cluster
         delta = news.view(view.epoch, view.version, tick)
         self._read = news.read
         before = view.workers
