@@ -45,7 +45,7 @@ from locust.env import Environment
 from locust.runners import LocalRunner
 from PIL import Image
 
-from serve_app.workload import Request
+from serve_app.workload.request import Request
 from serve_app.workload.zipf import ZipfWorkload
 
 #: What a deployment may answer; "failed" is everything that is no answer.

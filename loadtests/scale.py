@@ -28,6 +28,7 @@ from loadtests.support.scale_routers import DECISIONS, REQUESTS, decide
 from loadtests.support.scale_world import TICK_S, World
 from serve_app.core.cluster.reports import ViewDelta, WorkerReport
 from serve_app.core.coordination.coordinator_state import CoordinatorState
+from serve_app.core.coordination.events import LinksMeasured, Reader, ReaderSeen, WorkerReported
 from serve_app.core.coordination.rules import CoordinatorRules, PlacementSettings
 from serve_app.core.placement.rules import PlacementRules
 from serve_app.core.routing.router_view import RouterView
@@ -89,11 +90,11 @@ class _Bench:
             ),
         )
         for measured in ways:
-            self._state.measured(measured)
+            state.handle(LinksMeasured(links=measured), self._now)
         for report in history:
             # One location after the other: all at once they would be a crowd.
             self._now += TICK_S
-            self._state.handle(report, self._now)
+            state.handle(WorkerReported(report), self._now)
         for tick in reports:
             self._hear(tick)
         del history, reports, ways
@@ -105,18 +106,24 @@ class _Bench:
         announced = self._announce()
         self._place()
         # Last: nobody reads meanwhile, and there would be more news and more to place than in service.
-        values["reports a second, taken in"] = self._reports_per_s(lambda report: state.handle(report, self._now))
+        values["reports a second, taken in"] = self._reports_per_s(
+            lambda report: state.handle(WorkerReported(report), self._now)
+        )
         return self._figures, announced
 
     def _hear(self, tick: Sequence[WorkerReport]) -> None:
         """Every worker reports, and nobody listens."""
         self._now += TICK_S
         for report in tick:
-            self._state.handle(report, self._now)
+            self._state.handle(WorkerReported(report), self._now)
 
     def _view(self, location: str, known: RouterView) -> bytes:
-        delta = self._state.view(known.cluster.epoch, known.cluster.version, self._now, location)
+        delta = self._read_delta(Reader(location, None, known.cluster.epoch, known.cluster.version))
         return pickle.dumps(delta, pickle.HIGHEST_PROTOCOL)
+
+    def _read_delta(self, reader: Reader) -> ViewDelta:
+        self._state.handle(ReaderSeen(reader), self._now)
+        return self._state.delta(reader, self._now)
 
     def _resynchronise(self) -> None:
         """Everybody reads everything: what a coordinator that starts anew is asked for."""
@@ -148,7 +155,7 @@ class _Bench:
 
     def _answer(self, report: WorkerReport) -> ViewDelta:
         epoch, version = self._read[report.location]
-        delta = self._state.answer(report, epoch, version, self._now)
+        delta = self._state.exchange(report, epoch, version, self._now)
         self._read[report.location] = delta.epoch, delta.version
         return delta
 
@@ -186,7 +193,7 @@ class _Bench:
                 if report.location in sizes:
                     sizes[report.location] += len(pickle.dumps(self._answer(report), pickle.HIGHEST_PROTOCOL))
                 else:
-                    self._state.handle(report, self._now)
+                    self._state.handle(WorkerReported(report), self._now)
             for location, known in self._routers.items():
                 data = self._view(location, known)
                 sizes[location] += len(data)
@@ -205,21 +212,19 @@ class _Bench:
             self._hear(list(self._world.tick()))
             news: dict[str, bytes] = {}
             for location, (epoch, version) in read.items():
-                delta = self._state.view(epoch, version, self._now, location)
+                delta = self._read_delta(Reader(location, None, epoch, version))
                 read[location] = delta.epoch, delta.version
                 news[location] = pickle.dumps(delta, pickle.HIGHEST_PROTOCOL)
             announced.append(news)
         return announced
 
     def _place(self) -> None:
-        values, planner, state = self._figures.values, self._state._planner, self._state
-        assert planner is not None
+        values = self._figures.values
         rounds = []
         for _ in range(3):
-            reports = list(state._reports.values())
             before_s = time.thread_time()
             try:
-                commands = planner.plan(reports, self._now)
+                commands = self._state.plan(self._now)
             except MemoryError:
                 return
             rounds.append((time.thread_time() - before_s, len(commands)))

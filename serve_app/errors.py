@@ -1,7 +1,7 @@
-"""One tree for every failure a user can meet; the HTTP status is part of the class.
+"""One tree for every failure a user can meet; the class has the HTTP status and says whether EdgeServe is at fault.
 
-Every constructor hands exactly its own arguments to ``super().__init__``: that is what lets an error
-cross process boundaries by pickle and arrive unchanged.
+Every constructor passes exactly its own arguments to ``super().__init__``, so that pickle carries an error unchanged
+from one process to another.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ class EdgeServeError(Exception):
     """A failure with one sentence for the user: what happened, and what to do."""
 
     status: ClassVar[int] = 500
+    #: Whether the cause is neither the request nor the load: the log gets the traceback, the client a request id.
+    is_fault: ClassVar[bool] = True
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -32,54 +34,63 @@ class InvalidRequest(EdgeServeError):
     """The request itself is wrong: malformed JSON, shape, dtype, name, image or number."""
 
     status = 400
+    is_fault = False
 
 
 class Unauthenticated(EdgeServeError):
     """The request carries no token although one is required."""
 
     status = 401
+    is_fault = False
 
 
 class Forbidden(EdgeServeError):
     """The request carries a token that is not the right one."""
 
     status = 403
+    is_fault = False
 
 
 class NotFound(EdgeServeError):
     """The model, family, version, location or path does not exist."""
 
     status = 404
+    is_fault = False
 
 
 class MethodNotAllowed(EdgeServeError):
     """The path exists, but not for this HTTP method."""
 
     status = 405
+    is_fault = False
 
 
 class Conflict(EdgeServeError):
     """The operation contradicts the present state, such as unloading a model in use."""
 
     status = 409
+    is_fault = False
 
 
 class PayloadTooLarge(EdgeServeError):
     """The body is larger than the configured limit."""
 
     status = 413
+    is_fault = False
 
 
 class UnsupportedMediaType(EdgeServeError):
     """The content type is not one that this endpoint takes."""
 
     status = 415
+    is_fault = False
 
 
 class Unavailable(EdgeServeError):
     """Nothing is wrong with the request, but it cannot be served at this moment."""
 
     status = 503
+    is_fault = False
 
     def __init__(self, message: str, retry_s: float = 1.0) -> None:
         super(EdgeServeError, self).__init__(message, retry_s)
@@ -98,12 +109,14 @@ class DeadlineExceeded(EdgeServeError):
     """The deadline of the request cannot be, or was not, met."""
 
     status = 504
+    is_fault = False
 
 
 class DoesNotFit(EdgeServeError):
     """The model is larger than the memory of any worker that could hold it."""
 
     status = 507
+    is_fault = False
 
 
 class InternalError(EdgeServeError):
@@ -122,9 +135,11 @@ class ConfigError(EdgeServeError):
     """A configuration file or value is wrong; the command line exits with code 2."""
 
     status = 400
+    is_fault = False
 
 
 class TraceError(EdgeServeError):
     """A request stream or a table of models is wrong: the message names file, line and column, or the parameter."""
 
     status = 400
+    is_fault = False

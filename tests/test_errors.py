@@ -1,4 +1,4 @@
-"""Every error arrives as it was sent: in another process, with its status and the sentence for the user."""
+"""Every error arrives in another process unchanged, with its status and the sentence for the user."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from serve_app import errors
 from serve_app.errors import EdgeServeError, Unavailable
 
-#: The table of INTERFACES, by the class that stands for each line.
+#: What clients may rely on.
 STATUSES = {
     errors.InvalidRequest: 400,
     errors.Unauthenticated: 401,
@@ -30,6 +30,7 @@ STATUSES = {
     errors.ConfigError: 400,
     errors.TraceError: 400,
 }
+FAULTS = {EdgeServeError, errors.InternalError, errors.StoreError}
 TREE = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, EdgeServeError)]
 SENTENCE = "the model 'été' is not here; ask for {another} one, 100 % sure"
 
@@ -51,7 +52,7 @@ COPIES: dict[str, Callable[[EdgeServeError], EdgeServeError]] = {
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
 @pytest.mark.parametrize("kind", TREE)
-def test_an_error_survives_the_way_to_another_process(
+def test_an_error_survives_the_transport_to_another_process(
     kind: type[EdgeServeError], copied: Callable[[EdgeServeError], EdgeServeError]
 ) -> None:
     error = kind(SENTENCE)
@@ -62,7 +63,7 @@ def test_an_error_survives_the_way_to_another_process(
 
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
-def test_unavailable_keeps_when_to_try_again(copied: Callable[[EdgeServeError], EdgeServeError]) -> None:
+def test_unavailable_keeps_its_time_to_retry(copied: Callable[[EdgeServeError], EdgeServeError]) -> None:
     back = copied(Unavailable(SENTENCE, 2.5))
     assert back.retry_after_s == 2.5
     assert back.message == SENTENCE
@@ -79,7 +80,12 @@ def test_statuses_are_those_of_the_interface() -> None:
     assert {kind: kind.status for kind in TREE if kind is not EdgeServeError} == STATUSES
 
 
-def test_only_unavailable_says_when_to_try_again() -> None:
+def test_faults_are_the_errors_that_neither_the_request_nor_the_load_causes() -> None:
+    assert {kind for kind in TREE if kind.is_fault} == FAULTS
+    assert {kind.status for kind in FAULTS} == {500}
+
+
+def test_only_unavailable_has_a_time_to_retry() -> None:
     assert [kind for kind in TREE if kind(SENTENCE).retry_after_s is not None] == [Unavailable]
 
 

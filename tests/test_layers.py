@@ -20,8 +20,9 @@ MAY_IMPORT = {
     "config": {"errors", "core", "workload"},
     "simulator": {"errors", "core", "workload", "config"},
     "store": {"errors", "core"},
-    "models": {"errors", "core", "store"},
-    "serving": {"errors", "core", "config", "store", "models"},
+    "tasks": {"errors", "core"},
+    "models": {"errors", "core", "store", "tasks"},
+    "serving": {"errors", "core", "config", "store", "tasks", "models"},
 }
 #: The top of the package: these import everything, and nothing below imports them.
 TOP = {"cli", "__main__", "__init__"}

@@ -16,7 +16,7 @@ from torch import nn
 
 from serve_app.core.catalog import ImageInput
 from serve_app.models.torchvision_compat import import_torchvision
-from serve_app.store.images import decode_image, preprocess, top_k
+from serve_app.tasks.image_classification import decode_image, preprocess, top_k
 
 _MAX_PIXELS = 50_000_000
 #: Their constructors draw initial weights slowly, and build what only training uses, unless told not to.

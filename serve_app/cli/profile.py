@@ -18,7 +18,7 @@ from serve_app.config.default_files import find_default
 from serve_app.config.edge import EdgeSettings, load_edge
 from serve_app.core.catalog import ModelEntry
 from serve_app.errors import ConfigError, StoreError
-from serve_app.store.model_store import ModelStore, is_publication_of
+from serve_app.store.model_store import ModelStore, is_published_from
 
 # torch takes seconds to import, and --help should not wait for it.
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _published(
 
 def _is_published(store: ModelStore, entry: ModelEntry) -> bool:
     try:
-        return is_publication_of(store.manifest(entry.model_id), entry)
+        return is_published_from(store.manifest(entry.model_id), entry)
     except StoreError:
         return False
 
@@ -133,9 +133,9 @@ def _each(entries: Sequence[ModelEntry], doing: str, measure: Callable[[ModelEnt
 
 
 def _show_profiles(profiles: Sequence[Profile]) -> None:
-    from serve_app.models.profiling.model_profile import summarise
+    from serve_app.models.profiling.model_profile import summarize
 
-    summary, is_cold = summarise(profiles), profiles[0].cold is not None
+    summary, is_cold = summarize(profiles), profiles[0].cold is not None
     columns = [
         "model",
         "size MB",

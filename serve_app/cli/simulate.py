@@ -20,7 +20,7 @@ from serve_app.core.policies.registry import ORACLES, POLICIES
 # numpy, matplotlib and the simulator itself are imported when a command runs: --help should not wait for them.
 if TYPE_CHECKING:
     from serve_app.simulator.discrete_event.settings import Coordination
-    from serve_app.simulator.result_row import Row
+    from serve_app.simulator.result_row import ResultRow
     from serve_app.simulator.runner import ExperimentPlan, TimeModel
     from serve_app.simulator.scenario import PolicyChoice, Workload
 
@@ -212,7 +212,7 @@ def _check_compatible(options: _Options) -> None:
 def _compare(options: _Options) -> None:
     """Replay one workload with every policy and capacity."""
     from serve_app.simulator.result_table import as_table, summary
-    from serve_app.simulator.runner import Cell, ExperimentPlan
+    from serve_app.simulator.runner import ExperimentPlan, ReplaySpec
     from serve_app.simulator.scenario import parse_capacities, parse_policies
 
     policies = _parsed(parse_policies, options.policies or _DEFAULT_POLICIES, "--policy")
@@ -223,8 +223,8 @@ def _compare(options: _Options) -> None:
         _warn_of_overload(workload)
         if coordination != "none" and len(workload.trace.locations) > 1:
             policies = _without_oracles(policies)
-    cells = tuple(Cell(policy=policy, capacity=capacity) for capacity in capacities for policy in policies)
-    plan = ExperimentPlan(workloads=(workload,), cells=cells, time=options.time_model, coordination=coordination)
+    replays = tuple(ReplaySpec(policy=policy, capacity=capacity) for capacity in capacities for policy in policies)
+    plan = ExperimentPlan(workloads=(workload,), replays=replays, time=options.time_model, coordination=coordination)
     rows = _run(plan, options.jobs)
     _warn_of_rejections(rows, workload.largest_bytes)
     if not options.as_json:
@@ -235,7 +235,7 @@ def _compare(options: _Options) -> None:
 
 def _paper(options: _Options) -> None:
     """Replay the reference workload with several seeds, and check the paper's claims."""
-    from serve_app.simulator.studies.paper import NOTES, Results, claims_table, paper_plan, policies_table
+    from serve_app.simulator.studies.paper import NOTES, PaperResults, claims_table, paper_plan, policies_table
     from serve_app.simulator.studies.reference_workload import Reference, find_reference
 
     if options.trace is None and options.models is None:
@@ -250,7 +250,7 @@ def _paper(options: _Options) -> None:
     options = replace(options, plot=options.plot or _PAPER_PLOT)
     _check_writable(options)
     rows = _run(paper_plan(workloads), options.jobs)
-    results = Results(rows)
+    results = PaperResults(rows)
     # With --json, stdout is for programs.
     shown = stderr() if options.as_json else stdout()
     first = workloads[0].trace
@@ -271,7 +271,7 @@ def _benchmark(options: _Options) -> None:
     benchmark(find_reference(options.data), seed=options.seed, out=stdout(), err=stderr())
 
 
-def _run(plan: ExperimentPlan, jobs: int | None) -> tuple[Row, ...]:
+def _run(plan: ExperimentPlan, jobs: int | None) -> tuple[ResultRow, ...]:
     from serve_app.simulator.runner import run
 
     # Terminated, the command ends its processes as well.
@@ -318,18 +318,18 @@ def _warn_of_overload(workload: Workload) -> None:
         )
 
 
-def _warn_of_rejections(rows: Sequence[Row], largest_bytes: int) -> None:
+def _warn_of_rejections(rows: Sequence[ResultRow], largest_bytes: int) -> None:
     # The last of each capacity has the most.
     rejecting = sorted((row for row in rows if row.rejected), key=lambda row: row.rejected)
     for row in {row.capacity_bytes: row for row in rejecting}.values():
         if row.capacity_bytes >= largest_bytes:
-            warn(f"up to {row.rejected:,} requests found too many others in line; they count as misses")
+            warn(f"up to {row.rejected:,} requests found the wait queue full; they count as misses")
             continue
         what = "no model fits" if row.rejected == row.requests else "some models do not fit"
         warn(f"{what} into {row.capacity_bytes} bytes; their requests count as misses that load every time")
 
 
-def _write(rows: Sequence[Row], options: _Options, drawn: Sequence[Row] = ()) -> None:
+def _write(rows: Sequence[ResultRow], options: _Options, drawn: Sequence[ResultRow] = ()) -> None:
     from serve_app.simulator.result_table import as_csv, as_json
 
     if options.as_json:

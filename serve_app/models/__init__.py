@@ -1,1 +1,1 @@
-"""The model store on disk, builders, the fast loader, and images as inputs."""
+"""Models in torch: builders, publishing, the loader, and profiling."""

@@ -1,8 +1,8 @@
-"""Makes a module faster without changing its answers: batch norms folded into convolutions, channels last in memory.
+"""Make a module faster without changing its answers: batch norms folded into convolutions, channels last in memory.
 
-Both are found once, when a model is published, and written down in its manifest; a worker only repeats them on the
-module without weights, which takes no tracing and no arithmetic. Both together made every model of the catalogue
-faster, and none slower (``edgeserve profile --variants``), so there is nothing to choose per model.
+Publishing finds both once and writes them into the manifest. A worker repeats them on the module without weights, which
+takes no tracing and no arithmetic. Both together made every model of the catalog faster and none slower
+(``edgeserve profile --variants``), so there is no choice per model.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _NORM_AFTER: dict[type, type] = {
 
 
 def named_slots(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Every parameter and buffer, non-persistent ones included, as (full name, table that owns it, key in it).
+    """Yield every parameter and buffer, non-persistent ones included, as (full name, table that owns it, key in it).
 
     A tensor that is tied to another appears under each of its names.
     """
@@ -54,8 +54,8 @@ def named_slots(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
                     yield f"{prefix}.{key}" if prefix else key, table, key
 
 
-def optimise(module: nn.Module, batch: NDArray[np.float32], expected: NDArray[np.float32], name: str) -> Execution:
-    """Changes a module in place to what runs fastest of what still answers as expected.
+def optimize(module: nn.Module, batch: NDArray[np.float32], expected: NDArray[np.float32], name: str) -> Execution:
+    """Apply in place the fastest optimizations with which a module still answers as expected.
 
     Args:
         module: float32, in eval mode.
@@ -64,7 +64,7 @@ def optimise(module: nn.Module, batch: NDArray[np.float32], expected: NDArray[np
         name: of the model, for the log.
 
     Returns:
-        What was done, so that it can be repeated. Nothing, where the answers would change or the module would fail.
+        What was done, so that it can be repeated; nothing where the answers would change or the module would fail.
     """
     folded = foldable_norms(module, name)
     channels_last = any(type(child) is nn.Conv2d for child in module.modules())
@@ -81,26 +81,26 @@ def optimise(module: nn.Module, batch: NDArray[np.float32], expected: NDArray[np
 
 
 def run(module: nn.Module, images: torch.Tensor, *, channels_last: bool, dtype: torch.dtype) -> torch.Tensor:
-    """Logits (N, classes) for images (N, 3, H, W), both float32, of a module that computes in ``dtype``."""
+    """Return logits (N, classes) for images (N, 3, H, W), both float32, of a module that computes in ``dtype``."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     logits: torch.Tensor = module(images.to(dtype=dtype, memory_format=layout))
     return logits.float()
 
 
 def largest_difference(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """By how much logits differ at most, in parts of the largest expected one; NaN if any is not finite."""
+    """Return the largest difference of logits, in parts of the largest expected logit; NaN if any is not finite."""
     return float(np.max(np.abs(actual - expected)) / max(float(np.max(np.abs(expected))), _TINY))
 
 
 def foldable_norms(module: nn.Module, name: str) -> tuple[FoldedNorm, ...]:
-    """The batch norms that get nothing but the output of one convolution, which goes nowhere else.
+    """Find the batch norms whose only input is the output of one convolution that has no other reader.
 
-    Neither may be used twice, nor may anything but the call of the module use its tensors.
+    Neither module may be called twice, and only the call of a module may read its tensors.
     """
     try:
         graph = fx.Tracer().trace(module)
     except Exception as error:
-        # A forward that looks at values, or at anything else that a trace cannot follow.
+        # A forward that depends on values, or on anything else that a trace cannot follow.
         reason = " ".join(str(error).split())
         logger.warning("model %s keeps its batch norms, torch.fx cannot trace it: %s", name, reason)
         return ()
@@ -122,7 +122,7 @@ def foldable_norms(module: nn.Module, name: str) -> tuple[FoldedNorm, ...]:
 
 
 def fold(module: nn.Module, folded: Iterable[FoldedNorm]) -> Callable[[], None]:
-    """Puts batch norms into the weights of their convolutions, in place; returns what takes it back.
+    """Fold batch norms into the weights of their convolutions, in place; return the function that undoes it.
 
     On the meta device only the structure changes.
 
@@ -157,10 +157,7 @@ def fold(module: nn.Module, folded: Iterable[FoldedNorm]) -> Callable[[], None]:
 
 
 def order_of_use(module: nn.Module, images: torch.Tensor, execution: Execution, dtype: torch.dtype) -> dict[str, int]:
-    """When each parameter and buffer is used first in one inference: a rank by name; unused ones come last.
-
-    Seen where operators are called, so that it does not matter who hands a tensor to them.
-    """
+    """Return by name the rank in which one inference first uses each parameter and buffer; unused ones come last."""
     recorder = FirstUseRecorder()
     with torch.inference_mode(), recorder:
         run(module, images, channels_last=execution.channels_last, dtype=dtype)
@@ -171,7 +168,7 @@ def order_of_use(module: nn.Module, images: torch.Tensor, execution: Execution, 
 
 
 def _fits(conv: nn.Module, norm: nn.Module) -> bool:
-    """Whether these are plain modules, without hooks, of which the second can be folded into the first."""
+    """Return whether these are plain modules without hooks, of which the second can be folded into the first."""
     if _NORM_AFTER.get(type(conv)) is not type(norm) or norm.running_mean is None:
         return False
     return not any(has_forward_hooks(part) for part in (conv, norm))

@@ -1,4 +1,4 @@
-"""A module on the meta device, and the slots that its tensors go into."""
+"""A module on the meta device, and the slots that its tensors are bound to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from serve_app.errors import StoreError
-from serve_app.models.builders.registry import skeleton
+from serve_app.models.builders.registry import build_on_meta
 from serve_app.models.graph_optimizations import fold, named_slots
 from serve_app.models.torch_internals import as_parameter
 from serve_app.store.manifest import ITEM_BYTES, Manifest, TensorPlace
@@ -32,22 +32,22 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 
 
-#: What models compute in, by the names of the catalogue.
+#: What models compute in, by the names of the catalog.
 TORCH_COMPUTE_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """One name in the module: the table that owns it, what fills it when loaded and what when not."""
+    """One name in the module: the table that owns it, its stored tensor, and the meta tensor while none is bound."""
 
     table: dict[str, Any]
     key: str
-    place: int
-    empty: torch.Tensor
+    tensor: int
+    meta: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _StoredTensor:
     """One distinct tensor of the files, ``offset`` elements from the start; tied slots share it."""
 
     file: int
@@ -59,7 +59,10 @@ class _Place:
 
 
 class ModuleTemplate:
-    """A module without weights, ready to be filled with the tensors of one manifest.
+    """A module without weights, to which the tensors of one manifest can be bound.
+
+    Args:
+        manifest: of the published model.
 
     Raises:
         StoreError: the module does not have the tensors that the manifest lists.
@@ -67,31 +70,31 @@ class ModuleTemplate:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self.module = skeleton(manifest.model.builder, manifest.model.weights_actual)
+        self.module = build_on_meta(manifest.model.builder, manifest.model.weights_actual)
         self.dtype = TORCH_COMPUTE_DTYPES[manifest.model.dtype]
-        self._restructure()
-        self._places: list[_Place] = []
+        self._repeat_optimizations()
+        self._tensors: list[_StoredTensor] = []
         self._slots: list[_Slot] = []
         self._files = [file.name for file in manifest.files]
         self._match_slots({place.name: place for place in manifest.tensors})
-        self._flats = {(place.file, place.dtype) for place in self._places}
+        self._views = {(tensor.file, tensor.dtype) for tensor in self._tensors}
 
-    def fill(self, files: list[mmap.mmap]) -> None:
-        """Points every slot at its bytes in the mapped ``files``, which are in the manifest's order."""
-        # Inference mode spares each tensor what autograd would note of it, and that is half of the time.
+    def bind_weights(self, files: list[mmap.mmap]) -> None:
+        """Bind every slot to its bytes in the mapped ``files``, which are in the manifest's order."""
+        # Inference mode skips the bookkeeping of autograd for each tensor, which is half of the time.
         with torch.inference_mode():
-            flat = {key: _flat(files[key[0]], key[1]) for key in self._flats}
-            tensors = [_tensor(place, flat[place.file, place.dtype]) for place in self._places]
+            views = {(file, dtype): _elements(files[file], dtype) for file, dtype in self._views}
+            tensors = [_view(tensor, views[tensor.file, tensor.dtype]) for tensor in self._tensors]
         for slot in self._slots:
-            slot.table[slot.key] = tensors[slot.place]
+            slot.table[slot.key] = tensors[slot.tensor]
 
-    def empty(self) -> None:
-        """Puts meta tensors back into every slot; this drops the last references to the mapped files."""
+    def unbind_weights(self) -> None:
+        """Put meta tensors back into every slot; this drops the last references to the mapped files."""
         for slot in self._slots:
-            slot.table[slot.key] = slot.empty
+            slot.table[slot.key] = slot.meta
 
-    def _restructure(self) -> None:
-        """Does to the module what was done to it when it was published."""
+    def _repeat_optimizations(self) -> None:
+        """Repeat on the module what publishing did to it."""
         model = self.manifest.model
         try:
             fold(self.module, self.manifest.execution.folded)
@@ -106,25 +109,25 @@ class ModuleTemplate:
         distinct: dict[tuple[object, ...], int] = {}
         model = self.manifest.model
         for name, table, key in named_slots(self.module):
-            place, empty = by_name.pop(name, None), table[key]
-            if place is None or place.shape != tuple(empty.shape) or TORCH_DTYPES[place.dtype] != empty.dtype:
+            place, meta = by_name.pop(name, None), table[key]
+            if place is None or place.shape != tuple(meta.shape) or TORCH_DTYPES[place.dtype] != meta.dtype:
                 raise StoreError(
                     f"tensor {name!r} of model {model.model_id!r} is not in the store as {model.builder} builds it "
                     "now; publish the model again"
                 )
             identity = (place.file, place.offset, place.dtype, place.shape, place.layout, place.kind)
             if identity not in distinct:
-                distinct[identity] = len(self._places)
-                self._places.append(self._place(place))
-            self._slots.append(_Slot(table, key, distinct[identity], empty))
+                distinct[identity] = len(self._tensors)
+                self._tensors.append(self._stored_tensor(place))
+            self._slots.append(_Slot(table, key, distinct[identity], meta))
         if by_name:
             raise StoreError(
                 f"{model.builder} does not have the tensors {sorted(by_name)[:3]} of model {model.model_id!r} "
                 "any more; publish the model again"
             )
 
-    def _place(self, place: TensorPlace) -> _Place:
-        return _Place(
+    def _stored_tensor(self, place: TensorPlace) -> _StoredTensor:
+        return _StoredTensor(
             file=self._files.index(place.file),
             offset=place.offset // ITEM_BYTES[place.dtype],
             dtype=TORCH_DTYPES[place.dtype],
@@ -134,11 +137,11 @@ class ModuleTemplate:
         )
 
 
-def _flat(file: mmap.mmap, dtype: torch.dtype) -> torch.Tensor:
-    """A whole file as elements of one type; what is left over at the end is no tensor's."""
+def _elements(file: mmap.mmap, dtype: torch.dtype) -> torch.Tensor:
+    """Return a file as elements of one type; bytes left over at the end belong to no tensor of that type."""
     return torch.frombuffer(file, dtype=dtype, count=len(file) // dtype.itemsize)
 
 
-def _tensor(place: _Place, flat: torch.Tensor) -> torch.Tensor:
-    tensor = flat.as_strided(place.shape, place.strides, place.offset)
-    return as_parameter(tensor) if place.is_parameter else tensor
+def _view(stored: _StoredTensor, elements: torch.Tensor) -> torch.Tensor:
+    tensor = elements.as_strided(stored.shape, stored.strides, stored.offset)
+    return as_parameter(tensor) if stored.is_parameter else tensor

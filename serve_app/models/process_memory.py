@@ -1,4 +1,4 @@
-"""The heap of this process: giving back what is free, and what the kernel says of it; without torch."""
+"""Memory of this process: what the kernel accounts to it, and how free heap returns to the kernel; without torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _USUAL_BYTES = 32 * 2**20
 
 
 def process_memory() -> ProcessMemory:
-    """What the kernel says that this process has in memory; takes microseconds."""
+    """Read what this process has in memory, as the kernel accounts for it; takes microseconds."""
     _, resident, of_files, *_ = map(int, _STATM.read_text().split())
     return ProcessMemory(anonymous_bytes=(resident - of_files) * _PAGE_BYTES, file_bytes=of_files * _PAGE_BYTES)
 
@@ -29,7 +29,7 @@ def process_memory() -> ProcessMemory:
 def give_back_free_memory() -> None:
     """Give free heap back to the kernel; takes milliseconds, and does nothing where the C library cannot.
 
-    The allocator keeps what executions have freed, which makes the next ones faster, and never looks at it again.
+    The allocator keeps what executions have freed, which makes the next ones faster, and never returns it by itself.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -37,7 +37,7 @@ def give_back_free_memory() -> None:
 
 @contextlib.contextmanager
 def exact_heap() -> Iterator[None]:
-    """Let memory of some size come from the kernel and go back to it at once: slower, but what is taken can be seen."""
+    """Take larger blocks from the kernel and give them back at once: slower, but resident memory is what is in use."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""Makes ``import torchvision`` work beside a CPU-only torch.
+"""Make ``import torchvision`` work with a CPU-only torch.
 
 The torchvision wheel of the package index is built against CUDA. Beside a torch without CUDA its C++ extension cannot
 be loaded, and ``import torchvision`` then fails with ``operator torchvision::nms does not exist``, because it
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +26,27 @@ _lock = threading.Lock()
 
 
 def import_torchvision() -> Any:
-    """The ``torchvision`` module, imported whether or not its C++ extension fits the installed torch."""
+    """Import ``torchvision``, whether or not its C++ extension fits the installed torch."""
     with _lock:
         declare_missing_operators()
         return importlib.import_module("torchvision")
 
 
-def declare_missing_operators() -> None:
-    """Declares the operators that torchvision's extension would, unless it can be loaded or they already exist."""
-    if _load_extension():
+def declare_missing_operators(is_extension_loaded: Callable[[], bool] | None = None) -> None:
+    """Declare the operators that torchvision's extension would, unless it can be loaded or they already exist.
+
+    Args:
+        is_extension_loaded: loads the extension and returns whether it loads; by default that of torchvision.
+    """
+    if (is_extension_loaded or load_extension)():
         return
     for name, schema in _SCHEMAS.items():
         if not hasattr(torch.ops.torchvision, name):
             torch.library.define(f"torchvision::{name}", schema)
 
 
-def _load_extension() -> bool:
-    """Loads the extension just as torchvision is about to; loading it twice is harmless."""
+def load_extension() -> bool:
+    """Load the extension as torchvision is about to, and return whether it loads; loading it twice is harmless."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return False

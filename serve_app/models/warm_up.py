@@ -1,4 +1,4 @@
-"""Does once what a first request does, so that libraries have taken their memory before a worker measures its own.
+"""Do once what a first request does, so that libraries have taken their memory before a worker measures its own.
 
 Code that runs for the first time, thread pools and buffers take tens of megabytes, which no eviction gives back.
 """
@@ -13,7 +13,7 @@ from PIL import Image
 from serve_app.core.catalog import Catalog
 from serve_app.errors import EdgeServeError
 from serve_app.models.loader import ModelLoader
-from serve_app.store.images import decode_image, preprocess
+from serve_app.tasks.image_classification import decode_image, preprocess
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +21,9 @@ _PHOTO_PX = (640, 480)
 
 
 def warm_up(loader: ModelLoader, catalog: Catalog) -> None:
-    """Decode a photo, and load and run the model that takes the least memory; does nothing where there is none.
+    """Decode a photo, and load and run the model that takes the least memory; do nothing where there is no model.
 
-    A model that fails is for its own requests to complain about.
+    A model that fails is logged; its own requests report the error.
     """
     model = min(catalog.models, key=lambda model: model.weights_bytes + model.workspace_bytes, default=None)
     if model is None:

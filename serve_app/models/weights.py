@@ -28,17 +28,17 @@ PRETRAINED = "pretrained"
 #: What is served instead of pretrained weights that cannot be fetched.
 FALLBACK = "random:0"
 
-#: Longest wait for the one look at a download host, and for the next byte of a download.
+#: Longest wait for the one probe of a download host, and for the next byte of a download.
 PROBE_TIMEOUT_S = 3.0
 STALL_TIMEOUT_S = 30.0
 
-#: Answers whether the URL can be fetched from here.
+#: Returns whether the URL can be fetched from this machine.
 Probe = Callable[[str], bool]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Download:
-    """Where pretrained weights are fetched from, and whether they are on this machine already."""
+    """Where pretrained weights are fetched from, and whether this machine has them already."""
 
     url: str
     cached: bool
@@ -59,8 +59,8 @@ class WeightSource:
         self._reachable = reachable or url_reachable
         self._hosts: dict[str, bool] = {}
 
-    def actual(self, requested: str, download: Download | None) -> str:
-        """The weights to use for the requested ones.
+    def choose(self, requested: str, download: Download | None) -> str:
+        """Choose the weights to use for the requested ones.
 
         Args:
             requested: ``pretrained``, ``random:SEED`` or ``file:PATH``.
@@ -78,24 +78,19 @@ class WeightSource:
                 logger.warning("%s cannot be reached: models without cached weights get %s", host, FALLBACK)
         return requested if self._hosts[host] else FALLBACK
 
-    def give_up(self, download: Download) -> None:
-        """Notes that a download failed although the probe had succeeded: the other models need not try."""
+    def mark_unreachable(self, download: Download) -> None:
+        """Record that a download failed although the probe had succeeded, so that the other models do not try."""
         self._hosts[urlparse(download.url).netloc] = False
-
-    @property
-    def unreachable(self) -> tuple[str, ...]:
-        """The hosts that could not be reached."""
-        return tuple(host for host, reachable in self._hosts.items() if not reachable)
 
 
 def url_reachable(url: str, timeout_s: float = PROBE_TIMEOUT_S) -> bool:
-    """Whether the URL answers within ``timeout_s``, by whatever proxy the system is set up with.
+    """Return whether the URL answers within ``timeout_s``, by the proxy that the system is set up with.
 
-    A refused connection answers at once. The look-up of the name has no time-out of its own, hence the thread.
+    A refused connection answers at once. The resolution of the name has no time-out of its own, hence the thread.
     """
     answers: list[bool] = []
 
-    def look() -> None:
+    def probe() -> None:
         request = urllib.request.Request(url, method="HEAD")
         try:
             with urllib.request.urlopen(request, timeout=timeout_s):
@@ -103,14 +98,14 @@ def url_reachable(url: str, timeout_s: float = PROBE_TIMEOUT_S) -> bool:
         except (OSError, HTTPException):
             answers.append(False)
 
-    thread = threading.Thread(target=look, name="probe-download-host", daemon=True)
+    thread = threading.Thread(target=probe, name="probe-download-host", daemon=True)
     thread.start()
     thread.join(timeout_s)
     return answers == [True]
 
 
 def download_torchvision(weights: Any) -> dict[str, torch.Tensor]:
-    """The state dict of a torchvision weights enum member: from torch hub's cache, else downloaded and checked.
+    """Return the state dict of a torchvision weights enum member: from torch hub's cache, else downloaded and checked.
 
     Unpickling is limited to tensors (``weights_only``).
 
@@ -132,7 +127,7 @@ def download_torchvision(weights: Any) -> dict[str, torch.Tensor]:
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, by name.
+    """Read the tensors of a safetensors file, by name.
 
     Raises:
         StoreError: the file is missing or is not a safetensors file.
@@ -145,7 +140,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_strictly(module: torch.nn.Module, state: Mapping[str, torch.Tensor], source: str) -> None:
-    """Copies a state dict into a module; names and shapes must match exactly.
+    """Copy a state dict into a module; names and shapes must match exactly.
 
     Raises:
         StoreError: they do not.
@@ -158,13 +153,13 @@ def load_strictly(module: torch.nn.Module, state: Mapping[str, torch.Tensor], so
 
 
 def hub_file(url: str) -> Path:
-    """Where torch hub keeps the file that it downloads from this URL."""
+    """Return the path at which torch hub keeps the file that it downloads from this URL."""
     return Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(urlparse(url).path).name)
 
 
 @contextlib.contextmanager
 def _stall_timeout(seconds: float) -> Iterator[None]:
-    """Bounds every socket operation: torch hub's download sets no time-out and would wait for ever."""
+    """Bound every socket operation: torch hub's download sets no time-out and would wait forever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

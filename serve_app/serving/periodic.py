@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 async def every(period_s: float, act: Callable[[], Awaitable[None]]) -> None:
-    """Call ``act`` every ``period_s`` until cancelled; log its failures and go on."""
+    """Call ``act`` every ``period_s`` until canceled; log its failures and go on."""
     task = asyncio.current_task()
     while True:
         began_s = time.monotonic()

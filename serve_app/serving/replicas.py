@@ -216,10 +216,10 @@ class RouterReplica:
 
 def _log_to_serve() -> None:
     """Have the loggers of this package write to the log of this replica."""
-    ours = logging.getLogger("serve_app")
-    ours.handlers = ray_internals.serve_log_handlers()
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
+    package_logger = logging.getLogger("serve_app")
+    package_logger.handlers = ray_internals.serve_log_handlers()
+    package_logger.setLevel(logging.INFO)
+    package_logger.propagate = False
 
 
 def _identity(config: ReplicaConfig) -> WorkerIdentity:

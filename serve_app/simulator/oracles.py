@@ -10,7 +10,7 @@ from serve_app.core.policies.base import EvictionPolicy
 
 
 def next_uses(models: Sequence[int]) -> list[float]:
-    """For every request of a stream of model numbers, the position of the next one for the same model, or infinity."""
+    """Return for every request of a stream of model numbers the position of the next for its model, or infinity."""
     following: dict[int, float] = {}
     found = [math.inf] * len(models)
     for position in range(len(models) - 1, -1, -1):
@@ -21,10 +21,10 @@ def next_uses(models: Sequence[int]) -> list[float]:
 
 
 class _Oracle(EvictionPolicy):
-    """Knows at every request when its model is asked for next.
+    """Knows at every request when the model is requested next.
 
     Args:
-        next_use: of every request that this cache will see, in order; see ``next_uses``.
+        next_use: for every request to this cache, in order; see ``next_uses``.
     """
 
     def __init__(self, next_use: Sequence[float]) -> None:
@@ -56,7 +56,7 @@ class Belady(_Oracle):
 
 
 class BeladyAm(_Oracle):
-    """BeladyAM, "Belady amortised" ("Many Models at the Edge", ACSOS 2021, b = c = 1): load time / size / distance.
+    """BeladyAM, "Belady amortized" ("Many Models at the Edge", ACSOS 2021, b = c = 1): load time / size / distance.
 
     The distance is the number of requests until the next use. As it shrinks for all models at once, their order
     changes all the time, and each decision looks at every resident model.

@@ -1,4 +1,4 @@
-"""Load over execution time against memory, one line per policy, as a picture."""
+"""Plot load over execution time against memory, one line per policy."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from serve_app.simulator.result_row import Row
+from serve_app.simulator.result_row import ResultRow
 
 _INCHES = (9.0, 5.0)
 _DOTS_PER_INCH = 150
-#: The ten usual ones and two more, as there are more policies than ten.
-_COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold")
+#: The ten of matplotlib and two more, as there are more than ten policies.
+_COLORS = (*(f"C{number}" for number in range(10)), "black", "gold")
 _LOG_TICKS = (1.0, 2.0, 5.0)
-#: Loading everything once is drawn where it is more than this share of the least figure; lower, it squeezes the others.
-_WORTH_A_LINE = 0.1
+#: The line of loading everything once is drawn above this share of the least figure; lower, it compresses the others.
+_MIN_COMPULSORY = 0.1
 
 
-def plot(rows: Sequence[Row], path: Path, *, oracles: Collection[str]) -> None:
-    """Write a picture of rows of one workload; ``oracles`` are drawn dashed.
+def plot(rows: Sequence[ResultRow], path: Path, *, oracles: Collection[str]) -> None:
+    """Write a plot of rows of one workload; ``oracles`` are dashed.
 
     Raises:
         OSError: the file cannot be written.
     """
     figure = Figure(figsize=_INCHES, layout="constrained")
-    # The object interface alone: pyplot would look for a screen.
+    # The object interface alone: pyplot would need a display.
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     known = [row for row in rows if row.load_over_exec is not None]
@@ -39,21 +39,21 @@ def plot(rows: Sequence[Row], path: Path, *, oracles: Collection[str]) -> None:
     row = rows[0]
     places = f", {row.locations} locations" if row.locations > 1 else ""
     counts = f"{row.requests:,} requests, {row.models:,} models{places}, time {row.time}"
-    # Over the whole figure, which is wider than the axes beside long names.
+    # Over the figure, which is wider than the axes beside a long legend.
     figure.suptitle(f"{_short(row.trace)}\n{counts}", fontsize="small")
     figure.savefig(path, dpi=_DOTS_PER_INCH)
 
 
-def _lines(axes: Axes, rows: Sequence[Row], oracles: Collection[str]) -> None:
+def _lines(axes: Axes, rows: Sequence[ResultRow], oracles: Collection[str]) -> None:
     for number, policy in enumerate(dict.fromkeys(row.policy for row in rows)):
         mine = sorted((row for row in rows if row.policy == policy), key=lambda row: row.capacity_share)
         shares = [100 * row.capacity_share for row in mine]
         ratios = [100 * (row.load_over_exec or 0.0) for row in mine]
-        colour = _COLOURS[number % len(_COLOURS)]
+        color = _COLORS[number % len(_COLORS)]
         style = "--" if policy in oracles else "-"
-        axes.plot(shares, ratios, style, color=colour, marker="o", markersize=3, label=_label(policy, oracles))
+        axes.plot(shares, ratios, style, color=color, marker="o", markersize=3, label=_label(policy, oracles))
     compulsory = rows[0].compulsory_load_over_exec or 0.0
-    if compulsory > _WORTH_A_LINE * min(row.load_over_exec or 0.0 for row in rows):
+    if compulsory > _MIN_COMPULSORY * min(row.load_over_exec or 0.0 for row in rows):
         axes.axhline(100 * compulsory, color="grey", linestyle=":", label="each model loaded once, on demand")
     if any((row.load_over_exec or 0.0) > 0 for row in rows):
         axes.set_yscale("log", subs=_LOG_TICKS)
@@ -66,11 +66,11 @@ def _lines(axes: Axes, rows: Sequence[Row], oracles: Collection[str]) -> None:
     axes.figure.legend(loc="outside right upper", fontsize="small")
 
 
-def _bars(axes: Axes, rows: Sequence[Row], oracles: Collection[str]) -> None:
-    """With one memory there is nothing to draw lines over."""
+def _bars(axes: Axes, rows: Sequence[ResultRow], oracles: Collection[str]) -> None:
+    """Draw bars: one memory gives no lines."""
     ratios = [100 * (row.load_over_exec or 0.0) for row in rows]
-    colours = ["lightgrey" if row.policy in oracles else "tab:blue" for row in rows]
-    bars = axes.barh([_label(row.policy, oracles) for row in rows], ratios, color=colours)
+    colors = ["lightgrey" if row.policy in oracles else "tab:blue" for row in rows]
+    bars = axes.barh([_label(row.policy, oracles) for row in rows], ratios, color=colors)
     axes.bar_label(bars, [f"{ratio:.3g}%" for ratio in ratios], padding=3, fontsize="small")
     axes.margins(x=0.12)
     axes.invert_yaxis()
@@ -88,7 +88,7 @@ def _plain_percent(value: float, _position: int | None) -> str:
 
 
 def _short(trace: str) -> str:
-    """The name of a trace without folders, and not too long."""
+    """Return the name of a trace without folders, and not too long."""
     kind, _, rest = trace.partition(":")
     text = f"{kind}:{rest.rpartition('/')[2]}"
     # Dollar signs would begin a formula.

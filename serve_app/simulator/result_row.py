@@ -14,26 +14,26 @@ from serve_app.workload.trace import column
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class ResultRow:
     """One policy with one capacity on one workload.
 
     Ratios to the execution time are ``None`` where executions take no time. ``hits``, ``misses``, ``joins`` and
     ``forwards`` add up to ``requests``.
 
     Attributes:
-        capacity_bytes: of each location.
+        capacity_bytes: memory of each location.
         capacity_share: the same as a share of the summed sizes of all models.
-        rejected: those of the misses that asked for a model larger than the memory.
-        wasted_preloads: those of the preloads that went again before anybody asked.
-        load_s_per_request: seconds that a request waited for loads, in the mean.
+        rejected: the misses for a model larger than the memory.
+        wasted_preloads: the preloads whose model was evicted before a request for it.
+        load_s_per_request: mean seconds that a request waited for loads.
         load_over_exec: the same over the mean execution time.
-        compulsory_load_over_exec: what it would be if each model were loaded once, by every location that asks for
-            it, or in the full model of time by one of them.
-        preload_s_per_request: seconds that background loads took, per request; nobody waited for them.
+        compulsory_load_over_exec: the same if each model were loaded once, by every location with requests for it, or
+            in the full model of time by one of them.
+        preload_s_per_request: seconds of background loads per request; no request waited for them.
         preload_over_exec: the same over the mean execution time.
-        coordination: what locations had to do with each other, as in ``DiscreteEventOptions``.
-        wall_s: how long the replay took.
-        requests_per_s: how many requests the simulator replayed in a second.
+        coordination: between locations, as in ``DiscreteEventOptions``.
+        wall_s: duration of the replay.
+        requests_per_s: requests that the simulator replayed in a second.
     """
 
     trace: str
@@ -68,7 +68,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Latency:
-    """Seconds that requests took."""
+    """Mean and percentiles of the seconds that requests took."""
 
     mean_s: float
     p50_s: float
@@ -76,9 +76,9 @@ class Latency:
 
     @classmethod
     def of(cls, each_s: Iterable[float], counted_s: Counter[float]) -> Latency:
-        """Over latencies one by one and latencies with their numbers, together at least one.
+        """Compute them over single latencies and counted latencies, together at least one.
 
-        A percentile is the least latency that no fewer than so many of the requests keep to.
+        A percentile is the least latency that at least this share of the requests does not exceed.
         """
         values = np.concatenate([np.fromiter(each_s, np.float64), np.fromiter(counted_s, np.float64)])
         counts = np.concatenate(
@@ -90,8 +90,8 @@ class Latency:
         return cls(mean_s=float(values @ counts[order] / up_to[-1]), p50_s=p50_s, p99_s=p99_s)
 
 
-class Counts(Protocol):
-    """What every replay counts, whatever its model of time; names as in ``Row``, seconds summed over all requests."""
+class ReplayCounts(Protocol):
+    """The counters of every model of time; names as in ``ResultRow``, seconds summed over all requests."""
 
     requests: int
     hits: int
@@ -107,10 +107,10 @@ class Counts(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CellResult:
-    """All that a replay tells."""
+class ReplayResult:
+    """The counters and measurements of one replay."""
 
-    counts: Counts
+    counts: ReplayCounts
     forwards: int
     wall_s: float
     latency: Latency
@@ -118,13 +118,13 @@ class CellResult:
     coordination: str = "none"
 
 
-def row_of(
-    workload: Workload, outcome: CellResult, *, policy: str, capacity_bytes: int, capacity_share: float, time: str
-) -> Row:
-    """The row of one replay."""
-    counts, latency = outcome.counts, outcome.latency
+def make_row(
+    workload: Workload, result: ReplayResult, *, policy: str, capacity_bytes: int, capacity_share: float, time: str
+) -> ResultRow:
+    """Make the row of one replay."""
+    counts, latency = result.counts, result.latency
     requests = counts.requests
-    return Row(
+    return ResultRow(
         trace=workload.trace.name,
         policy=policy,
         capacity_bytes=capacity_bytes,
@@ -135,33 +135,33 @@ def row_of(
         hits=counts.hits,
         misses=counts.misses,
         joins=counts.joins,
-        forwards=outcome.forwards,
+        forwards=result.forwards,
         preloads=counts.preloads,
         evictions=counts.evictions,
         load_s_per_request=counts.load_s / requests,
         load_over_exec=_ratio(counts.load_s, counts.exec_s),
-        compulsory_load_over_exec=_ratio(outcome.compulsory_load_s, counts.exec_s),
+        compulsory_load_over_exec=_ratio(result.compulsory_load_s, counts.exec_s),
         mean_latency_s=latency.mean_s,
         p50_s=latency.p50_s,
         p99_s=latency.p99_s,
-        wall_s=outcome.wall_s,
-        requests_per_s=requests / outcome.wall_s,
+        wall_s=result.wall_s,
+        requests_per_s=requests / result.wall_s,
         time=time,
         seed=workload.seed,
         rejected=counts.rejected,
         wasted_preloads=counts.wasted_preloads,
         preload_s_per_request=counts.preload_s / requests,
         preload_over_exec=_ratio(counts.preload_s, counts.exec_s),
-        coordination=outcome.coordination,
+        coordination=result.coordination,
     )
 
 
 def compulsory_load_s(workload: Workload, *, shared: bool) -> float:
-    """Seconds of loading every model once.
+    """Sum the seconds of loading every model once.
 
     Args:
-        workload: whose models.
-        shared: one location that has a model is enough for all; else every location that asks for it has to load it.
+        workload: the models and the requests for them.
+        shared: one location loads a model for all; otherwise every location with requests for it does.
     """
     trace = workload.trace
     pairs = column(trace.model).astype(np.int64)

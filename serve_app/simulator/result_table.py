@@ -1,4 +1,4 @@
-"""Rows for people and for programs: a table, JSON and CSV."""
+"""Results as a table, as JSON and as CSV."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from itertools import groupby
 from rich.table import Table
 from rich.text import Text
 
-from serve_app.simulator.result_row import Row
+from serve_app.simulator.result_row import ResultRow
 
 
-def as_json(rows: Sequence[Row]) -> str:
-    """A list with one object per row; what is unknown is ``null``, never NaN."""
+def as_json(rows: Sequence[ResultRow]) -> str:
+    """Convert to a list with one object per row; an unknown value is ``null``, never NaN."""
     return json.dumps([asdict(row) for row in rows], allow_nan=False, indent=2)
 
 
-def as_csv(rows: Sequence[Row]) -> str:
-    """A header and one line per row; what is unknown is empty."""
+def as_csv(rows: Sequence[ResultRow]) -> str:
+    """Convert to a header and one line per row; an unknown value is empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    writer = csv.DictWriter(text, [field.name for field in fields(ResultRow)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(row) for row in rows)
     return text.getvalue()
@@ -32,9 +32,9 @@ def as_csv(rows: Sequence[Row]) -> str:
 @dataclass(frozen=True, slots=True)
 class _Column:
     header: str
-    cell: Callable[[Row], str]
+    cell: Callable[[ResultRow], str]
     #: Left out of the table when it is 0 in every row.
-    optional: Callable[[Row], float] = lambda _: 1
+    optional: Callable[[ResultRow], float] = lambda _: 1
 
 
 _COLUMNS = (
@@ -54,11 +54,10 @@ _COLUMNS = (
 )
 
 
-def as_table(rows: Sequence[Row], oracles: Collection[str]) -> Table:
-    """The rows under their capacities.
+def as_table(rows: Sequence[ResultRow], oracles: Collection[str]) -> Table:
+    """Make a table of the rows, grouped by capacity.
 
-    The least load over exec of those that can be had (policies not in ``oracles``) is marked with a star, unless all
-    are the same.
+    A star marks the least load over exec of the policies that are not in ``oracles``, unless all are the same.
     """
     columns = [column for column in _COLUMNS if any(column.optional(row) for row in rows)]
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -75,15 +74,15 @@ def as_table(rows: Sequence[Row], oracles: Collection[str]) -> Table:
             policy = f"{row.policy} (oracle)" if knows_future else row.policy
             style = "dim" if knows_future else "bold green" if row is best else ""
             cells = [column.cell(row) for column in columns]
-            # A star that follows all others keeps the figures in line.
+            # Two blanks in place of the star keep the figures aligned.
             cells[0] += " *" if row is best else "  "
             texts = [Text(cell, style=style) for cell in (policy, *cells)]
             table.add_row("" if number else memory, *texts, end_section=number == len(shown) - 1)
     return table
 
 
-def summary(rows: Sequence[Row]) -> str:
-    """What all rows have in common, in one line."""
+def summary(rows: Sequence[ResultRow]) -> str:
+    """Describe what all rows have in common, in one line."""
     row = rows[0]
     time = f"time {row.time}"
     if row.locations > 1:
@@ -94,27 +93,36 @@ def summary(rows: Sequence[Row]) -> str:
     )
 
 
+def figures_table(first_header: str, headers: Sequence[str]) -> Table:
+    """Make an empty table with a column of names and right-aligned columns of figures."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column(first_header, no_wrap=True)
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    return table
+
+
 def percent(ratio: float | None) -> str:
-    """A ratio with one decimal, or more where it is small."""
+    """Format a ratio with one decimal, or more where it is small."""
     if ratio is None:
         return "-"
     return f"{ratio:.1%}" if ratio >= 0.01 or ratio == 0 else f"{100 * ratio:.2g}%"
 
 
 def seconds(value_s: float) -> str:
-    """A time in the unit in which it reads best."""
+    """Format a time in the unit in which it reads best."""
     return f"{value_s:.2f} s" if value_s >= 1 else f"{value_s * 1e3:.1f} ms"
 
 
 def size(value_bytes: int) -> str:
-    """A size in the unit in which it reads best."""
+    """Format a size in the unit in which it reads best."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if value_bytes >= unit:
             return f"{value_bytes / unit:.2f} {name}"
     return f"{value_bytes} B"
 
 
-def _best(rows: Sequence[Row], oracles: Collection[str]) -> Row | None:
+def _best(rows: Sequence[ResultRow], oracles: Collection[str]) -> ResultRow | None:
     attainable = [row for row in rows if row.policy not in oracles and row.load_over_exec is not None]
     # With nothing to compare there is nothing to mark.
     if len({row.load_over_exec for row in attainable}) < 2:

@@ -1,4 +1,4 @@
-"""Replays side by side: every policy with every capacity, over as many processes as are asked for."""
+"""Run the replays of an experiment, in this process or spread over several."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from typing import TYPE_CHECKING, Literal
 
 from serve_app.errors import EdgeServeError
 from serve_app.simulator.load_delay import replay
-from serve_app.simulator.result_row import CellResult, Latency, Row, compulsory_load_s, row_of
+from serve_app.simulator.result_row import Latency, ReplayResult, ResultRow, compulsory_load_s, make_row
 from serve_app.simulator.scenario import Capacity, PolicyChoice, Workload, cache_maker
 
 if TYPE_CHECKING:
     from serve_app.simulator.discrete_event.settings import Coordination
 
 TimeModel = Literal["load-delay", "full"]
-#: Preloads that a location has under way at the same time: in the load-delay model, and as in life.
+#: Preloads in progress at a location at the same time: in the load-delay model, and in a live worker by default.
 MAX_PRELOADS, LIVE_PRELOADS = 64, 2
 
 _POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """One replay: a workload by its number, a policy, and a memory; ``max_preloads`` goes before that of the plan."""
+class ReplaySpec:
+    """One replay: the index of a workload, a policy, and a memory; ``max_preloads`` overrides that of the plan."""
 
     workload: int = 0
     policy: PolicyChoice
@@ -43,32 +43,37 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExperimentPlan:
-    """What is to be replayed, and in which model of time; ``coordination`` and ``max_preloads`` are for one each."""
+    """The replays of an experiment, and their model of time.
+
+    ``coordination`` applies to the full model of time, ``max_preloads`` to the load-delay model.
+    """
 
     workloads: tuple[Workload, ...]
-    cells: tuple[Cell, ...]
+    replays: tuple[ReplaySpec, ...]
     time: TimeModel = "load-delay"
     coordination: Coordination = "full"
     max_preloads: int = MAX_PRELOADS
 
     @property
     def requests(self) -> int:
-        """Requests of all replays together."""
-        return sum(len(self.workloads[cell.workload].trace) for cell in self.cells)
+        """Count the requests of all replays together."""
+        return sum(len(self.workloads[spec.workload].trace) for spec in self.replays)
 
 
-def run(plan: ExperimentPlan, *, jobs: int, on_progress: Callable[[int], None] = lambda _: None) -> tuple[Row, ...]:
-    """Replay everything; the rows stand in the order of the cells.
+def run(
+    plan: ExperimentPlan, *, jobs: int, on_progress: Callable[[int], None] = lambda _: None
+) -> tuple[ResultRow, ...]:
+    """Run all replays; the rows are in their order.
 
     Args:
-        plan: what to replay.
-        jobs: how many processes work at the same time; with 1 it is this one alone.
-        on_progress: is told now and then how many requests are done.
+        plan: the replays.
+        jobs: processes that work at the same time; 1 is this process alone.
+        on_progress: called from time to time with the number of requests that are done.
 
     Raises:
         EdgeServeError: a process died, most likely for lack of memory.
     """
-    jobs = min(jobs, len(plan.cells))
+    jobs = min(jobs, len(plan.replays))
     try:
         if jobs > 1:
             return _run_side_by_side(plan, jobs, on_progress)
@@ -78,34 +83,34 @@ def run(plan: ExperimentPlan, *, jobs: int, on_progress: Callable[[int], None] =
         raise EdgeServeError(f"a replay died, most likely for lack of memory; {hint}") from None
 
 
-def _run_here(plan: ExperimentPlan, on_progress: Callable[[int], None]) -> tuple[Row, ...]:
+def _run_here(plan: ExperimentPlan, on_progress: Callable[[int], None]) -> tuple[ResultRow, ...]:
     done = 0
 
-    def tell(requests: int) -> None:
+    def add_done(requests: int) -> None:
         nonlocal done
         done += requests
         on_progress(done)
 
-    return tuple(play(plan, number, tell) for number in range(len(plan.cells)))
+    return tuple(run_replay(plan, number, add_done) for number in range(len(plan.replays)))
 
 
-def play(plan: ExperimentPlan, number: int, on_progress: Callable[[int], None] = lambda _: None) -> Row:
-    """Replay one cell, given by its number; ``on_progress`` is told how many more requests are done."""
-    cell = plan.cells[number]
-    workload = plan.workloads[cell.workload]
-    capacity_bytes = cell.capacity.size_bytes(workload.total_bytes)
+def run_replay(plan: ExperimentPlan, number: int, on_progress: Callable[[int], None] = lambda _: None) -> ResultRow:
+    """Run one replay, given by its index; ``on_progress`` is called with the number of further requests done."""
+    spec = plan.replays[number]
+    workload = plan.workloads[spec.workload]
+    capacity_bytes = spec.capacity.size_bytes(workload.total_bytes)
     match plan.time:
         case "load-delay":
-            max_preloads = plan.max_preloads if cell.max_preloads is None else cell.max_preloads
-            outcome = _replay_load_delay(workload, cell.policy, capacity_bytes, max_preloads, on_progress)
+            max_preloads = plan.max_preloads if spec.max_preloads is None else spec.max_preloads
+            result = _replay_load_delay(workload, spec.policy, capacity_bytes, max_preloads, on_progress)
         case "full":
-            outcome = _replay_full(workload, cell.policy, capacity_bytes, plan.coordination, on_progress)
-    return row_of(
+            result = _replay_full(workload, spec.policy, capacity_bytes, plan.coordination, on_progress)
+    return make_row(
         workload,
-        outcome,
-        policy=cell.policy.label,
+        result,
+        policy=spec.policy.label,
         capacity_bytes=capacity_bytes,
-        capacity_share=cell.capacity.share(workload.total_bytes),
+        capacity_share=spec.capacity.share(workload.total_bytes),
         time=plan.time,
     )
 
@@ -116,15 +121,15 @@ def _replay_load_delay(
     capacity_bytes: int,
     max_preloads: int,
     on_progress: Callable[[int], None],
-) -> CellResult:
+) -> ReplayResult:
     make_cache = cache_maker(workload, policy, capacity_bytes=capacity_bytes, max_preloads=max_preloads)
     began_s = time.perf_counter()
-    tally = replay(workload.trace, workload.profiles, make_cache, on_progress)
-    return CellResult(
-        counts=tally,
+    results = replay(workload.trace, workload.profiles, make_cache, on_progress)
+    return ReplayResult(
+        counts=results,
         forwards=0,
         wall_s=time.perf_counter() - began_s,
-        latency=Latency.of(tally.waited_latency_s, tally.at_once),
+        latency=Latency.of(results.waited_latency_s, results.at_once),
         compulsory_load_s=compulsory_load_s(workload, shared=False),
     )
 
@@ -135,12 +140,12 @@ def _replay_full(
     capacity_bytes: int,
     coordination: Coordination,
     on_progress: Callable[[int], None],
-) -> CellResult:
+) -> ReplayResult:
     from serve_app.simulator.discrete_event.settings import DiscreteEventOptions, geographic_links
     from serve_app.simulator.discrete_event.simulation import simulate_discrete_event
 
     if len(workload.trace.locations) == 1:
-        # There is nobody to forward to, and where to put a model is no question.
+        # There is no location to forward to, and no choice of placement.
         coordination = "none"
     options = DiscreteEventOptions(
         make_cache=cache_maker(workload, policy, capacity_bytes=capacity_bytes, max_preloads=LIVE_PRELOADS),
@@ -148,27 +153,27 @@ def _replay_full(
         links=geographic_links(workload.trace.locations, seed=workload.seed),
     )
     began_s = time.perf_counter()
-    tally = simulate_discrete_event(workload.trace, workload.profiles, options, on_progress)
-    return CellResult(
-        counts=tally,
-        forwards=tally.forwards,
+    results = simulate_discrete_event(workload.trace, workload.profiles, options, on_progress)
+    return ReplayResult(
+        counts=results,
+        forwards=results.forwards,
         wall_s=time.perf_counter() - began_s,
-        latency=Latency.of(tally.latencies, Counter()),
+        latency=Latency.of(results.latencies, Counter()),
         compulsory_load_s=compulsory_load_s(workload, shared=coordination != "none"),
         coordination=coordination,
     )
 
 
-def _run_side_by_side(plan: ExperimentPlan, jobs: int, on_progress: Callable[[int], None]) -> tuple[Row, ...]:
-    # Not forked: whoever calls may have threads.
+def _run_side_by_side(plan: ExperimentPlan, jobs: int, on_progress: Callable[[int], None]) -> tuple[ResultRow, ...]:
+    # Not forked: the caller may have threads.
     context = multiprocessing.get_context("spawn")
-    # Every cell has a place of its own, so that nobody needs a lock that a dying process might keep.
-    done = context.RawArray("q", len(plan.cells))
+    # Every replay has a counter of its own: a lock could be kept by a process that dies.
+    done = context.RawArray("q", len(plan.replays))
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_work, initargs=(plan, done))
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin_process, initargs=(plan, done))
     try:
         with _interrupts_held_back():
-            futures = [pool.submit(_work, number) for number in range(len(plan.cells))]
+            futures = [pool.submit(_run_in_process, number) for number in range(len(plan.replays))]
         pending = set(futures)
         while pending:
             finished, pending = wait(pending, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
@@ -177,7 +182,7 @@ def _run_side_by_side(plan: ExperimentPlan, jobs: int, on_progress: Callable[[in
                 future.result()
         return tuple(future.result() for future in futures)
     except BaseException:
-        # Nobody wants the rest, and a replay cannot be asked to stop.
+        # The rest is not needed, and a replay cannot be asked to stop.
         for process in set(multiprocessing.active_children()) - others:
             process.terminate()
         raise
@@ -187,7 +192,7 @@ def _run_side_by_side(plan: ExperimentPlan, jobs: int, on_progress: Callable[[in
 
 @contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C comes afterwards; processes started meanwhile never hear of it: it is this one that ends them."""
+    """Deliver Ctrl-C afterwards; processes started meanwhile ignore it, and this process ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -196,32 +201,32 @@ def _interrupts_held_back() -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Work:
+class _ProcessState:
     plan: ExperimentPlan
     done: MutableSequence[int]
 
 
-#: In the processes that do the work: what every one of them has been given once.
-_work_of_process: list[_Work] = []
+#: In a process of the pool: what it received at its start.
+_process_state: list[_ProcessState] = []
 
 
-def _begin_work(plan: ExperimentPlan, done: MutableSequence[int]) -> None:
-    _work_of_process[:] = [_Work(plan, done)]
+def _begin_process(plan: ExperimentPlan, done: MutableSequence[int]) -> None:
+    _process_state[:] = [_ProcessState(plan, done)]
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed can no longer say that nobody waits for the rows."""
+    """End this process when its parent has ended: a killed parent cannot end it."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait_for_sentinels([parent.sentinel])
         os._exit(1)
 
 
-def _work(number: int) -> Row:
-    (work,) = _work_of_process
+def _run_in_process(number: int) -> ResultRow:
+    (state,) = _process_state
 
-    def tell(requests: int) -> None:
-        work.done[number] += requests
+    def add_done(requests: int) -> None:
+        state.done[number] += requests
 
-    return play(work.plan, number, tell)
+    return run_replay(state.plan, number, add_done)

@@ -1,4 +1,4 @@
-"""What is replayed: requests with the models they ask for, a policy, and a memory."""
+"""What a replay takes: a workload, a policy, and a memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from serve_app.workload.trace import Trace
 
 #: Every policy that can be replayed.
 ALL_POLICIES = (*POLICIES, *ORACLES)
-#: Stands for all of them.
+#: Stands for all policies.
 EVERY_POLICY = "all"
 _ORACLE_CLASSES: dict[str, Callable[[Sequence[float]], EvictionPolicy]] = {"belady": Belady, "belady-am": BeladyAm}
 _PERCENT = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*%", re.ASCII)
@@ -32,12 +32,12 @@ _PERCENT = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*%", re.ASCII)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """A request stream, and of each of its models what it costs.
+    """A request stream, and the profiles of its models.
 
     Attributes:
         trace: the requests.
         profiles: of ``trace.models``, in their order.
-        seed: of every draw for this workload, including those of the policies.
+        seed: of every random draw for this workload, including those of the policies.
     """
 
     trace: Trace
@@ -46,17 +46,17 @@ class Workload:
 
     @property
     def total_bytes(self) -> int:
-        """Memory in which all models fit together."""
+        """Return the memory in which all models fit together."""
         return sum(profile.size_bytes for profile in self.profiles)
 
     @property
     def largest_bytes(self) -> int:
-        """Memory below which some model does not fit at all."""
+        """Return the memory below which some model does not fit at all."""
         return max(profile.size_bytes for profile in self.profiles)
 
     @property
     def executions_at_a_time(self) -> float:
-        """How many executions there are at the same time in the mean, if nobody waits; infinite for a single moment."""
+        """Return the mean number of parallel executions if no request waits; infinite for a single moment."""
         arrival_s = self.trace.arrival_s
         span_s = arrival_s[-1] - arrival_s[0]
         counts = Counter(self.trace.model)
@@ -66,7 +66,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyChoice:
-    """A policy with its parameters, under the name that the user gave all of it."""
+    """A policy with its parameters, and the text by which the user chose both."""
 
     label: str
     name: str
@@ -74,13 +74,13 @@ class PolicyChoice:
 
     @property
     def is_oracle(self) -> bool:
-        """Whether it knows the future."""
+        """Return whether the policy knows the future."""
         return self.name in ORACLES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """Memory of one location: so many bytes, or a share of what all models take. Exactly one of them is given.
+    """Memory of one location: exactly one of bytes and a share of the memory of all models.
 
     Raises:
         ValueError: it is not positive.
@@ -96,25 +96,25 @@ class Capacity:
             raise ValueError("a capacity must be more than 0 bytes")
 
     def size_bytes(self, total_bytes: int) -> int:
-        """The memory where all models take ``total_bytes``: whole bytes, and at least one."""
+        """Return the memory where all models take ``total_bytes``: an integer, and at least 1."""
         return self.given_bytes or max(1, int((self.given_share or 0.0) * total_bytes))
 
     def share(self, total_bytes: int) -> float:
-        """The memory as a share of ``total_bytes``."""
+        """Return the memory as a share of ``total_bytes``."""
         return self.given_share or (self.given_bytes or 0) / total_bytes
 
 
 def make_workload(
     *, trace: str, models: Path | None = None, keep: bool = False, locations: int | None = None, seed: int = 0
 ) -> Workload:
-    """What ``--trace``, ``--models``, ``--map`` and ``--locations`` ask for.
+    """Make the workload of ``--trace``, ``--models``, ``--map`` and ``--locations``.
 
     Args:
         trace: a specification as ``workload.spec`` describes it.
-        models: the table of models; without, ours.
-        keep: the trace asks for rows of the table; otherwise each of its models gets the numbers of a random row.
-        locations: over how many the requests are spread; without, as the trace has it.
-        seed: of everything that is drawn.
+        models: the table of models; None for the default one.
+        keep: the trace names rows of the table; otherwise each of its models gets the numbers of a random row.
+        locations: number of locations over which the requests are spread; None keeps those of the trace.
+        seed: of every random draw.
 
     Raises:
         TraceError: the trace or the table is wrong, or does not fit the other.
@@ -127,7 +127,7 @@ def make_workload(
 
 
 def parse_policies(texts: Sequence[str]) -> tuple[PolicyChoice, ...]:
-    """Policies by name, several with commas between them, or ``all``; each once, in the order of the texts.
+    """Parse names of policies, several with commas between them, or ``all``; each once, in the order of the texts.
 
     Parameters follow a colon, named and written as in ``edge.yaml``: ``edgeserve:half_life=10min``, further ones after
     an ampersand.
@@ -141,7 +141,7 @@ def parse_policies(texts: Sequence[str]) -> tuple[PolicyChoice, ...]:
 
 
 def parse_capacities(texts: Sequence[str]) -> tuple[Capacity, ...]:
-    """Sizes such as ``2GiB`` and shares such as ``25%``, several with commas between them, each once and in order.
+    """Parse sizes such as ``2GiB`` and shares such as ``25%``, several with commas between them, each once, in order.
 
     Raises:
         ValueError: neither a size nor a share, or not positive.
@@ -150,12 +150,17 @@ def parse_capacities(texts: Sequence[str]) -> tuple[Capacity, ...]:
 
 
 def cache_maker(
-    workload: Workload, policy: PolicyChoice, *, capacity_bytes: int, max_preloads: int
+    workload: Workload,
+    policy: PolicyChoice,
+    *,
+    capacity_bytes: int,
+    max_preloads: int,
+    cache_class: Callable[..., ModelCache] = ModelCache,
 ) -> Callable[[int], ModelCache]:
-    """A function that makes a fresh cache for the location of a number; nothing else knows how caches are made."""
+    """Return the function that makes an empty cache for the location with a given number."""
 
     def make(location: int) -> ModelCache:
-        return ModelCache(
+        return cache_class(
             capacity_bytes=capacity_bytes,
             policy=_make_policy(workload, policy, location),
             max_preloads=max_preloads,
@@ -166,12 +171,12 @@ def cache_maker(
 
 def _make_policy(workload: Workload, policy: PolicyChoice, location: int) -> EvictionPolicy:
     if policy.name in _ORACLE_CLASSES:
-        return _ORACLE_CLASSES[policy.name](next_uses(_models_asked_for(workload.trace, location)))
+        return _ORACLE_CLASSES[policy.name](next_uses(_requested_models(workload.trace, location)))
     rng = random.Random(f"{workload.seed}: policy of location {location}")
     return make_policy(policy.name, rng, **dict(policy.parameters))
 
 
-def _models_asked_for(trace: Trace, location: int) -> Sequence[int]:
+def _requested_models(trace: Trace, location: int) -> Sequence[int]:
     if trace.location is None:
         return trace.model if location == 0 else ()
     return [model for model, origin in zip(trace.model, trace.location, strict=True) if origin == location]
@@ -186,7 +191,7 @@ def _parse_policy(label: str) -> PolicyChoice:
     if name in ORACLES:
         raise ValueError(f"policy {name!r} takes no parameters")
     parameters = _parameters(name, text)
-    # Made once here, so that a bad value is said before anything is replayed.
+    # Made once here, so that a bad value is reported before the first replay.
     make_policy(name, random.Random(0), **parameters)
     return PolicyChoice(label=label, name=name, parameters=tuple(sorted(parameters.items())))
 

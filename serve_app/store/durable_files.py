@@ -1,4 +1,4 @@
-"""Small helpers for files that must survive crashes, full disks and missing permissions."""
+"""Helpers for files that must survive crashes, full disks and missing permissions."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 @contextlib.contextmanager
 def explain_os_errors(doing: str, path: Path) -> Iterator[None]:
-    """Turns an ``OSError`` into a ``StoreError`` that says what to do.
+    """Turn an ``OSError`` into a ``StoreError`` that says what to do.
 
     Args:
-        doing: what was tried, as in "cannot <doing>".
+        doing: the attempt, as in "cannot <doing>".
         path: a path on the file system concerned.
     """
     try:
@@ -37,19 +37,19 @@ def explain_os_errors(doing: str, path: Path) -> Iterator[None]:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file, as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Writes a file and waits until the disk has it."""
+    """Write a file, and wait until the disk has it."""
     path.write_bytes(content)
     fsync_path(path)
 
 
 def fsync_path(path: Path) -> None:
-    """Waits until the disk has a file, or the names in a directory."""
+    """Wait until the disk has a file, or the names in a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -58,7 +58,7 @@ def fsync_path(path: Path) -> None:
 
 
 def is_alive(pid: str) -> bool:
-    """Whether a process of this machine has this number; anything but a number is nobody's."""
+    """Return whether a process of this machine has this number; false for anything but a number."""
     if not pid.isdigit():
         return False
     try:

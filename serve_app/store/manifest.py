@@ -1,4 +1,4 @@
-"""What the store knows about one published model: facts about the model, and where every tensor lies.
+"""The manifest of one published model: facts about the model, and the place of every tensor.
 
 A manifest says for each tensor in which file and at which byte it starts. Models may therefore share blobs, or
 single tensors, without a change of format. This module does not import torch: routers read manifests too.
@@ -46,10 +46,10 @@ Layout = Literal["row_major", "channels_last"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorPlace:
-    """Where one parameter or buffer lies: ``nbytes`` from byte ``offset`` of the blob ``file``.
+    """The place of one parameter or buffer: ``nbytes`` from byte ``offset`` of the blob ``file``.
 
-    A ``channels_last`` tensor of shape (N, C, H, W) lies there as (N, H, W, C). Tied tensors are two names with the
-    same place.
+    A ``channels_last`` tensor of shape (N, C, H, W) is stored as (N, H, W, C). Tied tensors are two names with the same
+    place.
     """
 
     name: str
@@ -75,7 +75,7 @@ class TensorPlace:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Elements from one index to the next, per dimension."""
+        """Return the elements from one index to the next, per dimension."""
         order = (0, 2, 3, 1) if self.layout == "channels_last" else range(len(self.shape))
         strides, step = [0] * len(self.shape), 1
         for dimension in reversed(order):
@@ -107,9 +107,9 @@ class FoldedNorm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Execution:
-    """What is done to the module of a builder so that it runs the stored tensors, and how it gets its input.
+    """How the module of a builder is changed to run the stored tensors, and the memory layout of its input.
 
-    ``runtime`` says who runs it; ``channels_last`` that images come with their channels last in memory.
+    ``runtime`` names the library that runs it. ``channels_last`` says that images have their channels last in memory.
     """
 
     runtime: Literal["torch"] = "torch"
@@ -121,9 +121,8 @@ class Execution:
 class Manifest:
     """One published model.
 
-    ``model`` holds what the weights bring along; family, pinning, accuracy and input of the catalogue are laid over
-    it by ``ModelStore.catalog``. ``default_image`` is the preset of the weights, which applies when the catalogue
-    names none.
+    ``model`` has what comes with the weights. ``ModelStore.catalog`` overlays it with family, pinning, accuracy and
+    input of the catalog. ``default_image`` is the preset of the weights, which applies when the catalog names none.
     """
 
     model: PublishedModel
@@ -148,12 +147,12 @@ class Manifest:
                 raise ValueError(f"tensor {place.name!r} ends after the end of its file")
 
     def to_json(self) -> bytes:
-        """The manifest as UTF-8 JSON that ``from_json`` takes back unchanged."""
+        """Convert to UTF-8 JSON that ``from_json`` converts back unchanged."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False, separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, text: bytes, source: str) -> Manifest:
-        """Reads a manifest strictly.
+        """Read a manifest strictly.
 
         Args:
             text: UTF-8 JSON.
@@ -174,7 +173,7 @@ class Manifest:
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
-    """Builds a value of type ``kind`` from JSON; ``where`` is the path of keys, for messages."""
+    """Build a value of type ``kind`` from JSON; ``where`` is the path of keys, for messages."""
     if type(value) is kind:
         return value
     if dataclasses.is_dataclass(kind):

@@ -4,12 +4,12 @@ Layout::
 
     root/models/<model_id>.json         manifest; its atomic rename publishes the model
     root/blobs/<sha256>.safetensors     weights, named after their content, never changed
-    root/whole/<sha256>.json            what the blob's file looked like when its content was last seen to be right
+    root/verified/<sha256>.json         stat signature of the blob's file when its content was last verified
     root/tmp/                           files being written, named after the process that writes them
     root/lock                           held by the one publisher that may write
 
-Readers take no lock. A reader sees the manifest of before or after a publication, never something between. This
-module does not import torch: routers read the store too.
+Readers take no lock. A reader sees the manifest from before or after a publication, never a mixture. This module does
+not import torch: routers read the store too.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ class ModelStore:
         self._models = self.root / "models"
         self._blobs = self.root / "blobs"
         self._tmp = self.root / "tmp"
-        self._whole = self.root / "whole"
-        #: What files looked like whose content was right (None), or what was wrong with it.
-        self._seen: dict[str, tuple[list[int], str | None]] = {}
+        self._verified = self.root / "verified"
+        #: Blobs that this process has verified: the signature at that time, and what was wrong with the content.
+        self._checked: dict[str, tuple[list[int], str | None]] = {}
         self._writer = threading.RLock()
         self._depth = 0
 
     def published(self) -> tuple[str, ...]:
-        """The names of all models that have a manifest, sorted."""
+        """Return the names of all models that have a manifest, sorted."""
         return tuple(sorted(path.stem for path in self._models.glob("*.json") if not path.name.startswith(".")))
 
     def has(self, model_id: str) -> bool:
-        """Whether the model has a manifest; ``check_sizes`` tells whether its files are there as well."""
+        """Return whether the model has a manifest; ``check_sizes`` checks its files as well."""
         return self._manifest_path(model_id).is_file()
 
     def manifest(self, model_id: str) -> Manifest:
-        """The manifest of a model.
+        """Read the manifest of a model.
 
         Raises:
             StoreError: the model is not published, or its manifest is malformed.
@@ -78,11 +78,11 @@ class ModelStore:
         return manifest
 
     def catalog(self, entries: Sequence[ModelEntry]) -> Catalog:
-        """The published ones of ``entries``, in their order.
+        """Return those of ``entries`` that are published, in their order.
 
-        Family, pinning, accuracy and input are those of the entry. Models with a malformed manifest, or published
-        from another builder, other weights or another dtype than the entry asks for, are logged and left out: the
-        others must be served.
+        Family, pinning, accuracy and input are those of the entry. A model with a malformed manifest, or published from
+        another builder, other weights or another dtype than the entry asks for, is logged and left out, so that the
+        others are served.
         """
         models = []
         for entry in entries:
@@ -93,18 +93,18 @@ class ModelStore:
             except StoreError as error:
                 logger.error("model %s is left out: %s", entry.model_id, error)
                 continue
-            if is_publication_of(manifest, entry):
-                models.append(_overlay(manifest, entry))
+            if is_published_from(manifest, entry):
+                models.append(_overlaid(manifest, entry))
             else:
                 logger.warning("model %s is left out: its entry changed; publish it again", entry.model_id)
         return Catalog(tuple(models))
 
     def blob_path(self, name: str) -> Path:
-        """Path of the blob with this name, whether or not it exists."""
+        """Return the path of the blob with this name, whether or not it exists."""
         return self._blobs / name
 
     def check_sizes(self, model_id: str) -> None:
-        """Checks that every file of the model exists and has its size; costs one ``stat`` per file.
+        """Check that every file of the model exists and has its size; costs one ``stat`` per file.
 
         Raises:
             StoreError: the model is not published, or a file is missing or has another size.
@@ -112,70 +112,56 @@ class ModelStore:
         for file in self.manifest(model_id).files:
             check_size(file, self.blob_path(file.name), model_id)
 
-    def verify(self, model_id: str) -> None:
-        """Reads every file of the model and checks its SHA-256.
+    def require_verified(self, file: BlobFile, model_id: str) -> None:
+        """Require that a blob has the content that it was published with.
 
-        Raises:
-            StoreError: the model is not published, or a file is missing or differs.
-        """
-        self.check_sizes(model_id)
-        for file in self.manifest(model_id).files:
-            path = self.blob_path(file.name)
-            with explain_os_errors(f"read {path}", path):
-                digest = sha256_of(path)
-            if digest != file.sha256:
-                raise StoreError(f"weights {path} of model {model_id!r} are corrupt; publish it again with force")
-
-    def require_whole(self, file: BlobFile, model_id: str) -> None:
-        """Makes sure that a blob has the content that it was published with.
-
-        Reading a blob takes far longer than loading it, so its content is trusted as long as the file's inode, size
-        and times are as they were when it was last read, by whatever process of this machine. Else it is read again.
+        Reading a blob takes far longer than loading it. The content is therefore trusted while the file's inode, size
+        and times are those of its last verification, by any process of this machine; otherwise it is read again.
 
         Raises:
             StoreError: it is missing, truncated or corrupt.
         """
         path = self.blob_path(file.name)
         check_size(file, path, model_id)
-        looks = _looks(path)
-        seen, problem = self._seen.get(file.name, ([], None))
-        if seen != looks:
+        signature = _stat_signature(path)
+        checked, problem = self._checked.get(file.name, ([], None))
+        if checked != signature:
             problem = None
-            if not self._was_whole(file.name, looks):
+            if not self._is_recorded(file.name, signature):
                 logger.info("reading weights %s: they are new here, or have changed", path)
                 with explain_os_errors(f"read {path}", path):
                     digest = sha256_of(path)
                 if digest == file.sha256:
-                    self._remember_whole(file.name, looks)
+                    self._record_verified(file.name, signature)
                 else:
                     problem = f"weights {path} of model {model_id!r} are corrupt; publish it again with force"
-            self._seen[file.name] = looks, problem
+            self._checked[file.name] = signature, problem
         if problem is not None:
             raise StoreError(problem)
 
-    def _was_whole(self, name: str, looks: list[int]) -> bool:
+    def _is_recorded(self, name: str, signature: list[int]) -> bool:
         try:
-            return bool(json.loads(self._whole_path(name).read_bytes()) == looks)
+            return bool(json.loads(self._record_path(name).read_bytes()) == signature)
         except (OSError, ValueError):
             return False
 
-    def _whole_path(self, name: str) -> Path:
-        return (self._whole / name).with_suffix(".json")
+    def _record_path(self, name: str) -> Path:
+        return (self._verified / name).with_suffix(".json")
 
-    def _remember_whole(self, name: str, looks: list[int]) -> None:
-        # Only to save time; who may not write to the store reads the blob once in every process.
+    def _record_verified(self, name: str, signature: list[int]) -> None:
+        # The record only saves time: a process that may not write to the store reads the blob once.
         with contextlib.suppress(OSError):
-            self._whole.mkdir(exist_ok=True)
-            temporary = self._whole / f".{name}.{os.getpid()}.{threading.get_ident()}"
+            self._verified.mkdir(exist_ok=True)
+            temporary = self._verified / f".{name}.{os.getpid()}.{threading.get_ident()}"
             try:
-                temporary.write_text(json.dumps(looks))
-                temporary.replace(self._whole_path(name))
+                temporary.write_text(json.dumps(signature))
+                temporary.replace(self._record_path(name))
             finally:
                 temporary.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def exclusive(self, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-        """Makes the caller the only publisher on this store, across threads and processes; may be nested.
+        """Make the caller the only publisher on this store, across threads and processes; may be nested.
 
         Blobs that no manifest names are safe from ``sweep`` only while their publisher holds this.
 
@@ -197,7 +183,7 @@ class ModelStore:
                     os.close(descriptor)
 
     def put_blob(self, write: Callable[[Path], None]) -> BlobFile:
-        """Stores one file under the name of its content; an equal file that is there already is kept.
+        """Store one file under the name of its content; keep an equal file that the store already has.
 
         Args:
             write: writes the content to the path that it is given.
@@ -216,11 +202,11 @@ class ModelStore:
                 if not path.is_file() or sha256_of(path) != digest:
                     temporary.replace(path)
                     fsync_path(self._blobs)
-                self._remember_whole(blob.name, _looks(path))
+                self._record_verified(blob.name, _stat_signature(path))
             return blob
 
     def commit(self, manifest: Manifest) -> None:
-        """Publishes a model: from the return of this method on it is in the store, even after a power failure.
+        """Publish a model: once this method has returned it is in the store, even after a power failure.
 
         Raises:
             StoreError: a file of the manifest is not in the store, the disk is full or the store cannot be written.
@@ -235,9 +221,9 @@ class ModelStore:
                 fsync_path(self._models)
 
     def sweep(self) -> int:
-        """Removes what killed publishers left behind and blobs that no manifest names; returns the bytes freed.
+        """Remove temporary files of dead publishers and blobs that no manifest names; return the bytes freed.
 
-        Blobs stay while any manifest cannot be read: what it refers to is not known.
+        All blobs stay while any manifest cannot be read, because its references are not known.
         """
         freed = 0
         with self.exclusive(), explain_os_errors(f"tidy up {self.root}", self.root):
@@ -252,7 +238,7 @@ class ModelStore:
             for path in list(self._blobs.iterdir()):
                 if path.name not in used:
                     freed += _remove(path)
-                    self._whole_path(path.name).unlink(missing_ok=True)
+                    self._record_path(path.name).unlink(missing_ok=True)
         return freed
 
     def _manifest_path(self, model_id: str) -> Path:
@@ -261,7 +247,7 @@ class ModelStore:
         return self._models / f"{model_id}.json"
 
     def _lock_file(self, on_wait: Callable[[], None] | None) -> int:
-        """Takes the lock of the store; closing the descriptor, or dying, gives it back."""
+        """Take the lock of the store; closing the descriptor, or the end of the process, releases it."""
         with explain_os_errors(f"write to {self.root}", self.root):
             for directory in (self._models, self._blobs, self._tmp):
                 directory.mkdir(parents=True, exist_ok=True)
@@ -280,7 +266,7 @@ class ModelStore:
 
     @contextlib.contextmanager
     def _temporary(self, suffix: str) -> Iterator[Path]:
-        """A path to write to; whatever is still there at the end is removed."""
+        """Yield a path to write to, and remove a file that is still there at the end."""
         path = self._tmp / f"{os.getpid()}-{secrets.token_hex(8)}{suffix}"
         try:
             yield path
@@ -288,8 +274,8 @@ class ModelStore:
             path.unlink(missing_ok=True)
 
 
-def is_publication_of(manifest: Manifest, entry: ModelEntry) -> bool:
-    """Whether the published model is what the entry asks for, up to what ``ModelStore.catalog`` lays over it."""
+def is_published_from(manifest: Manifest, entry: ModelEntry) -> bool:
+    """Return whether the published model is what the entry asks for, but for the overlay of ``ModelStore.catalog``."""
     model = manifest.model
     image = entry.input or manifest.default_image
     return (model.builder, model.weights_requested, model.dtype, model.image.crop_px) == (
@@ -300,14 +286,14 @@ def is_publication_of(manifest: Manifest, entry: ModelEntry) -> bool:
     )
 
 
-def _looks(path: Path) -> list[int]:
-    """What changes when a file is written to or replaced."""
+def _stat_signature(path: Path) -> list[int]:
+    """Return what changes when a file is written to or replaced: inode, size, and the times of content and inode."""
     status = path.stat()
     return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def check_size(file: BlobFile, path: Path, model_id: str) -> None:
-    """Checks that a blob is there and complete.
+    """Check that a blob exists and has its size.
 
     Raises:
         StoreError: it is missing or has another size.
@@ -325,7 +311,7 @@ def check_size(file: BlobFile, path: Path, model_id: str) -> None:
         )
 
 
-def _overlay(manifest: Manifest, entry: ModelEntry) -> PublishedModel:
+def _overlaid(manifest: Manifest, entry: ModelEntry) -> PublishedModel:
     model = manifest.model
     accuracy = model.profile.accuracy if entry.accuracy is None else entry.accuracy
     return dataclasses.replace(

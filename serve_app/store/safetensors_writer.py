@@ -1,7 +1,7 @@
-"""Writes safetensors files whose layout is known before the first byte is written.
+"""Write safetensors files whose layout is known before the first byte is written.
 
 The reference writer copies every tensor into memory first and reports a full disk as its own kind of error. This one
-streams, raises plain ``OSError`` and tells the absolute offset of every tensor. Equal tensors give equal files.
+streams, raises plain ``OSError`` and returns the absolute offset of every tensor. Equal tensors give equal files.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -29,7 +29,7 @@ class BlobTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor in the file."""
+        """Return the bytes of the tensor in the file."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
@@ -43,7 +43,7 @@ class BlobLayout:
 
 
 def plan_blob(tensors: Sequence[BlobTensor]) -> BlobLayout:
-    """Lays tensors out without holes, each aligned to its element size.
+    """Lay tensors out without holes, each aligned to its element size.
 
     Tensors with larger elements go first; within one element size the given order is kept, so that a file which is
     read from front to back follows the order of execution.
@@ -67,7 +67,7 @@ def plan_blob(tensors: Sequence[BlobTensor]) -> BlobLayout:
 
 
 def write_blob(path: Path, layout: BlobLayout, data: Iterable[memoryview]) -> None:
-    """Writes the file; ``data`` yields the bytes of the tensors in ``layout.order``.
+    """Write the file; ``data`` yields the bytes of the tensors in ``layout.order``.
 
     Raises:
         OSError: the disk is full, or the path cannot be written.

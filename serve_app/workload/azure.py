@@ -1,4 +1,4 @@
-"""Reader of the Azure Functions trace of 2019: how often every function was called in every minute.
+"""Read the Azure Functions trace of 2019: the calls of every function in every minute.
 
 A CSV file, plain or gzipped, with the columns ``HashOwner,HashApp,HashFunction,Trigger`` and one column per minute
 whose name is a number, one more than the one before (Shahrad et al., "Serverless in the Wild", USENIX ATC 2020).
@@ -21,7 +21,7 @@ from serve_app.workload.trace import MAX_REQUESTS, Trace, make_trace
 
 _FUNCTION_COLUMNS = ("HashOwner", "HashApp", "HashFunction", "Trigger")
 _MINUTE_S = 60.0
-#: A count of more digits does not fit the columns that counts are kept in, and is none.
+#: A count of more digits does not fit the type of the counts.
 _MOST_DIGITS = 9
 #: Every function, whatever calls it.
 ALL_TRIGGERS = "all"
@@ -37,21 +37,21 @@ def read_azure(
     trigger: str = ALL_TRIGGERS,
     name: str | None = None,
 ) -> Trace:
-    """The calls of a file as a trace: every function is a model, its owner the source.
+    """Read the calls of a file as a trace: every function is a model, its owner the source.
 
-    First the minutes and the trigger are chosen, then the most popular functions go, then those called once. Calls are
-    known by the minute only: within it those of all functions are shuffled and spaced evenly. A model has the name of
-    its ``HashFunction``, with owner and app in front where several functions have the same.
+    Minutes and trigger are chosen first; then the most popular functions are dropped, then those called once. The file
+    has calls by the minute: within a minute the calls of all functions are shuffled and spaced evenly. A model has the
+    name of its ``HashFunction``, with owner and app in front where several functions have the same.
 
     Args:
         path: of the file.
         seed: of the shuffling.
         minutes: a number N for the first N minute columns, or (A, B) for those named A to B, both included; the first
-            of them begins at second 0. Without, all.
-        max_quantile: functions with more calls than this quantile of the counts go, see ``worth_keeping``.
-        drop_one_hit: functions that are called once go.
+            of them begins at second 0. None takes all.
+        max_quantile: functions with more calls than this quantile of the counts are dropped, see ``worth_keeping``.
+        drop_one_hit: functions that are called once are dropped.
         trigger: only functions with this ``Trigger``, or ``all``.
-        name: of the trace; without, the path.
+        name: of the trace; None for the path.
 
     Raises:
         TraceError: the file cannot be read or is malformed, or nothing is left of it.
@@ -83,7 +83,7 @@ def read_azure(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Calls:
-    """What the file says, with one entry per function."""
+    """The content of the file, with one entry per function."""
 
     models: tuple[str, ...]
     owners: NDArray[np.intp]
@@ -123,7 +123,7 @@ def _read(path: Path, minutes: int | tuple[int, int] | None) -> _Calls:
 
 
 def _minute_columns(table: Table, minutes: int | tuple[int, int] | None) -> tuple[int, int]:
-    """Where the chosen minutes stand: the first column, and the one behind the last."""
+    """Return the columns of the chosen minutes: the first, and the one after the last."""
     begin = len(_FUNCTION_COLUMNS)
     if set(table.columns[:begin]) != set(_FUNCTION_COLUMNS) or len(table.columns) == begin:
         table.fail(f"the columns must be {', '.join(_FUNCTION_COLUMNS)} and then the minutes", line=table.header_line)
@@ -155,7 +155,7 @@ def _minute(table: Table, place: int) -> int:
 def _counts(table: Table, line: int, cells: list[str], first: int, last: int) -> array[int]:
     minutes = cells[first:last]
     joined = "".join(minutes)
-    # One look at the whole row; which cell is wrong is searched for only if one is.
+    # One check of all cells; a wrong cell is searched for only if there is one.
     if joined.isascii() and joined.isdigit() and max(map(len, minutes)) <= _MOST_DIGITS and "" not in minutes:
         return array("i", map(int, minutes))
     for place, cell in enumerate(minutes, start=first):
@@ -166,12 +166,12 @@ def _counts(table: Table, line: int, cells: list[str], first: int, last: int) ->
 
 
 def _spread(
-    counts: NDArray[np.int32], kept: NDArray[np.intp], chance: SeededRandom
+    counts: NDArray[np.int32], kept: NDArray[np.intp], rng: SeededRandom
 ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-    """Arrival in seconds and function of every call."""
+    """Return arrival in seconds and function of every call."""
     arrivals, functions = [], []
     for minute in range(counts.shape[1]):
         called = np.repeat(kept, counts[kept, minute])
         arrivals.append(_MINUTE_S * (minute + np.arange(len(called)) / max(1, len(called))))
-        functions.append(called[chance.order(len(called))])
+        functions.append(called[rng.order(len(called))])
     return np.concatenate(arrivals), np.concatenate(functions)

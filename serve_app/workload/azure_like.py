@@ -1,7 +1,7 @@
 """Serverless functions: a seeded stream with the statistics of the Azure Functions trace of 2019.
 
-What was measured there (Shahrad et al., "Serverless in the Wild", USENIX ATC 2020) is drawn anew for every function:
-its class, how often it is called, and how regularly.
+The measured distributions (Shahrad et al., "Serverless in the Wild", USENIX ATC 2020) are drawn for every function: its
+class, its rate of calls, and their regularity.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class AzureLike:
     """Parameters of the stream; every function is a model and a source of its own.
 
     Args:
-        functions: how many there are before any is dropped.
-        minutes: how long the stream is.
-        start_hour: hour of the day when it begins, 0..23, which sets how busy the hours are.
-        rate_cap_per_min: functions with more calls per minute are dropped, for clamping would pile them up at the cap.
-        max_quantile: the most popular functions go, see ``worth_keeping``.
-        drop_one_hit: functions that are called once go.
+        functions: their number before any is dropped.
+        minutes: length of the stream.
+        start_hour: hour of the day at the beginning, 0..23, which decides the rates of the hours.
+        rate_cap_per_min: functions with more calls per minute are dropped; clamping would pile them up at the cap.
+        max_quantile: the most popular functions are dropped, see ``worth_keeping``.
+        drop_one_hit: functions that are called once are dropped.
         seed: the same seed and arguments give the same stream.
 
     Raises:
@@ -75,20 +75,20 @@ class AzureLike:
             raise ValueError(f"max_quantile must be above 0 and at most 1, not {self.max_quantile}")
 
     def trace(self, name: str = "azure-like") -> Trace:
-        """The stream.
+        """Generate the stream.
 
         Raises:
             TraceError: no function is left, or there are more requests than a trace can have.
         """
-        plan = _Plan.draw(self)
-        capped = np.where(plan.counts <= self.rate_cap_per_min * self.minutes, plan.counts, 0)
+        draws = _FunctionDraws.draw(self)
+        capped = np.where(draws.counts <= self.rate_cap_per_min * self.minutes, draws.counts, 0)
         kept = np.flatnonzero(worth_keeping(capped, max_quantile=self.max_quantile, drop_one_hit=self.drop_one_hit))
         total = int(capped[kept].sum())
         if not total:
             raise TraceError(f"{name}: no function is left; make functions or minutes more, or drop fewer")
         if total > MAX_REQUESTS:
             raise TraceError(f"{name}: {total} requests are more than {MAX_REQUESTS}; make minutes or functions fewer")
-        arrivals = [self._arrivals(plan, int(function)) for function in kept]
+        arrivals = [self._arrivals(draws, int(function)) for function in kept]
         model = np.repeat(kept, [len(times) for times in arrivals])
         return make_trace(
             name=name,
@@ -98,20 +98,20 @@ class AzureLike:
             source=model,
         )
 
-    def _arrivals(self, plan: _Plan, function: int) -> Column:
-        chance, count = SeededRandom(self.seed, f"calls of function {function}"), int(plan.counts[function])
-        period = int(plan.periods_min[function])
+    def _arrivals(self, draws: _FunctionDraws, function: int) -> Column:
+        rng, count = SeededRandom(self.seed, f"calls of function {function}"), int(draws.counts[function])
+        period = int(draws.periods_min[function])
         if period:
-            return _ticks(chance, int(plan.phases_min[function]), period, int(plan.calls_a_tick[function]), count)
-        # A renewal process that is known to have so many calls, laid around a circle: it has no edges.
-        ends = np.cumsum(chance.gamma_gaps(float(plan.cvs[function]), count))
-        progress = (ends / max(ends[-1], _TINY) + chance.uniform(1)) % 1.0
+            return _ticks(rng, int(draws.phases_min[function]), period, int(draws.calls_a_tick[function]), count)
+        # A renewal process with a given number of calls, around a circle, which has no edges.
+        ends = np.cumsum(rng.gamma_gaps(float(draws.cvs[function]), count))
+        progress = (ends / max(ends[-1], _TINY) + rng.uniform(1)) % 1.0
         return clock_times(np.sort(progress), start_hour=self.start_hour, minutes=self.minutes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    """What is drawn for every function before its calls are: columns with one entry per function."""
+class _FunctionDraws:
+    """The draws for every function before its calls: columns with one entry per function."""
 
     #: 0 if the function is no timer.
     periods_min: NDArray[np.intp]
@@ -121,20 +121,20 @@ class _Plan:
     counts: NDArray[np.int64]
 
     @classmethod
-    def draw(cls, parameters: AzureLike) -> _Plan:
+    def draw(cls, parameters: AzureLike) -> _FunctionDraws:
         size, minutes = parameters.functions, parameters.minutes
-        chance = SeededRandom(parameters.seed, "functions")
-        kind = chance.uniform(size)
+        rng = SeededRandom(parameters.seed, "functions")
+        kind = rng.uniform(size)
         timer, steady = kind < _TIMER, (kind >= _TIMER) & (kind < _TIMER + _STEADY)
-        periods = np.array(list(_PERIODS))[chance.pick(np.array(list(_PERIODS.values()), dtype=np.float64), size)]
-        phases = (chance.uniform(size) * periods).astype(np.intp)
-        calls = 1 + (chance.uniform(size) < _TWICE)
+        periods = np.array(list(_PERIODS))[rng.pick(np.array(list(_PERIODS.values()), dtype=np.float64), size)]
+        phases = (rng.uniform(size) * periods).astype(np.intp)
+        calls = 1 + (rng.uniform(size) < _TWICE)
         ticks = np.maximum(0, -((phases - minutes) // periods))
-        cvs = np.clip(_BURSTY_CV_MEDIAN * np.exp(_BURSTY_CV_SIGMA * chance.normal(size)), *_BURSTY_CV_RANGE)
-        place = chance.uniform(size)
+        cvs = np.clip(_BURSTY_CV_MEDIAN * np.exp(_BURSTY_CV_SIGMA * rng.normal(size)), *_BURSTY_CV_RANGE)
+        place = rng.uniform(size)
         rates = 10 ** np.where(steady, np.interp(place, *_STEADY_RATES), np.interp(place, *_BURSTY_RATES))
-        # Rounded up or down by chance, so that the mean is right for rare calls too.
-        drawn = np.floor(rates * minutes + chance.uniform(size))
+        # Rounded up or down by rng, so that the mean is right for rare calls too.
+        drawn = np.floor(rates * minutes + rng.uniform(size))
         return cls(
             periods_min=np.where(timer, periods, 0),
             phases_min=phases,
@@ -144,7 +144,7 @@ class _Plan:
         )
 
 
-def _ticks(chance: SeededRandom, phase_min: int, period_min: int, calls: int, count: int) -> Column:
-    """Calls of a timer: in every period's minute, at seconds of their own."""
+def _ticks(rng: SeededRandom, phase_min: int, period_min: int, calls: int, count: int) -> Column:
+    """Return the calls of a timer: in the minute of every period, at random seconds."""
     minutes = phase_min + period_min * (np.arange(count) // calls)
-    return np.sort(60.0 * (minutes + chance.uniform(count)))
+    return np.sort(60.0 * (minutes + rng.uniform(count)))

@@ -1,7 +1,7 @@
-"""Reader of request streams in CSV files, plain or gzipped, with the columns ``arrival_s,model[,location][,user]``.
+"""Read request streams in CSV files, plain or gzipped, with the columns ``arrival_s,model[,location][,user]``.
 
-Columns stand in any order; others are ignored, so that logs can be read as they are. So can rows be in any order: they
-are sorted by arrival, and those of one instant stay as they stand.
+Columns may be in any order; other columns are ignored, so that logs can be read as they are. Rows may be in any order:
+they are sorted by arrival, and rows of one instant keep their order.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _ARRIVAL, _MODEL, _LOCATION, _USER = "arrival_s", "model", "location", "user"
 
 
 def read_csv(path: Path, *, name: str | None = None) -> Trace:
-    """The rows of a file as a trace. A request's source is its user, else its location, else itself.
+    """Read the rows of a file as a trace. The source of a request is its user, else its location, else itself.
 
     Args:
         path: of the file; ``arrival_s`` is in seconds since any moment; the trace begins with its first request.
-        name: of the trace; without, the path.
+        name: of the trace; None for the path.
 
     Raises:
         TraceError: the file cannot be read, is malformed, or has no requests.
@@ -54,7 +54,7 @@ def read_csv(path: Path, *, name: str | None = None) -> Trace:
 
 
 class _Names:
-    """A column of names as numbers, counted in the order in which they first stand there."""
+    """A column of names as numbers, in the order of first appearance."""
 
     def __init__(self, table: Table, place: int) -> None:
         self.numbers: array[int] = array("I")

@@ -1,4 +1,4 @@
-"""How much is asked for at which hour of the day, measured on the Azure Functions trace of 2019."""
+"""The rates of requests over the hours of a day, as measured on the Azure Functions trace of 2019."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ HOUR_PROFILE = (
     0.936, 0.919, 0.918, 0.914, 0.913, 0.947, 0.973, 1.007, 1.001, 1.006, 1.007, 1.011,
     1.045, 1.088, 1.088, 1.071, 1.050, 1.071, 1.079, 1.035, 1.011, 0.999, 0.973, 0.940,
 )  # fmt: skip
-#: What is scheduled for the full hour comes on top of it.
+#: Factor of the first minute of an hour, for which much is scheduled.
 FULL_HOUR_FACTOR = 1.135
 
 
 def clock_times(progress: Column, *, start_hour: int, minutes: int) -> Column:
-    """Stretch even time to the profile: busy minutes take more of it.
+    """Map even progress to the profile: busy minutes take more of it.
 
     Args:
         progress: shares of the whole stream's requests, each from 0 to 1.
         start_hour: hour of the day when the stream begins, 0..23.
-        minutes: how long the stream is.
+        minutes: length of the stream.
 
     Returns:
         Seconds since the beginning, below 60 x minutes.

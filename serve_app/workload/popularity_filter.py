@@ -1,4 +1,4 @@
-"""Which functions of a trace are worth caching models for; the same rule for traces that are read and made."""
+"""Drop functions that say nothing about caching; the same rule for recorded and generated traces."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from numpy.typing import NDArray
 
 
 def worth_keeping(counts: NDArray[Any], *, max_quantile: float, drop_one_hit: bool) -> NDArray[np.bool_]:
-    """Functions that are neither among the most popular nor called once or never.
+    """Select the functions that are neither among the most popular nor called once or never.
 
-    The most popular are always there, the others never again: neither tells two policies apart, and one function may
-    well be most of a trace.
+    The most popular models stay in every cache, the others are never requested again: neither distinguishes two
+    policies, and one function can be most of a trace.
 
     Args:
         counts: calls of every function.
-        max_quantile: functions with more calls than this quantile of the counts go; functions that are never called
-            do not count. 1 keeps all.
-        drop_one_hit: whether functions that are called once go. Those that are never called always do.
+        max_quantile: functions with more calls than this quantile of the counts are dropped; functions without calls do
+            not count. 1 keeps all.
+        drop_one_hit: whether functions that are called once are dropped. Functions without calls always are.
 
     Returns:
         A mask over the functions.

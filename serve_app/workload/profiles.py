@@ -1,11 +1,11 @@
-"""What models cost: size, load time and execution time, for streams that say only which model is asked for.
+"""Profiles of models (size, load time, execution time) for streams that only name the models.
 
 A table is a CSV file with the columns ``name``, ``size_bytes`` or ``size_mb`` (10^6 bytes), ``load_s``, ``exec_s`` and,
 if wanted, ``accuracy`` (0..1); others are ignored. ``keras_weights_mb``, ``m5_load_s``, ``m5_exec_s`` and
 ``imagenet_top1`` mean the same.
 
-``default_profiles.csv`` is ours: the 26 torchvision models of the catalogue as ``edgeserve publish`` measured them on
-two cores of an x86-64 machine with torch on the CPU. Sizes are weights and the workspace of one inference.
+``default_profiles.csv`` has the 26 torchvision models of the catalog as ``edgeserve publish`` measured them on two
+cores of an x86-64 machine with torch on the CPU. Sizes are weights and the workspace of one inference.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SHOWN_NAMES = 5
 
 
 def read_profiles(path: Path) -> tuple[ModelProfile, ...]:
-    """The rows of a table, with the names of the rows as ``model_id``.
+    """Read the rows of a table, with the names of the rows as ``model_id``.
 
     Raises:
         TraceError: the file cannot be read, is malformed, names a model twice, or has no rows.
@@ -66,7 +66,7 @@ def read_profiles(path: Path) -> tuple[ModelProfile, ...]:
 def assign(
     models: Iterable[str], rows: Sequence[ModelProfile], *, seed: int, keep: bool = False
 ) -> dict[str, ModelProfile]:
-    """A profile for every model of a trace, under the model's own name.
+    """Assign a profile to every model of a trace, under the model's own name.
 
     Args:
         models: of the trace.

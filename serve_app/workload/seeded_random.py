@@ -1,7 +1,7 @@
 """Seeded random columns.
 
-They are made from ``random.Random`` and arithmetic, not by numpy's generators, whose streams may change from one
-version of numpy to the next: a seed in a report of today must mean the same requests tomorrow.
+They come from ``random.Random`` and arithmetic. The streams of numpy's generators may change from one version of numpy
+to the next, but a seed in a report must always mean the same requests.
 """
 
 from __future__ import annotations
@@ -16,45 +16,45 @@ Column = NDArray[np.float64]
 
 
 class SeededRandom:
-    """Independent draws, always the same for a seed and a purpose; different purposes do not disturb each other."""
+    """Independent draws, the same for a seed and a purpose whatever is drawn for other purposes."""
 
     def __init__(self, seed: int, purpose: str) -> None:
         self._rng = random.Random(f"{seed}: {purpose}")
 
     def uniform(self, count: int) -> Column:
-        """Numbers in [0, 1)."""
+        """Draw numbers in [0, 1)."""
         if not count:
             return np.empty(0)
         bits = np.frombuffer(self._rng.randbytes(8 * count), dtype="<u8") >> np.uint64(11)
         return np.asarray(bits * 2.0**-53, dtype=np.float64)
 
     def exponential(self, count: int) -> Column:
-        """Gaps of a Poisson process, with mean 1."""
+        """Draw gaps of a Poisson process, with mean 1."""
         return np.asarray(-np.log1p(-self.uniform(count)))
 
     def normal(self, count: int) -> Column:
-        """Standard normal numbers (Box and Muller 1958)."""
+        """Draw standard normal numbers (Box and Muller 1958)."""
         radius = np.sqrt(2 * self.exponential(count))
         return np.asarray(radius * np.cos(2 * math.pi * self.uniform(count)))
 
     def gamma_gaps(self, cv: float, count: int) -> Column:
-        """Gaps of a gamma renewal process, with mean 1 and coefficient of variation ``cv`` > 0."""
+        """Draw gaps of a gamma renewal process, with mean 1 and coefficient of variation ``cv`` > 0."""
         shape = cv**-2
         return self._gamma(shape, count) / shape
 
     def order(self, count: int) -> NDArray[np.intp]:
-        """The numbers below ``count`` in random order."""
+        """Shuffle the numbers below ``count``."""
         return np.asarray(np.argsort(self.uniform(count), kind="stable"))
 
     def pick(self, weights: Column, count: int) -> NDArray[np.intp]:
-        """Indices into ``weights``, each in proportion to its weight."""
+        """Draw indices into ``weights``, each in proportion to its weight."""
         cumulative = np.cumsum(weights)
         found = np.searchsorted(cumulative, self.uniform(count) * cumulative[-1], side="right")
         # Rounding may carry a draw beyond the last sum.
         return np.asarray(np.minimum(found, len(weights) - 1))
 
     def _gamma(self, shape: float, count: int) -> Column:
-        """Gamma variates with scale 1 (Marsaglia and Tsang 2000)."""
+        """Draw gamma variates with scale 1 (Marsaglia and Tsang 2000)."""
         if shape < 1:
             boost = (1 - self.uniform(count)) ** (1 / shape)
             return np.asarray(self._gamma(shape + 1, count) * boost)

@@ -1,6 +1,6 @@
 """Users of generative models: a seeded stream of sessions in which a user mostly stays with a model.
 
-Popularity is steep, changes from day to day, and comes in runs; recency tells more than long counts.
+Popularity is steep, changes from day to day, and comes in runs; recency predicts better than long counts.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _LENGTH_MU, _LENGTH_SIGMA = 0.55, 1.25
 _GAP_MU, _GAP_SIGMA = 4.32, 1.0
 _RANK_DECAY = 18.9
 _POPULARITY_SIGMA = 0.5
-#: Probability that a request of a session draws its model anew.
+#: Probability that a request of a session draws a new model.
 _REDRAW = 0.27
 _MOST_DAYS = 3660
 _MOST_MODELS = 1_000_000
-#: Mean length of a session in requests, to refuse too many before they are drawn.
+#: Mean length of a session in requests, to refuse too many requests before they are drawn.
 _MEAN_LENGTH = math.exp(_LENGTH_MU + _LENGTH_SIGMA**2 / 2) + 0.5
 
 
@@ -36,14 +36,14 @@ _MEAN_LENGTH = math.exp(_LENGTH_MU + _LENGTH_SIGMA**2 / 2) + 0.5
 class Sessions:
     """Parameters of the stream; the first day is a Monday and begins at midnight. A source is a user.
 
-    Users have no part in what is asked for and when, only in who asks: every user has one model to begin sessions with,
-    so that users, split over locations, take their taste along.
+    Users decide neither models nor times of requests, only their sources: every user begins all sessions with the same
+    model, so that a split over locations moves preferences with the users.
 
     Args:
-        days: how long the stream is.
-        models: how many there are; the model of rank r is drawn in proportion to exp(-r / 18.9) / r, with daily noise.
-        sessions_per_day: how many begin on a working day, in the median.
-        users: how many users there are; the fewer, the more a location's popularity is its own.
+        days: length of the stream.
+        models: their number; the model of rank r is drawn in proportion to exp(-r / 18.9) / r, with daily noise.
+        sessions_per_day: median number of sessions that begin on a working day.
+        users: their number; the fewer, the more the popularities at the locations differ.
         seed: the same seed and arguments give the same stream.
 
     Raises:
@@ -67,7 +67,7 @@ class Sessions:
             raise ValueError(f"users must be at least 1, not {self.users}")
 
     def trace(self, name: str = "sessions") -> Trace:
-        """The stream.
+        """Generate the stream.
 
         Raises:
             TraceError: there are no requests, or more than a trace can have.
@@ -97,10 +97,10 @@ class Sessions:
         return np.asarray(factors * self.sessions_per_day)
 
     def _starts(self, day: int, mean: float) -> Column:
-        """When the sessions of a day begin: a Poisson process whose rate follows the hours."""
-        chance = SeededRandom(self.seed, f"starts of day {day}")
-        # Ten standard deviations more than are expected: enough to reach the end of the day.
-        ends = np.cumsum(chance.exponential(int(mean + 10 * math.sqrt(mean)) + 40))
+        """Draw the beginnings of the sessions of a day: a Poisson process whose rate follows the hours."""
+        rng = SeededRandom(self.seed, f"starts of day {day}")
+        # Ten standard deviations above the mean are enough to reach the end of the day.
+        ends = np.cumsum(rng.exponential(int(mean + 10 * math.sqrt(mean)) + 40))
         return day * _DAY_S + clock_times(ends[ends < mean] / mean, start_hour=0, minutes=_DAY_MINUTES)
 
     def _lengths(self, count: int) -> NDArray[np.intp]:
@@ -117,17 +117,17 @@ class Sessions:
         rank = np.arange(1, self.models + 1)
         drawn = np.empty(len(session), dtype=np.intp)
         for today in np.unique(day):
-            chance = SeededRandom(self.seed, f"models of day {today}")
-            weights = np.exp(-rank / _RANK_DECAY + _POPULARITY_SIGMA * chance.normal(self.models)) / rank
+            rng = SeededRandom(self.seed, f"models of day {today}")
+            weights = np.exp(-rank / _RANK_DECAY + _POPULARITY_SIGMA * rng.normal(self.models)) / rank
             requests = day == today
-            drawn[requests] = chance.pick(weights, int(requests.sum()))
-        anew = SeededRandom(self.seed, "changes").uniform(len(session)) < _REDRAW
-        anew[first] = True
-        latest = np.maximum.accumulate(np.where(anew, np.arange(len(session)), 0))
+            drawn[requests] = rng.pick(weights, int(requests.sum()))
+        redrawn = SeededRandom(self.seed, "changes").uniform(len(session)) < _REDRAW
+        redrawn[first] = True
+        latest = np.maximum.accumulate(np.where(redrawn, np.arange(len(session)), 0))
         return drawn[latest]
 
     def _users(self, began_with: NDArray[np.intp]) -> NDArray[np.intp]:
-        """A user for every session: one of those who begin with that model, as many as it is popular."""
+        """Draw a user for every session among those of its first model, whose number follows its popularity."""
         sessions = np.bincount(began_with, minlength=self.models)
         users = np.maximum(1, np.round(self.users * sessions / len(began_with))).astype(np.intp)
         before = np.concatenate([[0], np.cumsum(users)[:-1]])

@@ -1,4 +1,4 @@
-"""Request streams by name, as ``--trace`` takes them: ``KIND:FILE?key=value&...`` or ``KIND:key=value&...``.
+"""Make request streams by name, as ``--trace`` takes them: ``KIND:FILE?key=value&...`` or ``KIND:key=value&...``.
 
 | kind | is | keys |
 |---|---|---|
@@ -40,7 +40,7 @@ _PLAIN_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
 
 def parse_trace(spec: str, *, seed: int) -> Trace:
-    """The stream that a specification names; its own ``seed`` goes before the argument.
+    """Make the stream that a specification names; its own ``seed`` overrides the argument.
 
     Raises:
         TraceError: unknown kind or key, a bad value, or a file that cannot be read.
@@ -64,14 +64,14 @@ def _from_file(spec: str, kind: str, rest: str, seed: int) -> Trace:
     if not file:
         raise ValueError(f"no file is named; write {kind}:FILE")
     keys, read = _FILES[kind]
-    return read(_at_home(file), spec, {"seed": seed, **_options(text, keys)})
+    return read(_expand_home(file), spec, {"seed": seed, **_options(text, keys)})
 
 
-def _at_home(file: str) -> Path:
+def _expand_home(file: str) -> Path:
     try:
         return Path(file).expanduser()
     except RuntimeError:
-        # Nobody has that home; what cannot be read is said later.
+        # There is no such user; the reader of the file reports what cannot be read.
         return Path(file)
 
 
@@ -90,7 +90,7 @@ def _options(text: str, keys: Mapping[str, _Parser]) -> _Options:
     return options
 
 
-def _whole(least: int, most: int) -> _Parser:
+def _integer(least: int, most: int) -> _Parser:
     def parse(text: str) -> int:
         if not re.fullmatch(r"\d{1,18}", text, re.ASCII) or not least <= int(text) <= most:
             raise ValueError(f"a whole number from {least} to {most}")
@@ -111,7 +111,7 @@ def _positive(text: str) -> float:
     return float(text)
 
 
-def _truth(text: str) -> bool:
+def _boolean(text: str) -> bool:
     if text not in ("true", "false"):
         raise ValueError("true or false")
     return text == "true"
@@ -172,8 +172,8 @@ def _list(kinds: Mapping[str, Any], what: str = "") -> str:
     return ", ".join(f"{kind}:{what}" for kind in kinds)
 
 
-_SEED = {"seed": _whole(0, 2**63)}
-_FILTER: dict[str, _Parser] = {"max_quantile": _number, "drop_one_hit": _truth}
+_SEED = {"seed": _integer(0, 2**63)}
+_FILTER: dict[str, _Parser] = {"max_quantile": _number, "drop_one_hit": _boolean}
 _FILES: dict[str, tuple[dict[str, _Parser], Callable[[Path, str, _Options], Trace]]] = {
     "azure": ({"minutes": _minutes, **_FILTER, "trigger": _name, **_SEED}, _azure),
     "csv": ({}, _csv),
@@ -181,13 +181,13 @@ _FILES: dict[str, tuple[dict[str, _Parser], Callable[[Path, str, _Options], Trac
 _GENERATORS: dict[str, tuple[dict[str, _Parser], Callable[[str, _Options], Trace]]] = {
     "zipf": (
         {
-            "models": _whole(1, _MOST_NAMES),
+            "models": _integer(1, _MOST_NAMES),
             "exponent": _number,
             "rate": _positive,
-            "requests": _whole(1, MAX_REQUESTS),
+            "requests": _integer(1, MAX_REQUESTS),
             "arrivals": _one_of(*get_args(Arrivals)),
             "cv": _positive,
-            "locations": _whole(1, _MOST_NAMES),
+            "locations": _integer(1, _MOST_NAMES),
             "location_skew": _number,
             **_SEED,
         },
@@ -195,9 +195,9 @@ _GENERATORS: dict[str, tuple[dict[str, _Parser], Callable[[str, _Options], Trace
     ),
     "azure-like": (
         {
-            "functions": _whole(1, _MOST_NAMES),
-            "minutes": _whole(1, 366 * 1440),
-            "start_hour": _whole(0, 23),
+            "functions": _integer(1, _MOST_NAMES),
+            "minutes": _integer(1, 366 * 1440),
+            "start_hour": _integer(0, 23),
             "rate_cap": _positive,
             **_FILTER,
             **_SEED,
@@ -206,10 +206,10 @@ _GENERATORS: dict[str, tuple[dict[str, _Parser], Callable[[str, _Options], Trace
     ),
     "sessions": (
         {
-            "days": _whole(1, 3660),
-            "models": _whole(1, _MOST_NAMES),
+            "days": _integer(1, 3660),
+            "models": _integer(1, _MOST_NAMES),
             "sessions_per_day": _positive,
-            "users": _whole(1, 2**31),
+            "users": _integer(1, 2**31),
             **_SEED,
         },
         _sessions,

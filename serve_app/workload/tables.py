@@ -1,4 +1,4 @@
-"""CSV files, plain or gzipped, read strictly: whatever is wrong with one is said with file, line and column."""
+"""Read CSV files, plain or gzipped, strictly: every message names file, line and column."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Table:
                 self.fail("has this name for the second time", line=self.header_line, column=number)
 
     def rows(self) -> Iterator[tuple[int, list[str]]]:
-        """Line number and cells of every row, as many cells as there are columns.
+        """Yield line number and cells of every row, as many cells as there are columns.
 
         Raises:
             TraceError: a line has another number of cells, or the file cannot be read to its end.
@@ -49,7 +49,7 @@ class Table:
             yield line, cells
 
     def column(self, name: str) -> int:
-        """Where the column ``name`` stands, counted from 0.
+        """Return the index of the column ``name``, counted from 0.
 
         Raises:
             TraceError: there is none.
@@ -59,23 +59,23 @@ class Table:
         return self.columns.index(name)
 
     def number(self, line: int, cells: list[str], column: int) -> float:
-        """A cell as a finite number that is not negative.
+        """Parse a cell as a finite number that is not negative.
 
         Raises:
-            TraceError: it is none.
+            TraceError: the cell is something else.
         """
         text = cells[column]
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        # Python's digit separators are nobody else's.
+        # Digit separators are peculiar to Python.
         if not 0 <= value < math.inf or "_" in text:
             self.fail(f"{shown(text)} is not a finite number that is 0 or more", line=line, column=column)
         return value
 
     def text(self, line: int, cells: list[str], column: int) -> str:
-        """A cell as a name, without blanks around it.
+        """Parse a cell as a name, without blanks around it.
 
         Raises:
             TraceError: it is empty.
@@ -93,7 +93,7 @@ class Table:
 
 
 def shown(text: str) -> str:
-    """A value for a message: quoted, on one line, and not too long."""
+    """Format a value for a message: quoted, on one line, and not too long."""
     return repr(text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}...")
 
 
@@ -111,13 +111,13 @@ def _lines(path: Path) -> Iterator[str]:
     number = 0
     try:
         with path.open("rb") as raw:
-            # Not by its name, and without seeking: a pipe will do.
+            # By its content and without seeking, so that a pipe can be read.
             zipped = raw.peek(2)[:2] == _GZIP_MAGIC
             file = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if zipped else raw
             for number, line in enumerate(file, start=1):
                 if b"\0" in line:
                     fail(path, "has a NUL byte; this is not a text file", number)
-                # A byte order mark at the beginning is what spreadsheets write.
+                # Spreadsheets write a byte order mark at the beginning.
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError:
         fail(path, "is not text in UTF-8", number)

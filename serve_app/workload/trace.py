@@ -1,4 +1,4 @@
-"""A finite request stream in columns: what every reader and generator gives, and what a simulator replays."""
+"""A finite request stream in columns: the output of readers and generators, and the input of the simulator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-#: More requests than this are refused before they are made: a few bytes of text may ask for any number of them.
+#: More requests than this are refused before they are generated: a short specification can ask for any number.
 MAX_REQUESTS = 100_000_000
 
 
@@ -18,14 +18,14 @@ class Trace:
     """A finite request stream in columns, in order of arrival.
 
     Attributes:
-        name: what the user called it.
-        models: distinct names of the models (functions) that are asked for.
-        locations: distinct names of where requests come from.
+        name: given by the user.
+        models: distinct names of the requested models (functions).
+        locations: distinct names of the locations of users.
         arrival_s: ``array('d')``, seconds since the beginning, never falling.
         model: ``array('I')``, indices into ``models``.
-        source: ``array('I')``, who asks: a number per owner or user. Requests of one source stay together when a
-            trace is split over locations.
-        location: ``array('I')``, indices into ``locations``; ``None`` if all requests come from the first.
+        source: ``array('I')``, a number for each owner or user. Requests of one source stay together when a trace is
+            split over locations.
+        location: ``array('I')``, indices into ``locations``; None if all requests come from the first.
 
     Raises:
         ValueError: columns of different lengths or types, an index out of range, names that are not distinct, or
@@ -58,7 +58,7 @@ class Trace:
         return len(self.arrival_s)
 
     def only_used(self) -> Trace:
-        """The same requests without the models that none of them asks for."""
+        """Return the same requests without models that have no request."""
         counts = np.bincount(column(self.model), minlength=len(self.models))
         if counts.all():
             return self
@@ -79,7 +79,7 @@ def make_trace(
     locations: tuple[str, ...] = ("local",),
     location: NDArray[Any] | None = None,
 ) -> Trace:
-    """A trace of columns in any order: sorted by arrival, equal arrivals as they stand, without unused models."""
+    """Make a trace of columns in any order: sort it stably by arrival, and drop unused models."""
     order = np.argsort(arrival_s, kind="stable")
     times: array[float] = array("d")
     times.frombytes(np.asarray(arrival_s, dtype=np.float64)[order].tobytes())
@@ -95,12 +95,12 @@ def make_trace(
 
 
 def column(values: array[Any]) -> NDArray[Any]:
-    """A column as numpy sees it, not copied."""
+    """View a column as a numpy array, without a copy."""
     return np.asarray(values)
 
 
 def indices(values: NDArray[Any]) -> array[int]:
-    """A column of indices, each from 0 to 2**32 - 1."""
+    """Make a column of indices, each from 0 to 2**32 - 1."""
     made = array("I")
     made.frombytes(np.asarray(values).astype(np.uintc).tobytes())
     return made

@@ -1,4 +1,4 @@
-"""Independent requests whose models follow Zipf's law at every location."""
+"""Generate independent requests whose models follow Zipf's law at every location."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from serve_app.workload import Request
+from serve_app.workload.request import Request
 from serve_app.workload.trace import MAX_REQUESTS, Trace, make_trace
 
 Arrivals = Literal["even", "poisson", "gamma"]
@@ -20,16 +20,16 @@ Arrivals = Literal["even", "poisson", "gamma"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ZipfWorkload:
-    """An endless stream of requests; at each location the model of rank r is asked for in proportion to r^-exponent.
+    """An endless stream of requests; at each location the model of rank r is drawn in proportion to r^-exponent.
 
-    Models, arrivals and locations are drawn apart: the models asked for do not change with the rate, nor the
-    popularity at one location with the presence of another.
+    Models, arrivals and locations are drawn independently: the models do not change with the rate, nor the popularity
+    at one location with the presence of another.
 
     Args:
         models: distinct names, the most popular first.
         locations: distinct names; each request comes from any of them with the same probability.
         exponent: 0 makes all models equally popular.
-        location_skew: how much the locations differ, 0..1. Each location ranks the models by scores of its own, and
+        location_skew: difference of the locations, 0..1. Each location ranks the models by scores of its own, and
             the scores of two locations have the correlation ``1 - location_skew``: with 0 every location has the order
             of ``models``, with 1 the orders are independent permutations.
         rate_per_s: requests per second, all locations together.
@@ -65,7 +65,7 @@ class ZipfWorkload:
             raise ValueError(f"cv must be from 0.001 to 100, not {self.cv}")
 
     def requests(self) -> Iterator[Request]:
-        """The stream, from its beginning; it does not end."""
+        """Yield the stream from its beginning; it does not end."""
         cumulative = list(accumulate(self.probabilities()))
         rankings = {location: self.ranking(location) for location in self.locations}
         draws = self._rng("requests")
@@ -76,7 +76,7 @@ class ZipfWorkload:
             yield Request(arrival_s=arrival_s, model_id=rankings[location][rank], location=location)
 
     def trace(self, requests: int, *, name: str = "zipf") -> Trace:
-        """The first ``requests`` of the stream; every request is a source of its own.
+        """Return the first ``requests`` of the stream; every request is a source of its own.
 
         Raises:
             ValueError: ``requests`` is out of its range.
@@ -101,13 +101,13 @@ class ZipfWorkload:
         )
 
     def probabilities(self) -> tuple[float, ...]:
-        """What share of a location's requests goes to its most popular model, its second, and so on."""
+        """Return the shares of a location's requests for its most popular model, its second, and so on."""
         weights = [rank**-self.exponent for rank in range(1, len(self.models) + 1)]
         total = sum(weights)
         return tuple(weight / total for weight in weights)
 
     def ranking(self, location: str) -> tuple[str, ...]:
-        """The models in the order of their popularity at a location, the most popular first."""
+        """Rank the models by their popularity at a location, the most popular first."""
         common, own = self._rng("scores"), self._rng(f"scores of {location}")
         shared = sorted((common.gauss() for _ in self.models), reverse=True)
         keep, blend = math.sqrt(1 - self.location_skew), math.sqrt(self.location_skew)

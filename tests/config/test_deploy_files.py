@@ -1,4 +1,3 @@
-import ast
 import re
 import subprocess
 from pathlib import Path
@@ -13,6 +12,7 @@ from serve_app.config.edge import load_edge
 from serve_app.config.yaml_files import load_yaml
 from serve_app.serving.launch.local_ray import FAST_INGRESS
 from serve_app.serving.launch.serve_config import read_serve_file
+from serve_app.serving.metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
 SERVE_FILES = ["deploy/local.yaml", "deploy/cluster.yaml"]
@@ -29,18 +29,8 @@ def rules() -> list[dict[str, Any]]:
 
 
 def metrics() -> dict[str, set[str]]:
-    """Labels by metric, read from the source: importing it would start Ray's metrics."""
-    found: dict[str, set[str]] = {}
-    for call in ast.walk(ast.parse((ROOT / "serve_app/serving/metrics.py").read_text())):
-        match call:
-            case ast.Call(func=ast.Name(id="_gauge"), args=[ast.Constant(value=str(name)), *_]):
-                found[name] = {"location", "replica"}
-            case ast.Call(
-                func=ast.Name(id="Counter" | "Gauge" | "Histogram"), args=[ast.Constant(value=str(name)), *_]
-            ):
-                labels = next(keyword.value for keyword in call.keywords if keyword.arg == "tag_keys")
-                found[name] = set(ast.literal_eval(labels))
-    return found
+    """Labels by metric."""
+    return {name: set(metric.labels) for name, metric in METRICS.items()}
 
 
 def cluster() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
 from serve_app.core.cluster.primaries import PrimaryTracker
 from serve_app.core.cluster.reports import ViewDelta
 from serve_app.core.coordination.coordinator_state import CoordinatorState
+from serve_app.core.coordination.events import RulesChanged
 from serve_app.core.coordination.rules import CoordinatorRules, PlacementSettings
 from serve_app.core.links import Link
 from serve_app.core.placement.orders import Placement
@@ -96,10 +97,10 @@ class Cluster:
             primary_for=self.keepers[location].report(held),
             leaving=location in self.leaving,
         )
-        delta = self.last[location] = self.state.answer(sent, self._view.epoch, self._view.version, self.now)
+        delta = self.last[location] = self.state.exchange(sent, self._view.epoch, self._view.version, self.now)
         # All see the same, which is as new as it can be.
         self._view.apply(delta, self.now)
-        self.keepers[location].look(held, self._view.workers.values())
+        self.keepers[location].update(held, self._view.workers.values())
         for command in delta.commands:
             assert command.replica == f"{location}-1"
             self.given.append((self.now, command))
@@ -358,8 +359,8 @@ def test_new_rules_keep_what_was_learned_and_older_ones_are_ignored() -> None:
     rules = cluster.state._rules
     assert rules.placement is not None
     off = dataclasses.replace(rules, issued=2, placement=None)
-    cluster.state.configure(off, cluster.now)
-    cluster.state.configure(dataclasses.replace(rules, issued=1, half_life_s=1.0), cluster.now)
+    cluster.state.handle(RulesChanged(rules=off), cluster.now)
+    cluster.state.handle(RulesChanged(rules=dataclasses.replace(rules, issued=1, half_life_s=1.0)), cluster.now)
     cluster.held["paris"].clear()
     assert cluster.run(10.0, {"paris": {"a": 5.0}}) == []
     assert cluster.state.rates(cluster.now)["paris"]["a"] > 0

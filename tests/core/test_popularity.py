@@ -79,7 +79,10 @@ def test_what_nobody_asks_for_any_more_is_forgotten() -> None:
     popularity.add("paris", "new", 1, now=140.0)
     assert popularity.rates(140.0).keys() == {"paris"}
     assert popularity.rates(140.0)["paris"].keys() == {"new"}
-    # It is gone, not just hidden.
+    # What is hidden is gone once its memory is asked back.
+    assert popularity.pairs == 3
+    popularity.forget(140.0)
+    assert popularity.pairs == 1
     assert popularity.rates(0.0).keys() == {"paris"}
 
 

@@ -44,10 +44,10 @@ def test_never_do_all_holders_let_go_though_one_of_them_acts_on_any_old_view(
     for number, replica in enumerate(holders):
         keeper = PrimaryTracker(replica, place(replica), {"a": copies})
         keeper.primary_for = frozenset("a") if claims[replica] else frozenset()
-        keeper.look(["a"], [])
+        keeper.update(["a"], [])
         keeper.primary_for = frozenset("a") if claims[replica] else frozenset()
         keeper.report(["a"])
-        if keeper.look(["a"], then if number == stale % len(holders) else now):
+        if keeper.update(["a"], then if number == stale % len(holders) else now):
             stay.append(replica)
     assert stay
 
@@ -63,7 +63,7 @@ def test_in_the_end_there_are_as_many_keepers_as_needed_at_different_locations_f
             for replica, keeper in keepers.items()
         ]
         for keeper in keepers.values():
-            keeper.look(["a"], reports)
+            keeper.update(["a"], reports)
     kept = {replica for replica, keeper in keepers.items() if keeper.primary_for}
     needed = min(max(1, copies), len(holders))
     assert len(kept) == needed

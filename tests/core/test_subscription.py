@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import random
-from collections.abc import Iterator
 
 import pytest
-from core_support import report, resident
+from core_support import read, report, resident, take
 
 from serve_app.core.cluster.cluster_view import ClusterView
 from serve_app.core.cluster.directory import DirectoryEntry
 from serve_app.core.cluster.reports import Demand, WorkerReport
 from serve_app.core.coordination.coordinator_state import CoordinatorState
-from serve_app.core.coordination.rules import CoordinatorRules
+from serve_app.core.coordination.events import LinksMeasured, Reader, WorkerLeft
+from serve_app.core.coordination.rules import CoordinatorRules, DeltaLimits
 from serve_app.core.coordination.subscription import Subscription
 from serve_app.core.links import Link
 from serve_app.core.vocabulary import ModelState
@@ -21,28 +22,22 @@ from serve_app.core.vocabulary import ModelState
 PLACES = ("lima", "oslo", "paris", "quito", "rome", "tokyo")
 
 
-@pytest.fixture(autouse=True)
-def few_peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Small numbers, so that small clusters are large ones."""
-    monkeypatch.setattr(Subscription, "PEERS", 3)
-    monkeypatch.setattr(Subscription, "NEAR", 1)
-    monkeypatch.setattr(Subscription, "MODELS", 4)
-    monkeypatch.setattr(DirectoryEntry, "REMEMBERED", 3)
-    return
+#: Small numbers, so that small clusters are large ones.
+LIMITS = DeltaLimits(small_cluster=1, peers=3, nearest=1, models=4, changes=3)
 
 
 class Cluster:
     """Workers that report to one coordinator, and who reads what it says."""
 
-    def __init__(self, whole_up_to: int = 1) -> None:
-        self.now, self.lives, self._whole_up_to = 0.0, 0, whole_up_to
+    def __init__(self, limits: DeltaLimits = LIMITS) -> None:
+        self.now, self.lives, self._limits = 0.0, 0, limits
         self.last: dict[str, WorkerReport] = {}
         self.restart()
 
     def restart(self) -> None:
         self.lives += 1
         rules = CoordinatorRules(half_life_s=10.0, stale_after_s=5.0)
-        self.state = CoordinatorState(epoch=f"life {self.lives}", rules=rules, whole_up_to=self._whole_up_to)
+        self.state = CoordinatorState(epoch=f"life {self.lives}", rules=rules, limits=self._limits)
 
     def report(
         self, place: str, *held: str, asks: str = "", number: int = 1, loading: bool = False, **changes: object
@@ -59,10 +54,10 @@ class Cluster:
         )
         demand = tuple(Demand(location=place, model_id=name, count=1) for name in asks)
         made = self.last[replica] = dataclasses.replace(made, primary_for=frozenset(held), demand=demand, **changes)  # type: ignore[arg-type]
-        self.state.handle(made, self.now)
+        take(self.state, made, self.now)
 
     def read(self, view: ClusterView, place: str) -> ClusterView:
-        view.apply(self.state.view(view.epoch, view.version, self.now, place), self.now)
+        view.apply(read(self.state, view.epoch, view.version, self.now, place), self.now)
         return view
 
 
@@ -86,14 +81,14 @@ class Life(Cluster):
 
     READERS = ("oslo", "oslo", "rome")
 
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self._rng = random.Random(seed)
+    def __init__(self, seed: int, limits: DeltaLimits = LIMITS) -> None:
+        super().__init__(limits)
+        self.rng = random.Random(seed)
         self._views = [ClusterView() for _ in self.READERS]
         self.compared = 0
 
     def step(self) -> None:
-        rng = self._rng
+        rng = self.rng
         (event,) = rng.choices(["report", "read", "depart", "wait", "restart"], [60, 30, 4, 6, 0.3])
         match event:
             case "report":
@@ -108,7 +103,7 @@ class Life(Cluster):
                 self.read(self._views[number], self.READERS[number])
                 self.compare(self.READERS[number], self._views[number])
             case "depart":
-                self.state.depart(f"{rng.choice(PLACES)}-{rng.choice([1, 2])}")
+                self.state.handle(WorkerLeft(replica=f"{rng.choice(PLACES)}-{rng.choice([1, 2])}"), self.now)
             case "wait":
                 self.now += rng.choice([0.25, 3.0, 40.0])
             case "restart":
@@ -118,23 +113,39 @@ class Life(Cluster):
     def compare(self, place: str, view: ClusterView) -> None:
         """A reader knows what one that reads everything is told, and that is so."""
         self.compared += 1
-        whole, reports = self.read(ClusterView(), place), self.state._reports
+        whole, reports = self.read(ClusterView(), place), self.state.directory
         self.read(view, place)
-        scope = self.state._scopes.get(place)
+        scope = self.state.subscription(place)
         if scope is None:
             assert view == whole
             return
         assert matters(view, scope) == matters(whole, scope)
-        assert set(view.workers) == (scope.peers.keys() & set(reports)) | set(reports.at(place))
+        assert set(view.workers) == (scope.peers.keys() & reports.workers.keys()) | reports.at(place)
         for replica, worker in view.workers.items():
-            last = reports[replica]
+            last = reports.workers[replica]
             if worker.location == place:
                 assert worker == dataclasses.replace(last, demand=())
                 continue
             assert abs(worker.queue_s - last.queue_s) <= DirectoryEntry.QUEUE_S
-            for name in scope.models:
+            for name in sorted(scope.models.keys()):
                 known, there = worker.models.get(name), last.models.get(name)
                 assert (known and known.state) == (there and there.state)
+
+
+@pytest.mark.parametrize("limits", [LIMITS, DeltaLimits(), dataclasses.replace(LIMITS, small_cluster=4)])
+@pytest.mark.parametrize("seed", range(5))
+def test_reads_change_nothing_and_say_the_same_twice(seed: int, limits: DeltaLimits) -> None:
+    life = Life(seed, limits)
+    for _ in range(200):
+        life.step()
+        state, version = life.state, life.rng.randrange(40)
+        before = pickle.dumps(state)
+        for location, replica, epoch in (("oslo", None, "life 1"), ("rome", "rome-1", "life 1"), (None, None, "")):
+            reader = Reader(location, replica, epoch, version)
+            assert state.delta(reader, life.now) == state.delta(reader, life.now)
+        assert state.snapshot(life.now) == state.snapshot(life.now)
+        assert state.rates(life.now) == state.rates(life.now)
+        assert pickle.dumps(state) == before
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -175,9 +186,9 @@ def test_who_is_of_no_use_any_more_is_not_followed_and_not_taken_for_gone() -> N
     cluster.read(view, "oslo")
     for name in "tqrlcdp":
         cluster.report("oslo", "o", asks=name)
-        delta = cluster.state.view(view.epoch, view.version, cluster.now, "oslo")
+        delta = read(cluster.state, view.epoch, view.version, cluster.now, "oslo")
         assert view.apply(delta, cluster.now) == ()
-        assert len(view.workers) <= 1 + Subscription.PEERS
+        assert len(view.workers) <= 1 + LIMITS.peers
     assert list(view.holders("p")) == ["paris-1"]
 
 
@@ -186,7 +197,8 @@ def test_the_nearest_holder_is_followed() -> None:
     for place in PLACES:
         cluster.report(place, *("m" if place not in ("oslo", "lima") else ()))
     near = {("oslo", place): Link(rtt_s=0.01 * (7 - number), bytes_per_s=1e9) for number, place in enumerate(PLACES)}
-    cluster.state.measured({**near, ("oslo", "lima"): Link(rtt_s=0.001, bytes_per_s=1e9)})
+    links = {**near, ("oslo", "lima"): Link(rtt_s=0.001, bytes_per_s=1e9)}
+    cluster.state.handle(LinksMeasured(links=links), cluster.now)
     cluster.read(view, "oslo")
     assert set(view.workers) == {"oslo-1", "lima-1"}
     cluster.report("oslo", asks="m")
@@ -202,7 +214,7 @@ def test_noise_of_distant_workers_is_no_news_but_now_and_then() -> None:
     told = []
     for _ in range(DirectoryEntry.EVERY_REPORTS):
         cluster.report("paris", "a", queue_s=0.1)
-        delta = cluster.state.view(view.epoch, view.version, cluster.now, "oslo")
+        delta = read(cluster.state, view.epoch, view.version, cluster.now, "oslo")
         view.apply(delta, cluster.now)
         told.append(len(delta.changes))
     every = DirectoryEntry.EVERY_REPORTS
@@ -214,17 +226,17 @@ def test_noise_of_distant_workers_is_no_news_but_now_and_then() -> None:
 
 
 def test_few_workers_become_many_and_few_again() -> None:
-    cluster, view = Cluster(whole_up_to=3), ClusterView()
+    cluster, view = Cluster(dataclasses.replace(LIMITS, small_cluster=3)), ClusterView()
     for place in PLACES:
         cluster.report(place, "a")
         cluster.read(view, "oslo")
-    assert view.scoped
+    assert view.partial
     assert "oslo-1" in view.workers
-    assert len(view.workers) == 1 + Subscription.NEAR
+    assert len(view.workers) == 1 + LIMITS.nearest
     for place in PLACES[:1] + PLACES[2:4]:
-        cluster.state.depart(f"{place}-1")
+        cluster.state.handle(WorkerLeft(replica=f"{place}-1"), cluster.now)
         cluster.read(view, "oslo")
-    assert not view.scoped
+    assert not view.partial
     assert set(view.workers) == {"oslo-1", "rome-1", "tokyo-1"}
 
 
@@ -238,7 +250,7 @@ def test_a_worker_gets_its_orders_and_its_own_news_though_it_reads_less_often() 
         cluster.now += 0.25
         cluster.report("paris", "p", "b" if step % 2 else "c")
         worker = dataclasses.replace(worker, sequence=worker.sequence + 1)
-        view.apply(cluster.state.answer(worker, view.epoch, view.version, cluster.now), cluster.now)
+        view.apply(cluster.state.exchange(worker, view.epoch, view.version, cluster.now), cluster.now)
         versions.append(view.version)
     assert len(set(versions)) == 2
     assert "oslo-1" not in view.workers
@@ -261,9 +273,9 @@ def test_a_reader_of_no_location_is_told_of_everybody() -> None:
     cluster, view = Cluster(), ClusterView()
     for place in PLACES:
         cluster.report(place, "a", asks="a")
-    view.apply(cluster.state.view("", 0, cluster.now), cluster.now)
+    view.apply(read(cluster.state, "", 0, cluster.now), cluster.now)
     cluster.report("rome", "b")
-    view.apply(cluster.state.view(view.epoch, view.version, cluster.now), cluster.now)
+    view.apply(read(cluster.state, view.epoch, view.version, cluster.now), cluster.now)
     assert set(view.workers) == {f"{place}-1" for place in PLACES}
     assert set(view.workers["rome-1"].models) == {"b"}
     assert set(view.rates) == set(PLACES)
@@ -273,6 +285,6 @@ def test_everything_is_there_for_who_wants_to_look() -> None:
     cluster = Cluster()
     for place in PLACES:
         cluster.report(place, "a", asks="a")
-    whole = cluster.state.everything(cluster.now)
+    whole = cluster.state.snapshot(cluster.now)
     assert {worker.replica for worker in whole.workers} == {f"{place}-1" for place in PLACES}
     assert not any(worker.demand for worker in whole.workers)

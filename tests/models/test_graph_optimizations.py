@@ -1,4 +1,4 @@
-"""What publishing does to a module so that it runs faster, and that its answers stay the same."""
+"""The optimizations of publishing make a module faster and keep its answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from model_support import images, offline, tiny, vision
 
 from serve_app.errors import StoreError
 from serve_app.models.builders import registry
-from serve_app.models.graph_optimizations import fold, foldable_norms, named_slots, optimise, order_of_use
+from serve_app.models.graph_optimizations import fold, foldable_norms, named_slots, optimize, order_of_use
 from serve_app.models.loader import ModelLoader
 from serve_app.models.publishing.publish_catalog import publish
 from serve_app.store.manifest import Execution, FoldedNorm
@@ -82,7 +82,7 @@ def test_module_with_hooks_is_left_as_it_is() -> None:
     assert foldable_norms(module, "m") == (SECOND,)
 
 
-def test_module_that_cannot_be_traced_says_so_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_module_that_cannot_be_traced_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert foldable_norms(built("LooksAtValues"), "m") == ()
     assert "m keeps its batch norms, torch.fx cannot trace it" in caplog.text
 
@@ -99,7 +99,7 @@ def test_module_that_fails_with_another_memory_layout_is_run_without(
 def test_module_whose_answers_would_change_is_left_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     module, batch = built("Convolved"), images(2, 32)
     with caplog.at_level(logging.WARNING):
-        assert optimise(module, batch, logits(module, batch) + 1, "m") == Execution()
+        assert optimize(module, batch, logits(module, batch) + 1, "m") == Execution()
     assert isinstance(module.first_norm, torch.nn.BatchNorm2d)
     assert caplog.text.count("its logits would change by") == 2
 
@@ -120,7 +120,7 @@ def test_weights_that_only_functions_use_lie_in_order_as_well() -> None:
     assert max(order, key=order.__getitem__).startswith("heads.head.")
 
 
-def test_what_the_probe_does_not_use_comes_last() -> None:
+def test_tensors_that_the_probe_does_not_use_come_last() -> None:
     module = built("LooksAtValues")
     order = order_of_use(module, torch.full((1, 3, 32, 32), 1e9), Execution(), torch.float32)
     first = min(order, key=order.__getitem__)
@@ -133,7 +133,7 @@ def test_convolutions_are_mapped_with_their_channels_last(store: ModelStore) -> 
     publish(store, [tiny("m", "Convolved")], reachable=offline)
     loader = ModelLoader(store)
     model = loader.load("m")
-    weight = loader._prepared("m").module.get_parameter("first.weight")
+    weight = loader.template("m").module.get_parameter("first.weight")
     assert weight.shape == (8, 3, 3, 3)
     assert weight.is_contiguous(memory_format=torch.channels_last)
     model.unload()
@@ -154,7 +154,7 @@ def test_model_in_bfloat16_takes_half_the_memory_and_answers_nearly_alike(store:
     assert not np.array_equal(answers[1], answers[0])
 
 
-def test_another_dtype_in_the_catalogue_is_published_again(store: ModelStore) -> None:
+def test_another_dtype_in_the_catalog_is_published_again(store: ModelStore) -> None:
     publish(store, [tiny("m", "Convolved")], reachable=offline)
     assert publish(store, [tiny("m", "Convolved", dtype="bfloat16")], reachable=offline).published == ("m",)
 
@@ -169,7 +169,7 @@ def test_builder_without_the_folded_layers_is_refused(store: ModelStore) -> None
 
 
 def test_factories_of_this_file_have_norms_that_matter() -> None:
-    """Else folding them wrongly would go unseen."""
+    """Without such norms a wrong folding would go unnoticed."""
     for factory in (tiny_models.Convolved, tiny_models.TiedConvolutions):
         norm = factory().first_norm
         assert norm.running_mean.abs().max() > 0.1

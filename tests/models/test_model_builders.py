@@ -34,10 +34,9 @@ def test_declaring_the_operators_twice_is_harmless() -> None:
 
 
 def test_operators_are_not_declared_where_the_extension_can_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchvision_compat, "_load_extension", lambda: True)
     declared: list[tuple] = []
     monkeypatch.setattr(torch.library, "define", lambda *schema: declared.append(schema))
-    torchvision_compat.declare_missing_operators()
+    torchvision_compat.declare_missing_operators(lambda: True)
     assert declared == []
 
 
@@ -56,8 +55,8 @@ def test_pretrained_googlenet_transforms_its_input_as_its_weights_expect(hub: Pa
     expected = models.googlenet(weights="DEFAULT").eval()
     module = registry.build(vision("googlenet", "pretrained"), "pretrained")
     assert module.transform_input is True
-    assert registry.skeleton("torchvision:googlenet", "pretrained").transform_input is True
-    assert registry.skeleton("torchvision:googlenet", "random:0").transform_input is False
+    assert registry.build_on_meta("torchvision:googlenet", "pretrained").transform_input is True
+    assert registry.build_on_meta("torchvision:googlenet", "random:0").transform_input is False
     assert np.array_equal(logits(module), logits(expected))
 
 
@@ -80,8 +79,8 @@ def test_models_that_insist_on_a_version_load_from_checkpoint_and_file(hub: Path
 
 
 def test_vision_transformer_takes_the_image_size_of_its_weights() -> None:
-    large = registry.skeleton("torchvision:vit_b_16@IMAGENET1K_SWAG_E2E_V1", "pretrained")
-    assert (large.image_size, registry.skeleton("torchvision:vit_b_16", "pretrained").image_size) == (384, 224)
+    large = registry.build_on_meta("torchvision:vit_b_16@IMAGENET1K_SWAG_E2E_V1", "pretrained")
+    assert (large.image_size, registry.build_on_meta("torchvision:vit_b_16", "pretrained").image_size) == (384, 224)
 
 
 class Payload:

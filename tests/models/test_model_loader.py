@@ -57,14 +57,14 @@ def test_weights_are_mapped_and_not_copied(shared: ModelStore) -> None:
     assert mapped(blob)
     lines = Path("/proc/self/maps").read_text().splitlines()
     starts = [int(line.split("-")[0], 16) for line in lines if blob.name in line]
-    tensors = [table[key] for _, table, key in named_slots(loader._prepared("squeezenet1_1").module)]
+    tensors = [table[key] for _, table, key in named_slots(loader.template("squeezenet1_1").module)]
     assert all(starts[0] < tensor.data_ptr() < starts[0] + blob.stat().st_size for tensor in tensors)
     model.unload()
 
 
 def test_unload_gives_the_mapping_back_at_once(shared: ModelStore) -> None:
     blob = shared.blob_path(shared.manifest("squeezenet1_1").files[0].name)
-    loader = ModelLoader(shared)  # kept: the prepared module stays, only its tensors go
+    loader = ModelLoader(shared)  # the loader keeps the template; only the tensors go
     model = loader.load("squeezenet1_1")
     logits = model.infer(images())
     gc.disable()
@@ -99,7 +99,7 @@ def test_tied_weights_are_stored_and_loaded_once(shared: ModelStore) -> None:
     assert manifest.files[0].size_bytes < manifest.model.weights_bytes + 4096, "no room for a second copy"
     loader = ModelLoader(shared)
     model = loader.load("tied")
-    module = loader._prepared("tied").module
+    module = loader.template("tied").module
     assert module.get_parameter("third.weight") is module.get_parameter("second.weight")
     model.unload()
 
@@ -115,10 +115,10 @@ def test_non_persistent_buffers_are_stored(shared: ModelStore) -> None:
     model.unload()
 
 
-def test_skeleton_holds_no_storage(shared: ModelStore) -> None:
+def test_template_holds_no_storage(shared: ModelStore) -> None:
     loader = ModelLoader(shared)
     loader.prepare("mobilenet_v3_small")
-    module = loader._prepared("mobilenet_v3_small").module
+    module = loader.template("mobilenet_v3_small").module
     assert all(table[key].is_meta and not table[key].requires_grad for _, table, key in named_slots(module))
     assert not module.training
 
@@ -201,7 +201,7 @@ def test_weights_are_read_when_they_are_new_here_and_then_trusted_until_they_cha
 
 
 @pytest.mark.parametrize("release", [True, False])
-def test_unloading_gives_the_page_cache_back_if_it_is_told_to(small: ModelStore, release: bool) -> None:
+def test_unloading_releases_the_page_cache_only_if_configured(small: ModelStore, release: bool) -> None:
     blob = small.blob_path(small.manifest("tied").files[0].name)
     model = ModelLoader(small, release_page_cache=release).load("tied")
     model.infer(images(1, 32))
@@ -220,7 +220,7 @@ def test_unknown_model_is_refused(shared: ModelStore) -> None:
         ModelLoader(shared).load("unknown")
 
 
-def test_model_published_again_is_found_by_a_loader_that_knew_the_old_one(small: ModelStore) -> None:
+def test_model_published_again_is_found_by_a_loader_of_the_old_one(small: ModelStore) -> None:
     loader = ModelLoader(small)
     model = loader.load("tied")
     before = model.infer(images(1, 32))
@@ -249,7 +249,7 @@ def test_tensors_may_lie_in_the_blob_of_another_model(small: ModelStore) -> None
     loader = ModelLoader(small)
     model = loader.load("tied")
     expected = registry.build(tiny("other"), "random:9").get_parameter("head.weight")
-    assert torch.equal(loader._prepared("tied").module.get_parameter("head.weight"), expected)
+    assert torch.equal(loader.template("tied").module.get_parameter("head.weight"), expected)
     model.unload()
     assert not mapped(small.blob_path(other.files[0].name))
 
@@ -313,7 +313,7 @@ def test_input_of_another_shape_is_the_fault_of_the_request(shared: ModelStore, 
     model.unload()
 
 
-def test_catalogue_entry_and_seed_give_the_same_file_every_time(store: ModelStore) -> None:
+def test_catalog_entry_and_seed_give_the_same_file_every_time(store: ModelStore) -> None:
     publish(store, [vision("squeezenet1_1")], reachable=offline)
     first = store.manifest("squeezenet1_1").files
     publish(store, [vision("squeezenet1_1")], reachable=offline, force=True)
@@ -321,9 +321,10 @@ def test_catalogue_entry_and_seed_give_the_same_file_every_time(store: ModelStor
 
 
 def test_a_batch_takes_the_workspace_of_one_image(small: ModelStore) -> None:
-    loaded = ModelLoader(small).load("tied")
+    loader = ModelLoader(small)
+    loaded = loader.load("tied")
     seen: list[int] = []
-    loaded._skeleton.module.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    loader.template("tied").module.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     shape = small.manifest("tied").model.inputs[0].shape[1:]
     batch = np.random.default_rng(0).standard_normal((3, *shape)).astype(np.float32)
     logits = loaded.infer(batch)

@@ -1,4 +1,4 @@
-"""``edgeserve profile``, as a user meets it and in its arithmetic."""
+"""``edgeserve profile``: the command and its arithmetic."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from model_support import images, offline
 from serve_app.cli.main import main
 from serve_app.config.catalog import load_catalog
 from serve_app.models.loader import ModelLoader
-from serve_app.models.profiling.model_profile import Cold, Profile, Spread, as_json, summarise
+from serve_app.models.profiling.model_profile import ColdProfile, Profile, Quartiles, as_json, summarize
 from serve_app.models.publishing.publish_catalog import publish
 from serve_app.store.model_store import ModelStore
 
@@ -30,7 +30,7 @@ _TINY = {"builder": "tiny_models:Convolved", "weights": "random:3", "input": {"r
 
 @pytest.fixture
 def edge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Settings whose catalogue has two published models and one that is not."""
+    """Settings whose catalog has two published models and one that is not."""
     monkeypatch.delenv("EDGESERVE_STORE", raising=False)
     models = {"small": _TINY, "other": _TINY | {"builder": "tiny_models:Tied"}}
     (tmp_path / "catalog.yaml").write_text(yaml.safe_dump({"models": models}, sort_keys=False))
@@ -91,7 +91,7 @@ def test_cold_rows_say_how_close_to_the_disk_they_are(edge: Path, capsys: pytest
     assert "wrote" in shown.err
 
 
-def test_whole_catalogue_leaves_out_what_is_not_published_and_says_so(
+def test_unpublished_models_of_the_catalog_are_left_out_with_a_warning(
     edge: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(edge)
@@ -138,26 +138,26 @@ def test_weights_that_another_holds_cannot_be_measured_cold(edge: Path, capsys: 
     model.unload()
 
 
-def measured(name: str, ratio: float, cold: Cold | None = None) -> Profile:
-    spread = Spread(median=ratio, low=ratio, high=ratio)
+def measured(name: str, ratio: float, cold: ColdProfile | None = None) -> Profile:
+    quartiles = Quartiles(median=ratio, low=ratio, high=ratio)
     return Profile(
         model_id=name, size_bytes=1000, workspace_bytes=1, load_s=0.1, first_s=0.2, miss_s=0.3, hit_s=0.25,
-        miss_over_hit=spread, cpu_miss_over_hit=ratio, rounds=11, cold=cold,
+        miss_over_hit=quartiles, cpu_miss_over_hit=ratio, rounds=11, cold=cold,
     )  # fmt: skip
 
 
 def test_summary_is_the_geometric_mean_and_the_worst() -> None:
-    summary = summarise([measured("a", 1.0), measured("b", 4.0)])
+    summary = summarize([measured("a", 1.0), measured("b", 4.0)])
     assert (summary.miss_over_hit, summary.worst, summary.read_bytes_per_s) == (pytest.approx(2.0), "b", None)
     assert summary.cold_over_bound == {}
 
 
 def test_cold_bound_is_the_longer_of_hit_and_read_at_the_bandwidth_of_the_whole_run() -> None:
     rows = [
-        measured("computes", 1.0, Cold(load_s=0.1, rounds=((3.0, 2.0), (9.0, 6.0)), read_s=0.5)),
-        measured("reads", 1.0, Cold(load_s=0.1, rounds=((3.0, 0.1),), read_s=1.5)),
+        measured("computes", 1.0, ColdProfile(load_s=0.1, rounds=((3.0, 2.0), (9.0, 6.0)), read_s=0.5)),
+        measured("reads", 1.0, ColdProfile(load_s=0.1, rounds=((3.0, 0.1),), read_s=1.5)),
     ]
-    summary = summarise(rows)
+    summary = summarize(rows)
     assert summary.read_bytes_per_s == pytest.approx(1000)
     assert summary.cold_over_bound == {"computes": pytest.approx(1.5), "reads": pytest.approx(3.0)}
     shown: list[dict[str, Any]] = as_json(rows)
@@ -165,4 +165,4 @@ def test_cold_bound_is_the_longer_of_hit_and_read_at_the_bandwidth_of_the_whole_
 
 
 def test_spread_is_the_median_and_the_quartiles() -> None:
-    assert Spread.of([4.0, 1.0, 2.0, 3.0, 5.0]) == Spread(median=3.0, low=2.0, high=4.0)
+    assert Quartiles.of([4.0, 1.0, 2.0, 3.0, 5.0]) == Quartiles(median=3.0, low=2.0, high=4.0)

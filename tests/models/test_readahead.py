@@ -6,15 +6,14 @@ import contextlib
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from model_support import cached_pages, forget_pages, images, mapped, offline, tiny
 
-from serve_app.models import loader as loading
-from serve_app.models import readahead
 from serve_app.models.loader import ModelLoader
 from serve_app.models.publishing.publish_catalog import publish
 from serve_app.models.readahead import ReadAhead, is_resident
@@ -107,7 +106,6 @@ def test_after_stop_no_other_step_begins_and_the_file_is_closed(
 
 
 def test_reader_pauses_until_the_model_runs(wide: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readahead, "_PATIENCE", 1e6)
     sendfile, began, sent = os.sendfile, threading.Event(), []
 
     def read(*args: int) -> int:
@@ -117,7 +115,7 @@ def test_reader_pauses_until_the_model_runs(wide: ModelStore, monkeypatch: pytes
 
     monkeypatch.setattr(os, "sendfile", read)
     size_bytes = blob_of(wide).stat().st_size
-    model = ModelLoader(wide).load("wide")
+    model = ModelLoader(wide, read_ahead=partial(ReadAhead, patience=1e6)).load("wide")
     assert began.wait(10)
     assert sum(sent) < size_bytes
     model.infer(images(1, 32))
@@ -127,24 +125,20 @@ def test_reader_pauses_until_the_model_runs(wide: ModelStore, monkeypatch: pytes
     model.unload()
 
 
-def test_file_that_somebody_waits_for_is_read_before_those_that_nobody_does(
-    wide: ModelStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_of_a_running_model_is_read_before_those_of_idle_models(wide: ModelStore) -> None:
     path, gate = blob_of(wide), threading.Event()
     with ThreadPoolExecutor(1) as busy:
         busy.submit(gate.wait)
-        monkeypatch.setattr(readahead, "_patient_readers", lambda: busy)
-        reader = ReadAhead(path, path.stat().st_size)
+        reader = ReadAhead(path, path.stat().st_size, background=busy)
         reader.hurry()
         reader.wait()
         assert cached_pages(path) * 4096 >= path.stat().st_size
         gate.set()
 
 
-def test_reader_that_pauses_can_be_stopped(wide: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readahead, "_PATIENCE", 1e6)
+def test_reader_that_pauses_can_be_stopped(wide: ModelStore) -> None:
     path = blob_of(wide)
-    reader = ReadAhead(path, path.stat().st_size)
+    reader = ReadAhead(path, path.stat().st_size, patience=1e6)
     reader.stop()
     reader.wait()
     assert open_descriptors(path) == 0
@@ -158,16 +152,14 @@ def test_model_unloaded_while_it_is_read_leaves_nothing_in_the_page_cache(wide: 
         assert time.monotonic() < deadline_s
 
 
-def test_warm_load_reads_nothing_ahead(wide: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_load_reads_nothing_ahead(wide: ModelStore) -> None:
     started = []
 
-    class Counting(ReadAhead):
-        def __init__(self, *args: object) -> None:
-            started.append(args)
-            super().__init__(*args)
+    def read_ahead(path: Path, size_bytes: int) -> ReadAhead:
+        started.append(path)
+        return ReadAhead(path, size_bytes)
 
-    monkeypatch.setattr(loading, "ReadAhead", Counting)
-    path, loader = blob_of(wide), ModelLoader(wide)
+    path, loader = blob_of(wide), ModelLoader(wide, read_ahead=read_ahead)
     loader.load("wide").unload()
     assert len(started) == 1
     path.read_bytes()
@@ -175,13 +167,13 @@ def test_warm_load_reads_nothing_ahead(wide: ModelStore, monkeypatch: pytest.Mon
     assert len(started) == 1
 
 
-def test_model_loads_where_no_thread_can_be_started(wide: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Refusing:
-        def submit(self, *job: object) -> None:
-            raise RuntimeError("can't start new thread")
+class NoThread(Executor):
+    def submit(self, *job: object, **options: object) -> Future:
+        raise RuntimeError("can't start new thread")
 
+
+def test_model_loads_where_no_thread_can_be_started(wide: ModelStore) -> None:
     blob_of(wide)
-    monkeypatch.setattr(readahead, "_patient_readers", Refusing)
-    model = ModelLoader(wide).load("wide")
+    model = ModelLoader(wide, read_ahead=partial(ReadAhead, background=NoThread())).load("wide")
     assert np.isfinite(model.infer(images(1, 32))).all()
     model.unload()

@@ -1,4 +1,4 @@
-"""What a worker does once before it measures its own memory."""
+"""The warm-up of a worker before it measures its own memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_warm_up_leaves_no_model_behind(shared: ModelStore) -> None:
     assert not any(mapped(shared.blob_path(file.name)) for file in shared.manifest("tied").files)
 
 
-def test_a_model_that_cannot_be_loaded_does_not_keep_a_worker_from_starting(
+def test_a_model_that_cannot_be_loaded_does_not_prevent_a_start(
     store: ModelStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     publish(store, [tiny("tied")], reachable=offline)
@@ -32,8 +32,6 @@ def test_a_model_that_cannot_be_loaded_does_not_keep_a_worker_from_starting(
     assert "the worker starts cold" in caplog.text
 
 
-def test_a_worker_without_models_starts_and_complains_of_nothing(
-    store: ModelStore, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_worker_without_models_starts_without_warnings(store: ModelStore, caplog: pytest.LogCaptureFixture) -> None:
     warm_up(ModelLoader(store), Catalog(()))
     assert not caplog.records

@@ -173,13 +173,13 @@ def simulated(scene: Scene) -> Course:
         tally=tally,
         request_time_s=REQUEST_TIME_S,
     )
-    scene.tell(router.known)
+    scene.tell(router.view)
     router.request(0, MODEL, 0.0)
     while events.step():
         pass
     assert tally.requests == 1
     course.is_served = not tally.rejected
-    return course.close(router.known)
+    return course.close(router.view)
 
 
 # Both

@@ -34,7 +34,7 @@ class FakeRay:
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._find))
 
     def _find(self, rules: CoordinatorRules) -> Any:
-        return SimpleNamespace(configure=SimpleNamespace(remote=self._tell), view=SimpleNamespace(remote=self._answer))
+        return SimpleNamespace(configure=SimpleNamespace(remote=self._tell), read=SimpleNamespace(remote=self._answer))
 
     def _tell(self, rules: CoordinatorRules) -> None:
         self.told.append(rules)

@@ -11,7 +11,7 @@ import orjson
 from fakes import FakePool, done, make_router, report
 
 from serve_app.config.edge import LimitSettings
-from serve_app.serving.api.fast_path import FastPathApp, Registry, middlewares, register
+from serve_app.serving.api.fast_path import FastPathApp, FastPathRegistry, middlewares, register
 from serve_app.serving.api.http_app import build_http_app
 from serve_app.serving.api.request_reader import HttpSettings
 
@@ -39,7 +39,7 @@ def application(pool: FakePool, token: str | None = None) -> FastPathApp:
 
 def deployed(app: FastPathApp) -> tuple[Any, list[str]]:
     """What Serve's HTTP server calls, and the paths that went through Serve, which mounts the application at /paris."""
-    registry = Registry()
+    registry = FastPathRegistry()
     through_serve: list[str] = []
 
     async def serve(scope: Any, receive: Any, send: Any) -> None:
@@ -66,7 +66,7 @@ async def test_inference_bypasses_serve_once_the_route_prefix_is_known() -> None
 
 async def test_a_process_without_an_application_passes_every_request_to_serve() -> None:
     app = application(FakePool(paris=[done("paris-1")]))
-    (middleware,) = middlewares(Registry())
+    (middleware,) = middlewares(FastPathRegistry())
     content, headers = body()
     transport = httpx.ASGITransport(middleware.cls(app, **middleware.kwargs))
     async with httpx.AsyncClient(transport=transport, base_url="http://edge") as http:
@@ -89,7 +89,7 @@ async def test_the_fast_path_asks_for_the_token_and_explains_its_errors() -> Non
     assert "no model or family" in missing.json()["error"]
 
 
-async def test_inference_is_cancelled_when_its_client_disconnects() -> None:
+async def test_inference_is_canceled_when_its_client_disconnects() -> None:
     pool = FakePool(paris=[asyncio.Event()])
     app, _ = deployed(application(pool))
     content, headers = body()

@@ -27,7 +27,7 @@ from serve_app.serving.transport.messages import InferenceRejected, InferenceRes
 SMALL, LARGE = (1, 3, 4, 4), (2, 3, 224, 224)
 
 
-def work(shape: tuple[int, ...] = SMALL, model_id: str = "a") -> InferenceTask:
+def make_task(shape: tuple[int, ...] = SMALL, model_id: str = "a") -> InferenceTask:
     numbers = np.random.default_rng(0).random(shape, np.float32)
     return InferenceTask(model_id=model_id, origin="paris", payload=numbers, budget_s=5.0)
 
@@ -41,14 +41,14 @@ class Gate:
 
     def __init__(self) -> None:
         self.began, self.may_end = asyncio.Event(), asyncio.Event()
-        self.cancelled = asyncio.Event()
+        self.canceled = asyncio.Event()
 
     async def infer(self, asked: InferenceTask) -> Reply:
         self.began.set()
         try:
             await self.may_end.wait()
         except asyncio.CancelledError:
-            self.cancelled.set()
+            self.canceled.set()
             raise
         return await echo(asked)
 
@@ -79,7 +79,7 @@ async def connected(
 @pytest.mark.parametrize("shape", [SMALL, LARGE])
 async def test_tensors_of_any_size_arrive_unchanged(folder: Path, shape: tuple[int, ...]) -> None:
     async with connected(folder, echo) as (connection, _):
-        asked = work(shape)
+        asked = make_task(shape)
         reply = await connection.infer(asked)
         assert isinstance(reply, InferenceResult)
         np.testing.assert_array_equal(reply.logits, asked.payload * 2)
@@ -94,13 +94,13 @@ async def test_a_writable_tensor_arrives_writable(folder: Path) -> None:
 
     async with connected(folder, infer) as (connection, _):
         for shape in (SMALL, LARGE):
-            await connection.infer(work(shape))
+            await connection.infer(make_task(shape))
     assert all(asked.payload.flags.writeable and asked.payload.flags.aligned for asked in seen)
 
 
 async def test_concurrent_calls_each_get_their_own_reply(folder: Path) -> None:
     async with connected(folder, echo) as (connection, _):
-        asked = [work(LARGE if number % 3 else SMALL, f"m{number}") for number in range(30)]
+        asked = [make_task(LARGE if number % 3 else SMALL, f"m{number}") for number in range(30)]
         replies = await asyncio.gather(*(connection.infer(each) for each in asked))
         for each, reply in zip(asked, replies, strict=True):
             assert isinstance(reply, InferenceResult)
@@ -114,42 +114,42 @@ async def test_a_rejection_is_a_reply_and_a_fault_is_an_error(folder: Path) -> N
         return InferenceRejected(error=InvalidRequest("no image"))
 
     async with connected(folder, infer) as (connection, _):
-        refused = await connection.infer(work())
+        refused = await connection.infer(make_task())
         assert isinstance(refused, InferenceRejected)
         assert isinstance(refused.error, InvalidRequest)
         with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-            await connection.infer(work(model_id="broken"))
+            await connection.infer(make_task(model_id="broken"))
 
 
 async def test_a_worker_that_dies_fails_its_calls_at_once(folder: Path) -> None:
     gate = Gate()
     async with connected(folder, gate.infer) as (connection, server):
-        call = asyncio.create_task(connection.infer(work()))
+        call = asyncio.create_task(connection.infer(make_task()))
         await gate.began.wait()
         for accepted in tuple(server.connections):
             accepted.abort()
         with pytest.raises(ConnectionLost):
             await call
         with pytest.raises(ConnectionLost):
-            await connection.infer(work())
+            await connection.infer(make_task())
 
 
-async def test_a_call_that_is_cancelled_is_cancelled_at_the_worker(folder: Path) -> None:
+async def test_a_call_that_is_canceled_is_canceled_at_the_worker(folder: Path) -> None:
     gate = Gate()
     async with connected(folder, gate.infer) as (connection, _):
-        call = asyncio.create_task(connection.infer(work()))
+        call = asyncio.create_task(connection.infer(make_task()))
         await gate.began.wait()
         call.cancel()
-        await gate.cancelled.wait()
+        await gate.canceled.wait()
 
 
-async def test_the_calls_of_a_router_that_dies_are_cancelled(folder: Path) -> None:
+async def test_the_calls_of_a_router_that_dies_are_canceled(folder: Path) -> None:
     gate = Gate()
     async with connected(folder, gate.infer) as (connection, _):
-        call = asyncio.create_task(connection.infer(work()))
+        call = asyncio.create_task(connection.infer(make_task()))
         await gate.began.wait()
         connection.abort()
-        await gate.cancelled.wait()
+        await gate.canceled.wait()
         with pytest.raises(ConnectionLost):
             await call
 
@@ -157,12 +157,12 @@ async def test_the_calls_of_a_router_that_dies_are_cancelled(folder: Path) -> No
 async def test_closing_ends_running_calls_and_takes_no_more(folder: Path) -> None:
     gate = Gate()
     async with connected(folder, gate.infer) as (connection, server):
-        call = asyncio.create_task(connection.infer(work()))
+        call = asyncio.create_task(connection.infer(make_task()))
         await gate.began.wait()
         closing = asyncio.create_task(server.close())
         await asyncio.sleep(0)
         with pytest.raises(ConnectionLost, match="shutting down"):
-            await connection.infer(work())
+            await connection.infer(make_task())
         assert not closing.done()
         gate.may_end.set()
         assert isinstance(await call, InferenceResult)
@@ -202,11 +202,11 @@ async def test_calls_to_one_worker_share_a_connection_until_it_is_lost(folder: P
     async with connected(folder, echo) as (_, _):
         first, second = await asyncio.gather(pool.connection("paris-1"), pool.connection("paris-1"))
         assert first is second is await pool.connection("paris-1") is not None
-        await first.infer(work())
+        await first.infer(make_task())
         first.abort()
         while not first.is_lost:  # noqa: ASYNC110 - connections have no events
             await asyncio.sleep(0)
         again = await pool.connection("paris-1")
         assert again is not first
-        assert isinstance(await again.infer(work()), InferenceResult)
+        assert isinstance(await again.infer(make_task()), InferenceResult)
         again.close()

@@ -369,7 +369,7 @@ def test_a_bad_option_in_a_query_is_refused_by_its_name(name: str, text: str) ->
     assert name in refusal(lambda: oip.RequestOptions.from_query({name: text}))
 
 
-def test_both_doors_give_the_same_options() -> None:
+def test_parameters_and_query_give_the_same_options() -> None:
     wanted = oip.RequestOptions(deadline_ms=250, min_accuracy=0.75, forward="never", priority=3)
     document = {"deadline_ms": 250, "min_accuracy": 0.75, "forward": "never", "priority": 3}
     query = {"deadline_ms": "250", "min_accuracy": "0.75", "forward": "never", "priority": "3"}
@@ -642,13 +642,13 @@ def test_large_finite_numbers_whose_sum_overflows_are_taken() -> None:
     assert np.array_equal(oip.batch_for(parsed_batch(array), published(), 8), array)
 
 
-def test_a_model_with_two_inputs_is_a_fault_of_ours() -> None:
+def test_a_model_with_two_inputs_is_a_fault_of_edgeserve() -> None:
     spec = TensorSpec(name="input", datatype="FP32", shape=(-1, 2, 3))
     with pytest.raises(InternalError, match="2 inputs"):
         oip.batch_for(parsed_batch(ZEROS), published(inputs=(spec, spec)), 8)
 
 
-def test_an_output_that_the_model_has_not_is_refused_before_and_after_inference() -> None:
+def test_an_output_that_the_model_lacks_is_refused_before_and_after_inference() -> None:
     request = parse(request_json(outputs=[{"name": "logits"}]))
     for message in (
         refusal(lambda: oip.check_outputs(request, published())),

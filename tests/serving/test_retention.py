@@ -214,7 +214,7 @@ async def test_a_configuration_that_cannot_be_is_refused_whole() -> None:
                 catalog=Catalog((pinned,)),
                 budget=MemoryBudget(models_bytes=50, workspace_bytes=0),
                 policy=None,
-                rules=worker._rules,
+                rules=RoutingRules(profiles={}, links={}, default_link=Link(rtt_s=1.0, bytes_per_s=1e9), horizon_s=10),
                 holding=RetentionRules(),
                 coordination=COORDINATION,
             )

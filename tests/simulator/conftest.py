@@ -17,7 +17,7 @@ from serve_app.cli.main import cli
 
 @pytest.fixture
 def simulate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Simulate:
-    """``edgeserve simulate`` in an empty folder, in this process, with one job unless told otherwise."""
+    """``edgeserve simulate`` in an empty folder, in this process, with one job by default."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("EDGESERVE_TRACES", raising=False)
 

@@ -18,7 +18,6 @@ from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.cluster.popularity import Popularity
 from serve_app.core.cluster.primaries import rendezvous_rank
-from serve_app.core.cluster.reports import Demand
 from serve_app.core.links import Link
 from serve_app.core.placement.rules import PlacementRules
 from serve_app.core.policies.registry import make_policy
@@ -379,7 +378,7 @@ def test_lazy_rates_are_those_of_the_coordinator_as_of_the_moment_they_were_give
     given = []
     for now in range(100):
         location, model_id = rng.choice(["oslo", "paris"]), rng.choice("abcd")
-        lazy.add(Demand(location=location, model_id=model_id, count=2), float(now))
+        lazy.add(location, model_id, 2, float(now))
         eager.add(location, model_id, 2, float(now))
         given.append((lazy.rates(float(now)), eager.rates(float(now))))
     for rates, expected in given:

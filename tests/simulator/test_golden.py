@@ -1,6 +1,6 @@
-"""What every policy does on small generated streams, to the single request: nobody changes that without noticing.
+"""The results of every policy on small generated streams, to the single request: a change does not go unnoticed.
 
-Where a change is meant, this prints the table anew::
+After an intended change this prints the new table::
 
     python tests/simulator/test_golden.py > tests/simulator/golden.csv
 """
@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.simulator.result_row import Row
-from serve_app.simulator.runner import Cell, ExperimentPlan, run
+from serve_app.simulator.result_row import ResultRow
+from serve_app.simulator.runner import ExperimentPlan, ReplaySpec, run
 from serve_app.simulator.scenario import ALL_POLICIES, Capacity, make_workload, parse_policies
 
 GOLDEN = Path(__file__).with_name("golden.csv")
-#: One of each regime: timers and steady functions, and users who come and go.
+#: One of each regime: timers and steady functions, and sessions of users.
 TRACES = (
     "azure-like:functions=30&minutes=120&rate_cap=10&seed=1",
     "sessions:days=2&models=40&sessions_per_day=600&seed=1",
@@ -32,11 +32,11 @@ COLUMNS = (
 
 
 def rows_of(policy: str) -> Iterator[dict[str, str]]:
-    """As they stand in the table."""
+    """Format the row as in the table."""
     plan = ExperimentPlan(
         workloads=tuple(make_workload(trace=trace, seed=0) for trace in TRACES),
-        cells=tuple(
-            Cell(workload=number, policy=parse_policies([policy])[0], capacity=Capacity(given_share=share))
+        replays=tuple(
+            ReplaySpec(workload=number, policy=parse_policies([policy])[0], capacity=Capacity(given_share=share))
             for number in range(len(TRACES))
             for share in CAPACITY_SHARES
         ),
@@ -44,9 +44,9 @@ def rows_of(policy: str) -> Iterator[dict[str, str]]:
     return map(written, run(plan, jobs=1))
 
 
-def written(row: Row) -> dict[str, str]:
+def written(row: ResultRow) -> dict[str, str]:
     seconds = {"load_s": row.load_s_per_request, "preload_s": row.preload_s_per_request}
-    # Sums over all requests, which tell more in so many digits than means do.
+    # Sums over all requests show more in as many digits than means.
     return {
         column: f"{seconds[column] * row.requests:.6f}" if column in seconds else str(getattr(row, column))
         for column in COLUMNS
@@ -67,15 +67,15 @@ def golden() -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("policy", ALL_POLICIES)
-def test_a_policy_does_what_it_has_always_done(policy: str, golden: list[dict[str, str]]) -> None:
+def test_a_policy_gives_its_golden_rows(policy: str, golden: list[dict[str, str]]) -> None:
     assert list(rows_of(policy)) == [row for row in golden if row["policy"] == policy]
 
 
-def test_every_policy_stands_in_the_table_and_no_other(golden: list[dict[str, str]]) -> None:
+def test_every_policy_has_golden_rows_and_no_other(golden: list[dict[str, str]]) -> None:
     assert list(dict.fromkeys(row["policy"] for row in golden)) == list(ALL_POLICIES)
 
 
-def test_every_row_of_the_table_tells_something(golden: list[dict[str, str]]) -> None:
+def test_every_golden_row_distinguishes_something(golden: list[dict[str, str]]) -> None:
     """Nothing fits whole, something is hit, and every regime has enough requests to tell policies apart."""
     for row in golden:
         assert int(row["requests"]) > 500

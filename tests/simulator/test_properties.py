@@ -6,6 +6,7 @@ import math
 import random
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +21,8 @@ from serve_app.core.catalog import ModelProfile
 from serve_app.simulator import scenario
 from serve_app.simulator.load_delay import LoadDelayResults, replay
 from serve_app.simulator.oracles import Belady, next_uses
-from serve_app.simulator.result_row import Row
-from serve_app.simulator.runner import MAX_PRELOADS, Cell, ExperimentPlan, run
+from serve_app.simulator.result_row import ResultRow
+from serve_app.simulator.runner import MAX_PRELOADS, ExperimentPlan, ReplaySpec, run
 from serve_app.simulator.scenario import ALL_POLICIES, Capacity, Workload, cache_maker, parse_policies
 
 EVERY_POLICY = pytest.mark.parametrize("policy", ALL_POLICIES)
@@ -65,7 +66,7 @@ def test_a_background_that_cannot_keep_up_does_not_make_edgeserve_worse_than_non
 
 
 class Watched(ModelCache):
-    """Notes its answers, the most memory that was ever taken, and every time that it was told."""
+    """Records its answers, the greatest memory in use, and every time that it received."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -98,7 +99,7 @@ class Watched(ModelCache):
 
 
 def watched(
-    stream: Workload, policy: str, capacity_bytes: int, monkeypatch: pytest.MonkeyPatch, *, max_preloads: int
+    stream: Workload, policy: str, capacity_bytes: int, *, max_preloads: int
 ) -> tuple[LoadDelayResults, Watched]:
     """A replay, and the cache that it went through."""
     made: list[Watched] = []
@@ -107,15 +108,23 @@ def watched(
         made.append(Watched(**arguments))
         return made[-1]
 
-    monkeypatch.setattr(scenario, "ModelCache", make)
-    tally = play(stream, policy, capacity_bytes, max_preloads=max_preloads)
+    results = play(stream, policy, capacity_bytes, max_preloads=max_preloads, cache_class=make)
     (cache,) = made
-    return tally, cache
+    return results, cache
 
 
-def play(stream: Workload, policy: str, capacity_bytes: int, *, max_preloads: int = MAX_PRELOADS) -> LoadDelayResults:
+def play(
+    stream: Workload,
+    policy: str,
+    capacity_bytes: int,
+    *,
+    max_preloads: int = MAX_PRELOADS,
+    cache_class: Callable[..., ModelCache] = ModelCache,
+) -> LoadDelayResults:
     (choice,) = parse_policies([policy])
-    make = cache_maker(stream, choice, capacity_bytes=capacity_bytes, max_preloads=max_preloads)
+    make = cache_maker(
+        stream, choice, capacity_bytes=capacity_bytes, max_preloads=max_preloads, cache_class=cache_class
+    )
     return replay(stream.trace, stream.profiles, make)
 
 
@@ -132,7 +141,7 @@ def misses_of_belady(stream: Workload, capacity_bytes: int) -> int:
 def test_with_models_of_one_size_no_policy_that_only_evicts_misses_less_than_belady(
     policy: str, letters: str, places: int
 ) -> None:
-    """Without preloads: who loads before he is asked may do better."""
+    """Without preloads: a policy that loads before a request may do better."""
     stream = workload(letters)
     assert play(stream, policy, 10 * places, max_preloads=0).misses >= misses_of_belady(stream, 10 * places)
 
@@ -147,7 +156,7 @@ def test_belady_is_not_beaten_on_long_streams_either(policy: str, seed: int) -> 
 
 @given(letters=st.text(alphabet="abcde", min_size=1, max_size=9), places=st.integers(1, 3))
 @settings(max_examples=50, deadline=None, derandomize=True)
-def test_belady_is_as_good_as_the_best_of_all_ways_to_evict(letters: str, places: int) -> None:
+def test_belady_is_as_good_as_the_best_of_all_eviction_orders(letters: str, places: int) -> None:
     def least_misses(held: frozenset[str], position: int) -> int:
         if position == len(letters):
             return 0
@@ -177,7 +186,7 @@ def test_more_memory_never_hurts_lru_where_all_models_have_one_size(letters: str
 def test_more_memory_never_hurts_lru_while_every_model_fits_into_the_smaller_one(
     letters: str, sizes: list[int]
 ) -> None:
-    """Sizes in bytes change nothing: what LRU holds are the models asked for last, as many of them as fit."""
+    """Sizes in bytes change nothing: LRU holds the most recently requested models, as many of them as fit."""
     stream = workload(letters, sizes=dict(zip("abcdefgh", sizes, strict=True)))
     misses = [play(stream, "lru", capacity).misses for capacity in range(30, 200, 17)]
     assert misses == sorted(misses, reverse=True)
@@ -192,19 +201,19 @@ def test_more_memory_hurts_lru_when_it_lets_in_a_model_that_displaces_all_others
 @EVERY_POLICY
 def test_with_room_for_all_every_model_misses_at_most_once(policy: str) -> None:
     stream = random_workload(0)
-    tally = play(stream, policy, stream.total_bytes)
-    assert tally.evictions == 0
-    assert tally.misses + tally.preloads <= len(stream.profiles)
+    results = play(stream, policy, stream.total_bytes)
+    assert results.evictions == 0
+    assert results.misses + results.preloads <= len(stream.profiles)
 
 
 # Sums
 
 
-def rows(stream: Workload, *, capacity_share: float = 0.3, time: str = "load-delay") -> tuple[Row, ...]:
-    cells = tuple(
-        Cell(policy=choice, capacity=Capacity(given_share=capacity_share)) for choice in parse_policies(["all"])
+def rows(stream: Workload, *, capacity_share: float = 0.3, time: str = "load-delay") -> tuple[ResultRow, ...]:
+    replays = tuple(
+        ReplaySpec(policy=choice, capacity=Capacity(given_share=capacity_share)) for choice in parse_policies(["all"])
     )
-    return run(ExperimentPlan(workloads=(stream,), cells=cells, time=time), jobs=1)  # type: ignore[arg-type]
+    return run(ExperimentPlan(workloads=(stream,), replays=replays, time=time), jobs=1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -235,48 +244,48 @@ def test_every_request_is_a_hit_a_miss_a_join_or_a_forward(time: str) -> None:
 )
 @pytest.mark.parametrize("seed", range(2))
 def test_seconds_waited_are_those_of_the_loads_and_of_what_joins_waited(
-    policy: str, capacity: int, max_preloads: int, seed: int, monkeypatch: pytest.MonkeyPatch
+    policy: str, capacity: int, max_preloads: int, seed: int
 ) -> None:
     """Recounted from the answers of the cache alone."""
-    tally, cache = watched(random_workload(seed), policy, capacity, monkeypatch, max_preloads=max_preloads)
+    results, cache = watched(random_workload(seed), policy, capacity, max_preloads=max_preloads)
     answers = cache.answers
     count = Counter(type(answer) for answer, _ in answers)
     # Who would have to wait for memory is turned away.
     turned_away = count[Reject] + count[Wait]
-    assert (tally.hits, tally.misses) == (count[Hit], count[Load] + turned_away)
-    assert (tally.joins, tally.rejected) == (count[Join], turned_away)
+    assert (results.hits, results.misses) == (count[Hit], count[Load] + turned_away)
+    assert (results.joins, results.rejected) == (count[Join], turned_away)
     missed_s = math.fsum(model.load_s for answer, model in answers if isinstance(answer, Load | Reject | Wait))
-    if tally.preloads:
+    if results.preloads:
         # A join waits for the rest, and so does a request whose preload had given way and is taken back.
         joined_s = math.fsum(model.load_s for answer, model in answers if isinstance(answer, Join))
-        assert 0 <= tally.load_s <= missed_s + joined_s + 1e-6
+        assert 0 <= results.load_s <= missed_s + joined_s + 1e-6
     else:
-        assert tally.load_s == pytest.approx(missed_s)
-    assert tally.exec_s == pytest.approx(math.fsum(model.exec_s for _, model in answers))
-    assert len(tally.waited_latency_s) == tally.misses + tally.joins
+        assert results.load_s == pytest.approx(missed_s)
+    assert results.exec_s == pytest.approx(math.fsum(model.exec_s for _, model in answers))
+    assert len(results.waited_latency_s) == results.misses + results.joins
     waited_exec_s = math.fsum(model.exec_s for answer, model in answers if not isinstance(answer, Hit))
-    assert math.fsum(tally.waited_latency_s) == pytest.approx(tally.load_s + waited_exec_s)
+    assert math.fsum(results.waited_latency_s) == pytest.approx(results.load_s + waited_exec_s)
     if policy != "edgeserve":
-        assert tally.joins == tally.preloads == tally.preload_s == 0
+        assert results.joins == results.preloads == results.preload_s == 0
     assert 0 < cache.most_bytes <= capacity
     assert cache.used_bytes == sum(model.size_bytes for model in cache.models())
     assert cache.times_s == sorted(cache.times_s)
 
 
-def test_a_preload_is_joined_for_the_rest_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preload_is_joined_for_the_rest_of_its_time() -> None:
     """With room for all, so that nothing goes again, and loads that take longer than the pauses."""
     stream = random_workload(1)
     stream = replace(stream, profiles=tuple(replace(profile, load_s=500.0) for profile in stream.profiles))
-    tally, cache = watched(stream, "edgeserve", stream.total_bytes, monkeypatch, max_preloads=MAX_PRELOADS)
+    results, cache = watched(stream, "edgeserve", stream.total_bytes, max_preloads=MAX_PRELOADS)
     rests_s = [
         cache.began_s[model.model_id] + model.load_s - now
         for (answer, model), now in zip(cache.answers, stream.trace.arrival_s, strict=True)
         if isinstance(answer, Join)
     ]
-    assert len(rests_s) == tally.joins > 0
+    assert len(rests_s) == results.joins > 0
     assert all(0 <= rest_s <= 500.0 for rest_s in rests_s)
-    assert tally.load_s == pytest.approx(math.fsum(rests_s) + 500.0 * tally.misses)
-    assert tally.preload_s == 500.0 * tally.preloads
+    assert results.load_s == pytest.approx(math.fsum(rests_s) + 500.0 * results.misses)
+    assert results.preload_s == 500.0 * results.preloads
 
 
 # The future

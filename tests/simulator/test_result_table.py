@@ -1,4 +1,4 @@
-"""What is made of the rows: the paper's claims, tables and pictures."""
+"""The output from rows: the claims of the paper, tables and plots."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from simulator_support import workload
 
 from serve_app.core.policies.registry import ORACLES
 from serve_app.simulator.result_plot import plot
-from serve_app.simulator.result_row import Row
+from serve_app.simulator.result_row import ResultRow
 from serve_app.simulator.result_table import as_csv, as_json, as_table, percent, seconds, size
-from serve_app.simulator.runner import Cell, ExperimentPlan, run
+from serve_app.simulator.runner import ExperimentPlan, ReplaySpec, run
 from serve_app.simulator.scenario import ALL_POLICIES, parse_capacities, parse_policies
-from serve_app.simulator.studies.paper import SHARES, WORKLOAD_ONLY, Results
+from serve_app.simulator.studies.paper import SHARES, WORKLOAD_ONLY, PaperResults
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture(scope="module")
-def rows() -> tuple[Row, ...]:
-    cells = tuple(
-        Cell(policy=policy, capacity=capacity)
+def rows() -> tuple[ResultRow, ...]:
+    replays = tuple(
+        ReplaySpec(policy=policy, capacity=capacity)
         for capacity in parse_capacities(["40%", "80%"])
         for policy in parse_policies(["lru", "gdsf", "belady-am"])
     )
-    return run(ExperimentPlan(workloads=(workload("abcabdaebacaad" * 5),), cells=cells), jobs=1)
+    return run(ExperimentPlan(workloads=(workload("abcabdaebacaad" * 5),), replays=replays), jobs=1)
 
 
-def ratios(row: Row, load_over_exec: dict[str, float], seed: int = 0) -> list[Row]:
-    """Rows of all policies, 1 where nothing is said."""
+def ratios(row: ResultRow, load_over_exec: dict[str, float], seed: int = 0) -> list[ResultRow]:
+    """Rows of all policies, with the ratio 1 by default."""
     return [
         replace(
             row, policy=policy, capacity_share=share, load_over_exec=load_over_exec.get(policy, 1.0) * share, seed=seed
@@ -44,19 +44,19 @@ def ratios(row: Row, load_over_exec: dict[str, float], seed: int = 0) -> list[Ro
     ]
 
 
-def test_csv_says_the_same_as_json(rows: tuple[Row, ...]) -> None:
+def test_csv_has_the_values_of_json(rows: tuple[ResultRow, ...]) -> None:
     rows = (*rows, replace(rows[0], load_over_exec=None))
     table = list(csv.DictReader(io.StringIO(as_csv(rows))))
     listed = json.loads(as_json(rows))
     assert table == [{key: "" if value is None else str(value) for key, value in row.items()} for row in listed]
 
 
-def test_json_refuses_what_is_not_json(rows: tuple[Row, ...]) -> None:
+def test_json_refuses_what_is_not_json(rows: tuple[ResultRow, ...]) -> None:
     with pytest.raises(ValueError, match="JSON"):
         as_json([replace(rows[0], load_over_exec=float("nan"))])
 
 
-def test_the_table_marks_the_best_that_knows_no_future_unless_all_are_the_same(rows: tuple[Row, ...]) -> None:
+def test_the_table_marks_the_best_that_knows_no_future_unless_all_are_the_same(rows: tuple[ResultRow, ...]) -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(as_table(rows, ORACLES))
     lines = console.export_text().splitlines()
@@ -69,36 +69,40 @@ def test_the_table_marks_the_best_that_knows_no_future_unless_all_are_the_same(r
 
 
 @pytest.mark.parametrize("only", ["40%", "80%", None])
-def test_a_picture_is_drawn_of_one_memory_or_several(rows: tuple[Row, ...], only: str | None, tmp_path: Path) -> None:
+def test_one_memory_or_several_are_plotted(rows: tuple[ResultRow, ...], only: str | None, tmp_path: Path) -> None:
     drawn = [row for row in rows if only is None or row.capacity_share == float(only[:-1]) / 100]
     plot(drawn, tmp_path / "plot.png", oracles=ORACLES)
     assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
 
 
 @pytest.mark.parametrize("ratio", [None, 0.0])
-def test_a_picture_of_nothing_is_a_picture(rows: tuple[Row, ...], ratio: float | None, tmp_path: Path) -> None:
+def test_rows_without_ratios_are_plotted(rows: tuple[ResultRow, ...], ratio: float | None, tmp_path: Path) -> None:
     drawn = [replace(row, load_over_exec=ratio, trace="csv:$a.csv", compulsory_load_over_exec=ratio) for row in rows]
     plot(drawn, tmp_path / "plot.png", oracles=ORACLES)
     assert (tmp_path / "plot.png").read_bytes().startswith(PNG)
 
 
-def test_a_claim_holds_only_if_it_does_for_every_seed(rows: tuple[Row, ...]) -> None:
+def test_a_claim_holds_only_if_it_does_for_every_seed(rows: tuple[ResultRow, ...]) -> None:
     good = ratios(rows[0], {"edgeserve": 0.3})
     bad = ratios(rows[0], {"edgeserve": 0.4}, seed=1)
-    ours = [claim for claim in Results([*good, *bad]).claims() if claim.policy == "edgeserve"]
+    ours = [claim for claim in PaperResults([*good, *bad]).claims() if claim.policy == "edgeserve"]
     assert [claim.holds for claim in ours] == [True, False, True]
     assert [str(claim.ours) for claim in ours] == ["15.0% .. 20.0%", "30.0% .. 40.0%", "60.0% .. 70.0%"]
 
 
-def test_load_delay_is_compared_with_the_best_policy_that_looks_at_the_workload_only(rows: tuple[Row, ...]) -> None:
-    results = Results(ratios(rows[0], {"edgeserve": 0.6, "modelmesh": 0.8, "gdsf": 0.1, "belady": 0.1, "random": 0.1}))
+def test_load_delay_is_compared_with_the_best_policy_that_uses_the_workload_only(
+    rows: tuple[ResultRow, ...],
+) -> None:
+    results = PaperResults(
+        ratios(rows[0], {"edgeserve": 0.6, "modelmesh": 0.8, "gdsf": 0.1, "belady": 0.1, "random": 0.1})
+    )
     lower = results.lower_by_up_to("edgeserve", WORKLOAD_ONLY)
     assert lower is not None
     assert lower.most == lower.least == pytest.approx(0.25)
 
 
-def test_without_ratios_no_claim_holds(rows: tuple[Row, ...]) -> None:
-    results = Results([replace(row, load_over_exec=None) for row in ratios(rows[0], {})])
+def test_without_ratios_no_claim_holds(rows: tuple[ResultRow, ...]) -> None:
+    results = PaperResults([replace(row, load_over_exec=None) for row in ratios(rows[0], {})])
     assert not any(claim.holds or claim.ours for claim in results.claims())
 
 

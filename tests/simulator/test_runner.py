@@ -1,4 +1,4 @@
-"""Replays side by side, and the rows that come of them."""
+"""Runs of an experiment, and their rows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from simulator_support import workload
 
 from serve_app.errors import EdgeServeError
 from serve_app.simulator import runner
-from serve_app.simulator.result_row import Latency, Row
-from serve_app.simulator.runner import Cell, ExperimentPlan, run
+from serve_app.simulator.result_row import Latency, ResultRow
+from serve_app.simulator.runner import ExperimentPlan, ReplaySpec, run
 from serve_app.simulator.scenario import (
     ALL_POLICIES,
     Capacity,
@@ -27,12 +27,12 @@ from serve_app.simulator.scenario import (
 )
 
 
-def cell(policy: str, capacity: Capacity, number: int = 0) -> Cell:
-    return Cell(workload=number, policy=parse_policies([policy])[0], capacity=capacity)
+def spec(policy: str, capacity: Capacity, number: int = 0) -> ReplaySpec:
+    return ReplaySpec(workload=number, policy=parse_policies([policy])[0], capacity=capacity)
 
 
-def play(stream: Workload, policy: str, size_bytes: int) -> Row:
-    (row,) = run(ExperimentPlan(workloads=(stream,), cells=(cell(policy, Capacity(given_bytes=size_bytes)),)), jobs=1)
+def play(stream: Workload, policy: str, size_bytes: int) -> ResultRow:
+    (row,) = run(ExperimentPlan(workloads=(stream,), replays=(spec(policy, Capacity(given_bytes=size_bytes)),)), jobs=1)
     return row
 
 
@@ -41,11 +41,11 @@ def lettered(seed: int) -> Workload:
     return workload("".join(rng.choice("aaaabbbccdefgh") for _ in range(400)))
 
 
-def without_clock(rows: tuple[Row, ...]) -> list[Row]:
+def without_clock(rows: tuple[ResultRow, ...]) -> list[ResultRow]:
     return [replace(row, wall_s=0.0, requests_per_s=0.0) for row in rows]
 
 
-def test_a_row_can_be_summed_in_the_head() -> None:
+def test_a_row_has_the_sums_of_its_requests() -> None:
     row = play(workload("ababcc"), "lru", 20)
     assert (row.requests, row.models, row.hits, row.misses, row.evictions) == (6, 3, 3, 3, 1)
     assert row.load_s_per_request == 1.0
@@ -99,24 +99,24 @@ def test_percentiles_are_those_of_the_single_latencies() -> None:
         assert found == np.quantile(every, share, method="inverted_cdf")
 
 
-def test_rows_stand_in_the_order_of_the_cells_however_many_processes_there_are() -> None:
+def test_rows_keep_the_order_of_the_plan_with_any_number_of_processes() -> None:
     policies = ("belady-am", "random", "lru")
-    cells = tuple(cell(name, Capacity(given_share=share), number)
+    replays = tuple(spec(name, Capacity(given_share=share), number)
                   for number in (0, 1) for share in (0.5, 0.3) for name in policies)  # fmt: skip
-    plan = ExperimentPlan(workloads=(lettered(1), lettered(2)), cells=cells)
-    told: list[int] = []
-    alone = run(plan, jobs=1, on_progress=told.append)
+    plan = ExperimentPlan(workloads=(lettered(1), lettered(2)), replays=replays)
+    reported: list[int] = []
+    alone = run(plan, jobs=1, on_progress=reported.append)
     assert [row.policy for row in alone] == list(policies) * 4
     assert [row.capacity_share for row in alone] == [0.5] * 3 + [0.3] * 3 + [0.5] * 3 + [0.3] * 3
-    assert told[-1] == plan.requests == 12 * 400
-    told.clear()
-    assert without_clock(run(plan, jobs=2, on_progress=told.append)) == without_clock(alone)
-    assert told[-1] == plan.requests
+    assert reported[-1] == plan.requests == 12 * 400
+    reported.clear()
+    assert without_clock(run(plan, jobs=2, on_progress=reported.append)) == without_clock(alone)
+    assert reported[-1] == plan.requests
 
 
-def test_a_cell_can_have_fewer_preloads_than_the_plan() -> None:
-    many, none = (replace(cell("edgeserve", Capacity(given_share=0.5)), max_preloads=most) for most in (None, 0))
-    rows = run(ExperimentPlan(workloads=(workload("abcd" * 50),), cells=(many, none)), jobs=1)
+def test_a_replay_can_have_fewer_preloads_than_the_plan() -> None:
+    many, none = (replace(spec("edgeserve", Capacity(given_share=0.5)), max_preloads=most) for most in (None, 0))
+    rows = run(ExperimentPlan(workloads=(workload("abcd" * 50),), replays=(many, none)), jobs=1)
     assert rows[0].preloads > 0 == rows[1].preloads
 
 
@@ -130,7 +130,7 @@ class DiesInPickling:
 def test_the_death_of_a_process_is_one_sentence() -> None:
     choice = PolicyChoice(label=DiesInPickling(), name="lru")  # type: ignore[arg-type]
     plan = ExperimentPlan(
-        workloads=(workload("ab"),), cells=(Cell(policy=choice, capacity=Capacity(given_bytes=10)),) * 2
+        workloads=(workload("ab"),), replays=(ReplaySpec(policy=choice, capacity=Capacity(given_bytes=10)),) * 2
     )
     with pytest.raises(EdgeServeError, match="lack of memory; try fewer"):
         run(plan, jobs=2)
@@ -155,12 +155,12 @@ def test_a_capacity_is_bytes_or_a_share_of_all_models(text: str, size_bytes: int
 
 
 @pytest.mark.parametrize("text", ["0", "0%", "0.2", "-5%", "-1", "nan%", "inf", "1e3", "", "%", "half", "5 %%"])
-def test_what_is_no_capacity_is_refused(text: str) -> None:
+def test_a_malformed_capacity_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="capacity"):
         parse_capacities([text])
 
 
-def test_lists_keep_their_order_and_say_nothing_twice() -> None:
+def test_lists_keep_their_order_without_duplicates() -> None:
     assert [policy.label for policy in parse_policies(["lru,gdsf", "lru"])] == ["lru", "gdsf"]
     assert [policy.label for policy in parse_policies(["gdsf,all"])][:2] == ["gdsf", "random"]
     assert {policy.name for policy in parse_policies(["all"])} == set(ALL_POLICIES)
@@ -186,6 +186,6 @@ def test_parameters_are_written_as_in_the_configuration_or_as_in_code(text: str)
         ("modelmesh:churn_age=1s&churn_age_s=1", "stands twice"),
     ],
 )
-def test_what_is_no_policy_is_refused(text: str, words: str) -> None:
+def test_a_malformed_policy_is_refused(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         parse_policies([text])

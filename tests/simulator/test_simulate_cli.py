@@ -1,4 +1,4 @@
-"""``edgeserve simulate`` as a user meets it."""
+"""``edgeserve simulate``, the command."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_json_has_the_promised_columns_and_sums(simulate_rows: SimulateRows, pro
         assert (row["trace"], row["models"], row["capacity_share"], row["locations"]) == (SMALL, 12, 0.3, 1)
 
 
-def test_rows_stand_in_the_order_asked_for(simulate_rows: SimulateRows) -> None:
+def test_rows_keep_the_order_of_the_options(simulate_rows: SimulateRows) -> None:
     options = ("--policy", "lru,random", "--policy", "gdsf", "--capacity", "50%", "--capacity", "20%,1GiB")
     rows = simulate_rows("--trace", SMALL, *options)
     assert [row["policy"] for row in rows] == ["lru", "random", "gdsf"] * 3
@@ -75,7 +75,7 @@ def test_the_same_seed_gives_the_same_rows_in_any_number_of_processes(simulate_r
     assert without_clock(simulate_rows(*options, "--seed", "4")) != alone
 
 
-def test_csv_and_picture_stand_beside_the_json(simulate: Simulate, tmp_path: Path) -> None:
+def test_csv_and_plot_are_written_in_addition_to_json(simulate: Simulate, tmp_path: Path) -> None:
     options = ("--policy", "lru", "--policy", "belady", "--capacity", "30%", "--capacity", "60%")
     result = simulate("--trace", SMALL, *options, "--json", "--csv", "rows.csv", "--plot", "rows.png")
     assert result.stderr == "wrote rows.csv\nwrote rows.png\n"
@@ -127,7 +127,7 @@ def test_coordination_is_chosen_and_shown(simulate: Simulate, simulate_rows: Sim
     assert "3 locations, time full, coordination forwarding" in simulate(*options, "forwarding").stdout
 
 
-def test_one_location_has_nobody_to_coordinate_with(simulate_rows: SimulateRows) -> None:
+def test_one_location_runs_without_coordination(simulate_rows: SimulateRows) -> None:
     (row,) = simulate_rows(*FULL, "--policy", "lru", "--coordination", "full")
     assert (row["coordination"], row["forwards"], row["preloads"]) == ("none", 0, 0)
 
@@ -137,7 +137,7 @@ def test_locations_on_their_own_can_know_their_future(simulate_rows: SimulateRow
     assert [row["policy"] for row in simulate_rows(*FULL, *options)] == ["belady-am"]
 
 
-def test_more_than_the_locations_can_execute_is_said(simulate: Simulate, profiles_file: Path) -> None:
+def test_more_load_than_the_locations_can_execute_is_a_warning(simulate: Simulate, profiles_file: Path) -> None:
     options = ("--trace", "zipf:models=3&requests=200&rate=9", "--models", str(profiles_file), "--time", "full")
     result = simulate(*options, "--policy", "lru", "--capacity", "100%")
     assert "the locations run 2: queues grow to the end" in result.stderr
@@ -235,7 +235,9 @@ def test_the_paper_is_replayed_on_files_in_the_reference_format(
     assert (tmp_path / "p.png").read_bytes().startswith(PNG)
 
 
-def test_the_paper_can_be_held_against_another_trace(simulate: Simulate, azure_file: Path, tmp_path: Path) -> None:
+def test_the_claims_of_the_paper_can_be_checked_on_another_trace(
+    simulate: Simulate, azure_file: Path, tmp_path: Path
+) -> None:
     result = simulate("--paper", "--trace", f"azure:{azure_file}", "--seeds", "1", "--json")
     rows = json.loads(result.stdout)
     assert {row["policy"] for row in rows} == {*POLICIES, *ORACLES, "edgeserve, preloads 2 at a time"}

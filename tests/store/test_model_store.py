@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from model_support import SMALL_INPUT, VISION, offline, tiny
+from model_support import SMALL_INPUT, VISION, check_content, offline, tiny
 from safetensors import safe_open
 
 from serve_app.core.catalog import ImageInput
@@ -35,7 +35,7 @@ def blob_of(store: ModelStore, model_id: str = "tied") -> Path:
 
 def test_routers_read_the_store_without_torch() -> None:
     program = (
-        "import sys, serve_app.store.model_store, serve_app.store.manifest, serve_app.store.images\n"
+        "import sys, serve_app.store.model_store, serve_app.store.manifest, serve_app.tasks.image_classification\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
@@ -87,22 +87,22 @@ def test_names_that_leave_the_store_are_refused(store: ModelStore) -> None:
         store.manifest("../../etc/passwd")
 
 
-def test_verify_finds_a_flipped_bit_that_sizes_do_not_show(small: ModelStore) -> None:
+def test_flipped_bit_that_sizes_do_not_show_is_found(small: ModelStore) -> None:
     blob = blob_of(small)
-    small.verify("tied")
+    check_content(small, "tied")
     content = bytearray(blob.read_bytes())
     content[-1] ^= 1
     blob.write_bytes(content)
     small.check_sizes("tied")
     with pytest.raises(StoreError, match="are corrupt"):
-        small.verify("tied")
+        small.require_verified(small.manifest("tied").files[0], "tied")
 
 
 def test_publishing_with_force_heals_a_corrupt_blob(small: ModelStore) -> None:
     blob = blob_of(small)
     blob.write_bytes(bytes(blob.stat().st_size))
     publish(small, [tiny("tied")], reachable=offline, force=True)
-    small.verify("tied")
+    check_content(small, "tied")
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove"])
@@ -115,7 +115,7 @@ def test_incomplete_blob_is_found_and_published_again(small: ModelStore, damage:
     with pytest.raises(StoreError, match="instead of" if damage == "truncate" else "missing"):
         small.check_sizes("tied")
     assert publish(small, [tiny("tied")], reachable=offline).published == ("tied",)
-    small.verify("tied")
+    check_content(small, "tied")
 
 
 def test_catalog_lays_the_entry_over_the_manifest(small: ModelStore) -> None:
@@ -161,7 +161,7 @@ def test_commit_refuses_a_manifest_whose_weights_are_not_there(small: ModelStore
         small.commit(manifest)
 
 
-def test_sweep_removes_what_nobody_refers_to(small: ModelStore) -> None:
+def test_sweep_removes_what_no_manifest_refers_to(small: ModelStore) -> None:
     orphan = small.root / "blobs" / f"{'0' * 64}.safetensors"
     orphan.write_bytes(b"orphan")
     dead = subprocess.Popen(["true"])
@@ -174,7 +174,7 @@ def test_sweep_removes_what_nobody_refers_to(small: ModelStore) -> None:
     assert not orphan.exists()
     assert alive.exists()
     alive.unlink()
-    small.verify("tied")
+    check_content(small, "tied")
 
 
 def test_sweep_keeps_weights_while_a_manifest_cannot_be_read(small: ModelStore) -> None:
@@ -211,7 +211,7 @@ def test_equal_blobs_are_stored_once(store: ModelStore) -> None:
 
 @pytest.fixture
 def no_room() -> Iterator[None]:
-    """Files may not grow beyond 64 KiB, which is how a full disk looks to a writer."""
+    """Limit files to 64 KiB, which to a writer is the same as a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, hard))
     yield
@@ -233,10 +233,10 @@ def test_full_disk_leaves_weights_usable_and_nothing_behind(small: ModelStore, m
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     os.utime(blob_of(small))
-    before = set((small.root / "whole").iterdir())
+    before = set((small.root / "verified").iterdir())
     monkeypatch.setattr(Path, "write_text", write_half)
-    small.require_whole(small.manifest("tied").files[0], "tied")
-    assert set((small.root / "whole").iterdir()) == before
+    small.require_verified(small.manifest("tied").files[0], "tied")
+    assert set((small.root / "verified").iterdir()) == before
 
 
 def test_full_disk_fails_with_advice_and_leaves_nothing(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_full_disk_fails_with_advice_and_leaves_nothing(tmp_path: Path) -> None:
         assert report.published == ("tied", "other")
         assert "No space left on device; " in report.failures[0].message
         assert not list((disk / "tmp").iterdir())
-        store.verify("tied")
+        check_content(store, "tied")
     finally:
         subprocess.run(["umount", disk], check=True)
 

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.cluster.reports import Demand, OutcomeCounts, WorkerReport
+from serve_app.core.cluster.reports import Demand, OutcomeCounts, ViewDelta, WorkerReport
+from serve_app.core.coordination.coordinator_state import CoordinatorState
+from serve_app.core.coordination.events import Reader, ReaderSeen, WorkerReported
 from serve_app.core.policies.base import EvictionPolicy
 from serve_app.core.vocabulary import ModelState, ResidentModel
 
@@ -114,6 +116,18 @@ def report(
             for model_id, count in (demand or {}).items()
         ),
     )
+
+
+def take(state: CoordinatorState, sent: WorkerReport, now: float) -> None:
+    """A coordinator takes in a report."""
+    state.handle(WorkerReported(sent), now)
+
+
+def read(state: CoordinatorState, epoch: str, version: int, now: float, location: str | None = None) -> ViewDelta:
+    """What a router reads that has that version."""
+    reader = Reader(location, None, epoch, version)
+    state.handle(ReaderSeen(reader), now)
+    return state.delta(reader, now)
 
 
 def assert_books_balance(cache: ModelCache) -> None:

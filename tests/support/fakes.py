@@ -103,7 +103,7 @@ class FakeLink:
             self.links |= news
         return self.delta
 
-    async def depart(self, replica: str) -> None:
+    async def deregister(self, replica: str) -> None:
         self.departed.append(replica)
 
 

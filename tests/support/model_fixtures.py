@@ -14,6 +14,8 @@ from serve_app.models.torchvision_compat import import_torchvision
 from serve_app.store.model_store import ModelStore
 
 import_torchvision()
+# Threads of torch wait for each other actively: on a busy machine two are slower than one.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Catalogue entries and inputs that the tests of the store, the loader and the publisher share."""
+"""Catalog entries and inputs that the tests of the store, the loader and the publisher share."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.core.catalog import ImageInput, ModelEntry
+from serve_app.store.durable_files import sha256_of
+from serve_app.store.model_store import ModelStore
 
 SMALL_INPUT = ImageInput(resize_px=32, crop_px=32)
 
@@ -32,6 +34,13 @@ def images(count: int = 1, side: int = 224, seed: int = 1) -> NDArray[np.float32
 
 def offline(url: str) -> bool:
     return False
+
+
+def check_content(store: ModelStore, model_id: str) -> None:
+    """Assert that every file of a published model has the content that its name says, whatever the store remembers."""
+    store.check_sizes(model_id)
+    for file in store.manifest(model_id).files:
+        assert sha256_of(store.blob_path(file.name)) == file.sha256
 
 
 def mapped(path: Path) -> bool:

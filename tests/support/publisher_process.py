@@ -1,8 +1,7 @@
-"""A publisher to be killed: ``publisher_process.py STORE MODEL MOMENT`` kills itself when MODEL reaches MOMENT."""
+"""A publisher that kills its own process when one model reaches a given stage."""
 
 import os
 import signal
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,16 +24,14 @@ def die_half_written(path: Path, layout: BlobLayout, data: Iterable[memoryview])
     die()
 
 
-def main(root: str, victim: str, moment: str) -> None:
+def main(root: Path, victim: str, moment: str) -> None:
+    """Publish ``ENTRIES``; die when the model ``victim`` reaches ``moment``."""
+
     def on_progress(event: PublishEvent) -> None:
         if event.model_id == victim and event.stage == "writing" and moment == "half-written":
             publish_model.write_blob = die_half_written
         if event.model_id == victim and event.stage == moment:
             die()
 
-    report = publish(ModelStore(Path(root)), ENTRIES, on_progress=on_progress, reachable=offline)
+    report = publish(ModelStore(root), ENTRIES, on_progress=on_progress, reachable=offline)
     assert not report.failures
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

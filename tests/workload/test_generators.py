@@ -14,13 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from serve_app.errors import TraceError
-from serve_app.workload.azure_like import AzureLike
-from serve_app.workload.diurnal import FULL_HOUR_FACTOR, HOUR_PROFILE, clock_times
-from serve_app.workload.seeded_random import SeededRandom
-from serve_app.workload.sessions import Sessions
-from serve_app.workload.statistics import (
+from trace_statistics import (
     counts,
     iat_cvs,
     log10_count_deviation,
@@ -31,6 +25,12 @@ from serve_app.workload.statistics import (
     top_share,
     zipf_mle,
 )
+
+from serve_app.errors import TraceError
+from serve_app.workload.azure_like import AzureLike
+from serve_app.workload.diurnal import FULL_HOUR_FACTOR, HOUR_PROFILE, clock_times
+from serve_app.workload.seeded_random import SeededRandom
+from serve_app.workload.sessions import Sessions
 from serve_app.workload.trace import Trace, column
 from serve_app.workload.zipf import ZipfWorkload
 
@@ -67,8 +67,8 @@ def lru(stream: Trace) -> list[float]:
     return [lru_hit_ratio(stream, share=share) for share in SHARES]
 
 
-class TestChance:
-    def test_a_seed_and_a_purpose_give_the_same_numbers_for_ever(self) -> None:
+class TestSeededRandom:
+    def test_a_seed_and_a_purpose_always_give_the_same_numbers(self) -> None:
         assert list(SeededRandom(7, "test").uniform(3)) == pytest.approx(FIRST_UNIFORMS, abs=1e-15)
 
     @pytest.mark.parametrize("cv", [0.1, 0.7, 1.0, 1.3, 8.0])
@@ -96,7 +96,7 @@ class TestChance:
         assert sorted(SeededRandom(1, "order").order(100)) == list(range(100))
 
 
-class TestHours:
+class TestDiurnal:
     def test_requests_follow_the_hours_of_the_day_and_peak_at_the_full_hour(self) -> None:
         times = clock_times(np.linspace(0, 1, 2_000_000, endpoint=False), start_hour=20, minutes=1440)
         by_minute = np.bincount((times // 60).astype(int), minlength=1440).reshape(24, 60)
@@ -182,7 +182,7 @@ class TestAzureLike:
         pairs = set(zip(stream.model, stream.source, strict=True))
         assert len(pairs) == len(stream.models) == len(set(stream.source))
 
-    def test_nothing_left_is_said(self) -> None:
+    def test_a_stream_without_functions_is_refused(self) -> None:
         with pytest.raises(TraceError, match="tiny: no function is left; make functions or minutes more"):
             AzureLike(functions=1, minutes=1, seed=1).trace("tiny")
 
@@ -251,12 +251,12 @@ class TestSessions:
         # The factors of the days are random, with a deviation of 0.65 over their mean: 32 and 80 days are compared.
         assert by_weekday[5:].mean() / by_weekday[:5].mean() == pytest.approx(0.45, abs=0.12)
 
-    def test_about_as_many_sessions_begin_as_asked_for(self) -> None:
+    def test_sessions_per_day_are_as_configured(self) -> None:
         # The mean factor of a day is exp(0.6^2 / 2), that of a week (5 + 2 x 0.45) / 7; a session has 4.3 requests.
         wanted = 257 * 30 * math.exp(0.18) * 5.9 / 7 * 4.3
         assert mean(len(sessions(seed)) for seed in SEEDS) == pytest.approx(wanted, rel=0.1)
 
-    def test_the_number_of_users_does_not_change_what_is_asked_for(self) -> None:
+    def test_the_number_of_users_does_not_change_the_models(self) -> None:
         few, many = (Sessions(days=3, users=users).trace() for users in (20, 400))
         assert (few.arrival_s, few.model) == (many.arrival_s, many.model)
         assert len(set(few.source)) < len(set(many.source))
@@ -265,7 +265,7 @@ class TestSessions:
         assert Sessions(days=3, seed=3).trace() == Sessions(days=3, seed=3).trace()
         assert Sessions(days=3, seed=3).trace() != Sessions(days=3, seed=4).trace()
 
-    def test_too_few_and_too_many_are_said(self) -> None:
+    def test_too_few_and_too_many_requests_are_refused(self) -> None:
         with pytest.raises(TraceError, match="no session begins"):
             Sessions(days=1, sessions_per_day=1e-9).trace()
         with pytest.raises(TraceError, match="more than 100000000 requests"):
@@ -301,7 +301,7 @@ class TestZipf:
         assert stream.location is None
 
     @pytest.mark.parametrize("cv", [0.3, 1.0, 3.0])
-    def test_gamma_gaps_have_the_rate_and_the_variation_asked_for(self, cv: float) -> None:
+    def test_gamma_gaps_have_the_configured_rate_and_variation(self, cv: float) -> None:
         workload = ZipfWorkload(models=("a",), locations=("x",), rate_per_s=20.0, arrivals="gamma", cv=cv)
         gaps = np.diff(column(workload.trace(40_000).arrival_s))
         assert gaps.mean() == pytest.approx(1 / 20, rel=5 * cv / 200)

@@ -1,4 +1,4 @@
-"""A trace split over locations: users stay where they are, as far as one wants, and load is as unequal as one wants."""
+"""A trace split over locations: users stay at a location as far as skew says, and load follows the weights."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serve_app.workload.locations import split
+from serve_app.workload.locations import jensen_shannon_bits, split
 from serve_app.workload.sessions import Sessions
-from serve_app.workload.statistics import jensen_shannon_bits
 from serve_app.workload.trace import Trace, column
 from serve_app.workload.zipf import ZipfWorkload
 
@@ -60,7 +59,7 @@ def test_skew_is_the_share_of_requests_from_home() -> None:
     assert (home == half).mean() == pytest.approx(0.5 + 0.5 / 4, abs=0.02)
 
 
-def test_users_make_locations_as_different_as_recorded_ones_and_chance_does_not() -> None:
+def test_users_make_locations_as_different_as_recorded_ones_and_a_random_split_does_not() -> None:
     # Measured: .061 bit with users who stay, .005 bit with a random split.
     assert divergence_bits(1.0) == pytest.approx(0.061, abs=0.012)
     assert divergence_bits(0.0) == pytest.approx(0.004, abs=0.001)
@@ -84,7 +83,7 @@ def test_weights_are_repeated_for_further_locations() -> None:
     assert load / load.sum() == pytest.approx([3 / 8, 1 / 8, 3 / 8, 1 / 8], abs=0.01)
 
 
-def test_a_trace_keeps_its_own_locations_unless_others_are_asked_for() -> None:
+def test_a_trace_keeps_its_own_locations_by_default() -> None:
     stream = ZipfWorkload(models=("a", "b"), locations=("x", "y")).trace(100)
     assert split(stream, None, seed=1) is stream
     assert split(stream, 3, seed=1).locations == ("loc0", "loc1", "loc2")

@@ -1,4 +1,4 @@
-"""Streams by name: every kind can be asked for, and what is wrong with a name is said in one line."""
+"""Streams by name: every kind can be named, and a mistake in a name is reported in one line."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from trace_statistics import counts
 
 from serve_app.errors import TraceError
 from serve_app.workload.azure import read_azure
@@ -15,7 +16,6 @@ from serve_app.workload.azure_like import AzureLike
 from serve_app.workload.csv_trace import read_csv
 from serve_app.workload.sessions import Sessions
 from serve_app.workload.spec import parse_trace
-from serve_app.workload.statistics import counts
 from serve_app.workload.trace import column
 from serve_app.workload.zipf import ZipfWorkload
 
@@ -70,7 +70,7 @@ def test_without_keys_generators_have_their_defaults() -> None:
     assert np.diff(column(zipf.arrival_s)).mean() == pytest.approx(1, abs=0.02)
 
 
-def test_the_seed_in_the_name_goes_before_the_argument() -> None:
+def test_the_seed_in_the_name_overrides_the_argument() -> None:
     for kind in ("sessions:days=1", "azure-like:functions=40&minutes=60", "zipf:requests=50"):
         fixed, other = (parse_trace(f"{kind}&seed=3", seed=seed) for seed in (1, 2))
         assert fixed == other
@@ -119,7 +119,7 @@ def test_the_seed_in_the_name_goes_before_the_argument() -> None:
         ("sessions:sessions_per_day=1e300", "more than 100000000 requests"),
     ],
 )
-def test_a_mistake_is_said_in_one_line(spec: str, complaint: str) -> None:
+def test_a_mistake_is_reported_in_one_line(spec: str, complaint: str) -> None:
     with pytest.raises(TraceError, match=re.escape(complaint)) as caught:
         parse_trace(spec, seed=0)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Traces, and the readers that make them from files: what is right is read, what is wrong is named with its place."""
+"""Traces, and the readers that make them from files: a mistake in a file is reported with its place."""
 
 from __future__ import annotations
 
@@ -13,15 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from serve_app.errors import TraceError
-from serve_app.workload.azure import read_azure
-from serve_app.workload.csv_trace import read_csv
-from serve_app.workload.popularity_filter import worth_keeping
-from serve_app.workload.statistics import (
+from trace_statistics import (
     counts,
     iat_cvs,
-    jensen_shannon_bits,
     log10_count_deviation,
     lru_hit_ratio,
     repeat_share,
@@ -30,6 +24,12 @@ from serve_app.workload.statistics import (
     top_share,
     zipf_mle,
 )
+
+from serve_app.errors import TraceError
+from serve_app.workload.azure import read_azure
+from serve_app.workload.csv_trace import read_csv
+from serve_app.workload.locations import jensen_shannon_bits
+from serve_app.workload.popularity_filter import worth_keeping
 from serve_app.workload.trace import Trace, make_trace
 
 EXCERPT = "azure2019_500fn_480min_invocations.csv.gz"
@@ -47,8 +47,8 @@ def trace(**changes: Any) -> Trace:
     return Trace(**{"name": "t", "models": ("a", "b"), **columns, **changes})
 
 
-def asked(models: str, **changes: Any) -> Trace:
-    """A trace that asks for the given letters, one a second."""
+def requests_for(models: str, **changes: Any) -> Trace:
+    """A trace with requests for the given letters, one a second."""
     names = tuple(sorted(set(models)))
     index = np.array([names.index(letter) for letter in models])
     given = {"arrival_s": np.arange(len(models), dtype=float), "source": np.arange(len(models)), **changes}
@@ -96,16 +96,16 @@ class TestTrace:
         with pytest.raises(ValueError, match=complaint):
             trace(**changes)
 
-    def test_models_that_are_never_asked_for_go(self) -> None:
+    def test_models_without_requests_are_dropped(self) -> None:
         used = trace(models=("a", "b", "c", "d"), model=array("I", [3, 1, 3, 1])).only_used()
         assert used.models == ("b", "d")
         assert list(used.model) == [1, 0, 1, 0]
 
-    def test_requests_of_one_instant_stay_as_they_stand(self) -> None:
-        assert letters(asked("abcd", arrival_s=np.array([2.0, 1.0, 2.0, 1.0]))) == "bdac"
+    def test_requests_of_one_instant_keep_their_order(self) -> None:
+        assert letters(requests_for("abcd", arrival_s=np.array([2.0, 1.0, 2.0, 1.0]))) == "bdac"
         # Short columns stay in order whatever the sorting.
         many = np.arange(1_000)
-        assert list(asked("a" * 1_000, source=many, arrival_s=many % 2.0).source) == [*many[::2], *many[1::2]]
+        assert list(requests_for("a" * 1_000, source=many, arrival_s=many % 2.0).source) == [*many[::2], *many[1::2]]
 
     def test_no_requests_are_a_trace_too(self) -> None:
         empty = {"arrival_s": array("d"), "model": array("I"), "source": array("I")}
@@ -151,10 +151,10 @@ class TestAzure:
         with pytest.raises(TraceError, match="no function has the trigger 'ftp'; there are all, http, queue, timer"):
             read_azure(path, trigger="ftp", **KEEP_ALL)
 
-    def test_functions_called_once_go(self, write: Callable[..., Path]) -> None:
+    def test_functions_called_once_are_dropped(self, write: Callable[..., Path]) -> None:
         assert read_azure(write(HEADER, *FUNCTIONS), seed=1, max_quantile=1.0).models == ("f1", "f2")
 
-    def test_the_most_popular_functions_go_before_those_called_once(self) -> None:
+    def test_the_most_popular_functions_are_dropped_before_those_called_once(self) -> None:
         called = np.array([0] * 50 + [1] * 10 + list(range(2, 12)))
         kept = worth_keeping(called, max_quantile=0.9, drop_one_hit=True)
         # Ten of twenty are called once: the 0.9-quantile of all is 9.1, that of the others would be 10.1.
@@ -216,7 +216,7 @@ class TestAzure:
         web = read_azure(traces / EXCERPT, seed=0, trigger="http")
         assert (len(web.models), len(web)) == (114, 20_456)
 
-    def test_the_excerpt_has_the_statistics_that_generators_are_held_against(self, traces: Path) -> None:
+    def test_the_excerpt_has_the_statistics_that_generators_are_compared_with(self, traces: Path) -> None:
         read = read_azure(traces / EXCERPT, seed=0)
         assert zipf_mle(read) == pytest.approx(0.93, abs=0.01)
         assert top_share(read, share=0.1) == pytest.approx(0.648, abs=0.001)
@@ -233,7 +233,7 @@ class TestAzure:
 class TestFiles:
     """What can be wrong with any file."""
 
-    def test_what_cannot_be_read_is_said(self, tmp_path: Path) -> None:
+    def test_a_file_that_cannot_be_read_is_named(self, tmp_path: Path) -> None:
         for path in (tmp_path, tmp_path / "absent", Path("with\0nul")):
             with pytest.raises(TraceError, match="cannot be read") as caught:
                 read_csv(path)
@@ -260,11 +260,11 @@ class TestFiles:
 
 
 class TestCsv:
-    def test_a_trace_begins_with_its_first_request_whatever_its_clock_says(self, write: Callable[..., Path]) -> None:
+    def test_a_trace_begins_at_zero_with_its_first_request(self, write: Callable[..., Path]) -> None:
         read = read_csv(write("arrival_s,model", "1600000060,a", "1600000000,b"))
         assert list(read.arrival_s) == [0.0, 60.0]
 
-    def test_columns_stand_in_any_order_and_others_are_ignored(self, write: Callable[..., Path]) -> None:
+    def test_columns_may_be_in_any_order_and_others_are_ignored(self, write: Callable[..., Path]) -> None:
         read = read_csv(write("note,model, arrival_s,location,user", "x,b,1.5,tokyo,u", "y, a , 2e0,paris,v"))
         assert (read.models, list(read.model), list(read.arrival_s)) == (("b", "a"), [0, 1], [0.0, 0.5])
         assert read.location is not None
@@ -319,47 +319,47 @@ class TestStatistics:
             stream = make_trace(name="", models=tuple(map(str, range(39))), arrival_s=times, model=model, source=model)
             assert zipf_mle(stream) == pytest.approx(exponent, abs=1e-3)
 
-    def test_shares_are_of_the_models_asked_for_most(self) -> None:
-        assert top_share(asked("aaaaabbcde"), share=0.2) == 0.5
-        assert top_share(asked("aaaaabbcde"), share=0.01) == 0.5
-        assert top_share(asked("aaaaabbcde"), share=0.4) == 0.7
+    def test_shares_are_of_the_most_popular_models(self) -> None:
+        assert top_share(requests_for("aaaaabbcde"), share=0.2) == 0.5
+        assert top_share(requests_for("aaaaabbcde"), share=0.01) == 0.5
+        assert top_share(requests_for("aaaaabbcde"), share=0.4) == 0.7
 
     def test_a_clock_has_no_variation_and_a_pair_of_calls_does(self) -> None:
         times = np.array([0, 10, 20, 30, 1, 2, 31.0, 32.0])
-        assert list(iat_cvs(asked("aaaabbbb", arrival_s=times))) == pytest.approx([0.0, 1.2774], abs=1e-4)
+        assert list(iat_cvs(requests_for("aaaabbbb", arrival_s=times))) == pytest.approx([0.0, 1.2774], abs=1e-4)
 
-    def test_models_with_one_gap_have_no_variation_to_speak_of(self) -> None:
-        assert len(iat_cvs(asked("aabbb"))) == 1
+    def test_models_with_one_gap_have_no_variation(self) -> None:
+        assert len(iat_cvs(requests_for("aabbb"))) == 1
 
     def test_reuse_distance_counts_the_models_between_and_itself(self) -> None:
-        assert list(reuse_distances(asked("abcabbca"))) == [3, 3, 1, 3, 3]
+        assert list(reuse_distances(requests_for("abcabbca"))) == [3, 3, 1, 3, 3]
 
     def test_lru_hits_what_its_distance_lets_fit(self) -> None:
-        stream = asked("abcabbcadaacbdbbacddcab")
+        stream = requests_for("abcabbcadaacbdbbacddcab")
         for share, size in ((0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)):
             hits = int((reuse_distances(stream) <= size).sum())
             assert lru_hit_ratio(stream, share=share) == hits / len(stream)
 
     def test_repeats_are_counted_in_all_and_within_a_source(self) -> None:
-        stream = asked("aabab", source=np.array([0, 1, 0, 1, 0]))
+        stream = requests_for("aabab", source=np.array([0, 1, 0, 1, 0]))
         assert repeat_share(stream) == 0.25
         assert source_repeat_share(stream) == pytest.approx(2 / 3)
 
     def test_divergence_is_nothing_for_the_same_and_one_bit_for_disjoint_popularity(self) -> None:
         where = {"locations": ("x", "y"), "location": np.array([0, 0, 1, 1])}
-        assert jensen_shannon_bits(asked("abab", **where)) == pytest.approx(0)
-        assert jensen_shannon_bits(asked("aabb", **where)) == pytest.approx(1)
-        assert jensen_shannon_bits(asked("aaab", **where)) == pytest.approx(0.3113, abs=1e-4)
+        assert jensen_shannon_bits(requests_for("abab", **where)) == pytest.approx(0)
+        assert jensen_shannon_bits(requests_for("aabb", **where)) == pytest.approx(1)
+        assert jensen_shannon_bits(requests_for("aaab", **where)) == pytest.approx(0.3113, abs=1e-4)
 
-    def test_what_cannot_be_said_is_refused(self) -> None:
+    def test_undefined_statistics_are_refused(self) -> None:
         with pytest.raises(ValueError, match="at least two models"):
-            zipf_mle(asked("aaa"))
+            zipf_mle(requests_for("aaa"))
         with pytest.raises(ValueError, match="fewer than two locations"):
-            jensen_shannon_bits(asked("ab"))
+            jensen_shannon_bits(requests_for("ab"))
         with pytest.raises(ValueError, match="no source asks twice"):
-            source_repeat_share(asked("ab"))
+            source_repeat_share(requests_for("ab"))
         with pytest.raises(ValueError, match=r"share must be above 0 and at most 1, not 1\.5"):
-            lru_hit_ratio(asked("ab"), share=1.5)
+            lru_hit_ratio(requests_for("ab"), share=1.5)
 
 
 def calls(stream: Trace) -> list[tuple[float, str]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.workload import Request
+from serve_app.workload.request import Request
 from serve_app.workload.zipf import ZipfWorkload
 
 MODELS = tuple(f"m{number}" for number in range(20))
@@ -124,7 +124,7 @@ def test_the_stream_of_a_seed_stays_what_it_was() -> None:
     ]
 
 
-def test_arrivals_do_not_change_what_is_asked_for() -> None:
+def test_arrivals_do_not_change_the_models() -> None:
     slow, fast = take(workload(arrivals="even"), 500), take(workload(rate_per_s=100.0), 500)
     assert [(r.location, r.model_id) for r in slow] == [(r.location, r.model_id) for r in fast]
 
@@ -134,7 +134,7 @@ def test_another_location_does_not_change_the_popularity_at_the_others() -> None
     assert workload(**skewed).ranking("tokyo") == workload(locations=(*LOCATIONS, "oslo"), **skewed).ranking("tokyo")
 
 
-def test_one_model_is_always_asked_for() -> None:
+def test_with_one_model_all_requests_are_for_it() -> None:
     assert {request.model_id for request in take(workload(models=("only",)), 50)} == {"only"}
 
 

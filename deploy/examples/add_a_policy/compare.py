@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.policies.base import EvictionPolicy
 from serve_app.core.policies.registry import POLICIES
-from serve_app.simulator.result_row import Row
-from serve_app.simulator.runner import Cell, ExperimentPlan, run
+from serve_app.simulator.result_row import ResultRow
+from serve_app.simulator.runner import ExperimentPlan, ReplaySpec, run
 from serve_app.simulator.scenario import PolicyChoice, make_workload, parse_capacities
 
 NAME = "recent-cost"
@@ -55,13 +55,13 @@ class RecentCost(EvictionPolicy):
         return self._counts.get(model.model_id, 0.0) * model.load_s / model.size_bytes
 
 
-def compare(trace: str, capacity: str, seed: int, policies: Sequence[str]) -> list[Row]:
+def compare(trace: str, capacity: str, seed: int, policies: Sequence[str]) -> list[ResultRow]:
     """Replay a stream through every policy; one row for each."""
     POLICIES[NAME] = RecentCost
     plan = ExperimentPlan(
         workloads=(make_workload(trace=trace, seed=seed),),
-        cells=tuple(
-            Cell(policy=PolicyChoice(label=name, name=name), capacity=size)
+        replays=tuple(
+            ReplaySpec(policy=PolicyChoice(label=name, name=name), capacity=size)
             for name in policies
             for size in parse_capacities([capacity])
         ),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeVar
 
+from serve_app.core.cluster.replica_index import ReplicaIndex
 from serve_app.core.cluster.reports import ViewDelta, WorkerChange, WorkerReport
 from serve_app.core.links import Link
 
@@ -13,107 +14,79 @@ _T = TypeVar("_T")
 
 
 @dataclass(slots=True)
-class ClusterView:
-    """One participant's copy of the cluster, kept current by deltas. A hint, never the truth."""
+class ClusterView(ReplicaIndex):
+    """One participant's copy of the cluster, kept current by deltas. A hint, never the truth.
+
+    Attributes:
+        epoch: of the coordinator that sent the last delta.
+        version: of the last delta.
+        updated_s: when the last delta came; None before the first.
+        rates: requests per second, by location and model.
+        links: measured ones, by the two locations.
+        partial: whether only the workers that matter to the reader are in it.
+    """
 
     epoch: str = ""
     version: int = 0
     updated_s: float | None = None
-    workers: dict[str, WorkerReport] = field(default_factory=dict)
     rates: dict[str, Mapping[str, float]] = field(default_factory=dict)
     links: dict[tuple[str, str], Link] = field(default_factory=dict)
-    #: Whether only the workers that matter to the reader are in it.
-    scoped: bool = False
+    partial: bool = False
+    #: Replicas known from an earlier coordinator, and until when they count unless the present one confirms them.
     _carried: dict[str, float] = field(default_factory=dict)
-    #: What ``workers`` says, by model and by location.
-    _holders: dict[str, dict[str, None]] = field(default_factory=dict, compare=False)
-    _locations: dict[str, dict[str, None]] = field(default_factory=dict, compare=False)
 
-    #: A coordinator that has just started has heard of every live worker within this many seconds. Until then, what
-    #: its predecessor knew still counts: otherwise everybody would send everything to whoever reported first.
+    #: Within this many seconds a coordinator that has just started has a report of every live worker. Until then, what
+    #: its predecessor knew still counts: otherwise all would send everything to the replicas that reported first.
     CARRY_S: ClassVar[float] = 2.0
 
     def apply(self, delta: ViewDelta, now: float) -> tuple[str, ...]:
         """Bring this copy up to date; returns the replicas that are known to be gone since."""
         gone = set(delta.gone)
-        unknown = set(delta.beyond)
+        unsubscribed = set(delta.unsubscribed)
         if delta.full and delta.epoch == self.epoch:
-            # Of a scoped view, who is not in it may be well, but does not matter here any more.
-            missing = unknown if delta.scoped else gone
+            # A replica that a partial view leaves out may be well, but does not matter to the reader any more.
+            missing = unsubscribed if delta.partial else gone
             missing |= self.workers.keys() - {report.replica for report in delta.workers}
         elif delta.full:
             self._carried = dict.fromkeys(self.workers, now + self.CARRY_S)
         for report in delta.workers:
-            self._learn(report)
+            self._carried.pop(report.replica, None)
+            self.put(report)
         for change in delta.changes:
             known = self.workers.get(change.replica)
             if known is not None:
-                self._learn(_changed(known, change))
+                self._carried.pop(change.replica, None)
+                self.put(_changed(known, change))
         gone |= {replica for replica, until_s in self._carried.items() if now >= until_s}
         gone = {replica for replica in gone if self._forget(replica)}
-        for replica in unknown:
+        for replica in unsubscribed:
             self._forget(replica)
         if delta.rates is not None:
             self.rates = dict(delta.rates)
-        # Those of a coordinator that has gone still count until the new one has been told of them.
+        # Links that an earlier coordinator knew still count until the present one knows them.
         self.links |= delta.links
-        self.epoch, self.version, self.updated_s, self.scoped = delta.epoch, delta.version, now, delta.scoped
+        self.epoch, self.version, self.updated_s, self.partial = delta.epoch, delta.version, now, delta.partial
         return tuple(sorted(gone))
-
-    def holders(self, model_id: str) -> Set[str]:
-        """The replicas that have said to hold a model, or to be loading it."""
-        return self._holders.get(model_id, {}).keys()
-
-    def at(self, location: str) -> Collection[str]:
-        """The replicas of a location."""
-        return self._locations.get(location, {}).keys()
-
-    def _learn(self, report: WorkerReport) -> None:
-        replica = report.replica
-        self._carried.pop(replica, None)
-        before = self.workers.get(replica)
-        self.workers[replica] = report
-        if before is None:
-            self._locations.setdefault(report.location, {})[replica] = None
-            held: Collection[str] = ()
-        else:
-            held = before.models.keys()
-            for model_id in held - report.models.keys():
-                self._let_go(model_id, replica)
-        for model_id in report.models.keys() - held:
-            self._holders.setdefault(model_id, {})[replica] = None
 
     def _forget(self, replica: str) -> bool:
         """Whether it was known."""
-        report = self.workers.pop(replica, None)
         self._carried.pop(replica, None)
-        if report is None:
-            return False
-        for model_id in report.models:
-            self._let_go(model_id, replica)
-        del self._locations[report.location][replica]
-        return True
-
-    def _let_go(self, model_id: str, replica: str) -> None:
-        holders = self._holders[model_id]
-        del holders[replica]
-        if not holders:
-            del self._holders[model_id]
+        return self.remove(replica) is not None
 
     def rate(self, location: str, model_id: str) -> float:
         """Requests per second for a model by users of a location."""
         return self.rates.get(location, {}).get(model_id, 0.0)
 
     def age_s(self, now: float) -> float | None:
-        """Seconds since the last word of the coordinator; None before the first."""
+        """Seconds since the last delta; None before the first."""
         return None if self.updated_s is None else max(0.0, now - self.updated_s)
 
 
-def _replace(known: dict[str, _T], name: str, news: _T | None) -> None:
-    if news is None:
+def _replace(known: dict[str, _T], name: str, value: _T | None) -> None:
+    if value is None:
         known.pop(name, None)
     else:
-        known[name] = news
+        known[name] = value
 
 
 def _changed(report: WorkerReport, change: WorkerChange) -> WorkerReport:

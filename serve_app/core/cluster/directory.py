@@ -1,164 +1,183 @@
-"""The coordinator's directory: every live worker's last report, and what is new of it for whom."""
+"""The coordinator's directory: the last report of every live worker, and the deltas of it for distant readers."""
 
 from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, KeysView, Mapping
+from collections.abc import Collection, Container
 
+from serve_app.core.cluster.replica_index import ReplicaIndex
 from serve_app.core.cluster.reports import ModelChange, WorkerChange, WorkerReport
 from serve_app.core.vocabulary import ResidentModel
 
 
-class DirectoryEntry:
-    """One worker: its last report, and what distant readers are told of it.
+class _Derived:
+    """Values that reads have worked out from an entry: no part of its state, so copies begin without them."""
 
-    Those are told what changes a decision: which models come and go, and of times and queues what is more than noise.
+    __slots__ = ("changes", "unevictable", "without_demand")
+
+    def __init__(self) -> None:
+        self.without_demand: WorkerReport | None = None
+        #: By the number of recent versions that the reader knows.
+        self.changes: dict[int, WorkerChange] = {}
+        #: The published models that are unevictable.
+        self.unevictable: frozenset[str] | None = None
+
+    def __reduce__(self) -> tuple[type[_Derived], tuple[()]]:
+        return _Derived, ()
+
+
+class DirectoryEntry:
+    """One worker: its last report, and what is published of it to readers at other locations.
+
+    Published is what changes a decision: models that come and go, and changes of times and queues beyond noise.
     Otherwise a cluster of n workers would send n reports to n readers four times a second.
 
     Args:
         report: the first one.
-        version: as of which it is known.
+        version: at which it came.
+        changes_kept: how many changes of models are kept; readers that lack older ones get the whole report.
+
+    Attributes:
+        report: the last one.
+        reported_version: at which it came.
+        published: the last report that was published; measured times are published apart from it.
+        published_version: at which it was.
+        compacted_version: the oldest version from which a change can be built.
     """
 
-    #: A queue at a distant worker is told to so many seconds: routers do not believe less from afar anyway.
+    #: A change of a distant queue that is published, in seconds: routers trust no smaller differences from afar.
     QUEUE_S = 0.2
-    #: And a measured time, if it has changed by such a share.
+    #: A relative change of a measured time that is published.
     TIME_SHARE = 0.2
-    #: Whatever has changed, every so many reports: what routers have seen themselves counts until a younger report.
+    #: All changes are published every so many reports, as a router's observations count until a younger report.
     EVERY_REPORTS = 8
-
-    #: So many changes of models are remembered; who is further behind is told everything.
-    REMEMBERED = 256
-
-    #: News to readers that know what was told up to so many times ago are worked out once for all of them.
-    SHARED = 8
+    #: Changes are built once for all readers that know one of so many recent versions.
+    SHARED_VERSIONS = 8
 
     __slots__ = (
-        "_changes", "_exec_s", "_load_s", "_pinned", "_plain", "_times_told", "_touched", "changed", "read_s", "report",
-        "told", "told_at", "whole_at",
+        "_changes_kept", "_derived", "_exec_s", "_load_s", "_model_changes", "_recent_versions", "compacted_version",
+        "published", "published_version", "report", "reported_version",
     )  # fmt: skip
 
-    def __init__(self, report: WorkerReport, version: int) -> None:
-        #: Versions of the last report, of what was told last, and as of which changes are enough.
-        self.changed = self.told_at = self.whole_at = version
-        #: The last report, and the last that distant readers know of; times as they know them.
-        self.report = self.told = report
+    def __init__(self, report: WorkerReport, version: int, changes_kept: int) -> None:
+        self._changes_kept = changes_kept
+        self.report = self.published = report
+        self.reported_version = self.published_version = self.compacted_version = version
+        #: Times as published.
         self._exec_s, self._load_s = dict(report.exec_s), dict(report.load_s)
-        #: What was told of models since it joined and as of which version, the last ones last.
-        self._touched: dict[str, tuple[int, ModelChange]] = {}
-        #: Versions as of which something was told lately; and by those of them that a reader knows, what it does not.
-        self._times_told = [version]
-        self._changes: dict[int, WorkerChange] = {}
-        self._plain: WorkerReport | None = None
-        #: Those of its models that are; worked out when somebody needs them.
-        self._pinned: frozenset[str] | None = None
-        #: When the worker was told of others last.
-        self.read_s: float | None = None
+        #: The last published change of each model and its version, oldest first.
+        self._model_changes: dict[str, tuple[int, ModelChange]] = {}
+        self._recent_versions = [version]
+        self._derived = _Derived()
 
-    def hear(self, report: WorkerReport, version: int) -> Collection[str]:
-        """Take in the next report; returns the models that have come or gone, or are news otherwise."""
-        self.report, self.changed, self._plain = report, version, None
-        told = self.told
-        is_due = report.sequence - told.sequence >= self.EVERY_REPORTS
-        touched = self._moved(told, report)
+    def record(self, report: WorkerReport, version: int) -> Collection[str]:
+        """Take in the next report; returns the models that have come or gone, or whose published state changes."""
+        self.report, self.reported_version = report, version
+        self._derived.without_demand = None
+        published = self.published
+        is_due = report.sequence - published.sequence >= self.EVERY_REPORTS
+        touched = self._moved(published, report)
         if is_due:
             touched |= self._remeasured(report)
-        if not (touched or is_due or self._is_notable(told, report)):
+        if not (touched or is_due or self._is_notable(published, report)):
             return ()
-        self.told_at, self.told = version, report
+        self.published, self.published_version = report, version
         if touched or is_due:
-            self._pinned = None
+            self._derived.unevictable = None
         for model_id in touched:
-            for said, measured in ((self._exec_s, report.exec_s), (self._load_s, report.load_s)):
+            for known, measured in ((self._exec_s, report.exec_s), (self._load_s, report.load_s)):
                 if model_id in measured:
-                    said[model_id] = measured[model_id]
-            self._touched.pop(model_id, None)
-            self._touched[model_id] = version, self._model(model_id)
-        while len(self._touched) > self.REMEMBERED:
-            self.whole_at, _ = self._touched.pop(next(iter(self._touched)))
-        self._times_told.append(version)
-        del self._times_told[: -self.SHARED]
-        self._changes.clear()
+                    known[model_id] = measured[model_id]
+            self._model_changes.pop(model_id, None)
+            self._model_changes[model_id] = version, self._model_change(model_id)
+        while len(self._model_changes) > self._changes_kept:
+            self.compacted_version, _ = self._model_changes.pop(next(iter(self._model_changes)))
+        self._recent_versions.append(version)
+        del self._recent_versions[: -self.SHARED_VERSIONS]
+        self._derived.changes.clear()
         return touched
 
-    def plain(self) -> WorkerReport:
-        """The last report as it is passed on; what users have asked for is not."""
-        if self._plain is None:
-            self._plain = dataclasses.replace(self.report, demand=()) if self.report.demand else self.report
-        return self._plain
+    def without_demand(self) -> WorkerReport:
+        """The last report as readers of the same location get it; demand is for the coordinator alone."""
+        derived = self._derived
+        if derived.without_demand is None:
+            derived.without_demand = dataclasses.replace(self.report, demand=()) if self.report.demand else self.report
+        return derived.without_demand
 
     def change(self, since: int) -> WorkerChange:
-        """What a reader does not know that knows the worker as of version ``since``."""
-        known = bisect_right(self._times_told, since)
-        change = self._changes.get(known)
+        """The published change for a reader that has version ``since`` of this worker."""
+        known = bisect_right(self._recent_versions, since)
+        change = self._derived.changes.get(known)
         if change is None:
-            touched = []
-            for version, model in reversed(self._touched.values()):
+            models = []
+            for version, model in reversed(self._model_changes.values()):
                 if version <= since:
                     break
-                touched.append(model)
-            change = self._changed(tuple(touched))
-            # What was told before that is not remembered by when.
+                models.append(model)
+            change = self._change(tuple(models))
+            # Readers that know none of the recent versions may differ in what they know.
             if known:
-                self._changes[known] = change
+                self._derived.changes[known] = change
         return change
 
-    def of(self, model_id: str) -> WorkerChange:
-        """All that is told of one of its models."""
-        return self._changed((self._model(model_id),))
+    def change_of(self, model_id: str) -> WorkerChange:
+        """All that is published of one model."""
+        return self._change((self._model_change(model_id),))
 
-    def summary(self, names: Collection[str] | None) -> WorkerReport:
-        """All that a reader is told who is interested in some models, or in all."""
-        told = self.told
-        if self._pinned is None:
-            self._pinned = frozenset([model.model_id for model in told.models.values() if model.unevictable])
+    def summary(self, model_ids: Container[str] | None) -> WorkerReport:
+        """All that is published, for a reader interested in some models, or in all."""
+        published, derived = self.published, self._derived
+        if derived.unevictable is None:
+            derived.unevictable = frozenset(
+                [model.model_id for model in published.models.values() if model.unevictable]
+            )
         models = {
             model_id: _without_uses(model)
-            for model_id, model in told.models.items()
-            if names is None or model_id in names or model_id in self._pinned
+            for model_id, model in published.models.items()
+            if model_ids is None or model_id in model_ids or model_id in derived.unevictable
         }
         return dataclasses.replace(
-            told,
+            published,
             models=models,
             exec_s={model_id: seconds for model_id, seconds in self._exec_s.items() if model_id in models},
             load_s={model_id: seconds for model_id, seconds in self._load_s.items() if model_id in models},
             outcomes={},
             demand=(),
-            primary_for=told.primary_for.intersection(models),
+            primary_for=published.primary_for.intersection(models),
         )
 
-    def _changed(self, models: tuple[ModelChange, ...]) -> WorkerChange:
-        told = self.told
+    def _change(self, models: tuple[ModelChange, ...]) -> WorkerChange:
+        published = self.published
         return WorkerChange(
-            replica=told.replica,
-            sequence=told.sequence,
-            capacity_bytes=told.capacity_bytes,
-            used_bytes=told.used_bytes,
-            unaccounted_bytes=told.unaccounted_bytes,
-            loading=told.loading,
-            queue_s=told.queue_s,
-            leaving=told.leaving,
+            replica=published.replica,
+            sequence=published.sequence,
+            capacity_bytes=published.capacity_bytes,
+            used_bytes=published.used_bytes,
+            unaccounted_bytes=published.unaccounted_bytes,
+            loading=published.loading,
+            queue_s=published.queue_s,
+            leaving=published.leaving,
             models=models,
         )
 
-    def _model(self, model_id: str) -> ModelChange:
-        resident = self.told.models.get(model_id)
+    def _model_change(self, model_id: str) -> ModelChange:
+        resident = self.published.models.get(model_id)
         return ModelChange(
             model_id=model_id,
             resident=None if resident is None else _without_uses(resident),
-            primary_for=model_id in self.told.primary_for,
+            primary_for=model_id in self.published.primary_for,
             exec_s=self._exec_s.get(model_id),
             load_s=self._load_s.get(model_id),
         )
 
-    def _moved(self, told: WorkerReport, report: WorkerReport) -> set[str]:
-        """The models that have come, gone, or are in another state; and those it keeps now, or no more."""
-        before, after = told.models, report.models
+    def _moved(self, published: WorkerReport, report: WorkerReport) -> set[str]:
+        """The models that have come, gone or changed state, and those that the worker became or ceased primary for."""
+        before, after = published.models, report.models
         # Mostly nothing has moved, not even in the order of the names, which is seen at once.
         moved = set() if list(after) == list(before) else set(after.keys() ^ before.keys())
-        # Where nothing loads, and nothing did, all are ready; what is pinned can wait until all is told again.
-        if told.loading or report.loading or report.sequence - told.sequence >= self.EVERY_REPORTS:
+        # While nothing loads, all models are ready; what is unevictable can wait until everything is published.
+        if published.loading or report.loading or report.sequence - published.sequence >= self.EVERY_REPORTS:
             for model_id, model in after.items():
                 known = before.get(model_id)
                 if known is not None and (
@@ -167,100 +186,67 @@ class DirectoryEntry:
                     or known.protected != model.protected
                 ):
                     moved.add(model_id)
-        if told.primary_for != report.primary_for:
-            moved |= told.primary_for ^ report.primary_for
+        if published.primary_for != report.primary_for:
+            moved |= published.primary_for ^ report.primary_for
         return moved
 
     def _remeasured(self, report: WorkerReport) -> set[str]:
-        """The models whose times are others than readers were told."""
+        """The models whose times differ from the published ones by more than noise."""
         return {
             model_id
-            for said, measured in ((self._exec_s, report.exec_s), (self._load_s, report.load_s))
+            for known, measured in ((self._exec_s, report.exec_s), (self._load_s, report.load_s))
             for model_id, seconds in measured.items()
-            if (known_s := said.get(model_id)) is None or abs(seconds - known_s) > self.TIME_SHARE * known_s
+            if (known_s := known.get(model_id)) is None or abs(seconds - known_s) > self.TIME_SHARE * known_s
         }
 
-    def _is_notable(self, told: WorkerReport, report: WorkerReport) -> bool:
+    def _is_notable(self, published: WorkerReport, report: WorkerReport) -> bool:
         return (
-            abs(report.queue_s - told.queue_s) > self.QUEUE_S
-            or report.loading // report.load_slots != told.loading // told.load_slots
-            or report.leaving != told.leaving
-            or report.capacity_bytes != told.capacity_bytes
+            abs(report.queue_s - published.queue_s) > self.QUEUE_S
+            or report.loading // report.load_slots != published.loading // published.load_slots
+            or report.leaving != published.leaving
+            or report.capacity_bytes != published.capacity_bytes
         )
 
 
 def _without_uses(model: ResidentModel) -> ResidentModel:
-    """As it is told of: the number of uses changes all the time."""
+    """As published: the number of uses changes all the time."""
     return dataclasses.replace(model, uses=0) if model.uses else model
 
 
-class Directory(Mapping[str, WorkerReport]):
-    """The last report of every live worker, by replica; knows for every model who holds it."""
+class Directory(ReplicaIndex):
+    """The last report of every live worker, its holders and locations, and what is published of it.
 
-    def __init__(self) -> None:
-        self._entries: dict[str, DirectoryEntry] = {}
-        self._holders: dict[str, dict[str, None]] = {}
-        self._locations: dict[str, dict[str, None]] = {}
-        #: How often somebody has come or gone.
-        self.moves = 0
+    Args:
+        changes_kept: see ``DirectoryEntry``.
 
-    def __getitem__(self, replica: str) -> WorkerReport:
-        return self._entries[replica].report
+    Attributes:
+        entries: by replica.
+        membership_version: counts the replicas that have come and gone.
+    """
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+    __slots__ = ("_changes_kept", "entries", "membership_version")
 
-    def __len__(self) -> int:
-        return len(self._entries)
+    def __init__(self, changes_kept: int = 256) -> None:
+        super().__init__()
+        self._changes_kept = changes_kept
+        self.entries: dict[str, DirectoryEntry] = {}
+        self.membership_version = 0
 
-    @property
-    def entries(self) -> Mapping[str, DirectoryEntry]:
-        """What is told of every worker, by replica."""
-        return self._entries
-
-    def hear(self, report: WorkerReport, version: int) -> Collection[str]:
-        """Take in a worker's report; returns the models at it that are news."""
-        entry = self._entries.get(report.replica)
+    def record(self, report: WorkerReport, version: int) -> Collection[str]:
+        """Take in a worker's report; returns its models that have come or gone, or whose published state changes."""
+        entry = self.entries.get(report.replica)
         if entry is None:
-            self._entries[report.replica] = DirectoryEntry(report, version)
-            self.moves += 1
-            self._locations.setdefault(report.location, {})[report.replica] = None
-            for model_id in report.models:
-                self._holders.setdefault(model_id, {})[report.replica] = None
+            self.entries[report.replica] = DirectoryEntry(report, version, self._changes_kept)
+            self.membership_version += 1
+            self.put(report)
             return report.models.keys()
-        news = entry.hear(report, version)
-        for model_id in news:
-            if model_id in report.models:
-                self._holders.setdefault(model_id, {})[report.replica] = None
-            else:
-                self._let_go(model_id, report.replica)
-        return news
+        # The last published report names the same models as the last one: a difference is published at once.
+        touched = entry.record(report, version)
+        self.put(report, touched)
+        return touched
 
-    def depart(self, replica: str) -> None:
-        """A worker is gone."""
-        report = self._entries.pop(replica).report
-        self.moves += 1
-        for model_id in report.models:
-            self._let_go(model_id, replica)
-        del self._locations[report.location][replica]
-        if not self._locations[report.location]:
-            del self._locations[report.location]
-
-    def holders(self, model_id: str) -> Collection[str]:
-        """The replicas that hold a model or are loading it."""
-        return self._holders.get(model_id, {}).keys()
-
-    def held(self) -> KeysView[str]:
-        """Every model that somebody holds."""
-        return self._holders.keys()
-
-    def at(self, location: str) -> Collection[str]:
-        """The replicas of a location."""
-        return self._locations.get(location, {}).keys()
-
-    def _let_go(self, model_id: str, replica: str) -> None:
-        holders = self._holders.get(model_id)
-        if holders is not None:
-            holders.pop(replica, None)
-            if not holders:
-                del self._holders[model_id]
+    def deregister(self, replica: str) -> None:
+        """Forget a worker that has gone."""
+        del self.entries[replica]
+        self.membership_version += 1
+        self.remove(replica)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 
 class DecayedRate:
@@ -50,7 +51,7 @@ class Popularity:
         self._rates: dict[str, dict[str, DecayedRate]] = {}
 
     def change(self, half_life_s: float, now: float) -> None:
-        """Forget faster or more slowly from now on."""
+        """Use another half-life from now on."""
         if half_life_s == self._half_life_s:
             return
         known, self._half_life_s, self._rates = self.rates(now), half_life_s, {}
@@ -68,28 +69,33 @@ class Popularity:
             rate = rates[model_id] = DecayedRate(self._half_life_s)
         rate.add(now, count)
 
-    def rates(self, now: float) -> dict[str, dict[str, float]]:
-        """Requests per second of every model at every location that has asked for it lately; forgets the rest."""
-        self._rates = {location: kept for location, known in self._rates.items() if (kept := self._lately(known, now))}
-        return {
-            location: {model_id: rate.per_s(now) for model_id, rate in known.items()}
-            for location, known in self._rates.items()
-        }
+    def rates(self, now: float) -> Mapping[str, Mapping[str, float]]:
+        """Requests per second of every model at every location with requests that are not forgotten yet."""
+        return {location: rates for location in self._rates if (rates := self.rates_of(location, now))}
 
-    def rates_of(self, location: str, now: float) -> dict[str, float]:
+    def rates_of(self, location: str, now: float) -> Mapping[str, float]:
         """The same of one location."""
-        known = self._rates.get(location, {})
-        rates = {model_id: rate.per_s(now) for model_id, rate in known.items()}
-        least_per_s = self.FORGET_REQUESTS * math.log(2) / self._half_life_s
+        rates = {model_id: rate.per_s(now) for model_id, rate in self._rates.get(location, {}).items()}
+        least_per_s = self._least_per_s
         if rates and min(rates.values()) < least_per_s:
-            self._rates[location] = self._lately(known, now)
-            rates = {model_id: rates[model_id] for model_id in self._rates[location]}
+            return {model_id: per_s for model_id, per_s in rates.items() if per_s >= least_per_s}
         return rates
+
+    def forget(self, now: float) -> None:
+        """Release the memory of pairs that ``rates`` leaves out."""
+        least_per_s = self._least_per_s
+        for location, known in list(self._rates.items()):
+            kept = {model_id: rate for model_id, rate in known.items() if rate.per_s(now) >= least_per_s}
+            if not kept:
+                del self._rates[location]
+            elif len(kept) < len(known):
+                self._rates[location] = kept
 
     @property
     def pairs(self) -> int:
-        """Of how many pairs of location and model there are rates, some of which may be forgotten soon."""
+        """Number of pairs of location and model with a rate, some of which may be forgotten soon."""
         return sum(map(len, self._rates.values()))
 
-    def _lately(self, known: dict[str, DecayedRate], now: float) -> dict[str, DecayedRate]:
-        return {model_id: rate for model_id, rate in known.items() if rate.requests(now) >= self.FORGET_REQUESTS}
+    @property
+    def _least_per_s(self) -> float:
+        return self.FORGET_REQUESTS * math.log(2) / self._half_life_s

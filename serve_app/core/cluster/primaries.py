@@ -85,7 +85,7 @@ class PrimaryTracker:
         self._reported = self.primary_for.intersection(held) | (frozenset(held) - self._seen)
         return self._reported
 
-    def look(self, held: Collection[str], others: Iterable[WorkerReport]) -> frozenset[str]:
+    def update(self, held: Collection[str], others: Iterable[WorkerReport]) -> frozenset[str]:
         """Decide anew what to keep; returns what must not be treated as a duplicate."""
         self._seen = frozenset(held)
         self.primary_for = primaries_at(self._replica, self._location, held, others, self._min_copies)

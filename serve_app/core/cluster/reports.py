@@ -1,4 +1,4 @@
-"""What workers tell the coordinator, and what the coordinator tells everyone: immutable values."""
+"""What workers report to the coordinator, and the deltas that it answers with: immutable values."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class WorkerReport:
 
     ``loading`` counts the models that load or wait for their turn to, of which ``load_slots`` load at the same time.
     ``queue_s`` is the time until a request that arrives now begins to execute. ``exec_s`` and ``load_s`` are smoothed
-    measurements per model, absent where nothing was measured yet. ``outcomes`` is keyed by the location whose users
-    sent the requests: another one's are forwards. ``primary_for`` are the models whose last copy the worker answers for
-    (``primaries.py``). One that is ``leaving`` still serves, but others should be preferred.
+    measurements per model, absent before the first measurement. ``outcomes`` is keyed by the location whose users
+    sent the requests: those of other locations are forwards. ``primary_for`` are the models whose last copy the worker
+    answers for (``primaries.py``). A worker that is ``leaving`` still serves, but others should be preferred.
 
     ``capacity_bytes`` and ``used_bytes`` are of models. Beside them the worker sets ``workspace_bytes`` aside for
     executions. It holds ``unaccounted_bytes`` of the capacity back for what the kernel sees of the process
@@ -94,7 +94,7 @@ class WorkerReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelChange:
-    """What is known now of one model at a worker; ``resident`` is None where it is not in memory."""
+    """The present state of one model at a worker; ``resident`` is None where it is not in memory."""
 
     model_id: str
     resident: ResidentModel | None
@@ -105,7 +105,7 @@ class ModelChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerChange:
-    """What has changed at a worker of which the reader knows the rest; fields as in ``WorkerReport``."""
+    """What has changed at a worker of which the reader has a report; fields as in ``WorkerReport``."""
 
     replica: str
     sequence: int
@@ -120,15 +120,22 @@ class WorkerChange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewDelta:
-    """What has changed in the cluster since a version; ``full`` replaces everything that was known before.
+    """What has changed in the cluster since the version that a reader has.
 
-    ``workers`` are whole reports, ``changes`` add to reports that the reader has. One that is ``scoped`` tells only of
-    the workers that matter to the reader; those ``beyond`` matter no more, but may be well.
-    ``rates`` holds requests per second of every model at every location, or at the reader's where it is scoped, and is
-    always whole: rates fall by themselves. None: as before.
-    ``links`` are the measured ways from the reader's location that have changed.
-    ``commands`` are for the worker whose report this answers. If that one is leaving, ``may_leave`` says that nothing
-    is left to be handed over.
+    Attributes:
+        epoch: of the coordinator.
+        version: that the reader has once it has applied this delta.
+        full: replaces everything that the reader has.
+        workers: whole reports.
+        changes: what has changed in reports that the reader has.
+        gone: replicas that have left the cluster.
+        partial: covers only the workers that matter to the reader.
+        unsubscribed: replicas that matter to the reader no more, but may be well.
+        rates: requests per second of every model at every location, or at the reader's if partial. Complete whenever
+            given, as rates fall by themselves; None: as before.
+        links: measured links from the reader's location that have changed.
+        commands: for the worker whose report this delta answers.
+        may_leave: if that worker is leaving: nothing is left to hand over.
     """
 
     epoch: str
@@ -140,6 +147,6 @@ class ViewDelta:
     links: Mapping[tuple[str, str], Link] = field(default_factory=dict)
     commands: tuple[Command, ...] = ()
     may_leave: bool = True
-    scoped: bool = False
+    partial: bool = False
     changes: tuple[WorkerChange, ...] = ()
-    beyond: tuple[str, ...] = ()
+    unsubscribed: tuple[str, ...] = ()

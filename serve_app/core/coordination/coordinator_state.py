@@ -1,79 +1,235 @@
-"""The coordinator's state machine: reports in, versioned view out. No I/O, no clock."""
+"""The coordinator's state machine: events in, versioned deltas out. No I/O, no clock."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 from serve_app.core.cluster.commands import Command
 from serve_app.core.cluster.directory import Directory
 from serve_app.core.cluster.popularity import Popularity
-from serve_app.core.cluster.reports import ViewDelta, WorkerChange, WorkerReport
-from serve_app.core.coordination.rules import CoordinatorRules
+from serve_app.core.cluster.reports import Demand, ViewDelta, WorkerReport
+from serve_app.core.coordination.change_log import ChangeLog
+from serve_app.core.coordination.events import (
+    Event,
+    LinksMeasured,
+    Reader,
+    ReaderSeen,
+    RulesChanged,
+    Tick,
+    WorkerLeft,
+    WorkerReported,
+)
+from serve_app.core.coordination.rules import CoordinatorRules, DeltaLimits
 from serve_app.core.coordination.subscription import Subscription
 from serve_app.core.links import HERE, Link
 from serve_app.core.placement.controller import Planner
 
+_DEFAULT_LIMITS = DeltaLimits()
+
 
 class CoordinatorState:
-    """Knows every live worker's last report and how popular each model is at each location.
+    """The last report of every live worker, the popularity of models at each location, and who has to know what.
 
-    | event                          | effect                                                          |
-    |--------------------------------|-----------------------------------------------------------------|
-    | first report of a replica      | it joins the directory                                          |
-    | report with a higher sequence  | replaces the last one; its demand counts towards popularity     |
-    | report with no higher sequence | ignored: it was overtaken on the way                            |
-    | the first one that is leaving  | its models are ordered where they will be missed                |
-    | no report for ``stale_after_s``| the replica leaves the directory                                |
-    | measured links                 | replace what was known of these links                           |
+    ``handle`` alone changes the state; ``delta`` and ``snapshot`` only read it.
 
-    Rounds of placement take place when a report comes in and the last one is long enough ago. Their commands wait for
-    the next report of the worker that they are for. A report of a worker that is leaving has its models placed at once.
+    | event                               | effect                                                             |
+    |-------------------------------------|--------------------------------------------------------------------|
+    | any                                 | replicas without a report for ``stale_after_s`` leave the directory |
+    | ``WorkerReported``, first           | the replica joins the directory                                    |
+    | with a higher sequence              | replaces the last report; its demand counts                        |
+    | with no higher sequence             | ignored: it was overtaken on the way                               |
+    | the first one that is leaving       | its models are ordered where they will be missing                  |
+    | the last round is long enough ago   | a round of placement                                               |
+    | ``WorkerLeft``                      | the replica leaves the directory                                   |
+    | ``LinksMeasured``                   | the links replace what was known of them                           |
+    | ``ReaderSeen``                      | in a large cluster, the reader's subscription is brought up to date |
+    | ``RulesChanged``                    | newer rules replace the present ones                               |
+    | the cluster becomes large or small  | deltas become partial, or whole again                              |
 
-    A coordinator that starts anew has an empty directory under a new ``epoch``; the next round of reports fills it.
+    Commands wait for the next report of their worker. A new coordinator has an empty directory under a new ``epoch``,
+    which the next round of reports fills.
 
-    While there are few workers, every reader gets every report. Then a reader gets those of its own location, and of
-    its ``Subscription`` what changes decisions: news do not grow with the cluster. One of no location is told of all.
+    In a small cluster every reader gets every report. In a large one a reader gets the reports of its own location, and
+    of the workers in the location's ``Subscription`` what changes decisions: so deltas do not grow with the cluster.
+
+    All changes that one event makes get the same version, one above the last.
 
     Args:
         epoch: differs for every life of the coordinator; readers drop what they knew when it changes.
-        rules: how to work, until ``configure`` says otherwise.
-        whole_up_to: so many workers are few.
+        rules: until newer ones come.
+        limits: of the deltas.
+        popularity: what counts the demand that routers see; None: a ``Popularity``.
     """
 
-    #: What is few: everybody's whole reports are then not much more than what else a reader gets.
-    WHOLE_UP_TO = 8
-    #: How often a worker is told of others where there are many: it sends them no requests, as routers do.
-    WORKERS_READ_EVERY_S = 2.0
-    #: How often rates are told where there are many workers: of one location, and of all.
-    RATES_EVERY_S = 2.0
-    ALL_RATES_EVERY_S = 10.0
-
-    #: Dead replicas that are remembered for readers that lag behind; whoever lags further reads everything anew.
-    MAX_DEPARTED = 1000
-
-    def __init__(self, *, epoch: str, rules: CoordinatorRules, whole_up_to: float = WHOLE_UP_TO) -> None:
+    def __init__(
+        self,
+        *,
+        epoch: str,
+        rules: CoordinatorRules,
+        limits: DeltaLimits = _DEFAULT_LIMITS,
+        popularity: Popularity | None = None,
+    ) -> None:
         self._epoch = epoch
-        self._whole_up_to = whole_up_to
         self._rules = rules
-        self._popularity = Popularity(rules.half_life_s)
-        self._planner = _planner(rules, None)
-        self._planned_s: float | None = None
-        self._commands: dict[str, list[Command]] = {}
+        self._limits = limits
         self._version = 0
-        self._reports = Directory()
-        #: Those heard longest ago first; the last departed last.
-        self._heard_s: dict[str, float] = {}
-        self._departed: dict[str, int] = {}
-        self._complete_since = 0
-        #: By location; empty while there are few workers.
-        self._scopes: dict[str | None, Subscription] = {}
+        self._directory = Directory(limits.changes)
+        #: When each replica reported last, longest ago first.
+        self._reported_s: dict[str, float] = {}
+        self._departed: ChangeLog[str] = ChangeLog()
+        #: Readers with an older version get everything.
+        self._oldest_delta_version = 0
+        self._is_large = False
+        #: By location; only in a large cluster.
+        self._subscriptions: dict[str | None, Subscription] = {}
         self._links: dict[tuple[str, str], Link] = {}
-        #: By location, the last ones last.
-        self._links_changed: dict[str, dict[tuple[str, str], int]] = {}
+        #: By the location where they begin.
+        self._links_changed: dict[str, ChangeLog[tuple[str, str]]] = {}
+        self._popularity = Popularity(rules.half_life_s) if popularity is None else popularity
+        self._forget_s = 0.0
+        self._planner = _planner(rules, None)
+        #: When all workers have had the time to report, and when the last round of placement was.
+        self._all_reported_s: float | None = None
+        self._planned_s: float | None = None
+        #: Commands for the next report of each replica, and those for the report that came last.
+        self._commands: dict[str, list[Command]] = {}
+        self._due_commands: dict[str, tuple[Command, ...]] = {}
 
-    def configure(self, rules: CoordinatorRules, now: float) -> None:
-        """Work by these rules from now on, if they are newer than those that are known."""
+    # Events
+
+    def handle(self, event: Event, now: float) -> None:
+        """Take in an event.
+
+        Args:
+            event: what has happened.
+            now: seconds; never runs backwards.
+        """
+        version = self._version + 1
+        has_changed = self._expire(now, version)
+        match event:
+            case WorkerReported(report=report, demand=demand):
+                has_changed |= self._record(report, report.demand if demand is None else demand, now, version)
+                self._due_commands[report.replica] = tuple(self._commands.pop(report.replica, ()))
+            case ReaderSeen(reader=reader):
+                has_changed |= self._subscribe(reader, now, version)
+            case LinksMeasured(links=links):
+                has_changed |= self._update_links(links, version)
+            case WorkerLeft(replica=replica):
+                has_changed |= self._deregister(replica, version)
+            case RulesChanged(rules=rules):
+                self._configure(rules, now)
+            case Tick():
+                pass
+        if has_changed:
+            self._version = version
+        if now >= self._forget_s:
+            self._forget_s = now + self._rules.half_life_s
+            self._popularity.forget(now)
+
+    def exchange(self, report: WorkerReport, epoch: str, version: int, now: float) -> ViewDelta:
+        """Take in a worker's report and answer it: the events and the read of every report."""
+        reader = Reader(report.location, report.replica, epoch, version)
+        self.handle(WorkerReported(report), now)
+        self.handle(ReaderSeen(reader), now)
+        return self.delta(reader, now)
+
+    def _record(self, report: WorkerReport, demands: tuple[Demand, ...], now: float, version: int) -> bool:
+        replica, workers = report.replica, self._directory.workers
+        known = workers.get(replica)
+        if known is not None and report.sequence <= known.sequence:
+            return False
+        touched = self._directory.record(report, version)
+        self._reported_s.pop(replica, None)
+        self._reported_s[replica] = now
+        self._departed.discard(replica)
+        if known is None:
+            self._update_mode(version)
+        subscription = self._subscriptions.get(report.location)
+        if subscription is not None:
+            for model_id in touched:
+                if model_id in report.models:
+                    subscription.request(model_id, version)
+        for demand in demands:
+            self._popularity.add(demand.location, demand.model_id, demand.count, now)
+            subscription = self._subscriptions.get(demand.location)
+            if subscription is not None:
+                subscription.request(demand.model_id, version)
+        self._place(report, demands, now)
+        return True
+
+    def _subscribe(self, reader: Reader, now: float, version: int) -> bool:
+        if not self._is_large:
+            return False
+        location = reader.location
+        subscription = self._subscriptions.get(location)
+        is_new = subscription is None
+        if subscription is None:
+            subscription = self._subscriptions[location] = Subscription(
+                location, self._directory, self._limits, self._rtt_s, version
+            )
+        has_changed = is_new
+        if reader.replica is not None and not subscription.admit(
+            reader.replica, now, knows_nothing=reader.epoch != self._epoch
+        ):
+            return has_changed
+        if is_new and location is not None:
+            workers = self._directory.workers
+            held = [model_id for replica in self._directory.at(location) for model_id in workers[replica].models]
+            for model_id in (*self._popularity.rates_of(location, now), *held):
+                subscription.request(model_id, version)
+        has_changed |= subscription.refresh_nearest(version, now)
+        if reader.replica is None and subscription.are_rates_due(now):
+            popularity = self._popularity
+            rates = popularity.rates(now) if location is None else {location: popularity.rates_of(location, now)}
+            subscription.set_rates(rates, version, now)
+            has_changed = True
+        return has_changed
+
+    def _update_links(self, links: Mapping[tuple[str, str], Link], version: int) -> bool:
+        if not links:
+            return False
+        self._links |= links
+        for ends in links:
+            self._links_changed.setdefault(ends[0], ChangeLog()).add(ends, version)
+        if self._planner is not None:
+            self._planner.measured(links)
+        return True
+
+    def _expire(self, now: float, version: int) -> bool:
+        has_changed = False
+        while self._reported_s:
+            replica, reported_s = next(iter(self._reported_s.items()))
+            if now - reported_s <= self._rules.stale_after_s:
+                break
+            has_changed |= self._deregister(replica, version)
+        return has_changed
+
+    def _deregister(self, replica: str, version: int) -> bool:
+        report = self._directory.workers.get(replica)
+        if report is None:
+            return False
+        self._directory.deregister(replica)
+        del self._reported_s[replica]
+        self._commands.pop(replica, None)
+        self._due_commands.pop(replica, None)
+        if self._planner is not None:
+            self._planner.departed(replica)
+        if (subscription := self._subscriptions.get(report.location)) is not None:
+            subscription.deregister(replica)
+        self._departed.add(replica, version)
+        self._oldest_delta_version = max(self._oldest_delta_version, self._departed.trim(self._limits.departed))
+        self._update_mode(version)
+        return True
+
+    def _update_mode(self, version: int) -> None:
+        """Go between whole and partial deltas; a reader of partial ones begins again once they are whole."""
+        is_large = len(self._directory.workers) > self._limits.small_cluster
+        if self._is_large and not is_large:
+            self._subscriptions.clear()
+            self._oldest_delta_version = version
+        self._is_large = is_large
+
+    def _configure(self, rules: CoordinatorRules, now: float) -> None:
         if rules.issued <= self._rules.issued:
             return
         before, self._rules = self._rules, rules
@@ -84,230 +240,140 @@ class CoordinatorState:
                 self._planner.measured(self._links)
             self._commands.clear()
 
-    def handle(self, report: WorkerReport, now: float) -> None:
-        """Take in one worker's report (``now`` in seconds)."""
-        self.expire(now)
-        known = self._reports.get(report.replica)
-        if known is not None and report.sequence <= known.sequence:
+    # Placement
+
+    def plan(self, now: float) -> tuple[Command, ...]:
+        """Run a round of placement now; the caller delivers the commands."""
+        return () if self._planner is None else self._planner.plan(self._directory.workers.values(), now)
+
+    def _place(self, report: WorkerReport, demands: tuple[Demand, ...], now: float) -> None:
+        planner = self._planner
+        if planner is None:
             return
-        self._version += 1
-        news = self._reports.hear(report, self._version)
-        self._heard_s.pop(report.replica, None)
-        self._heard_s[report.replica] = now
-        self._departed.pop(report.replica, None)
-        for model_id in news:
-            if model_id in report.models:
-                self._follow(report.location, model_id)
-        for demand in report.demand:
-            self._popularity.add(demand.location, demand.model_id, demand.count, now)
-            self._follow(demand.location, demand.model_id)
-        self._plan(report, now)
-
-    def answer(self, report: WorkerReport, epoch: str, version: int, now: float) -> ViewDelta:
-        """Take in a worker's report; answer with what it does not know yet, and what it should do."""
-        self.handle(report, now)
-        commands = tuple(self._commands.pop(report.replica, ()))
-        may_leave = self._planner is None or self._planner.may_leave(report.replica, self._reports, now)
-        if self._is_large():
-            entry = self._reports.entries[report.replica]
-            if epoch != self._epoch or entry.read_s is None or now - entry.read_s >= self.WORKERS_READ_EVERY_S:
-                entry.read_s = now
-                return self._scoped(epoch, version, now, report.location, report.replica, commands, may_leave)
-            return ViewDelta(
-                epoch=epoch,
-                version=version,
-                full=False,
-                workers=(),
-                gone=(),
-                rates=None,
-                scoped=True,
-                commands=commands,
-                may_leave=may_leave,
-            )
-        delta = self.view(epoch, version, now, report.location)
-        return dataclasses.replace(delta, commands=commands, may_leave=may_leave)
-
-    def measured(self, links: Mapping[tuple[str, str], Link]) -> None:
-        """A router has measured the ways from its location."""
-        if links:
-            self._version += 1
-            self._links |= links
-            for way in links:
-                changed = self._links_changed.setdefault(way[0], {})
-                changed.pop(way, None)
-                changed[way] = self._version
-            if self._planner is not None:
-                self._planner.measured(links)
-
-    def expire(self, now: float) -> None:
-        """Drop the replicas that have been silent for too long."""
-        while self._heard_s:
-            replica, heard_s = next(iter(self._heard_s.items()))
-            if now - heard_s <= self._rules.stale_after_s:
-                return
-            self.depart(replica)
-
-    def depart(self, replica: str) -> None:
-        """Drop a replica that is known to be gone; unknown ones are ignored."""
-        if replica not in self._reports:
-            return
-        self._version += 1
-        self._reports.depart(replica)
-        del self._heard_s[replica]
-        self._commands.pop(replica, None)
-        if self._planner is not None:
-            self._planner.departed(replica)
-        self._departed[replica] = self._version
-        if len(self._departed) > self.MAX_DEPARTED:
-            self._complete_since = self._departed.pop(next(iter(self._departed)))
-
-    def _plan(self, report: WorkerReport, now: float) -> None:
-        planner, settings = self._planner, self._rules.placement
-        if planner is None or settings is None:
-            return
-        planner.hear(report.replica, report.demand, now)
+        planner.hear(report.replica, demands, now)
         commands: tuple[Command, ...] = ()
         if report.leaving:
-            commands = planner.hand_over(self._reports[report.replica], self._reports.values(), now)
-        if self._planned_s is None:
-            # Not before everybody who is there has had the time to say so: all copies would seem to be missing.
-            self._planned_s = now + self._rules.stale_after_s - settings.every_s
-        if now - self._planned_s >= settings.every_s:
+            commands = planner.hand_over(report, self._directory.workers.values(), now)
+        if self._is_round_due(now):
             self._planned_s = now
-            commands += planner.plan(self._reports.values(), now)
+            commands += self.plan(now)
         for command in commands:
             self._commands.setdefault(command.replica, []).append(command)
 
-    def view(self, epoch: str, version: int, now: float, location: str | None = None) -> ViewDelta:
-        """What a reader of ``location`` that last saw ``version`` of ``epoch`` does not know yet."""
-        self.expire(now)
-        if self._is_large():
-            return self._scoped(epoch, version, now, location)
-        full = epoch != self._epoch or not self._complete_since <= version <= self._version
-        since = -1 if full else version
+    def _is_round_due(self, now: float) -> bool:
+        if self._planned_s is not None and self._rules.placement is not None:
+            return now - self._planned_s >= self._rules.placement.every_s
+        if self._all_reported_s is None:
+            # Before all workers have had the time to report, all copies would seem to be missing.
+            self._all_reported_s = now + self._rules.stale_after_s
+        return now >= self._all_reported_s
+
+    # Reads
+
+    def delta(self, reader: Reader, now: float) -> ViewDelta:
+        """What a reader does not know yet; a reader without a subscription is told of all workers.
+
+        Args:
+            reader: with the version that it has.
+            now: seconds; rates are as of then.
+        """
+        replica = reader.replica
+        commands = self._due_commands.get(replica, ()) if replica is not None else ()
+        may_leave = (
+            replica is None or self._planner is None or self._planner.may_leave(replica, self._directory.workers, now)
+        )
+        subscription = self._subscriptions.get(reader.location)
+        if subscription is not None:
+            return self._partial(reader, subscription, commands, may_leave)
+        full = self._is_outdated(reader, self._oldest_delta_version)
+        since = -1 if full else reader.version
         return ViewDelta(
             epoch=self._epoch,
             version=self._version,
             full=full,
-            workers=tuple(entry.plain() for entry in self._reports.entries.values() if entry.changed > since),
+            workers=tuple(
+                [entry.without_demand() for entry in self._directory.entries.values() if entry.reported_version > since]
+            ),
             gone=() if full else self._gone(since),
-            rates=self.rates(now),
-            links=self._new_links(location, since),
-        )
-
-    def everything(self, now: float) -> ViewDelta:
-        """Every report and all rates, whoever asks; for a reader that keeps nothing."""
-        self.expire(now)
-        return ViewDelta(
-            epoch=self._epoch,
-            version=self._version,
-            full=True,
-            workers=tuple(entry.plain() for entry in self._reports.entries.values()),
-            gone=(),
-            rates=self.rates(now),
-        )
-
-    @property
-    def rated(self) -> int:
-        """Of how many pairs of location and model there are rates."""
-        return self._popularity.pairs
-
-    def _is_large(self) -> bool:
-        """Whether news are by scope; who has read them the other way reads everything anew."""
-        is_large = len(self._reports) > self._whole_up_to
-        if not is_large and self._scopes:
-            self._scopes.clear()
-            self._version += 1
-            self._complete_since = self._version
-        return is_large
-
-    def _scoped(
-        self,
-        epoch: str,
-        version: int,
-        now: float,
-        location: str | None,
-        replica: str | None = None,
-        commands: tuple[Command, ...] = (),
-        may_leave: bool = True,
-    ) -> ViewDelta:
-        """What a reader of ``location`` does not know yet of what matters there; ``replica``: it is this worker."""
-        scope = self._scope(location, now, rates=replica is None)
-        full = epoch != self._epoch or not max(self._complete_since, scope.complete_since) <= version <= self._version
-        since = -1 if full else version
-        workers, changes = self._news(scope, location, replica, since)
-        return ViewDelta(
-            epoch=self._epoch,
-            version=self._version,
-            full=full,
-            scoped=True,
-            workers=tuple(workers),
-            changes=tuple(changes),
-            gone=() if full else self._gone(since),
-            beyond=() if full else scope.beyond(since),
-            # Workers decide nothing by them.
-            rates=scope.rates if replica is None and scope.rates_at > since else None,
-            links=self._new_links(location, since),
+            rates=self._popularity.rates(now),
+            links=self._changed_links(reader.location, since),
             commands=commands,
             may_leave=may_leave,
         )
 
-    def _news(
-        self, scope: Subscription, location: str | None, reader: str | None, since: int
-    ) -> tuple[list[WorkerReport], list[WorkerChange]]:
-        entries = self._reports.entries
-        if location is None:
-            told = [entry for entry in entries.values() if entry.told_at > since]
-            return (
-                [entry.summary(None) for entry in told if entry.whole_at > since],
-                [entry.change(since) for entry in told if entry.whole_at <= since],
+    def _partial(
+        self, reader: Reader, subscription: Subscription, commands: tuple[Command, ...], may_leave: bool
+    ) -> ViewDelta:
+        replica = reader.replica
+        if replica is not None and not subscription.is_reading(replica):
+            return ViewDelta(
+                epoch=reader.epoch,
+                version=reader.version,
+                full=False,
+                partial=True,
+                workers=(),
+                gone=(),
+                rates=None,
+                commands=commands,
+                may_leave=may_leave,
             )
-        own = [entries[replica] for replica in self._reports.at(location) if replica != reader]
-        workers = [entry.plain() for entry in own if entry.changed > since]
-        names = scope.models
-        joined = scope.joined(since)
-        workers += [entries[replica].summary(names) for replica in joined if replica in entries]
-        changes: list[WorkerChange] = []
-        for entry in scope.told(since):
-            if entry.whole_at > since:
-                if entry.report.replica not in joined:
-                    workers.append(entry.summary(names))
-            elif not joined or entry.report.replica not in joined:
-                changes.append(entry.change(since))
-        # Of those who were peers before anybody here asked for this.
-        for model_id in scope.new_models(since):
-            for replica in scope.peers.keys() & self._reports.holders(model_id):
-                entry = entries[replica]
-                if max(scope.peers[replica], entry.whole_at) <= since:
-                    changes.append(entry.of(model_id))
-        return workers, changes
+        full = self._is_outdated(reader, max(self._oldest_delta_version, subscription.oldest_delta_version))
+        since = -1 if full else reader.version
+        workers, changes = subscription.workers_and_changes(replica, since)
+        return ViewDelta(
+            epoch=self._epoch,
+            version=self._version,
+            full=full,
+            partial=True,
+            workers=tuple(workers),
+            changes=tuple(changes),
+            gone=() if full else self._gone(since),
+            unsubscribed=() if full else subscription.unsubscribed(since),
+            # Workers decide nothing by rates.
+            rates=subscription.rates if replica is None and subscription.rates_version > since else None,
+            links=self._changed_links(reader.location, since),
+            commands=commands,
+            may_leave=may_leave,
+        )
 
-    def _scope(self, location: str | None, now: float, *, rates: bool) -> Subscription:
-        scope = self._scopes.get(location)
-        if scope is None:
-            self._version += 1
-            scope = self._scopes[location] = Subscription(location or "", self._reports, self._version)
-            if location is not None:
-                held = [
-                    model_id for replica in self._reports.at(location) for model_id in self._reports[replica].models
-                ]
-                for model_id in (*self._popularity.rates_of(location, now), *held):
-                    scope.follow(model_id, self._version, self._way_s)
-        if location is not None and scope.look(self._version + 1, now, self._way_s):
-            self._version += 1
-        every_s = self.ALL_RATES_EVERY_S if location is None else self.RATES_EVERY_S
-        if rates and (scope.rated_s is None or now - scope.rated_s >= every_s):
-            self._version += 1
-            scope.rated_s, scope.rates_at = now, self._version
-            scope.rates = self.rates(now) if location is None else {location: self._popularity.rates_of(location, now)}
-        return scope
+    def snapshot(self, now: float) -> ViewDelta:
+        """Every report and all rates, for a reader that keeps nothing."""
+        return ViewDelta(
+            epoch=self._epoch,
+            version=self._version,
+            full=True,
+            workers=tuple(entry.without_demand() for entry in self._directory.entries.values()),
+            gone=(),
+            rates=self._popularity.rates(now),
+        )
 
-    def _follow(self, location: str, model_id: str) -> None:
-        scope = self._scopes.get(location)
-        if scope is not None:
-            scope.follow(model_id, self._version, self._way_s)
+    def rates(self, now: float) -> Mapping[str, Mapping[str, float]]:
+        """Requests per second of every model at every location."""
+        return self._popularity.rates(now)
 
-    def _way_s(self, here: str, there: str) -> float:
+    @property
+    def pairs(self) -> int:
+        """Number of pairs of location and model with a rate."""
+        return self._popularity.pairs
+
+    @property
+    def directory(self) -> Directory:
+        """The last report of every live worker; to be read only."""
+        return self._directory
+
+    def subscription(self, location: str | None) -> Subscription | None:
+        """What the readers of a location are told of; None: of all workers. To be read only."""
+        return self._subscriptions.get(location)
+
+    @property
+    def links(self) -> Mapping[tuple[str, str], Link]:
+        """Every link that has been measured."""
+        return self._links
+
+    def _is_outdated(self, reader: Reader, oldest_version: int) -> bool:
+        return reader.epoch != self._epoch or not oldest_version <= reader.version <= self._version
+
+    def _rtt_s(self, here: str, there: str) -> float:
         link = self._links.get((here, there))
         if link is None:
             placement = self._rules.placement
@@ -315,38 +381,11 @@ class CoordinatorState:
         return link.rtt_s
 
     def _gone(self, since: int) -> tuple[str, ...]:
-        gone = []
-        for replica, version in reversed(self._departed.items()):
-            if version <= since:
-                break
-            gone.append(replica)
-        return tuple(reversed(gone))
+        return tuple(reversed(self._departed.since(since)))
 
-    def _new_links(self, location: str | None, since: int) -> dict[tuple[str, str], Link]:
-        links: dict[tuple[str, str], Link] = {}
-        if location is not None:
-            for way, changed in reversed(self._links_changed.get(location, {}).items()):
-                if changed <= since:
-                    break
-                links[way] = self._links[way]
-        return links
-
-    def holders(self, model_id: str) -> tuple[str, ...]:
-        """The live replicas that hold a model or are loading it."""
-        return tuple(self._reports.holders(model_id))
-
-    def holder_counts(self) -> dict[str, int]:
-        """How many live replicas hold each model."""
-        return {model_id: len(self._reports.holders(model_id)) for model_id in self._reports.held()}
-
-    @property
-    def links(self) -> Mapping[tuple[str, str], Link]:
-        """Every way that has been measured."""
-        return self._links
-
-    def rates(self, now: float) -> dict[str, dict[str, float]]:
-        """Requests per second of every model at every location."""
-        return self._popularity.rates(now)
+    def _changed_links(self, location: str | None, since: int) -> dict[tuple[str, str], Link]:
+        changed = None if location is None else self._links_changed.get(location)
+        return {} if changed is None else {ends: self._links[ends] for ends in changed.since(since)}
 
 
 def _planner(rules: CoordinatorRules, before: Planner | None) -> Planner | None:

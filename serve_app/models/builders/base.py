@@ -14,9 +14,7 @@ from torch import nn
 
 from serve_app.core.catalog import ImageInput, Interpolation
 from serve_app.errors import StoreError
-from serve_app.models.weights import (
-    Download,
-)
+from serve_app.models.weights import Download
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,20 +33,20 @@ class Builder(Protocol):
     unused: tuple[str, ...]
 
     def download(self) -> Download | None:
-        """Where pretrained weights come from; None if they need no download."""
+        """Return where pretrained weights come from; None if they need no download."""
 
     def construct(self, weights: str) -> nn.Module:
-        """A module of the structure that these weights expect, with initial values from the current seed."""
+        """Build a module of the structure that these weights expect, with initial values from the current seed."""
 
     def pretrained(self) -> nn.Module:
-        """A module with its pretrained weights."""
+        """Build a module with its pretrained weights."""
 
     def metadata(self) -> Metadata:
-        """What is known about the pretrained weights without fetching them."""
+        """Return what is known about the pretrained weights without fetching them."""
 
 
 def interpolation_named(name: str) -> Interpolation:
-    """Check the interpolation that weights ask for.
+    """Check the interpolation that weights ask for, and return it.
 
     Raises:
         StoreError: images cannot be resized that way.
@@ -59,12 +57,12 @@ def interpolation_named(name: str) -> Interpolation:
 
 
 def rgb(values: Any) -> tuple[float, float, float]:
-    """Three numbers, one per channel."""
+    """Convert to three floats, one per channel."""
     red, green, blue = (float(value) for value in values)
     return red, green, blue
 
 
 def suggest(name: str, known: list[str]) -> str:
-    """The end of a sentence that names what an unknown name may have meant."""
+    """Return the end of a sentence that names the known names close to an unknown one; empty if there are none."""
     close = difflib.get_close_matches(name, known, n=3)
     return f"; did you mean {' or '.join(close)}?" if close else ""

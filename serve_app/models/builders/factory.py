@@ -9,9 +9,7 @@ from torch import nn
 
 from serve_app.errors import StoreError
 from serve_app.models.builders.base import Metadata
-from serve_app.models.weights import (
-    PRETRAINED,
-)
+from serve_app.models.weights import PRETRAINED
 
 
 class FactoryBuilder:
@@ -36,20 +34,20 @@ class FactoryBuilder:
             ) from error
 
     def download(self) -> None:
-        """A factory fetches its weights itself."""
+        """Return None: a factory fetches its weights itself."""
         return
 
     def construct(self, weights: str) -> nn.Module:
-        """The module that the factory returns."""
+        """Call the factory."""
         module = self._factory()
         if not isinstance(module, nn.Module):
             raise StoreError(f"builder {self._builder!r} returned a {type(module).__name__}, not a torch.nn.Module")
         return module
 
     def pretrained(self) -> nn.Module:
-        """The module that the factory returns."""
+        """Call the factory."""
         return self.construct(PRETRAINED)
 
     def metadata(self) -> Metadata:
-        """Nothing is known."""
+        """Return defaults: nothing is known."""
         return Metadata()

@@ -1,4 +1,4 @@
-"""Turns a catalogue entry into a module, its metadata, and its skeleton without weights."""
+"""Turn a catalog entry into a module with or without weights, and its metadata."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def resolve(builder: str) -> Builder:
-    """The builder of this name: ``torchvision:NAME[@WEIGHTS]``, ``timm:NAME`` or ``package.module:factory``.
+    """Find a builder by its name: ``torchvision:NAME[@WEIGHTS]``, ``timm:NAME`` or ``package.module:factory``.
 
     Raises:
         StoreError: there is none, or a library that it needs is not installed.
@@ -33,12 +33,12 @@ def resolve(builder: str) -> Builder:
 
 
 def build(entry: ModelEntry, weights: str) -> nn.Module:
-    """Builds a model with its weights, in eval mode.
+    """Build a model with its weights, in eval mode.
 
     Args:
         entry: names the builder.
         weights: the weights to use, which may differ from those that the entry asks for. ``random:SEED`` is
-            ``torch.manual_seed(SEED)`` followed by the builder's own initialisation; the caller's random state is
+            ``torch.manual_seed(SEED)`` followed by the builder's own initialization; the caller's random state is
             left alone.
 
     Raises:
@@ -54,7 +54,7 @@ def build(entry: ModelEntry, weights: str) -> nn.Module:
         path = Path(weights.removeprefix("file:"))
         unused = tuple(f"{name}." for name in builder.unused)
         tensors = {key: value for key, value in read_safetensors(path).items() if not key.startswith(unused)}
-        # Some modules refuse a state dict that does not tell their version, and safetensors files cannot.
+        # Some modules refuse a state dict that lacks their version, and safetensors files cannot.
         state = module.state_dict()
         state.clear()
         state.update(tensors)
@@ -62,8 +62,12 @@ def build(entry: ModelEntry, weights: str) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def skeleton(builder_name: str, weights: str) -> nn.Module:
-    """The same module without storage: every parameter and buffer is on the meta device, in eval mode.
+def build_on_meta(builder_name: str, weights: str) -> nn.Module:
+    """Build a model without storage: every parameter and buffer is on the meta device, in eval mode.
+
+    Args:
+        builder_name: as ``resolve`` takes it.
+        weights: those of the stored model, which may decide the structure.
 
     Raises:
         StoreError: there is no such builder.
@@ -83,7 +87,7 @@ def skeleton(builder_name: str, weights: str) -> nn.Module:
 
 
 def metadata(entry: ModelEntry) -> Metadata:
-    """Accuracy, labels and input preset of the pretrained weights, without fetching them.
+    """Return accuracy, labels and input preset of the pretrained weights, without fetching them.
 
     Raises:
         StoreError: there is no such builder.
@@ -92,7 +96,7 @@ def metadata(entry: ModelEntry) -> Metadata:
 
 
 def download(entry: ModelEntry) -> Download | None:
-    """Where pretrained weights of the entry come from; None if it needs no download.
+    """Return where pretrained weights of the entry come from; None if it needs no download.
 
     Raises:
         StoreError: there is no such builder, or it has no pretrained weights.
@@ -105,7 +109,7 @@ def _seed(weights: str) -> int:
 
 
 def _drop_unused(module: nn.Module, builder: Builder) -> None:
-    """Drops what eval mode never runs, as torchvision does itself for ``aux_logits=False``."""
+    """Drop what eval mode never runs, as torchvision does itself for ``aux_logits=False``."""
     for name in builder.unused:
         setattr(module, name, None)
     if builder.unused:

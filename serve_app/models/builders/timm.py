@@ -12,11 +12,7 @@ from serve_app.core.catalog import ImageInput
 from serve_app.errors import StoreError
 from serve_app.models.builders.base import Metadata, interpolation_named, rgb, suggest
 from serve_app.models.torchvision_compat import import_torchvision
-from serve_app.models.weights import (
-    Download,
-    DownloadFailed,
-    hub_file,
-)
+from serve_app.models.weights import Download, DownloadFailed, hub_file
 
 
 class TimmBuilder:
@@ -42,7 +38,7 @@ class TimmBuilder:
             raise StoreError(f"timm has no model {name!r}{suggest(name, self._timm.list_models())}")
 
     def download(self) -> Download:
-        """The model hub's file, or the plain URL of older models."""
+        """Return the model hub's file, or the plain URL of older models."""
         repository, url = self._config.hf_hub_id, self._config.url
         if repository:
             hub = importlib.import_module("huggingface_hub")
@@ -53,12 +49,12 @@ class TimmBuilder:
         raise StoreError(f"timm:{self._name} has no pretrained weights; ask for random:SEED or file:PATH")
 
     def construct(self, weights: str) -> nn.Module:
-        """``timm.create_model(NAME)``."""
+        """Call ``timm.create_model(NAME)``."""
         module: nn.Module = self._timm.create_model(self._name)
         return module
 
     def pretrained(self) -> nn.Module:
-        """``timm.create_model(NAME, pretrained=True)``."""
+        """Call ``timm.create_model(NAME, pretrained=True)``."""
         try:
             module: nn.Module = self._timm.create_model(self._name, pretrained=True)
         except Exception as error:
@@ -66,7 +62,7 @@ class TimmBuilder:
         return module
 
     def metadata(self) -> Metadata:
-        """The preset of the model's configuration; timm carries neither accuracy nor labels."""
+        """Return the preset of the model's configuration; timm carries neither accuracy nor labels."""
         config = self._config
         crop_px = int(config.input_size[-1])
         return Metadata(

@@ -45,14 +45,14 @@ class TorchvisionBuilder:
         self.unused = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}.get(self._name, ())
 
     def download(self) -> Download:
-        """The checkpoint of the weights enum; torch hub keeps it in its cache."""
+        """Return the checkpoint of the weights enum; torch hub keeps it in its cache."""
         url = self._weights.url
         return Download(url=url, cached=hub_file(url).is_file())
 
     def construct(self, weights: str) -> nn.Module:
-        """Like ``torchvision.models.NAME(weights=None)``, plus what torchvision changes itself for given weights.
+        """Call ``torchvision.models.NAME(weights=None)``, with what torchvision itself changes for given weights.
 
-        That is the input transformation of the Inception family and the image size of some vision transformers.
+        The changes are the input transformation of the Inception family and the image size of some vision transformers.
         Weights of a file count as given weights only if the builder names them (``@WEIGHTS``).
         """
         given = weights == PRETRAINED or (weights.startswith("file:") and self._explicit)
@@ -66,7 +66,7 @@ class TorchvisionBuilder:
         return module
 
     def pretrained(self) -> nn.Module:
-        """The module with the weights of the enum, from torch hub's cache or downloaded."""
+        """Build the module with the weights of the enum, from torch hub's cache or downloaded."""
         module = self.construct(PRETRAINED)
         state = download_torchvision(self._weights)
         _rename_old_keys(state)
@@ -74,7 +74,7 @@ class TorchvisionBuilder:
         return module
 
     def metadata(self) -> Metadata:
-        """Accuracy on ImageNet-1K, categories and preset of the weights enum."""
+        """Return accuracy on ImageNet-1K, categories and preset of the weights enum."""
         meta, preset = self._weights.meta, self._weights.transforms()
         return Metadata(
             accuracy=round(meta["_metrics"]["ImageNet-1K"]["acc@1"] / 100, 5),
@@ -90,7 +90,7 @@ class TorchvisionBuilder:
 
 
 def _rename_old_keys(state: dict[str, torch.Tensor]) -> None:
-    """Renames the keys of torchvision's old DenseNet checkpoints ('norm.1' is now 'norm1'), as torchvision does.
+    """Rename the keys of torchvision's old DenseNet checkpoints ('norm.1' is now 'norm1'), as torchvision does.
 
     In place, because the dictionary carries the versions of its modules as an attribute.
     """

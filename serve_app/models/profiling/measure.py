@@ -1,4 +1,4 @@
-"""Measures what decisions are made from: time to load, time to run, and bytes of workspace."""
+"""Measure what decisions are made from: time to load, time to run, and bytes of workspace."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from serve_app.models.process_memory import exact_heap, give_back_free_memory
 
 REPEATS = 3
 
-_PROC = Path("/proc/self")
+#: What the kernel says about this process.
+PROC = Path("/proc/self")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +35,13 @@ class Measurement:
 
 
 def measure(load: Callable[[], LoadedModel], batch: NDArray[np.float32], module: nn.Module) -> Measurement:
-    """Loads and runs a model ``REPEATS`` times each and takes medians.
+    """Load and run a model ``REPEATS`` times each, and take medians.
 
     Args:
         load: loads the model; it is loaded and unloaded several times, and unloaded at the end.
         batch: the input, of batch size 1.
-        module: the module that ``load`` fills, for the estimate of the workspace where the kernel cannot tell.
+        module: the module that ``load`` binds weights to, for an estimate of the workspace where the kernel cannot
+            tell.
     """
     load_times = []
     for _ in range(REPEATS):
@@ -66,48 +68,48 @@ def measure(load: Callable[[], LoadedModel], batch: NDArray[np.float32], module:
     )
 
 
-def workspace_bytes(module: nn.Module, run: Callable[[], object]) -> int:
-    """The memory that one call of ``run`` takes beside what is there already; ``module`` is what runs."""
-    # Otherwise chance decides how much counts of what the allocator has kept, or takes in advance. A thread has a heap
-    # of its own, with no free room of earlier models in it.
+def workspace_bytes(module: nn.Module, run: Callable[[], object], *, proc: Path = PROC) -> int:
+    """Measure the bytes that one call of ``run`` takes in addition to what is resident; ``module`` is what runs."""
+    # With the usual heap the result would depend on what the allocator has kept, or takes in advance. A thread has a
+    # heap of its own, without free room of earlier models.
     with exact_heap(), ThreadPoolExecutor(1) as thread:
-        measured = [thread.submit(peak_growth_bytes, run).result() for _ in range(REPEATS)]
+        measured = [thread.submit(peak_growth_bytes, run, proc=proc).result() for _ in range(REPEATS)]
         growths = [growth for growth in measured if growth is not None]
     return int(statistics.median(growths)) if growths else _activation_bytes(module, run)
 
 
-def peak_growth_bytes(run: Callable[[], object]) -> int | None:
-    """By how much the resident memory of this process grows at its peak while ``run`` runs.
+def peak_growth_bytes(run: Callable[[], object], *, proc: Path = PROC) -> int | None:
+    """Measure by how many bytes the resident memory of this process grows at its peak while ``run`` runs.
 
     Returns None where the kernel cannot reset its record of the peak.
     """
-    # Using it again is to count as growth.
+    # Free heap that is used again must count as growth.
     give_back_free_memory()
     try:
-        (_PROC / "clear_refs").write_text("5")  # forget the peak so far, see proc_pid_clear_refs(5)
-        before = _status_bytes("VmRSS")
+        (proc / "clear_refs").write_text("5")  # forget the peak so far, see proc_pid_clear_refs(5)
+        before = _status_bytes(proc, "VmRSS")
         run()
-        return max(0, _status_bytes("VmHWM") - before)
+        return max(0, _status_bytes(proc, "VmHWM") - before)
     except (OSError, KeyError):
         return None
 
 
-def _status_bytes(key: str) -> int:
-    fields = dict(line.split(":", 1) for line in (_PROC / "status").read_text().splitlines())
+def _status_bytes(proc: Path, key: str) -> int:
+    fields = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
     return int(fields[key].split()[0]) * 1024
 
 
 def _activation_bytes(module: nn.Module, run: Callable[[], object]) -> int:
-    """Estimates the workspace as twice the largest input and output of one layer."""
+    """Estimate the workspace as twice the largest input and output of one layer."""
     largest = 0
 
-    def note(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def keep_largest(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         nonlocal largest
         tensors = [value for value in (*inputs, output) if isinstance(value, torch.Tensor)]
         largest = max(largest, sum(tensor.nbytes for tensor in tensors))
 
     leaves = [child for child in module.modules() if not any(child.children())]
-    hooks = [leaf.register_forward_hook(note) for leaf in leaves]
+    hooks = [leaf.register_forward_hook(keep_largest) for leaf in leaves]
     try:
         run()
     finally:

@@ -1,7 +1,7 @@
-"""Measures misses and hits of published models side by side, as a worker would load and run them.
+"""Measure misses and hits of published models side by side, as a worker would load and run them.
 
-Every round takes each kind of measurement once, so that what disturbs the machine for a while disturbs all of them, and
-ratios are taken within a round.
+Every round takes each kind of measurement once, so that a disturbance of the machine affects all kinds alike. Ratios
+are taken within a round.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.errors import StoreError
-from serve_app.models.loader import LoadedModel, fill
+from serve_app.models.loader import LoadedModel, load_into
 from serve_app.models.module_template import ModuleTemplate
 from serve_app.models.profiling.measure import workspace_bytes
 from serve_app.models.readahead import is_resident
@@ -33,30 +33,31 @@ COLD_ROUNDS = 7
 
 _READ_BYTES = 1 << 20
 
-_FORGET_WITHIN_S = 2.0
-_FORGET_EVERY_S = 0.002
+_DROP_WITHIN_S = 2.0
+_DROP_RETRY_S = 0.002
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Spread:
-    """The median of a number of measurements, and their quartiles."""
+class Quartiles:
+    """The median of several measurements, and their lower and upper quartiles."""
 
     median: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of at least two values."""
+    def of(cls, values: Sequence[float]) -> Quartiles:
+        """Compute the quartiles of at least two values."""
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median=median, low=low, high=high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cold:
-    """One model whose weights are not in memory; ``read_s`` is what reading them in order takes, and no more.
+class ColdProfile:
+    """One model whose weights are not in the page cache.
 
-    ``rounds`` has a miss and the hit after it, in seconds, of every round.
+    ``rounds`` has the seconds of a miss and of the hit after it, of every round. ``read_s`` is the time to read the
+    weights in order, without a model.
     """
 
     load_s: float
@@ -65,11 +66,11 @@ class Cold:
 
     @property
     def miss_s(self) -> float:
-        """The median."""
+        """Return the median of the rounds."""
         return statistics.median(miss_s for miss_s, _ in self.rounds)
 
     def over_bound(self, read_s: float) -> float:
-        """How many times the longer of a hit and of ``read_s`` a miss took; the median of the rounds."""
+        """Return the median over the rounds of a miss over the longer of its hit and ``read_s``."""
         return statistics.median(miss_s / max(hit_s, read_s) for miss_s, hit_s in self.rounds)
 
 
@@ -78,7 +79,7 @@ class Profile:
     """What one model takes on this machine, in seconds and bytes; medians, batch 1.
 
     ``size_bytes`` are its weights and buffers. A miss is a load and the first inference. ``cpu_miss_over_hit`` compares
-    processor time, which hardly shows what else the machine does, nor anything that waits.
+    processor time, which leaves out waiting and hardly depends on other load of the machine.
     """
 
     model_id: str
@@ -88,18 +89,18 @@ class Profile:
     first_s: float
     miss_s: float
     hit_s: float
-    miss_over_hit: Spread
+    miss_over_hit: Quartiles
     cpu_miss_over_hit: float
     rounds: int
-    cold: Cold | None
+    cold: ColdProfile | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What holds for all profiles of a run: geometric means, and the worst model of each kind.
+    """All profiles of a run: geometric means, and the model with the highest ratio of miss to hit.
 
     ``read_bytes_per_s`` is the bandwidth of the disk. No cold miss can take less than the longer of a hit and of
-    reading the weights at that bandwidth; ``cold_over_bound`` says, by model, how many times as long it took.
+    reading the weights at that bandwidth; ``cold_over_bound`` has the ratio to that bound by model.
     """
 
     miss_over_hit: float
@@ -110,32 +111,32 @@ class Summary:
 
 
 def profile(store: ModelStore, model_id: str, *, cold: bool) -> Profile:
-    """Measures one published model, with as many threads as the process has been told to use.
+    """Measure one published model, with the number of threads that ``use_threads`` has set.
 
     Args:
-        store: where it is; its weights are in the page cache afterwards.
-        model_id: its name.
+        store: where the model is published; its weights are in the page cache afterwards.
+        model_id: the name of the model.
         cold: measure with weights that must be read from the disk as well.
 
     Raises:
-        StoreError: it is not published or broken, or the kernel keeps its weights in memory.
+        StoreError: the model is not published or broken, or the kernel keeps its weights in memory.
     """
-    prepared = ModuleTemplate(store.manifest(model_id))
-    published = prepared.manifest.model
+    template = ModuleTemplate(store.manifest(model_id))
+    published = template.manifest.model
     batch = np.random.default_rng(0).standard_normal((1, *published.inputs[0].shape[1:]), dtype=np.float32)
 
     def load() -> LoadedModel:
-        return fill(store, prepared)
+        return load_into(template, store)
 
     model = load()
     try:
-        model.infer(batch)  # reads the weights, and lets the libraries below set themselves up for these shapes
-        workspace = workspace_bytes(prepared.module, lambda: model.infer(batch))
+        model.infer(batch)  # reads the weights, and lets the libraries below torch set up for these shapes
+        workspace = workspace_bytes(template.module, lambda: model.infer(batch))
         once_s = _seconds(lambda: model.infer(batch))
     finally:
         model.unload()
     count = min(MAX_ROUNDS, max(MIN_ROUNDS, math.ceil(_ROUNDS_S / (2 * once_s))))
-    rounds = [_round(load, batch) for _ in range(count)]
+    rounds = [_miss_and_hit(load, batch) for _ in range(count)]
     return Profile(
         model_id=model_id,
         size_bytes=published.weights_bytes,
@@ -144,15 +145,15 @@ def profile(store: ModelStore, model_id: str, *, cold: bool) -> Profile:
         first_s=statistics.median(each.first_s for each in rounds),
         miss_s=statistics.median(each.miss_s for each in rounds),
         hit_s=statistics.median(each.hit_s for each in rounds),
-        miss_over_hit=Spread.of([each.miss_s / each.hit_s for each in rounds]),
+        miss_over_hit=Quartiles.of([each.miss_s / each.hit_s for each in rounds]),
         cpu_miss_over_hit=statistics.median(each.cpu_miss_s / each.cpu_hit_s for each in rounds),
         rounds=count,
-        cold=_cold(store, prepared, load, batch) if cold else None,
+        cold=_profile_cold(store, template, load, batch) if cold else None,
     )
 
 
-def summarise(profiles: Sequence[Profile]) -> Summary:
-    """The geometric mean and the worst of at least one profile."""
+def summarize(profiles: Sequence[Profile]) -> Summary:
+    """Summarize at least one profile."""
     ratios = {each.model_id: each.miss_over_hit.median for each in profiles}
     cold = {each.model_id: (each.size_bytes, each.cold) for each in profiles if each.cold is not None}
     read_s = sum(each.read_s for _, each in cold.values())
@@ -171,8 +172,8 @@ def summarise(profiles: Sequence[Profile]) -> Summary:
 
 
 def as_json(profiles: Sequence[Profile]) -> list[dict[str, Any]]:
-    """One object per model, with times in milliseconds; what was not measured is null."""
-    summary = summarise(profiles)
+    """Convert to one object per model, with times in milliseconds; what was not measured is null."""
+    summary = summarize(profiles)
     return [
         {
             "model": each.model_id,
@@ -196,7 +197,7 @@ def as_json(profiles: Sequence[Profile]) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Round:
+class _MissAndHit:
     load_s: float
     first_s: float
     hit_s: float
@@ -208,18 +209,18 @@ class _Round:
         return self.load_s + self.first_s
 
 
-def _round(load: Callable[[], LoadedModel], batch: NDArray[np.float32]) -> _Round:
-    stamps = [_stamp()]
+def _miss_and_hit(load: Callable[[], LoadedModel], batch: NDArray[np.float32]) -> _MissAndHit:
+    stamps = [_clocks()]
     model = load()
     try:
-        stamps.append(_stamp())
+        stamps.append(_clocks())
         for _ in range(2):
             model.infer(batch)
-            stamps.append(_stamp())
+            stamps.append(_clocks())
     finally:
         model.unload()
     (began, cpu_began), (loaded, _), (first, cpu_first), (hit, cpu_hit) = stamps
-    return _Round(
+    return _MissAndHit(
         load_s=loaded - began,
         first_s=first - loaded,
         hit_s=hit - first,
@@ -228,33 +229,33 @@ def _round(load: Callable[[], LoadedModel], batch: NDArray[np.float32]) -> _Roun
     )
 
 
-def _stamp() -> tuple[float, float]:
+def _clocks() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def _cold(
-    store: ModelStore, prepared: ModuleTemplate, load: Callable[[], LoadedModel], batch: NDArray[np.float32]
-) -> Cold:
-    paths = [store.blob_path(file.name) for file in prepared.manifest.files]
+def _profile_cold(
+    store: ModelStore, template: ModuleTemplate, load: Callable[[], LoadedModel], batch: NDArray[np.float32]
+) -> ColdProfile:
+    paths = [store.blob_path(file.name) for file in template.manifest.files]
     rounds, reads = [], []
     for _ in range(COLD_ROUNDS):
         for path in paths:
-            _forget(path)
-        rounds.append(_round(load, batch))
+            _drop_from_page_cache(path)
+        rounds.append(_miss_and_hit(load, batch))
         for path in paths:
-            _forget(path)
-        reads.append(_seconds(lambda: _read(paths)))
-    return Cold(
+            _drop_from_page_cache(path)
+        reads.append(_seconds(lambda: _read_files(paths)))
+    return ColdProfile(
         load_s=statistics.median(each.load_s for each in rounds),
         rounds=tuple((each.miss_s, each.hit_s) for each in rounds),
         read_s=statistics.median(reads),
     )
 
 
-def _forget(path: Path) -> None:
-    """Makes the kernel drop the pages of a file; those that are just being read can only be dropped afterwards."""
+def _drop_from_page_cache(path: Path) -> None:
+    """Make the kernel drop the pages of a file, again and again while a read of them is in progress."""
     size_bytes = path.stat().st_size
-    until_s = time.monotonic() + _FORGET_WITHIN_S
+    until_s = time.monotonic() + _DROP_WITHIN_S
     descriptor = os.open(path, os.O_RDONLY)
     try:
         while True:
@@ -266,12 +267,12 @@ def _forget(path: Path) -> None:
                     f"weights {path} cannot be dropped from memory: another process has them mapped, or the store is "
                     "not on a disk; stop what serves them, or leave --cold out"
                 )
-            time.sleep(_FORGET_EVERY_S)
+            time.sleep(_DROP_RETRY_S)
     finally:
         os.close(descriptor)
 
 
-def _read(paths: Sequence[Path]) -> None:
+def _read_files(paths: Sequence[Path]) -> None:
     chunk = bytearray(_READ_BYTES)
     for path in paths:
         with path.open("rb", buffering=0) as file:

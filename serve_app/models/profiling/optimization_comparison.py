@@ -1,4 +1,4 @@
-"""Measures what each way to run a model buys: the figures behind what publishing does to every model."""
+"""Measure what each optimization buys: the figures behind what publishing does to every model."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _ROUNDS = 11
 
 _THREADS = 2
 
-#: Of a model, as parts of the time of ``eager``: the module as its builder makes it, one thread.
+#: Compared with ``eager``: the module as its builder makes it, with one thread.
 VARIANTS = ("channels_last", "folded", "both", "bfloat16", "two_threads")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """One model: seconds of a hit as its builder makes it, and each variant as a part of that (medians).
+    """One model: seconds of a hit of ``eager``, and the time of each variant as a part of that (medians).
 
     ``bfloat16`` and ``two_threads`` are on top of ``both``. ``agreement`` is the share of random images of which
     bfloat16 finds the same best class as float32.
@@ -39,18 +39,18 @@ class Comparison:
     agreement: float
 
     def as_json(self) -> dict[str, Any]:
-        """One flat object; times in milliseconds."""
+        """Convert to one flat object, with times in milliseconds."""
         ratios = {name: round(ratio, 4) for name, ratio in self.ratios.items()}
         eager_ms = round(self.eager_s * 1000, 4)
         return {"model": self.model_id, "eager_ms": eager_ms, **ratios, "bfloat16_agreement": self.agreement}
 
 
 def compare(entry: ModelEntry, published: PublishedModel) -> Comparison:
-    """Runs every variant once a round, each on the same image; times are of one core.
+    """Run every variant once a round, each on the same image; times are of one core.
 
     Args:
         entry: names the builder.
-        published: with which weights, and the shape of an image.
+        published: names the weights and the shape of an image.
 
     Raises:
         StoreError: the model cannot be built any more.
@@ -66,14 +66,16 @@ def compare(entry: ModelEntry, published: PublishedModel) -> Comparison:
             for name, call in variants.items():
                 began_s = time.perf_counter()
                 best[name] = int(call(image).argmax())
-                if round_number:  # the first of each sets the libraries up
+                if round_number:  # the first call sets the libraries up
                     seconds[name].append(time.perf_counter() - began_s)
             agreed.append(best["bfloat16"] == best["eager"])
     return Comparison(
         model_id=entry.model_id,
         eager_s=statistics.median(seconds["eager"]),
         ratios={
-            name: statistics.median(part / whole for part, whole in zip(seconds[name], seconds["eager"], strict=True))
+            name: statistics.median(
+                variant_s / eager_s for variant_s, eager_s in zip(seconds[name], seconds["eager"], strict=True)
+            )
             for name in VARIANTS
         },
         agreement=statistics.mean(agreed),
@@ -87,15 +89,15 @@ def _variants(
     folded = copy.deepcopy(module)
     fold(folded, foldable_norms(folded, entry.model_id))
     both = _channels_last(folded)
-    yield "eager", _call(module)
-    yield "channels_last", _call(_channels_last(module), channels_last=True)
-    yield "folded", _call(folded)
-    yield "both", _call(both, channels_last=True)
-    yield "bfloat16", _call(copy.deepcopy(both).to(torch.bfloat16), channels_last=True, dtype=torch.bfloat16)
-    yield "two_threads", _call(both, channels_last=True, threads=_THREADS)
+    yield "eager", _runner(module)
+    yield "channels_last", _runner(_channels_last(module), channels_last=True)
+    yield "folded", _runner(folded)
+    yield "both", _runner(both, channels_last=True)
+    yield "bfloat16", _runner(copy.deepcopy(both).to(torch.bfloat16), channels_last=True, dtype=torch.bfloat16)
+    yield "two_threads", _runner(both, channels_last=True, threads=_THREADS)
 
 
-def _call(
+def _runner(
     module: nn.Module, *, channels_last: bool = False, dtype: torch.dtype = torch.float32, threads: int = 1
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     def call(image: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Puts models into the store: build, write, load back, compare, measure, commit.
+"""Publish the models of a catalog: build, write, load back, compare, measure, commit.
 
 A model is in the store only once its manifest is, and the manifest is written last. A publisher may therefore be
-killed at any moment: what was finished stays, the rest is swept by the next one.
+killed at any moment: finished models stay, and the next publisher sweeps the rest.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from torch import nn
 from serve_app.core.catalog import ModelEntry
 from serve_app.errors import StoreError
 from serve_app.models.builders import registry
-from serve_app.models.publishing.publish_model import Step, publish_module
+from serve_app.models.publishing.publish_model import ModuleStage, publish_module
 from serve_app.models.weights import FALLBACK, DownloadFailed, Probe, WeightSource
-from serve_app.store.model_store import ModelStore, is_publication_of
+from serve_app.store.model_store import ModelStore, is_published_from
 
 logger = logging.getLogger(__name__)
 
-Stage = Literal["waiting", "skipped", "building", "failed"] | Step
+#: Of one model in a run of the publisher.
+PublishStage = Literal["waiting", "skipped", "building", "failed"] | ModuleStage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +34,7 @@ class PublishEvent:
     """
 
     model_id: str
-    stage: Stage
+    stage: PublishStage
     index: int
     total: int
     bytes: int = 0
@@ -49,7 +50,7 @@ class PublishFailure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishReport:
-    """What a run did, by model name.
+    """The outcome of a run, by model name.
 
     ``fallbacks`` are all models of the run, published now or before, that serve seeded random weights because the
     pretrained ones could not be fetched.
@@ -62,7 +63,7 @@ class PublishReport:
 
     @property
     def warning(self) -> str | None:
-        """One sentence about fallback weights that the user must see; None if there is nothing to say."""
+        """Return one sentence about fallback weights that the user must see; None if no model has them."""
         if not self.fallbacks:
             return None
         total = len(self.published) + len(self.skipped) + len(self.failures)
@@ -80,36 +81,43 @@ def publish(
     force: bool = False,
     reachable: Probe | None = None,
 ) -> PublishReport:
-    """Publishes every entry that is missing, incomplete, changed, or on fallback weights that can now be replaced.
+    """Publish every entry that is missing, incomplete, changed, or on fallback weights that can now be replaced.
 
     One model that fails does not stop the others. If nothing is to be done, the store is only read.
 
     Args:
         store: where to.
-        entries: the catalogue.
-        on_progress: called at every step.
-        force: publish again what is there, too.
-        reachable: whether a URL can be fetched; asked once per host.
+        entries: the catalog.
+        on_progress: called at every stage of every model.
+        force: publish again also what is published already.
+        reachable: whether a URL can be fetched; called once per host.
 
     Raises:
         StoreError: the store cannot be written at all.
     """
-    run = _Run(store, entries, on_progress, WeightSource(reachable))
-    if not force and not any(run.is_pending(entry) for entry in entries):
-        return run.skip_all()
-    with store.exclusive(on_wait=run.waiting):
+    publisher = Publisher(store, entries, on_progress, WeightSource(reachable))
+    if not force and not any(publisher.is_pending(entry) for entry in entries):
+        return publisher.skip_all()
+    with store.exclusive(on_wait=publisher.report_wait):
         store.sweep()
         for index, entry in enumerate(entries):
-            if force or run.is_pending(entry):  # asked again: another publisher may just have done it
-                run.publish(index, entry)
+            if force or publisher.is_pending(entry):  # checked again: another publisher may have finished it meanwhile
+                publisher.publish(index, entry)
             else:
-                run.skip(index, entry)
+                publisher.skip(index, entry)
         store.sweep()
-    return run.report()
+    return publisher.report()
 
 
-class _Run:
-    """One run of the publisher: what it is to do, and what it has done."""
+class Publisher:
+    """One run over a catalog: publishes or skips single models, and keeps the outcome of each.
+
+    Args:
+        store: where to.
+        entries: the catalog.
+        on_progress: called at every stage of every model.
+        source: decides which weights a model gets.
+    """
 
     def __init__(
         self,
@@ -127,45 +135,52 @@ class _Run:
         self._failures: list[PublishFailure] = []
 
     def is_pending(self, entry: ModelEntry) -> bool:
+        """Return whether the store does not have the model as the entry asks for it."""
         try:
             manifest = self._store.manifest(entry.model_id)
             self._store.check_sizes(entry.model_id)
-            if not is_publication_of(manifest, entry):
+            if not is_published_from(manifest, entry):
                 return True
-            return manifest.model.fallback and self._actual(entry) != manifest.model.weights_actual
+            return manifest.model.fallback and self._available_weights(entry) != manifest.model.weights_actual
         except StoreError:
             return True
 
-    def waiting(self) -> None:
+    def report_wait(self) -> None:
+        """Report that another publisher holds the store."""
         if self._entries:
-            self._tell(0, self._entries[0], "waiting")
+            self._report_stage(0, self._entries[0], "waiting")
 
     def skip_all(self) -> PublishReport:
+        """Skip every model, and report the run."""
         for index, entry in enumerate(self._entries):
             self.skip(index, entry)
         return self.report()
 
     def skip(self, index: int, entry: ModelEntry) -> None:
+        """Leave a model as it is in the store."""
         self._skipped.append(entry.model_id)
-        self._tell(index, entry, "skipped")
+        self._report_stage(index, entry, "skipped")
 
     def publish(self, index: int, entry: ModelEntry) -> None:
-        def tell(stage: Stage, weights_bytes: int) -> None:
-            self._tell(index, entry, stage, weights_bytes)
+        """Build and publish a model; a failure is logged and kept for the report. The caller holds ``exclusive``."""
+
+        def on_stage(stage: PublishStage, weights_bytes: int) -> None:
+            self._report_stage(index, entry, stage, weights_bytes)
 
         try:
-            tell("building", 0)
-            publish_module(self._store, entry, *self._build(entry), tell)
+            on_stage("building", 0)
+            publish_module(self._store, entry, *self._build(entry), on_stage)
         except Exception as error:
-            foreseen = isinstance(error, StoreError)
-            message = str(error) if foreseen else f"{type(error).__name__}: {error}"
-            logger.error("model %s is not published: %s", entry.model_id, message, exc_info=not foreseen)
+            is_foreseen = isinstance(error, StoreError)
+            message = str(error) if is_foreseen else f"{type(error).__name__}: {error}"
+            logger.error("model %s is not published: %s", entry.model_id, message, exc_info=not is_foreseen)
             self._failures.append(PublishFailure(model_id=entry.model_id, message=message))
-            tell("failed", 0)
+            on_stage("failed", 0)
         else:
             self._published.append(entry.model_id)
 
     def report(self) -> PublishReport:
+        """Return the outcome of the run so far, and log its warning."""
         failed = {failure.model_id for failure in self._failures}
         done = [entry.model_id for entry in self._entries if entry.model_id not in failed]
         report = PublishReport(
@@ -178,21 +193,22 @@ class _Run:
             logger.warning("%s", report.warning)
         return report
 
-    def _actual(self, entry: ModelEntry) -> str:
-        return self._source.actual(entry.weights, registry.download(entry))
+    def _available_weights(self, entry: ModelEntry) -> str:
+        return self._source.choose(entry.weights, registry.download(entry))
 
     def _build(self, entry: ModelEntry) -> tuple[str, nn.Module]:
-        weights = self._actual(entry)
+        """Build the module of an entry; return it after the weights that it was built with."""
+        weights = self._available_weights(entry)
         try:
             return weights, registry.build(entry, weights)
         except DownloadFailed as error:
             logger.warning("model %s gets %s: %s", entry.model_id, FALLBACK, error)
             download = registry.download(entry)
             if download is not None:
-                self._source.give_up(download)
+                self._source.mark_unreachable(download)
             return FALLBACK, registry.build(entry, FALLBACK)
 
-    def _tell(self, index: int, entry: ModelEntry, stage: Stage, weights_bytes: int = 0) -> None:
+    def _report_stage(self, index: int, entry: ModelEntry, stage: PublishStage, weights_bytes: int = 0) -> None:
         self._on_progress(
             PublishEvent(
                 model_id=entry.model_id, stage=stage, index=index, total=len(self._entries), bytes=weights_bytes

@@ -1,4 +1,4 @@
-"""One model on its way into the store: written, loaded back, compared, measured, committed."""
+"""Publish one built model: write it, load it back, compare its answers, measure it, and commit the manifest."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from serve_app.core.catalog import Dtype, ImageInput, ModelEntry, ModelProfile, 
 from serve_app.errors import StoreError
 from serve_app.models.builders import registry
 from serve_app.models.builders.base import Metadata
-from serve_app.models.graph_optimizations import ROUNDING, largest_difference, named_slots, optimise, order_of_use
-from serve_app.models.loader import fill
+from serve_app.models.graph_optimizations import ROUNDING, largest_difference, named_slots, optimize, order_of_use
+from serve_app.models.loader import load_into
 from serve_app.models.module_template import TORCH_COMPUTE_DTYPES, TORCH_DTYPES, ModuleTemplate
 from serve_app.models.profiling.measure import Measurement, measure
 from serve_app.models.torch_internals import STATE_TABLES
@@ -28,22 +28,23 @@ from serve_app.store.safetensors_writer import BlobTensor, plan_blob, write_blob
 #: logit, by what the stored one computes in: bfloat16 has eight bits, and their rounding adds up over the layers.
 TOLERANCE: dict[Dtype, float] = {"float32": ROUNDING, "bfloat16": 0.05}
 
-Step = Literal["writing", "verifying", "measuring", "published"]
+#: Of a built model until it is in the store.
+ModuleStage = Literal["writing", "verifying", "measuring", "published"]
 
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def publish_module(
-    store: ModelStore, entry: ModelEntry, weights: str, module: nn.Module, tell: Callable[[Step, int], None]
+    store: ModelStore, entry: ModelEntry, weights: str, module: nn.Module, on_stage: Callable[[ModuleStage, int], None]
 ) -> None:
-    """Publishes one built model; the caller holds ``store.exclusive``.
+    """Publish one built model; the caller holds ``store.exclusive``.
 
     Args:
         store: where to.
-        entry: what the catalogue asks for.
-        weights: what ``module`` was built with.
-        module: in eval mode; not used any more once it is written.
-        tell: told every step, and the bytes of the weights.
+        entry: what the catalog asks for.
+        weights: the weights that ``module`` was built with.
+        module: in eval mode; it is changed, and no more used once it is written.
+        on_stage: called with every stage, and the bytes of the weights.
 
     Raises:
         StoreError: the module is no float32 classifier, does not load back as it was, or cannot be written.
@@ -52,26 +53,26 @@ def publish_module(
     image = entry.input or metadata.image
     batch = _probe_input(image)
     expected = _run_directly(entry, module, batch)
-    execution = optimise(module, batch, expected, entry.model_id)
+    execution = optimize(module, batch, expected, entry.model_id)
     dtype = TORCH_COMPUTE_DTYPES[entry.dtype]
     module.to(dtype)
     order = order_of_use(module, torch.from_numpy(batch[:1]), execution, dtype)
-    weights_bytes = sum(tensor.nbytes for tensor in _distinct(module).values())
-    tell("writing", weights_bytes)
-    places, blob = _write(store, module, order, execution)
-    tell("verifying", weights_bytes)
-    model = _draft(entry, weights, metadata, image, expected.shape[1], weights_bytes)
+    weights_bytes = sum(tensor.nbytes for tensor in _distinct_tensors(module).values())
+    on_stage("writing", weights_bytes)
+    places, blob = _write_blob(store, module, order, execution)
+    on_stage("verifying", weights_bytes)
+    model = _unmeasured_model(entry, weights, metadata, image, expected.shape[1], weights_bytes)
     manifest = Manifest(model=model, default_image=metadata.image, execution=execution, tensors=places, files=(blob,))
-    prepared = ModuleTemplate(manifest)
-    _verify(store, prepared, batch, expected, entry.dtype)
-    tell("measuring", weights_bytes)
-    measured = measure(lambda: fill(store, prepared), batch[:1], prepared.module)
-    store.commit(dataclasses.replace(manifest, model=_measured(model, measured)))
-    tell("published", weights_bytes)
+    template = ModuleTemplate(manifest)
+    _verify(store, template, batch, expected, entry.dtype)
+    on_stage("measuring", weights_bytes)
+    measurement = measure(lambda: load_into(template, store), batch[:1], template.module)
+    store.commit(dataclasses.replace(manifest, model=_with_measurement(model, measurement)))
+    on_stage("published", weights_bytes)
 
 
 def _probe_input(image: ImageInput) -> NDArray[np.float32]:
-    """The fixed input for comparing logits: two images, so that the batch dimension is exercised."""
+    """Make the fixed input for comparing logits: two images, so that the batch dimension is exercised."""
     shape = (2, 3, image.crop_px, image.crop_px)
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
@@ -89,20 +90,20 @@ def _run_directly(entry: ModelEntry, module: nn.Module, batch: NDArray[np.float3
     return np.array(logits.numpy())
 
 
-def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
-    """Equal for names that share one tensor."""
+def _tensor_identity(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return a key that is equal for names that share one tensor."""
     return (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype) if tensor.numel() else (id(tensor),)
 
 
-def _distinct(module: nn.Module) -> dict[tuple[object, ...], torch.Tensor]:
-    """Every tensor of the module once, however many names it has."""
-    return {_identity(table[key]): table[key] for _, table, key in named_slots(module)}
+def _distinct_tensors(module: nn.Module) -> dict[tuple[object, ...], torch.Tensor]:
+    """Return every tensor of the module once, however many names it has."""
+    return {_tensor_identity(table[key]): table[key] for _, table, key in named_slots(module)}
 
 
-def _write(
+def _write_blob(
     store: ModelStore, module: nn.Module, order: Mapping[str, int], execution: Execution
 ) -> tuple[tuple[TensorPlace, ...], BlobFile]:
-    """Writes all parameters and buffers into one blob, in order of use; tied tensors once."""
+    """Write all parameters and buffers into one blob, in order of use; tied tensors once."""
     convs = {id(conv.weight) for conv in module.modules() if isinstance(conv, nn.Conv2d)}
     owner: dict[tuple[object, ...], str] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -110,7 +111,7 @@ def _write(
     for name, table, key in sorted(named_slots(module), key=lambda slot: order[slot[0]]):
         tensor = table[key]
         layouts[name] = "channels_last" if execution.channels_last and id(tensor) in convs else "row_major"
-        if owner.setdefault(_identity(tensor), name) == name:
+        if owner.setdefault(_tensor_identity(tensor), name) == name:
             tensors[name] = _as_stored(tensor, layouts[name])
     layout = plan_blob(
         [
@@ -118,7 +119,7 @@ def _write(
             for name, tensor in tensors.items()
         ]
     )
-    content = (_content(tensors[tensor.name]) for tensor in layout.order)
+    content = (_tensor_bytes(tensors[tensor.name]) for tensor in layout.order)
     blob = store.put_blob(lambda path: write_blob(path, layout, content))
     places = []
     for name, table, key in named_slots(module):
@@ -128,7 +129,7 @@ def _write(
                 name=name,
                 kind="parameter" if isinstance(tensor, nn.Parameter) else "buffer",
                 file=blob.name,
-                offset=layout.offsets[owner[_identity(tensor)]],
+                offset=layout.offsets[owner[_tensor_identity(tensor)]],
                 nbytes=tensor.nbytes,
                 dtype=_dtype_name(name, tensor),
                 shape=tuple(tensor.shape),
@@ -139,7 +140,7 @@ def _write(
 
 
 def _as_stored(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The tensor with its dimensions in the order in which they lie in the file."""
+    """Return the tensor with its dimensions in their order in the file."""
     return tensor.permute(0, 2, 3, 1) if layout == "channels_last" else tensor
 
 
@@ -149,17 +150,17 @@ def _dtype_name(name: str, tensor: torch.Tensor) -> str:
     return _DTYPE_NAMES[tensor.dtype]
 
 
-def _content(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor, row-major."""
+def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor, row-major."""
     flat = tensor.detach().contiguous().reshape(-1)
     array: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
     return memoryview(array)  # type: ignore[arg-type]
 
 
-def _draft(
+def _unmeasured_model(
     entry: ModelEntry, weights: str, metadata: Metadata, image: ImageInput, classes: int, weights_bytes: int
 ) -> PublishedModel:
-    """The model as far as it is known before it is measured."""
+    """Describe the model as far as it is known before it is measured."""
     labels = metadata.labels if len(metadata.labels) == classes else ()
     profile = ModelProfile(
         model_id=entry.model_id, size_bytes=max(1, weights_bytes), load_s=0, exec_s=0, accuracy=metadata.accuracy
@@ -182,22 +183,22 @@ def _draft(
     )
 
 
-def _measured(model: PublishedModel, measured: Measurement) -> PublishedModel:
-    profile = dataclasses.replace(model.profile, load_s=measured.load_s, exec_s=measured.exec_s)
-    return dataclasses.replace(model, workspace_bytes=measured.workspace_bytes, profile=profile)
+def _with_measurement(model: PublishedModel, measurement: Measurement) -> PublishedModel:
+    profile = dataclasses.replace(model.profile, load_s=measurement.load_s, exec_s=measurement.exec_s)
+    return dataclasses.replace(model, workspace_bytes=measurement.workspace_bytes, profile=profile)
 
 
 def _verify(
-    store: ModelStore, prepared: ModuleTemplate, batch: NDArray[np.float32], expected: NDArray[np.float32], dtype: Dtype
+    store: ModelStore, template: ModuleTemplate, batch: NDArray[np.float32], expected: NDArray[np.float32], dtype: Dtype
 ) -> None:
-    """Runs the model as workers will and compares its logits with those of the directly built module."""
-    builder = prepared.manifest.model.builder
-    model = fill(store, prepared)
+    """Run the model as workers will, and compare its logits with those of the directly built module."""
+    builder = template.manifest.model.builder
+    model = load_into(template, store)
     try:
-        forgotten = next(_plain_meta_tensors(prepared.module), None)
-        if forgotten is not None:
+        unstored = next(_plain_meta_tensors(template.module), None)
+        if unstored is not None:
             raise StoreError(
-                f"{builder} keeps the tensor {forgotten!r} as a plain attribute, which is not stored; "
+                f"{builder} keeps the tensor {unstored!r} as a plain attribute, which is not stored; "
                 "use register_buffer for it"
             )
         actual = model.infer(batch)
@@ -218,7 +219,7 @@ def _verify(
 
 
 def _plain_meta_tensors(module: nn.Module) -> Iterator[str]:
-    """Names of tensors without storage that a module holds outside of its parameters and buffers."""
+    """Yield the names of tensors without storage that a module holds outside of its parameters and buffers."""
     for prefix, owner in module.named_modules():
         for key, value in vars(owner).items():
             if key not in STATE_TABLES and _holds_meta(value):

@@ -15,7 +15,7 @@ from serve_app.serving.api.inference import outcome_headers, parts_s
 from serve_app.serving.api.request_reader import RequestReader, check_content_type
 from serve_app.serving.router.request import InferenceRequest, InferenceResponse
 from serve_app.serving.router.router import Router
-from serve_app.store.images import top_k
+from serve_app.tasks.image_classification import top_k
 
 _MAX_TOP_K = 1000
 _CONTENT_TYPES = frozenset({"image/jpeg", "image/png", "image/webp", "application/octet-stream"})

@@ -42,11 +42,7 @@ async def on_any_error(request: Request, error: Exception) -> Response:
 async def on_error(request: Request, error: Exception) -> Response:
     """Respond to an ``EdgeServeError``: its sentence and status, or the response to a fault."""
     assert isinstance(error, EdgeServeError)
-    if (
-        error.status >= HTTPStatus.INTERNAL_SERVER_ERROR
-        and error.retry_after_s is None
-        and error.status not in (504, 507)
-    ):
+    if error.is_fault:
         return await on_fault(request, error)
     return error_response(error)
 

@@ -145,7 +145,7 @@ class FastPath:
         return True
 
     async def _answer(self, scope: Scope, request: FastRequest) -> Response | None:
-        """Return the response, or None if the client has disconnected; its inference is cancelled then."""
+        """Return the response, or None if the client has disconnected; its inference is canceled then."""
         try:
             self._authorize(scope)
             return await self._infer(request)
@@ -174,13 +174,14 @@ class FastPathApp(FastAPI):
         self.fast_path = fast_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Called by Serve with one request."""
-        self.fast_path.set_route_prefix(scope.get("root_path", ""))
+        """Called by Serve with one request, and with the events of its lifespan, which carry no route prefix."""
+        if scope["type"] == "http":
+            self.fast_path.set_route_prefix(scope.get("root_path", ""))
         if not await self.fast_path.handle(scope, receive, send):
             await super().__call__(scope, receive, send)
 
 
-class Registry:
+class FastPathRegistry:
     """Connects the middleware of a process to the fast path of the process's application, which exists later."""
 
     def __init__(self) -> None:
@@ -195,7 +196,7 @@ class BypassMiddleware:
         registry: holds the fast path, or None until the application is registered.
     """
 
-    def __init__(self, app: ASGIApp, registry: Registry) -> None:
+    def __init__(self, app: ASGIApp, registry: FastPathRegistry) -> None:
         self._app = app
         self._registry = registry
 
@@ -207,14 +208,14 @@ class BypassMiddleware:
 
 
 #: One replica runs in a process, and Serve calls ``middlewares`` without arguments.
-_PROCESS = Registry()
+_PROCESS = FastPathRegistry()
 
 
-def register(fast_path: FastPath, registry: Registry = _PROCESS) -> None:
+def register(fast_path: FastPath, registry: FastPathRegistry = _PROCESS) -> None:
     """Have ``BypassMiddleware`` pass inference requests to this fast path from now on."""
     registry.fast_path = fast_path
 
 
-def middlewares(registry: Registry = _PROCESS) -> list[Middleware]:
+def middlewares(registry: FastPathRegistry = _PROCESS) -> list[Middleware]:
     """Return what Serve puts before its ASGI application in every process that serves HTTP."""
     return [Middleware(BypassMiddleware, registry=registry)]

@@ -1,1 +1,1 @@
-"""The coordinator's actor, and the way to it."""
+"""The coordinator's actor, and the client of it."""

@@ -23,8 +23,11 @@ class CoordinatorClient:
     """One participant's connection to the coordinator: finds it, and finds it again after it was lost.
 
     Args:
-        rules: for the coordinator. Whoever comes first starts it; all tell it theirs, and the newest count.
-        location: of whose interest a router's news are; None: of everybody's.
+        rules: for the coordinator. The first participant starts it; all send theirs, and the newest count.
+        location: whose subscription a router reads; None: the whole cluster.
+
+    Attributes:
+        up: whether the last call was answered.
     """
 
     def __init__(self, rules: CoordinatorRules, location: str | None = None) -> None:
@@ -34,21 +37,21 @@ class CoordinatorClient:
         self.up = False
 
     async def exchange(
-        self, news: WorkerReport | Mapping[tuple[str, str], Link], epoch: str, version: int
+        self, sent: WorkerReport | Mapping[tuple[str, str], Link], epoch: str, version: int
     ) -> ViewDelta | None:
-        """Send a worker's report, or what a router has measured; get the news, or None: it cannot be reached."""
+        """Send a worker's report, or the links that a router has measured; get a delta, or None: no answer."""
         try:
             actor = self._actor
             if actor is None:
                 rules = self._rules
                 # Finding or making the actor blocks, so it must not happen on the event loop.
                 actor = await asyncio.to_thread(self._connect, rules)
-                # It has not been told of rules that have come meanwhile: then the next exchange connects anew.
+                # Rules that have come meanwhile have not been sent: then the next exchange connects again.
                 self._actor = actor if rules is self._rules else None
-            if isinstance(news, WorkerReport):
-                call = actor.report.remote(news, epoch, version)
+            if isinstance(sent, WorkerReport):
+                call = actor.report.remote(sent, epoch, version)
             else:
-                call = actor.view.remote(news, epoch, version, self._location)
+                call = actor.read.remote(sent, epoch, version, self._location)
             delta: ViewDelta = await asyncio.wait_for(call, _CALL_TIMEOUT_S)
         except (ray.exceptions.RayError, TimeoutError, ValueError) as error:
             if self.up:
@@ -61,25 +64,25 @@ class CoordinatorClient:
         return delta
 
     def configure(self, rules: CoordinatorRules) -> None:
-        """There is another configuration; the coordinator is told before anything else is said to it."""
+        """Take other rules; the coordinator gets them before the next call."""
         self._rules = rules
         self._actor = None
 
-    async def everything(self) -> ViewDelta | None:
-        """Every worker's last report, or None: the coordinator cannot be reached."""
+    async def snapshot(self) -> ViewDelta | None:
+        """Every worker's last report, or None: no answer."""
         if self._actor is None:
             return None
         try:
-            whole: ViewDelta = await asyncio.wait_for(self._actor.everything.remote(), _CALL_TIMEOUT_S)
+            whole: ViewDelta = await asyncio.wait_for(self._actor.snapshot.remote(), _CALL_TIMEOUT_S)
         except (ray.exceptions.RayError, TimeoutError):
             return None
         return whole
 
-    async def depart(self, replica: str) -> None:
-        """Say that a worker is leaving; best effort."""
+    async def deregister(self, replica: str) -> None:
+        """Tell the coordinator that a worker shuts down; best effort."""
         if self._actor is not None:
             try:
-                await asyncio.wait_for(self._actor.depart.remote(replica), _CALL_TIMEOUT_S)
+                await asyncio.wait_for(self._actor.deregister.remote(replica), _CALL_TIMEOUT_S)
             except (ray.exceptions.RayError, TimeoutError):
                 logger.info("the coordinator was not told that %s leaves", replica)
 
@@ -97,6 +100,6 @@ class CoordinatorClient:
             )
             .remote(rules)
         )
-        # It may have been there before, with the rules of those who started it. Calls are answered in order.
+        # It may have been there before, with the rules of another participant. Calls are answered in order.
         actor.configure.remote(rules)
         return actor

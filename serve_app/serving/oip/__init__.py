@@ -1,7 +1,8 @@
 """The Open Inference Protocol v2 (KServe v2) over REST, as plain functions: bytes in, arrays out, and back.
 
 Numbers travel as JSON or, with the binary tensor data extension, as raw little-endian bytes behind the JSON header,
-whose length the HTTP header ``Inference-Header-Content-Length`` gives. Nothing here knows a web framework or torch::
+whose length is in the HTTP header ``Inference-Header-Content-Length``. The package imports no web framework and no
+torch::
 
     request = parse_infer(body, parse_json_length(headers.get(JSON_LENGTH_HEADER)))
     check_version(version)
@@ -10,7 +11,7 @@ whose length the HTTP header ``Inference-Header-Content-Length`` gives. Nothing 
     ...                                              # run the model
     response = encode_infer(request, model_name=model.model_id, outputs={"output": logits})
 
-Everything wrong with a request is an ``InvalidRequest`` whose one sentence names the culprit.
+Every error in a request raises ``InvalidRequest``, whose one sentence names the wrong part.
 
 Specification: https://github.com/kserve/open-inference-protocol, and the extensions "binary tensor data" and
 "classification" of https://github.com/triton-inference-server/server/tree/main/docs/protocol.

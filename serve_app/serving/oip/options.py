@@ -1,4 +1,4 @@
-"""What a client may ask for beside the result, by whichever door it comes: one set of rules."""
+"""Options of a request, with the same rules for JSON parameters and for a URL query."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ _NUMBER: Final = re.compile(r"-?[0-9]{1,400}(\.[0-9]{1,400})?([eE][-+]?[0-9]{1,4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOptions:
-    """What a client asks for beside the result; checked at birth, so that every door has the same rules.
+    """Options of one request, checked by the constructor.
 
-    ``deadline_ms`` counts from the arrival of the request, ``min_accuracy`` (0..1) limits the members of a family,
-    ``forward="never"`` keeps the request at its location, ``"prefer"`` sends it to whoever holds the model rather than
-    load it. ``priority`` is checked, and has no effect so far.
+    Attributes:
+        deadline_ms: counts from the arrival of the request.
+        min_accuracy: lower bound (0..1) for the members of a family.
+        forward: ``"never"`` keeps the request at its location, ``"prefer"`` sends it to a worker that holds the model
+            rather than loading the model, ``"auto"`` takes what is expected to be faster.
+        priority: is checked, and has no effect so far.
 
     Raises:
         InvalidRequest: a value has the wrong type or lies out of range.
@@ -54,7 +57,7 @@ class RequestOptions:
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, object]) -> RequestOptions:
-        """Options from the ``parameters`` of a request; names it does not know are ignored, as the protocol asks."""
+        """Read the ``parameters`` of a request; unknown names are ignored, as the protocol demands."""
         for name in _NAMES:
             if name in parameters and parameters[name] is None:
                 raise InvalidRequest(f"{name} must not be null; leave it out instead")
@@ -63,7 +66,7 @@ class RequestOptions:
 
     @classmethod
     def from_query(cls, query: Mapping[str, str]) -> RequestOptions:
-        """Options from a URL query; text that reads as a number is taken as that number where one is expected."""
+        """Read a URL query; text that reads as a number counts as that number where a number is expected."""
         return cls.from_parameters({name: text if name == "forward" else _scalar(text) for name, text in query.items()})
 
 

@@ -1,4 +1,4 @@
-"""Inference requests of the Open Inference Protocol: parsed strictly, and made into the batch that a model takes."""
+"""Inference requests of the Open Inference Protocol: strict parsing, and conversion to the batch of a model."""
 
 from __future__ import annotations
 
@@ -27,9 +27,12 @@ MAX_REQUEST_ID: Final = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestedOutput:
-    """One output that the client asks for: as raw bytes or as JSON, whole or as its ``classification`` best classes.
+    """One output that the client requests.
 
-    ``classification`` is 0 for the tensor itself.
+    Attributes:
+        name: the output.
+        binary: as raw bytes rather than as JSON.
+        classification: number of best classes to return; 0 for the tensor itself.
     """
 
     name: str
@@ -39,9 +42,9 @@ class RequestedOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferRequest:
-    """A request that is well formed; whether it suits a model is for ``batch_for`` and ``check_outputs`` to say.
+    """A well-formed request; ``batch_for`` and ``check_outputs`` check it against a model.
 
-    Without ``outputs`` all outputs of the model are meant, in binary if ``binary_output_default``.
+    Without ``outputs`` the client requests all outputs of the model, in binary if ``binary_output_default``.
     """
 
     request_id: str
@@ -52,7 +55,7 @@ class InferRequest:
 
 
 def parse_json_length(header: str | None) -> int | None:
-    """The value of ``Inference-Header-Content-Length``; None where the header is absent, that is all of it JSON.
+    """Parse ``Inference-Header-Content-Length``; None without the header, when the body is JSON alone.
 
     Raises:
         InvalidRequest: it is not a whole number.
@@ -67,14 +70,14 @@ def parse_json_length(header: str | None) -> int | None:
 
 
 def parse_infer(body: bytes | bytearray | memoryview, json_length: int | None) -> InferRequest:
-    """Parse an inference request; binary tensors stay views of ``body``, so it must not change while they live.
+    """Parse an inference request; binary tensors are views of ``body``, which must not change while they live.
 
     Args:
-        body: the JSON part and behind it the binary data of the inputs, in their order.
-        json_length: bytes of the JSON part, None if there is nothing else.
+        body: the JSON part, followed by the binary data of the inputs in their order.
+        json_length: bytes of the JSON part; None if the body is JSON alone.
 
     Raises:
-        InvalidRequest: anything about the request is malformed.
+        InvalidRequest: any part of the request is malformed.
     """
     view = memoryview(body)
     if not view:
@@ -96,10 +99,12 @@ def parse_infer(body: bytes | bytearray | memoryview, json_length: int | None) -
 
 
 def batch_for(request: InferRequest, model: PublishedModel, max_batch: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The one input of ``model`` as aligned, C-contiguous float32 in native byte order; possibly a read-only view.
+    """Return the input of ``model`` as an aligned, C-contiguous float32 array ``[N, ...]`` in native byte order.
+
+    The array may be a read-only view of the request.
 
     Raises:
-        InvalidRequest: name, datatype, shape or batch size are not the model's, or a number is not finite.
+        InvalidRequest: the model takes another name, datatype, shape or batch size, or a number is not finite.
     """
     if (mismatch := _mismatch(request, model)) is not None:
         raise InvalidRequest(mismatch)
@@ -113,15 +118,15 @@ def batch_for(request: InferRequest, model: PublishedModel, max_batch: int) -> n
 
 
 def fits(request: InferRequest, model: PublishedModel) -> bool:
-    """Whether names, datatype and shape of the inputs are those of ``model``: chooses among members of a family."""
+    """Return whether ``model`` takes inputs of these names, datatypes and shapes: chooses among members of a family."""
     return _mismatch(request, model) is None
 
 
 def check_outputs(request: InferRequest, model: PublishedModel) -> None:
-    """Make sure, before any work is done, that ``model`` has the outputs that the request names.
+    """Make sure, before anything runs, that ``model`` has the outputs that the request names.
 
     Raises:
-        InvalidRequest: it has not, or an output cannot be given as classes.
+        InvalidRequest: there is no such output, or it cannot be ranked into classes.
     """
     specs = {spec.name: spec for spec in model.outputs}
     for output in request.outputs:
@@ -172,7 +177,7 @@ def _flag(parameters: dict[str, Any], key: str, *, default: bool, owner: str) ->
 
 
 def _named_objects(items: object, key: str) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Name, object and parameters of each entry of the list ``key`` of the request."""
+    """Return name, object and parameters of each entry of the list ``key`` of the request."""
     if type(items) is not list:
         raise InvalidRequest(f"{key} of the request must be a list of tensors, not {describe(items)}")
     entries: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {}
@@ -252,7 +257,7 @@ def _outputs(document: dict[str, Any], binary_default: bool) -> tuple[RequestedO
 
 
 def _mismatch(request: InferRequest, model: PublishedModel) -> str | None:
-    """How the inputs of the request differ from what the model takes; None where they do not."""
+    """Return how the inputs of the request differ from those of the model; None if they do not."""
     spec = _only_input(model)
     for tensor in request.inputs:
         if tensor.name != spec.name:

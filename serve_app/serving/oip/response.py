@@ -1,4 +1,4 @@
-"""Answers of the Open Inference Protocol: inference responses in JSON and binary, and metadata."""
+"""Responses of the Open Inference Protocol: results of inference in JSON and binary, and metadata."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ EXTENSIONS: Final = ("binary_tensor_data", "classification")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedResponse:
-    """A response body; ``json_length`` is the size of its JSON part, None where all of it is JSON."""
+    """A response body; ``json_length`` is the size of its JSON part in bytes, None if the body is JSON alone."""
 
     body: bytes
     json_length: int | None
 
     @property
     def headers(self) -> dict[str, str]:
-        """The HTTP headers that say how to read the body."""
+        """The HTTP headers that describe the body."""
         if self.json_length is None:
             return {"Content-Type": "application/json"}
         return {"Content-Type": "application/octet-stream", JSON_LENGTH_HEADER: str(self.json_length)}
 
 
 def check_version(version: str | None) -> None:
-    """Make sure that a version named by a request exists; None and the empty string mean "any".
+    """Make sure that the version in a request exists; None and the empty string mean any version.
 
     Raises:
-        NotFound: it is not the single version that every model has.
+        NotFound: it is not the one version that every model has.
     """
     if version and version != VERSION:
         raise NotFound(f"there is no version {describe(version)}; every model has the single version {VERSION!r}")
@@ -55,13 +55,13 @@ def encode_infer(
     parameters: Mapping[str, str | float | bool] | None = None,
     labels: Sequence[str] = (),
 ) -> EncodedResponse:
-    """The response to ``request``: each output in JSON or binary and whole or as its best classes, as was asked.
+    """Encode the outputs that ``request`` names: each in JSON or binary, as a tensor or as its best classes.
 
-    Numbers in JSON are flat, row-major and the shortest that read back as the same float.
+    Numbers in JSON are flat, row-major, and as short as reads back to the same float.
 
     Raises:
-        InvalidRequest: an output that was asked for does not exist, or its JSON would need NaN or Infinity. Those
-            come of finite but extreme inputs, hence the status; binary data carry them as they are.
+        InvalidRequest: a requested output does not exist, or its JSON would need NaN or Infinity. Finite but extreme
+            inputs cause these, hence a client error; binary data carry them unchanged.
     """
     wanted = request.outputs or tuple(
         RequestedOutput(name=name, binary=request.binary_output_default) for name in outputs
@@ -90,7 +90,7 @@ def encode_infer(
 
 
 def model_metadata(model: PublishedModel, versions: Sequence[str] = (VERSION,)) -> dict[str, Any]:
-    """Metadata of a model as the protocol has them; what is ours alone stands under ``parameters``."""
+    """Return the metadata of a model by the protocol; what the protocol does not define is under ``parameters``."""
     weights: dict[str, Any] = {"requested": model.weights_requested, "actual": model.weights_actual}
     if model.fallback:
         weights["warning"] = (
@@ -113,14 +113,14 @@ def model_metadata(model: PublishedModel, versions: Sequence[str] = (VERSION,)) 
 
 
 def server_metadata(name: str, version: str, extensions: Sequence[str] = EXTENSIONS) -> dict[str, Any]:
-    """Metadata of the server: its name, its version, and the protocol extensions it implements."""
+    """Return the metadata of the server: its name, its version, and the protocol extensions that it implements."""
     return {"name": name, "version": version, "extensions": list(extensions)}
 
 
 def _encode_output(
     output: RequestedOutput, array: np.ndarray[Any, Any], labels: Sequence[str]
 ) -> tuple[dict[str, Any], bytes]:
-    """The JSON description of one output, and its bytes if it is to be binary."""
+    """Return the JSON description of one output, and its bytes if the client requested binary data."""
     if output.classification:
         return _encode_classes(output, array, labels)
     datatype = datatype_of(array)
@@ -138,7 +138,7 @@ def _encode_output(
 def _encode_classes(
     output: RequestedOutput, array: np.ndarray[Any, Any], labels: Sequence[str]
 ) -> tuple[dict[str, Any], bytes]:
-    """The best classes of each row as strings ``value:index[:label]``, best first."""
+    """Encode the best classes of each row as strings ``value:index[:label]``, best first."""
     _check_finite(output.name, array)
     rows = array.reshape(len(array), -1)
     best = np.argsort(-rows.astype(np.float64), axis=1, kind="stable")[:, : output.classification]

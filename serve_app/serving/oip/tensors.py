@@ -1,4 +1,4 @@
-"""Tensors of the Open Inference Protocol: datatypes, shapes, and the two ways in which their numbers travel."""
+"""Tensors of the Open Inference Protocol: datatypes, shapes, and their numbers as JSON or as binary data."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _UNSUPPORTED: Final = {"BF16": "send the numbers as FP32", "BYTES": "send number
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class InputTensor:
-    """One named input tensor; ``array`` has ``shape`` and may be a read-only, unaligned view of the request body."""
+    """A named input tensor; ``array`` has ``shape`` and may be a read-only, unaligned view of the request body."""
 
     name: str
     datatype: str
@@ -45,7 +45,7 @@ class InputTensor:
 
 
 def describe(value: object) -> str:
-    """A value from a request as an error message may show it: short, on one line, whatever its depth or length."""
+    """Describe a value from a request for an error message: on one short line, whatever its depth or length."""
     match value:
         case None:
             return "null"
@@ -64,10 +64,10 @@ def describe(value: object) -> str:
 
 
 def checked_shape(shape: object, name: str) -> tuple[int, ...]:
-    """The shape of the tensor ``name``: 1 to 32 positive whole numbers with a sane product.
+    """Return the shape of the tensor ``name``: 1 to 32 positive whole numbers with a product below 2**62.
 
     Raises:
-        InvalidRequest: it is anything else.
+        InvalidRequest: the shape is anything else.
     """
     if type(shape) is not list or not shape or any(type(dim) is not int for dim in shape):
         raise InvalidRequest(
@@ -83,10 +83,10 @@ def checked_shape(shape: object, name: str) -> tuple[int, ...]:
 
 
 def checked_datatype(datatype: object, name: str) -> np.dtype[Any]:
-    """The little-endian numpy type of a protocol datatype.
+    """Return the little-endian numpy type of a protocol datatype.
 
     Raises:
-        InvalidRequest: there is no such datatype, or it cannot be taken.
+        InvalidRequest: there is no such datatype, or it is not supported.
     """
     if type(datatype) is not str or datatype not in DTYPES:
         hint = _UNSUPPORTED.get(datatype) if type(datatype) is str else None
@@ -99,10 +99,10 @@ def checked_datatype(datatype: object, name: str) -> np.dtype[Any]:
 
 
 def datatype_of(array: np.ndarray[Any, Any]) -> str:
-    """The protocol datatype of a numeric array, in whichever byte order.
+    """Return the protocol datatype of a numeric array in any byte order.
 
     Raises:
-        ValueError: the protocol has none.
+        ValueError: the protocol has no datatype for it.
     """
     try:
         return _DATATYPES[array.dtype.kind, array.dtype.itemsize]
@@ -111,10 +111,10 @@ def datatype_of(array: np.ndarray[Any, Any]) -> str:
 
 
 def tensor_from_binary(name: str, datatype: str, shape: tuple[int, ...], raw: bytes | memoryview) -> InputTensor:
-    """A tensor over raw little-endian bytes, which are not copied.
+    """Make a tensor over raw little-endian bytes, without copying them.
 
     Raises:
-        InvalidRequest: unknown datatype, or as many bytes as shape and datatype do not make.
+        InvalidRequest: the datatype is unknown, or shape and datatype need another number of bytes.
     """
     dtype = checked_datatype(datatype, name)
     expected_bytes = math.prod(shape) * dtype.itemsize
@@ -130,7 +130,7 @@ def tensor_from_binary(name: str, datatype: str, shape: tuple[int, ...], raw: by
 
 
 def tensor_from_json(name: str, datatype: str, shape: tuple[int, ...], data: object) -> InputTensor:
-    """A tensor from parsed JSON: a flat row-major list of numbers, or lists nested exactly as ``shape`` says.
+    """Make a tensor from parsed JSON: a flat row-major list of numbers, or lists nested exactly as ``shape`` says.
 
     Raises:
         InvalidRequest: the count, the nesting, or the type or range of a number is wrong.

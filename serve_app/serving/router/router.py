@@ -161,7 +161,7 @@ class Router:
     async def cluster_view(self) -> ClusterView:
         """The whole cluster, for people to look at; what this router knows while the coordinator is down."""
         known = self.view.cluster
-        snapshot = await self._coordinator.everything() if known.scoped else None
+        snapshot = await self._coordinator.snapshot() if known.partial else None
         if snapshot is None:
             return known
         view = ClusterView()

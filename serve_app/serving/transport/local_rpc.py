@@ -5,7 +5,7 @@ way to other hosts. The server of a worker (``LocalRpcServer``) listens in a fol
 the name of its replica: without such a socket, a router knows that the worker is on another host. Unlike a handle:
 
 * a worker that dies breaks its connections, which fails their calls at once: ``ConnectionLost``;
-* a call that is cancelled at the router is cancelled at the worker, and so are all calls of a router that dies;
+* a call that is canceled at the router is canceled at the worker, and so are all calls of a router that dies;
 * a worker that shuts down answers until ``LocalRpcServer.close``, which waits for every call that has begun; later
   calls fail like calls to a dead worker. Serve does not count these calls, so its own draining does not wait for them.
 

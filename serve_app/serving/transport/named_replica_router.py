@@ -1,4 +1,4 @@
-"""Ray Serve's choice of a replica, replaced by ours."""
+"""The choice of a replica by Ray Serve, replaced by the choice of EdgeServe's router."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from serve_app.serving import ray_internals
 
-#: What Ray raises for a call whose replica is gone or cannot be reached.
+#: What Ray raises for a call whose replica has died or cannot be reached.
 LOST_REPLICA_ERRORS = (
     ActorDiedError,
     ActorUnavailableError,
@@ -24,10 +24,10 @@ LOST_REPLICA_ERRORS = (
 
 
 class NamedReplicaRouter(RequestRouter):  # type: ignore[misc]
-    """Sends a call to the replica that it names, or fails it: ``ReplicaUnavailableError`` once that one is lost.
+    """Sends a call to the replica that it names; a call to a lost replica fails with ``ReplicaUnavailableError``.
 
-    EdgeServe's routers know which replica holds which model, and what to do when it dies. Serve's own choice would
-    undo theirs, and its own retry would wait for a new replica although other locations could serve.
+    EdgeServe's routers know which replica holds which model, and where to send a request when the replica dies. Serve's
+    own choice would undo theirs, and its own retry would wait for a new replica although other locations could serve.
     """
 
     #: Seconds after a failed call for which the replica counts as lost.
@@ -42,28 +42,28 @@ class NamedReplicaRouter(RequestRouter):  # type: ignore[misc]
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """The named replica; without a name, all of them in random order."""
+        """Return the named replica; without a name, all replicas in random order."""
         if pending_request is None:
             return [candidate_replicas]
-        # Without this, Serve would ask again at once, and again, while no candidate answers.
+        # Otherwise Serve would call this method in a loop without a pause while no candidate accepts the request.
         pending_request.routing_context.should_backoff = True
-        wanted = pending_request.kwargs.get("replica")
-        if wanted is None:
+        name = pending_request.kwargs.get("replica")
+        if name is None:
             return [random.sample(candidate_replicas, len(candidate_replicas))]
-        named = [replica for replica in candidate_replicas if replica.replica_id.unique_id == wanted]
-        if named and not self._is_lost(wanted):
+        named = [replica for replica in candidate_replicas if replica.replica_id.unique_id == name]
+        if named and not self._is_lost(name):
             return [named]
         self._fail(pending_request)
-        # Serve looks whether a request has ended only when it is offered a candidate for it.
+        # Serve notices that a request has ended only when it gets a candidate for it.
         return [candidate_replicas]
 
     def on_replica_actor_unavailable(self, replica_id: ReplicaID) -> None:
-        """A call could not be delivered, or its replica died with it."""
+        """Called by Serve when a call could not be delivered, or its replica died during it."""
         super().on_replica_actor_unavailable(replica_id)
         self._lost_at_s[replica_id.unique_id] = time.monotonic()
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
-        """A replica is gone for good."""
+        """Called by Serve when a replica has died."""
         super().on_replica_actor_died(replica_id)
         self._lost_at_s[replica_id.unique_id] = time.monotonic()
         for pending_request in ray_internals.pending_requests(self):

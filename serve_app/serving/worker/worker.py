@@ -5,22 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakSet
 
 from serve_app.core.catalog import Catalog, PublishedModel
-from serve_app.core.cluster.cluster_view import ClusterView
 from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
-from serve_app.core.cluster.primaries import PrimaryTracker
-from serve_app.core.cluster.reports import Demand, OutcomeCounts, ViewDelta, WorkerReport
+from serve_app.core.cluster.reports import OutcomeCounts, ViewDelta, WorkerReport
 from serve_app.core.coordination.rules import CoordinatorRules
+from serve_app.core.coordination.worker_follower import WorkerFollower
 from serve_app.core.memory_budget import MemoryBudget
 from serve_app.core.policies.base import EvictionPolicy
 from serve_app.core.queue_estimate import QueueEstimate
-from serve_app.core.routing.eviction_cost import forward_costs
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ModelState, Outcome
 from serve_app.errors import DeadlineExceeded, EdgeServeError, StoreError, Unavailable
@@ -37,7 +34,7 @@ from serve_app.serving.transport.messages import (
 )
 from serve_app.serving.worker.model_host import Lease, ModelHost, RunnableModel
 from serve_app.serving.worker.process_budget import ProcessBudget
-from serve_app.store.images import decode_image, preprocess
+from serve_app.tasks.image_classification import decode_image, preprocess
 
 logger = logging.getLogger(__name__)
 
@@ -126,24 +123,21 @@ class Worker:
         #: What has been executed since it was loaded.
         self._warm: WeakSet[RunnableModel] = WeakSet()
         self._link = link
-        self._rules = rules
         self._metrics = metrics
         self._memory = memory
         self._max_pixels = max_pixels
         self._holding = holding
-        self._keeper = PrimaryTracker(identity.replica, identity.location, holding.min_copies)
-        self._is_leaving = False
+        self._follower = WorkerFollower(
+            replica=identity.replica, location=identity.location, rules=rules, min_copies=holding.min_copies
+        )
         self._has_left = False
         self._report_every_s = 0.0
         self._clock = clock
-        self._view = ClusterView()
-        self._sequence = 0
         self._inflight = 0
         self._queue = QueueEstimate()
         self._exec_s = Smoothed()
         self._load_s = Smoothed()
         self._outcomes: dict[str, OutcomeCounts] = {}
-        self._demand: Counter[tuple[str, str]] = Counter()
         self._reporting: asyncio.Task[None] | None = None
 
     def start(self, report_every_s: float) -> None:
@@ -161,7 +155,7 @@ class Worker:
         if self._reporting is not None:
             self._reporting.cancel()
         await self._hand_over()
-        await self._link.depart(self._identity.replica)
+        await self._link.deregister(self._identity.replica)
 
     async def stop(self) -> None:
         """Leave, and give all memory back."""
@@ -177,7 +171,7 @@ class Worker:
             return self._not_in_store(work.model_id)
         model = self._catalog[work.model_id]
         if work.only_if_resident and self._host.cache.state(work.model_id) is None:
-            return NotResident(replica=self._identity.replica, sequence=self._sequence + 1)
+            return NotResident(replica=self._identity.replica, sequence=self._follower.next_sequence)
         self._inflight += 1
         try:
             async with asyncio.timeout(work.budget_s):
@@ -256,8 +250,8 @@ class Worker:
         held = {model.model_id: model.size_bytes for model in self._host.cache.models()}
         if sum(held.get(model.model_id, 0) for model in pinned) > budget.models_bytes:
             raise ValueError(f"{budget.models_bytes} bytes for models are less than what the pinned ones need")
-        self._catalog, self._rules, self._holding = catalog, rules.with_links(self._view.links), holding
-        self._keeper = PrimaryTracker(self._identity.replica, self._identity.location, holding.min_copies)
+        self._catalog, self._holding = catalog, holding
+        self._follower.reconfigure(rules, holding.min_copies)
         self._host.offer(catalog.profiles().values(), [model.model_id for model in pinned])
         self._host.resize(budget.models_bytes)
         self._memory.divide(budget)
@@ -284,42 +278,27 @@ class Worker:
 
     def report(self) -> WorkerReport:
         """The state of this worker now. The demand since the last one goes with it, once."""
-        self._sequence += 1
         cache = self._host.cache
         models = cache.models()
-        demand = tuple(
-            Demand(location=location, model_id=model_id, count=count)
-            for (location, model_id), count in self._demand.items()
+        report = self._follower.report(
+            cache=cache,
+            models={model.model_id: model for model in models},
+            loading=sum(model.state is ModelState.LOADING for model in models) + cache.waiting,
+            exec_slots=self._exec_slots,
+            queue_s=self._queue.wait_s(self._exec_slots),
+            inflight=self._inflight,
         )
-        self._demand.clear()
-        return WorkerReport(
-            location=self._identity.location,
-            replica=self._identity.replica,
-            sequence=self._sequence,
-            capacity_bytes=cache.capacity_bytes,
-            used_bytes=cache.used_bytes,
+        return replace(
+            report,
             rss_bytes=self._memory.rss_bytes,
             base_bytes=self._memory.base_bytes,
             workspace_bytes=self._memory.workspace_bytes,
             unaccounted_bytes=self._memory.unaccounted_bytes,
-            models={model.model_id: model for model in models},
-            exec_slots=self._exec_slots,
-            loading=sum(model.state is ModelState.LOADING for model in models) + cache.waiting,
-            load_slots=cache.max_loads,
-            queue_s=self._queue.wait_s(self._exec_slots),
-            inflight=self._inflight,
             exec_s=dict(self._exec_s.seconds),
             # Where loads are short, the noise of executions may make the difference negative.
             load_s={model_id: max(0.0, seconds) for model_id, seconds in self._load_s.seconds.items()},
-            loads=cache.counters.loads,
-            load_failures=cache.counters.load_failures,
-            evictions=cache.counters.evictions,
-            preloads=cache.counters.preloads,
-            wasted_preloads=cache.counters.wasted_preloads,
             outcomes=dict(self._outcomes),
-            demand=demand,
-            primary_for=self._keeper.report({model.model_id for model in models}),
-            leaving=self._is_leaving,
+            demand=self._follower.take_demand(),
         )
 
     async def _infer(self, work: InferenceTask, model: PublishedModel) -> InferenceResult:
@@ -332,7 +311,7 @@ class Worker:
             decode_s = self._clock() - began_s
         else:
             batch = work.payload
-        self._demand[work.origin, work.model_id] += 1
+        self._follower.demand[work.origin, work.model_id] += 1
         lease = await self._host.acquire(model.profile)
         logits, queue_s, exec_s = await self._execute(lease, batch, model)
         if lease.outcome is Outcome.LOAD:
@@ -352,7 +331,7 @@ class Worker:
             decode_s=decode_s,
             exec_s=exec_s,
             replica=self._identity.replica,
-            sequence=self._sequence + 1,
+            sequence=self._follower.next_sequence,
             evicted=lease.evicted,
         )
 
@@ -426,26 +405,20 @@ class Worker:
         await self._exchange()
 
     async def _exchange(self) -> ViewDelta | None:
-        """Report, and act on the news; None while the coordinator cannot be reached."""
-        report = self.report()
+        """Report, and act on the answer; None while the coordinator cannot be reached."""
+        report, view = self.report(), self._follower.view
         self._measure(report)
-        delta = await self._link.exchange(report, self._view.epoch, self._view.version)
+        delta = await self._link.exchange(report, view.epoch, view.version)
         if delta is None:
-            for demand in report.demand:
-                self._demand[demand.location, demand.model_id] += demand.count
+            self._follower.return_demand(report.demand)
             return None
-        self._view.apply(delta, self._clock())
-        if delta.links:
-            self._rules = self._rules.with_links(delta.links)
-        guarded = self._keeper.look(
-            [model.model_id for model in self._host.cache.models()], self._view.workers.values()
-        )
-        costs = forward_costs(self._identity.location, self._view, self._rules)
-        self._host.forward_costs({model_id: cost_s for model_id, cost_s in costs.items() if model_id not in guarded})
-        self._host.protect(self._keeper.required(guarded))
-        if not self._is_leaving:
-            for command in delta.commands:
-                self._follow(command)
+        held = {model.model_id: model for model in self._host.cache.models()}
+        instructions = self._follower.apply(delta, held, self._clock())
+        if instructions.forward_costs is not None:
+            self._host.forward_costs(instructions.forward_costs)
+        self._host.protect(instructions.protect)
+        for command in instructions.commands:
+            self._follow(command)
         return delta
 
     def _follow(self, command: Command) -> None:
@@ -460,7 +433,7 @@ class Worker:
 
     async def _hand_over(self) -> None:
         """Say that this worker leaves, and wait until others hold what they were told to, but not for long."""
-        self._is_leaving = True
+        self._follower.is_leaving = True
         if self._reporting is None or not self._link.up:
             return
         try:

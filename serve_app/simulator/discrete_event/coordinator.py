@@ -1,4 +1,4 @@
-"""What the coordinator is told, and what it tells, each after its time on the way."""
+"""The coordinator in virtual time: reports reach it, and views and commands leave it, after their time on the way."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 
 from serve_app.core.cluster.commands import Command
-from serve_app.core.cluster.popularity import DecayedRate
-from serve_app.core.cluster.reports import Demand, ViewDelta, WorkerReport
+from serve_app.core.cluster.popularity import DecayedRate, Popularity
+from serve_app.core.cluster.reports import ViewDelta
 from serve_app.core.coordination.coordinator_state import CoordinatorState
-from serve_app.core.coordination.rules import CoordinatorRules
-from serve_app.core.placement.controller import Planner
+from serve_app.core.coordination.events import Reader, WorkerReported
+from serve_app.core.coordination.rules import CoordinatorRules, DeltaLimits, PlacementSettings
 from serve_app.simulator.discrete_event.event_queue import EventQueue
 from serve_app.simulator.discrete_event.worker import Worker
 
@@ -41,90 +41,103 @@ class Rates(Mapping[str, float]):
         return len(self._rates)
 
 
-class LaggedPopularity:
-    """``Popularity`` for readers that look at few of very many rates: what they were given stays as it was."""
+class LaggedPopularity(Popularity):
+    """``Popularity`` for the many readers of a simulation, each of which looks at few of the rates it is given.
+
+    A live reader gets all rates as numbers. Here rates are computed when they are looked at, as of the moment when they
+    were given: rates that readers may still look at are copied before they change. Nothing is forgotten, as a trace
+    ends.
+    """
 
     def __init__(self, half_life_s: float) -> None:
-        self._half_life_s = half_life_s
-        self._rates: dict[str, dict[str, DecayedRate]] = {}
+        super().__init__(half_life_s)
         self._lent: set[str] = set()
+        self._given_s = -math.inf
+        self._given: dict[str, Rates] = {}
 
-    def add(self, demand: Demand, now: float) -> None:
-        """Count what users of a location have asked for."""
-        rates = self._rates.get(demand.location, {})
-        if demand.location in self._lent or not rates:
-            self._lent.discard(demand.location)
-            rates = self._rates[demand.location] = dict(rates)
-        known = rates.get(demand.model_id)
-        # Those who hold the old one still look at it.
+    def add(self, location: str, model_id: str, count: int, now: float) -> None:
+        """Count ``count`` requests for ``model_id`` that users of ``location`` sent."""
+        self._given_s = -math.inf
+        rates = self._rates.get(location, {})
+        if location in self._lent or not rates:
+            self._lent.discard(location)
+            rates = self._rates[location] = dict(rates)
+        known = rates.get(model_id)
+        # Readers that were given the old one still look at it.
         rate = DecayedRate(self._half_life_s) if known is None else copy.copy(known)
-        rate.add(now, demand.count)
-        rates[demand.model_id] = rate
+        rate.add(now, count)
+        rates[model_id] = rate
 
-    def rates(self, now: float) -> dict[str, Mapping[str, float]]:
-        """Requests per second of every model at every location."""
-        self._lent.update(self._rates)
-        return {location: Rates(rates, now) for location, rates in self._rates.items()}
+    def rates(self, now: float) -> Mapping[str, Mapping[str, float]]:
+        """Requests per second of every model at every location, as of ``now``."""
+        if now != self._given_s:
+            self._lent.update(self._rates)
+            self._given_s, self._given = now, {location: Rates(rates, now) for location, rates in self._rates.items()}
+        return self._given
+
+    def forget(self, now: float) -> None:
+        """Keep everything."""
 
 
 class SimulatedCoordinator:
-    """The coordinator and the ways to it and from it.
+    """The live coordinator's state machine, and the time that messages to and from it take.
 
-    Everything is late by the same time, so the coordinator itself may lag: reports lie in its inbox until somebody asks
-    for a view, or places models, as of a moment when they have come.
+    All messages take the same time, so the state machine itself may lag: reports lie in an inbox until a view or a
+    round of placement is asked for, as of a moment when they have come. Views and rounds share their moments, which are
+    those of the simulation; so the simulation asks for rounds of placement, which the live coordinator begins itself.
 
     Args:
-        agenda: of the simulation.
+        event_queue: of the simulation.
         report_every_s: period of reports and views.
-        delay_s: one way between a location and the coordinator.
+        delay_s: from a location to the coordinator, or back.
         half_life_s: of the popularity in the views.
-        planner: places models; None where nobody does.
+        placement: None: nothing is placed.
+
+    Attributes:
+        sent: number of reports that were sent.
+        read: number of them that the state machine has taken in.
     """
 
     def __init__(
         self,
         *,
-        agenda: EventQueue,
+        event_queue: EventQueue,
         report_every_s: float,
         delay_s: float,
         half_life_s: float,
-        planner: Planner | None,
+        placement: PlacementSettings | None,
     ) -> None:
-        # Silence means that nothing has changed, so nobody is ever taken for dead.
-        self.state = CoordinatorState(
+        self._state = CoordinatorState(
             epoch="simulated",
-            rules=CoordinatorRules(half_life_s=half_life_s, stale_after_s=math.inf),
-            whole_up_to=math.inf,
+            # A silent worker has nothing new to report, so no worker is ever taken for dead.
+            rules=CoordinatorRules(half_life_s=half_life_s, stale_after_s=math.inf, placement=placement),
+            limits=DeltaLimits(small_cluster=math.inf),
+            popularity=LaggedPopularity(half_life_s),
         )
-        self._agenda = agenda
+        self._event_queue = event_queue
         self._report_every_s = report_every_s
         self._delay_s = delay_s
-        #: Reports that were sent, and those of them that the coordinator has come to.
         self.sent = 0
         self.read = 0
-        self._inbox: deque[tuple[float, WorkerReport, tuple[Demand, ...]]] = deque()
-        self._popularity = LaggedPopularity(half_life_s)
-        self._planner = planner
-        self._rates_tick = -1
-        self._rates: Mapping[str, Mapping[str, float]] = {}
+        self._inbox: deque[tuple[float, WorkerReported]] = deque()
 
     # Reports
 
     def changed(self, worker: Worker, now: float) -> None:
-        """A worker has something new to say, and says so when it reports next."""
+        """Let a worker that has something new to report do so when its next report is due."""
         next_s = (math.floor(now / self._report_every_s) + 1) * self._report_every_s
-        self._agenda.at(next_s, self.report, worker)
+        self._event_queue.at(next_s, self.report, worker)
 
     def report(self, worker: Worker, now: float) -> None:
-        """A worker reports."""
+        """Send a worker's report."""
         report, demand = worker.report()
         self.sent += 1
-        self._inbox.append((now + self._delay_s, report, demand))
+        self._inbox.append((now + self._delay_s, WorkerReported(report, demand)))
 
     # Views
 
     def tick(self, now: float) -> int:
-        """The number of the last view that everybody has got by ``now``; negative before the first."""
+        """The number of the last view that has reached all readers by ``now``; negative before the first."""
         return math.floor((now - 2 * self._delay_s) / self._report_every_s - 0.5)
 
     def received_s(self, tick: int) -> float:
@@ -134,32 +147,17 @@ class SimulatedCoordinator:
     def view(self, epoch: str, version: int, tick: int) -> ViewDelta:
         """The view of that number, for a reader that knows ``version``; numbers never fall."""
         as_of_s = self._catch_up(tick)
-        if tick != self._rates_tick:
-            self._rates_tick, self._rates = tick, self._popularity.rates(as_of_s)
-        delta = self.state.view(epoch, version, as_of_s)
-        return ViewDelta(
-            epoch=delta.epoch,
-            version=delta.version,
-            full=delta.full,
-            workers=delta.workers,
-            gone=delta.gone,
-            rates=self._rates,
-        )
+        return self._state.delta(Reader(None, None, epoch, version), as_of_s)
 
     def plan(self, tick: int) -> tuple[Command, ...]:
         """A round of placement, with what the coordinator knows as of the view of that number."""
-        as_of_s = self._catch_up(tick)
-        return self._planner.plan(self.state.view("", 0, as_of_s).workers, as_of_s) if self._planner else ()
+        return self._state.plan(self._catch_up(tick))
 
     def _catch_up(self, tick: int) -> float:
         as_of_s = self.received_s(tick) - self._delay_s
         inbox = self._inbox
         while inbox and inbox[0][0] <= as_of_s:
-            came_s, report, demands = inbox.popleft()
+            came_s, reported = inbox.popleft()
             self.read += 1
-            self.state.handle(report, came_s)
-            if self._planner is not None:
-                self._planner.hear(report.replica, demands, came_s)
-            for demand in demands:
-                self._popularity.add(demand, came_s)
+            self._state.handle(reported, came_s)
         return as_of_s

@@ -44,7 +44,7 @@ class Router:
         request_time_s: float = math.inf,
     ) -> None:
         self.name = worker.location
-        self.known = RouterView()
+        self.view = RouterView()
         self._worker = worker
         self._workers = workers
         self._news = news
@@ -67,17 +67,11 @@ class Router:
         if news is None or (tick := news.tick(now)) == self._tick:
             return
         self._tick = tick
-        view = self.known.cluster
+        view = self.view.cluster
         delta = news.view(view.epoch, view.version, tick)
         self._read = news.read
-        before = view.workers
-        moved = any(
-            report.location != self.name
-            and (report.replica not in before or report.models is not before[report.replica].models)
-            for report in delta.workers
-        )
-        self.known.apply(delta, now)
-        self._worker.look_around(view, self._rules, moved, now)
+        self.view.apply(delta, now)
+        self._worker.catch_up(now)
 
     def request(self, number: int, model: ModelProfile, now: float) -> None:
         """A user's request comes in."""
@@ -85,7 +79,7 @@ class Router:
             self._worker.take(Job(number, model, self, now), now)
             return
         request = RoutingRequest(model=model, here=self.name, payload_bytes=self._payload_bytes)
-        dispatch = Dispatch(request, self.known, self._rules, deadline_s=now + self._request_time_s)
+        dispatch = Dispatch(request, self.view, self._rules, deadline_s=now + self._request_time_s)
         self._send(Job(number, model, self, now, dispatch), now)
 
     def _send(self, job: Job, now: float) -> None:

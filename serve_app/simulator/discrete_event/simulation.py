@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.placement.controller import Planner
+from serve_app.core.coordination.rules import PlacementSettings
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.simulator.discrete_event.coordinator import SimulatedCoordinator
 from serve_app.simulator.discrete_event.event_queue import EventQueue
@@ -53,12 +53,17 @@ class _Simulation:
             staleness_s=options.staleness_s,
         )
         news = SimulatedCoordinator(
-            agenda=self._agenda,
+            event_queue=self._agenda,
             report_every_s=options.report_every_s,
             delay_s=options.coordinator_delay_s,
             half_life_s=options.half_life_s,
-            planner=(
-                Planner(rules, options.placement, payload_bytes=options.payload_bytes)
+            placement=(
+                PlacementSettings(
+                    routing=rules,
+                    every_s=options.placement_every_s,
+                    payload_bytes=options.payload_bytes,
+                    rules=options.placement,
+                )
                 if options.coordination == "full"
                 else None
             ),
@@ -71,6 +76,7 @@ class _Simulation:
                 location=location,
                 cache=options.make_cache(number),
                 lines=said,
+                rules=rules,
                 exec_slots=options.exec_slots,
                 agenda=self._agenda,
                 tally=self._tally,
@@ -91,6 +97,7 @@ class _Simulation:
         ]
         for worker, router in zip(self._workers.values(), self._routers, strict=True):
             worker.before = router.catch_up
+            worker.follower.view = router.view.cluster
             worker.cache.know(profiles, 0.0)
             worker.look_ahead(0.0)
             if not alone:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,22 +11,16 @@ from typing import Protocol
 from serve_app.core.cache.decisions import Answer, Grant, Hit, Join, Load, Reject, RejectReason, Wait
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.cluster.cluster_view import ClusterView
 from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
-from serve_app.core.cluster.primaries import PrimaryTracker
-from serve_app.core.cluster.reports import Demand, OutcomeCounts, WorkerReport
+from serve_app.core.cluster.reports import Demand, WorkerReport
+from serve_app.core.coordination.worker_follower import WorkerFollower
 from serve_app.core.queue_estimate import QueueEstimate
 from serve_app.core.routing.dispatch import Absent, AttemptResult, Dispatch, Finished, Rejected
-from serve_app.core.routing.eviction_cost import forward_costs
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ModelState, Outcome, ResidentModel
 from serve_app.errors import DoesNotFit, StoreError, Unavailable
 from serve_app.simulator.discrete_event.event_queue import EventQueue
 from serve_app.simulator.discrete_event.results import DiscreteEventResults
-
-_NOTHING: Mapping[str, float] = {}
-_NO_OUTCOMES: Mapping[str, OutcomeCounts] = {}
-
 
 #: Rejections as the router takes them: what counts is the class of the error, as in ``serving/worker/model_host.py``.
 _REJECTED = {
@@ -100,13 +93,15 @@ class Worker:
         location: its name.
         cache: its books.
         lines: of all models.
+        rules: for the cost of a forward.
         exec_slots: executions at the same time.
         agenda: of the simulation.
         tally: of the simulation.
         changed: is told when there is something new to report.
 
     Attributes:
-        before: is called before a request of another location, or a review, to catch up with the news.
+        follower: builds its reports, and says what deltas mean for it.
+        before: is called before a request of another location, or a review, to catch up with the coordinator.
     """
 
     def __init__(
@@ -115,6 +110,7 @@ class Worker:
         location: str,
         cache: ModelCache,
         lines: Lines,
+        rules: RoutingRules,
         exec_slots: int,
         agenda: EventQueue,
         tally: DiscreteEventResults,
@@ -129,17 +125,15 @@ class Worker:
         self._tally = tally
         self._changed = changed
         self.before: Callable[[float], None] = _nothing
-        self._sequence = 0
+        self.follower = WorkerFollower(replica=self.replica, location=location, rules=rules)
         self._queue = QueueEstimate()
         #: When the executions under way end; no more than there are slots.
         self._slot_ends_s: list[float] = []
         self._loads: dict[str, _LoadUnderWay] = {}
         #: Requests, and models that a router has ordered, in the wait queue of the cache.
         self._waiting: dict[int, Job | ModelProfile] = {}
-        self._keeper = PrimaryTracker(self.replica, location)
-        self._guarded: frozenset[str] = frozenset()
         self._review_s = math.inf
-        self._demand: Counter[tuple[str, str]] = Counter()
+        self._demand = self.follower.demand
         self._books: dict[str, ResidentModel] = {}
         self._books_lent = False
         self._silent = False
@@ -153,7 +147,7 @@ class Worker:
         if job.back_s:
             self.before(now)
         if job.only_if_resident and self.cache.state(model.model_id) is None:
-            self._reply(job, Absent(self.replica, self._sequence + 1), now)
+            self._reply(job, Absent(self.replica, self.follower.next_sequence), now)
             return
         self._demand[job.sender.name, model.model_id] += 1
         self._news(now)
@@ -203,7 +197,7 @@ class Worker:
         if self._reported_queue_s:
             self._news(now)
         grants = self.cache.finish(job.model.model_id, now)
-        self._reply(job, Finished(self.replica, self._sequence + 1, job.victims), now)
+        self._reply(job, Finished(self.replica, self.follower.next_sequence, job.victims), now)
         if grants:
             self._carry_out(grants, now)
         self.look_ahead(now)
@@ -317,15 +311,12 @@ class Worker:
                 self.cache.advise(model, now, insist=required)
         self.look_ahead(now)
 
-    def look_around(self, view: ClusterView, rules: RoutingRules, moved: bool, now: float) -> None:
-        """Decide anew what losing a model costs; ``moved``: others hold other models than before."""
-        primary_for = self._keeper.primary_for
-        guarded = self._keeper.look(self._books, view.workers.values())
-        if moved or guarded != self._guarded:
-            self._guarded = guarded
-            costs = forward_costs(self.location, view, rules)
-            self.cache.forward_costs({name: cost_s for name, cost_s in costs.items() if name not in guarded})
-        if self._keeper.primary_for != primary_for:
+    def catch_up(self, now: float) -> None:
+        """Act on what the view says now; commands come apart from it."""
+        instructions = self.follower.review(self._books)
+        if instructions.forward_costs is not None:
+            self.cache.forward_costs(instructions.forward_costs)
+        if instructions.primaries_changed:
             self._news(now)
 
     # Reports
@@ -341,39 +332,21 @@ class Worker:
             self._changed(self, now)
 
     def report(self) -> tuple[WorkerReport, tuple[Demand, ...]]:
-        """The state of this worker now; the demand since the last one beside it, for the coordinator alone."""
-        self._sequence += 1
+        """The state of this worker now; the demand since the last one beside it, for the coordinator alone.
+
+        Everything takes what the profile says, so there is nothing to measure.
+        """
         self._books_lent = self._silent = True
         self._reported_queue_s = self._queue.wait_s(self._exec_slots)
-        counters = self.cache.counters
-        demand = tuple(
-            Demand(location=location, model_id=model_id, count=count)
-            for (location, model_id), count in self._demand.items()
-        )
-        self._demand.clear()
-        report = WorkerReport(
-            location=self.location,
-            replica=self.replica,
-            sequence=self._sequence,
-            capacity_bytes=self.cache.capacity_bytes,
-            used_bytes=self.cache.used_bytes,
-            rss_bytes=0,
+        report = self.follower.report(
+            cache=self.cache,
             models=self._books,
-            exec_slots=self._exec_slots,
             loading=len(self._loads) + len(self._waiting),
-            load_slots=self.cache.max_loads,
+            exec_slots=self._exec_slots,
             queue_s=self._reported_queue_s,
             inflight=self._queue.jobs,
-            # Everything takes what the profile says, so there is nothing to measure.
-            exec_s=_NOTHING,
-            load_s=_NOTHING,
-            loads=counters.loads,
-            load_failures=0,
-            evictions=counters.evictions,
-            outcomes=_NO_OUTCOMES,
-            primary_for=self._keeper.report(self._books),
         )
-        return report, demand
+        return report, self.follower.take_demand()
 
 
 def _nothing(now: float) -> None:

@@ -1,4 +1,4 @@
-"""What each part of the ``edgeserve`` policy buys: the policy with one part taken out, beside the whole and the oracle.
+"""Measure each part of the ``edgeserve`` policy: variants without one part, beside the full policy and the oracle.
 
 python -m serve_app.simulator.studies.ablation [--data DIR] [--seeds N]
 """
@@ -6,18 +6,17 @@ python -m serve_app.simulator.studies.ablation [--data DIR] [--seeds N]
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import random
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean
 from typing import ClassVar
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
@@ -26,6 +25,7 @@ from serve_app.core.policies.edgeserve import EdgeServe
 from serve_app.core.policies.rate_forecast import History, RateForecast
 from serve_app.simulator.load_delay import replay
 from serve_app.simulator.oracles import BeladyAm, next_uses
+from serve_app.simulator.result_table import figures_table
 from serve_app.simulator.runner import MAX_PRELOADS
 from serve_app.simulator.scenario import make_workload
 from serve_app.simulator.studies.reference_workload import find_reference
@@ -34,7 +34,7 @@ SHARES = (0.1, 0.25, 0.5)
 
 
 class _FixedMemories(RateForecast):
-    """The memories have these weights whatever happens."""
+    """The rates have these weights whatever happens."""
 
     weights: ClassVar[tuple[float, float, float]]
 
@@ -52,7 +52,7 @@ class _EndlessMemory(_FixedMemories):
 
 
 class _Variant(EdgeServe):
-    """The whole policy, with room to take a part out."""
+    """The full policy, of which subclasses leave out one part."""
 
     predictor: ClassVar[type[RateForecast]] = RateForecast
 
@@ -63,7 +63,7 @@ class _Variant(EdgeServe):
 
 
 class _Trusting(_Variant):
-    """Relies on fetching models again however busy the background is."""
+    """Relies on preloads however busy the background is."""
 
     def _see_how_busy(self, now: float) -> None:
         pass
@@ -84,7 +84,7 @@ class _OnlyEndless(_Variant):
     predictor = _EndlessMemory
 
 
-class _NoCatalogue(_Variant):
+class _NoCatalog(_Variant):
     def on_catalog(self, models: Iterable[ModelProfile], now: float) -> None:
         pass
 
@@ -94,7 +94,7 @@ class _NoSparing(_Variant):
 
 
 class _NoLead(_Variant):
-    """Looks at this very moment instead of the time that it takes to bring a model in."""
+    """Predicts for this moment instead of the time at which a load would end."""
 
     def on_catalog(self, models: Iterable[ModelProfile], now: float) -> None:
         super().on_catalog(models, now)
@@ -103,65 +103,59 @@ class _NoLead(_Variant):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
+class _AblationCase:
     name: str
     make: Callable[[random.Random], EdgeServe]
     max_preloads: int = MAX_PRELOADS
 
 
-PARTS = (
-    _Part(name="whole", make=_Variant),
-    _Part(name="without preloading, hence without ages", make=EdgeServe, max_preloads=0),
-    _Part(name="without preloading, but with ages", make=_Trusting, max_preloads=0),
-    _Part(name="without preloading what nobody has asked for yet", make=_NoCatalogue),
-    _Part(name="without ages (step 2)", make=_NoAges),
-    _Part(name="short memory only", make=_OnlyShort),
-    _Part(name="endless memory only", make=_OnlyEndless),
-    _Part(name="without looking ahead", make=_NoLead),
-    _Part(name="without sparing small models", make=_NoSparing),
-    _Part(name="with margin 1", make=lambda rng: _Variant(rng, margin=1.0)),
-    _Part(name="preloading two at a time", make=_Variant, max_preloads=2),
-    _Part(name="preloading one at a time", make=_Variant, max_preloads=1),
-    _Part(name="one at a time, relying on it all the same", make=_Trusting, max_preloads=1),
+CASES = (
+    _AblationCase(name="full policy", make=_Variant),
+    _AblationCase(name="without preloading, hence without ages", make=EdgeServe, max_preloads=0),
+    _AblationCase(name="without preloading, but with ages", make=_Trusting, max_preloads=0),
+    _AblationCase(name="without preloading models that had no request yet", make=_NoCatalog),
+    _AblationCase(name="without ages (step 2)", make=_NoAges),
+    _AblationCase(name="short memory only", make=_OnlyShort),
+    _AblationCase(name="endless memory only", make=_OnlyEndless),
+    _AblationCase(name="without looking ahead", make=_NoLead),
+    _AblationCase(name="without sparing small models", make=_NoSparing),
+    _AblationCase(name="with margin 1", make=lambda rng: _Variant(rng, margin=1.0)),
+    _AblationCase(name="preloading two at a time", make=_Variant, max_preloads=2),
+    _AblationCase(name="preloading one at a time", make=_Variant, max_preloads=1),
+    _AblationCase(name="one at a time, relying on it all the same", make=_Trusting, max_preloads=1),
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Stream:
+class _TraceSource:
     trace: str
     models: Path | None
 
 
 @dataclass(frozen=True, slots=True)
-class _Result:
-    """Load over exec of each part at each share of memory, relative to the oracle, and background loads over exec."""
+class _AblationResult:
+    """Load over exec of each case at each share of memory, relative to the oracle, and background loads over exec."""
 
     to_oracle: tuple[tuple[float, ...], ...]
     preload_over_exec: tuple[float, ...]
 
 
-def _measure(stream: _Stream, seed: int) -> _Result:
+def _measure(stream: _TraceSource, seed: int) -> _AblationResult:
     workload = make_workload(trace=stream.trace, models=stream.models, seed=seed)
     upcoming = next_uses(workload.trace.model)
     all_bytes = sum(profile.size_bytes for profile in workload.profiles)
 
     def play(policy: EvictionPolicy, share: float, max_preloads: int) -> tuple[float, float]:
         cache = ModelCache(capacity_bytes=int(share * all_bytes), policy=policy, max_preloads=max_preloads)
-        tally = replay(workload.trace, workload.profiles, lambda _: cache)
-        return tally.load_s / tally.exec_s, tally.preload_s / tally.exec_s
+        results = replay(workload.trace, workload.profiles, lambda _: cache)
+        return results.load_s / results.exec_s, results.preload_s / results.exec_s
 
     oracle = [play(BeladyAm(upcoming), share, 0)[0] for share in SHARES]
-    results = [[play(part.make(random.Random(seed)), share, part.max_preloads) for share in SHARES] for part in PARTS]
-    return _Result(
+    results = [[play(case.make(random.Random(seed)), share, case.max_preloads) for share in SHARES] for case in CASES]
+    return _AblationResult(
         tuple(tuple(ours / best for (ours, _), best in zip(row, oracle, strict=True)) for row in results),
         tuple(sum(preloads for _, preloads in row) / len(row) for row in results),
     )
-
-
-def _mean(values: Iterable[float]) -> float:
-    """Geometric."""
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs))
 
 
 @click.command()
@@ -174,26 +168,25 @@ def main(data: Path | None, seeds: int) -> None:
     if reference.warning:
         console.print(reference.warning, style="yellow")
     streams = {
-        "reference": _Stream(trace=reference.trace, models=reference.models),
-        "azure-like": _Stream(trace="azure-like:", models=reference.models),
-        "sessions": _Stream(trace="sessions:", models=reference.models),
+        "reference": _TraceSource(trace=reference.trace, models=reference.models),
+        "azure-like": _TraceSource(trace="azure-like:", models=reference.models),
+        "sessions": _TraceSource(trace="sessions:", models=reference.models),
     }
     jobs = [(stream, seed) for stream in streams.values() for seed in range(seeds)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(_measure, *zip(*jobs, strict=True)))
-    table = Table(box=None, header_style="bold")
-    table.add_column("load over exec / belady-am, geometric mean over seeds")
-    for name, share in itertools.product(streams, SHARES):
-        table.add_column(f"{name} {share:.0%}", justify="right")
-    table.add_column("background loads / exec", justify="right")
-    for number, part in enumerate(PARTS):
+    headers = [f"{name} {share:.0%}" for name, share in itertools.product(streams, SHARES)]
+    table = figures_table(
+        "load over exec / belady-am, geometric mean over seeds", [*headers, "background loads / exec"]
+    )
+    for number, case in enumerate(CASES):
         cells = [
-            _mean(result.to_oracle[number][column] for result in results[first : first + seeds])
+            geometric_mean(result.to_oracle[number][column] for result in results[first : first + seeds])
             for first in range(0, len(results), seeds)
             for column in range(len(SHARES))
         ]
         preloads = sum(result.preload_over_exec[number] for result in results) / len(results)
-        table.add_row(part.name, *(f"{cell:.2f}" for cell in cells), f"{preloads:.1f}")
+        table.add_row(case.name, *(f"{cell:.2f}" for cell in cells), f"{preloads:.1f}")
     console.width = max(console.width, 200)
     console.print(table)
 

@@ -1,8 +1,8 @@
-"""What coordination between locations is worth: ``python -m serve_app.simulator.studies.cooperation``.
+"""Measure what coordination between locations is worth: ``python -m serve_app.simulator.studies.cooperation``.
 
-Each line is one policy, three times through the full model of time: locations that know nothing of each other,
-locations that forward to each other, and locations whose models are placed as well. As few requests are simulated as
-give steady figures in minutes; ``--trace`` and ``--requests`` take more.
+Each row is one policy in three runs of the full model of time: independent locations, locations that forward to each
+other, and locations with placement as well. The default number of requests gives steady figures within minutes;
+``--trace`` and ``--requests`` take more.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ from serve_app.errors import EdgeServeError
 from serve_app.simulator.discrete_event.results import DiscreteEventResults
 from serve_app.simulator.discrete_event.settings import Coordination, DiscreteEventOptions, geographic_links
 from serve_app.simulator.discrete_event.simulation import simulate_discrete_event
-from serve_app.workload.locations import split
+from serve_app.workload.locations import jensen_shannon_bits, split
 from serve_app.workload.profiles import DEFAULT_PROFILES, assign, read_profiles
 from serve_app.workload.spec import parse_trace
-from serve_app.workload.statistics import jensen_shannon_bits
 from serve_app.workload.trace import Trace
 
-#: And the skew of their split. Every function is a source of its own: if none moved, there would be nothing to share.
+#: With the skew of their split. Every function is a source of its own: with skew 1 locations would share no model.
 _DEFAULT_TRACES = (("azure-like:functions=200&minutes=120", 0.5), ("sessions:days=8", 1.0))
 _BITS_PER_GBIT = 1e9
 _MODES: tuple[Coordination, ...] = get_args(Coordination)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One line of the table: the same requests, policy and memory under every mode of coordination."""
+class CooperationCase:
+    """One row of the table: the same requests, policy and memory under every mode of coordination."""
 
     trace: Trace
     profiles: tuple[ModelProfile, ...]
@@ -47,7 +46,7 @@ class Case:
 
     @property
     def capacity_bytes(self) -> int:
-        """Memory of one location."""
+        """Return the memory of one location."""
         return int(self.share * sum(profile.size_bytes for profile in self.profiles))
 
     def run(self, mode: Coordination) -> DiscreteEventResults:
@@ -68,7 +67,7 @@ class Case:
 def profiles_of(
     trace: Trace, rows: Sequence[ModelProfile], *, seed: int, fetch_gbit: float | None
 ) -> tuple[ModelProfile, ...]:
-    """Profiles of ``trace.models``; a load fetches the model over ``fetch_gbit`` first, unless that is None."""
+    """Assign profiles to ``trace.models``; a load fetches the model over ``fetch_gbit`` first, unless that is None."""
     per_s = None if fetch_gbit is None else fetch_gbit * _BITS_PER_GBIT / 8
     assigned = assign(trace.models, rows, seed=seed)
     return tuple(
@@ -78,7 +77,7 @@ def profiles_of(
 
 
 def first_requests(trace: Trace, count: int) -> Trace:
-    """The beginning of a trace."""
+    """Return the first ``count`` requests of a trace."""
     return replace(
         trace,
         arrival_s=trace.arrival_s[:count],
@@ -90,14 +89,16 @@ def first_requests(trace: Trace, count: int) -> Trace:
 
 @click.command()
 @click.option("--trace", "traces", multiple=True, help="As edgeserve simulate takes it; two generated ones by default.")
-@click.option("--skew", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Of --trace: 1 moves nobody.")
+@click.option(
+    "--skew", type=click.FloatRange(0, 1), default=1.0, show_default=True, help="Of --trace: with 1 no source moves."
+)
 @click.option("--models", type=click.Path(path_type=Path, dir_okay=False), help="Table of models; ours by default.")
 @click.option(
     "--fetch-gbit",
     type=click.FloatRange(0, min_open=True),
     default=1.0,
     show_default=True,
-    help="Models are fetched over such a line, in Gbit/s; ignored with --models.",
+    help="Bandwidth over which models are fetched, in Gbit/s; ignored with --models.",
 )
 @click.option("--locations", type=click.IntRange(1, 1000), multiple=True, default=(4, 16), show_default=True)
 @click.option(
@@ -126,16 +127,16 @@ def main(
     """
     try:
         rows = read_profiles(models) if models is not None else DEFAULT_PROFILES
-        for spec, sticky in [(spec, skew) for spec in traces] or _DEFAULT_TRACES:
-            whole = first_requests(parse_trace(spec, seed=seed), requests)
-            profiles = profiles_of(whole, rows, seed=seed, fetch_gbit=None if models is not None else fetch_gbit)
+        for spec, trace_skew in [(spec, skew) for spec in traces] or _DEFAULT_TRACES:
+            stream = first_requests(parse_trace(spec, seed=seed), requests)
+            profiles = profiles_of(stream, rows, seed=seed, fetch_gbit=None if models is not None else fetch_gbit)
             if models is None:
                 click.echo(f"\nmodels are fetched at {fetch_gbit:g} Gbit/s, then loaded")
             for count in locations:
-                trace = split(whole, count, seed=seed, skew=sticky)
-                click.echo(_heading(spec, trace, sticky))
+                trace = split(stream, count, seed=seed, skew=trace_skew)
+                click.echo(_heading(spec, trace, trace_skew))
                 for case in _cases(trace, profiles, share, policy, seed, exec_slots):
-                    click.echo(_line(case, {mode: case.run(mode) for mode in _MODES}))
+                    click.echo(_table_row(case, {mode: case.run(mode) for mode in _MODES}))
     except (EdgeServeError, ValueError) as error:
         raise click.ClickException(str(error)) from None
 
@@ -147,20 +148,22 @@ def _cases(
     policies: Sequence[str],
     seed: int,
     exec_slots: int,
-) -> Iterator[Case]:
+) -> Iterator[CooperationCase]:
     for share in shares:
         for policy in policies:
-            yield Case(trace=trace, profiles=profiles, share=share, policy=policy, seed=seed, exec_slots=exec_slots)
+            yield CooperationCase(
+                trace=trace, profiles=profiles, share=share, policy=policy, seed=seed, exec_slots=exec_slots
+            )
 
 
 def _heading(spec: str, trace: Trace, skew: float) -> str:
     try:
-        apart = f"{jensen_shannon_bits(trace):.3f} bit apart"
+        difference = f"{jensen_shannon_bits(trace):.3f} bit difference"
     except ValueError:
-        apart = "alone"
+        difference = "alone"
     return (
         f"\n{spec}: {len(trace):,} requests for {len(trace.models)} models in {trace.arrival_s[-1] / 3600:.1f} h, "
-        f"{len(trace.locations)} locations, skew {skew:g}, {apart}\n"
+        f"{len(trace.locations)} locations, skew {skew:g}, {difference}\n"
         f"{'':16}{'load over exec':^42}{'mean latency (ms)':^42}{'p99 (ms)':^26}\n"
         + f"{'memory policy':16}"
         + 2 * f"{'ind':>8}{'fwd':>8}{'full':>8}{'fwd/ind':>9}{'full/ind':>9}"
@@ -168,10 +171,10 @@ def _heading(spec: str, trace: Trace, skew: float) -> str:
     )
 
 
-def _line(case: Case, tallies: dict[Coordination, DiscreteEventResults]) -> str:
-    loads = [tallies[mode].load_over_exec for mode in _MODES]
-    means = [tallies[mode].mean_latency_s * 1e3 for mode in _MODES]
-    highs = [tallies[mode].latency_s(0.99) * 1e3 for mode in _MODES]
+def _table_row(case: CooperationCase, results: dict[Coordination, DiscreteEventResults]) -> str:
+    loads = [results[mode].load_over_exec for mode in _MODES]
+    means = [results[mode].mean_latency_s * 1e3 for mode in _MODES]
+    highs = [results[mode].latency_s(0.99) * 1e3 for mode in _MODES]
     return (
         f"{case.share:>5.0%} {case.policy:10}"
         + "".join(f"{load:8.1%}" for load in loads)

@@ -1,4 +1,4 @@
-"""The workload that policies are judged by: recorded where its files are at hand, else generated."""
+"""The reference workload of all studies: the recorded one where its files exist, otherwise a generated one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from serve_app.simulator.scenario import Workload, make_workload
 
 TRACE_FILE = "azure2019_500fn_480min_invocations.csv.gz"
 PROFILES_FILE = "keras26_profiles.csv"
-#: What stands in for the recorded workload.
+#: Replaces a recorded workload that is missing.
 GENERATED = "azure-like:"
 
 _MISSING = (
-    f"THE REFERENCE TRACE IS MISSING: no {TRACE_FILE} and {PROFILES_FILE} in {{places}}. The data set is public: "
+    f"THE REFERENCE TRACE IS MISSING: no {TRACE_FILE} and {PROFILES_FILE} in {{folder}}. The data set is public: "
     "github.com/Azure/AzurePublicDataset (Azure Functions 2019); the excerpt of 500 functions comes from "
     "github.com/vhive-serverless/invitro. Name their folder with --data or EDGESERVE_TRACES. "
     "What follows is a GENERATED stream with the default profiles."
@@ -24,12 +24,12 @@ _MISSING = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
-    """Where a reference workload comes from.
+    """The sources of a reference workload.
 
     Attributes:
-        label: what it is to be called wherever its figures stand.
+        label: its name beside all figures.
         trace: as ``--trace`` takes it.
-        models: the table of models; ``None`` for ours.
+        models: the table of models; None for the default one.
         warning: what the reader of the figures must know.
     """
 
@@ -39,7 +39,7 @@ class Reference:
     warning: str | None = None
 
     def workload(self, seed: int) -> Workload:
-        """The workload of a seed.
+        """Make the workload of a seed.
 
         Raises:
             TraceError: the files are malformed.
@@ -48,28 +48,27 @@ class Reference:
 
 
 def find_reference(data: Path | None) -> Reference:
-    """The recorded workload from ``data``, else the folder in the environment, else the usual places.
+    """Find the recorded workload in ``data``, else in ``EDGESERVE_TRACES``, else in ``./traces``.
 
-    Without it a generated one, with a warning.
+    Without its files the workload is a generated one, with a warning.
 
     Raises:
-        TraceError: ``data`` is named, but the files are not there.
+        TraceError: ``data`` is named, but does not have the files.
     """
-    named = data or traces_dir()
-    places = (named,) if named else (Path("traces"), Path("../shared/traces"))
-    for place in places:
-        if (place / TRACE_FILE).is_file() and (place / PROFILES_FILE).is_file():
-            return Reference(
-                label=f"reference workload ({TRACE_FILE}, {PROFILES_FILE})",
-                trace=f"azure:{place / TRACE_FILE}",
-                models=place / PROFILES_FILE,
-            )
-    looked = " or ".join(map(str, places))
+    folder = data or traces_dir() or Path("traces")
+    if (folder / TRACE_FILE).is_file() and (folder / PROFILES_FILE).is_file():
+        return Reference(
+            label=f"reference workload ({TRACE_FILE}, {PROFILES_FILE})",
+            trace=f"azure:{folder / TRACE_FILE}",
+            models=folder / PROFILES_FILE,
+        )
     if data is not None:
-        raise TraceError(f"no {TRACE_FILE} and {PROFILES_FILE} in {looked}")
+        raise TraceError(
+            f"no {TRACE_FILE} and {PROFILES_FILE} in {folder}; name the folder that has both, or leave --data out"
+        )
     return Reference(
         label=f"GENERATED workload ({GENERATED} with the default profiles), not the reference",
         trace=GENERATED,
         models=None,
-        warning=_MISSING.format(places=looked),
+        warning=_MISSING.format(folder=folder),
     )

@@ -1,8 +1,8 @@
-"""How fast the decisions are: ``edgeserve simulate --benchmark`` or ``python -m serve_app.simulator.studies.speed``.
+"""Measure decision speed: ``edgeserve simulate --benchmark`` or ``python -m serve_app.simulator.studies.speed``.
 
 Two tables. The first has the requests per second of every policy in a replay of the reference workload. The second
 shows how the costs of a request and of an eviction grow with the number of resident models. Everything runs on one core
-and is measured three times; the best run counts, for what disturbs a run only ever slows it.
+and is measured three times. The best run counts, because a disturbance of the machine only slows a run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from rich.table import Table
 from serve_app.core.cache.decisions import Hit, Load
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
-from serve_app.simulator.runner import MAX_PRELOADS, Cell, ExperimentPlan, play
+from serve_app.simulator.result_table import figures_table
+from serve_app.simulator.runner import MAX_PRELOADS, ExperimentPlan, ReplaySpec, run_replay
 from serve_app.simulator.scenario import ALL_POLICIES, Capacity, PolicyChoice, Workload, cache_maker
 from serve_app.simulator.studies.reference_workload import Reference, find_reference
 from serve_app.workload.trace import Trace
@@ -31,15 +32,15 @@ from serve_app.workload.zipf import ZipfWorkload
 _RUNS = 3
 _SHARES = (0.10, 0.25, 0.50)
 
-#: How many models fit into the memory, and how many there are for each of them. With an exponent below 1, Zipf's law
-#: looks the same at every scale: the share of the requests that go to the more popular half is 2^(exponent - 1) for any
-#: number of models, and so the miss ratio is about the same as well.
+#: Models that fit into the memory, and models of the workload for each of these. With an exponent below 1, Zipf's law
+#: is the same at every scale: the share of requests for the more popular half is 2^(exponent - 1) for any number of
+#: models, and so the miss ratio is about the same as well.
 _RESIDENT = (100, 1_000, 10_000)
 _MODELS_PER_RESIDENT = 2
 _EXPONENT = 0.8
 _RATE_PER_S = 10.0
 _MODEL_BYTES = 100 * 10**6
-#: Requests of each run, and seconds after which it is cut short.
+#: Requests of each run, and seconds after which the run ends early.
 _REQUESTS = 20_000
 _LONGEST_S = 5.0
 
@@ -47,7 +48,7 @@ _LONGEST_S = 5.0
 def benchmark(
     reference: Reference, *, seed: int, out: Console, err: Console, policies: Sequence[str] = ALL_POLICIES
 ) -> None:
-    """Measure and print; what the reader should know besides goes to ``err``."""
+    """Measure and print the tables to ``out``, and warnings to ``err``."""
     if reference.warning:
         err.print(reference.warning, style="bold yellow", markup=False)
     workload = reference.workload(seed)
@@ -62,12 +63,12 @@ def benchmark(
 
 
 def _rates(workload: Workload, policies: Sequence[str]) -> Table:
-    table = _table("requests/s with memory for", [f"{share:.0%}" for share in _SHARES])
+    table = figures_table("requests/s with memory for", [f"{share:.0%}" for share in _SHARES])
     for name in policies:
         policy = PolicyChoice(label=name, name=name)
-        cells = tuple(Cell(policy=policy, capacity=Capacity(given_share=share)) for share in _SHARES)
-        plan = ExperimentPlan(workloads=(workload,), cells=cells)
-        best = [max(play(plan, number).requests_per_s for _ in range(_RUNS)) for number in range(len(cells))]
+        replays = tuple(ReplaySpec(policy=policy, capacity=Capacity(given_share=share)) for share in _SHARES)
+        plan = ExperimentPlan(workloads=(workload,), replays=replays)
+        best = [max(run_replay(plan, number).requests_per_s for _ in range(_RUNS)) for number in range(len(replays))]
         table.add_row(name, *(f"{rate:,.0f}" for rate in best))
     return table
 
@@ -75,7 +76,7 @@ def _rates(workload: Workload, policies: Sequence[str]) -> Table:
 def _growth(policies: Sequence[str], seed: int) -> Table:
     kinds = ("request", "eviction")
     columns = [f"{kind} {resident:,}" for kind in kinds for resident in _RESIDENT]
-    table = _table("policy", [*columns, "misses"])
+    table = figures_table("policy", [*columns, "misses"])
     workloads = [_equal_models(resident, seed) for resident in _RESIDENT]
     for name in policies:
         costs = [_cost(name, workload, resident) for workload, resident in zip(workloads, _RESIDENT, strict=True)]
@@ -96,7 +97,7 @@ class _Cost:
 
 
 def _cost(name: str, workload: Workload, resident: int) -> _Cost:
-    """The best of the runs; they follow each other in one cache that was full when the first began."""
+    """Measure the best of several runs, which follow each other in one cache that is full when the first begins."""
     make_cache = cache_maker(
         workload,
         PolicyChoice(label=name, name=name),
@@ -127,7 +128,7 @@ def _timed(cache: ModelCache, workload: Workload, positions: range) -> tuple[_Co
         before_s = clock()
         is_load = _request(cache, profile, now)
         after_s = clock()
-        # The clock costs a good part of what a hit does.
+        # A reading of the clock takes a good part of the time of a hit.
         clock_s += clock() - after_s
         request_s += after_s - before_s
         if is_load:
@@ -151,7 +152,7 @@ def _play(cache: ModelCache, workload: Workload, positions: range) -> None:
 
 
 def _request(cache: ModelCache, profile: ModelProfile, now: float) -> bool:
-    """One request from beginning to end, with the preloads that are due; whether it was a load."""
+    """Serve one request, after the preloads that are due; return whether it was a load."""
     if now >= cache.review_s:
         while (preload := cache.next_preload(now)) is not None:
             cache.loaded(preload.model.model_id, now)
@@ -169,7 +170,7 @@ def _request(cache: ModelCache, profile: ModelProfile, now: float) -> bool:
 
 
 def _equal_models(resident: int, seed: int) -> Workload:
-    """First every model that fits once, the most popular ones, then the stream."""
+    """Make a workload that begins with one request for each model that fits, the most popular ones."""
     models = tuple(f"m{number}" for number in range(_MODELS_PER_RESIDENT * resident))
     zipf = ZipfWorkload(
         models=models, locations=("local",), exponent=_EXPONENT, rate_per_s=_RATE_PER_S, arrivals="even", seed=seed
@@ -185,7 +186,7 @@ def _equal_models(resident: int, seed: int) -> Workload:
         model=array("I", range(resident)) + asked,
         source=array("I", range(requests)),
     )
-    # Load times differ a little, so that no policy finds all of them the same.
+    # Load times differ a little, so that no policy ranks all models the same.
     profiles = tuple(
         ModelProfile(model_id=model, size_bytes=_MODEL_BYTES, load_s=1.0 + number % 7 / 10, exec_s=0.1)
         for number, model in enumerate(models)
@@ -201,14 +202,6 @@ def _no_garbage_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def _table(first: str, others: Sequence[str]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column(first, no_wrap=True)
-    for header in others:
-        table.add_column(header, justify="right", no_wrap=True)
-    return table
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""The classical policies hit and miss exactly where another implementation of them does: that of libCacheSim.
+"""The classical policies hit and miss exactly where the implementation of libCacheSim does.
 
 Sizes are distinct, so that GDSF knows no ties. Every load takes the same time, so that its cost is 1 as in libCacheSim,
 in the unit that libCacheSim counts in: so the sums of floats are the same as well.

@@ -13,7 +13,7 @@ from serve_app.core.catalog import ImageInput
 from serve_app.errors import InvalidRequest
 from serve_app.models.builders.registry import metadata
 from serve_app.models.torchvision_compat import import_torchvision
-from serve_app.store.images import decode_image, preprocess, top_k
+from serve_app.tasks.image_classification import decode_image, preprocess, top_k
 
 models = import_torchvision().models
 LIMIT = 1_000_000
@@ -70,7 +70,7 @@ def test_very_long_image_costs_no_more_than_its_middle(size: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_the_three_formats_are_told_apart_by_content(kind: str) -> None:
+def test_the_three_formats_are_recognized_by_content(kind: str) -> None:
     data = encoded(picture(30, 20), kind)
     image = decode_image(data, LIMIT)
     assert (image.mode, image.size) == ("RGB", (30, 20))
@@ -78,7 +78,7 @@ def test_the_three_formats_are_told_apart_by_content(kind: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16", "CMYK"])
-def test_every_colour_mode_becomes_rgb(mode: str) -> None:
+def test_every_color_mode_becomes_rgb(mode: str) -> None:
     source = picture(30, 20).convert("L" if mode == "I;16" else mode)
     if mode == "I;16":
         source = Image.fromarray(np.asarray(source).astype(np.uint16) * 257)
@@ -86,7 +86,7 @@ def test_every_colour_mode_becomes_rgb(mode: str) -> None:
     assert (image.mode, image.size) == ("RGB", (30, 20))
 
 
-def test_palette_with_transparency_keeps_its_colours() -> None:
+def test_palette_with_transparency_keeps_its_colors() -> None:
     source = picture(30, 20).quantize(16)
     data = encoded(source, "PNG", transparency=bytes(range(16)))
     assert np.array_equal(np.asarray(decode_image(data, LIMIT)), np.asarray(source.convert("RGB")))
@@ -107,7 +107,7 @@ def test_other_formats_are_refused(kind: str) -> None:
 @pytest.mark.parametrize(
     "data", [b"", b"\0" * 100, b"<svg/>", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBP"]
 )
-def test_what_is_no_image_is_refused(data: bytes) -> None:
+def test_data_that_is_no_image_is_refused(data: bytes) -> None:
     with pytest.raises(InvalidRequest):
         decode_image(data, LIMIT)
 

@@ -1,4 +1,4 @@
-"""From the bytes of an image to the input of a classifier, and from its logits to predictions; without torch.
+"""Convert the bytes of an image to the input of a classifier, and its logits to predictions.
 
 The arithmetic is that of torchvision's ``ImageClassification`` preset on a PIL image, to the last bit.
 """
@@ -18,7 +18,7 @@ from serve_app.errors import InvalidRequest
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 
-#: Beyond this ratio of the sides only the part that is cropped is resized: a line of one pixel must not cost gigabytes.
+#: Beyond this ratio of the sides only the cropped part is resized: an image one pixel high must not cost gigabytes.
 MAX_RATIO = 32
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -34,9 +34,9 @@ class Prediction:
 
 
 def decode_image(data: bytes, max_pixels: int) -> Image.Image:
-    """Decodes a JPEG, PNG or WebP, told apart by content, into an RGB image.
+    """Decode a JPEG, PNG or WebP, recognized by its content, into an RGB image.
 
-    The orientation of EXIF is not applied, as in torchvision's reference. Of an animation the first frame is taken.
+    The orientation of EXIF is not applied, as in torchvision's reference. Of an animation the first frame counts.
 
     Raises:
         InvalidRequest: it is none of these formats, damaged, truncated, or has more than ``max_pixels`` pixels.
@@ -62,12 +62,12 @@ def decode_image(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def preprocess(image: Image.Image, spec: ImageInput) -> NDArray[np.float32]:
-    """Resizes, crops, scales and normalises an RGB image.
+    """Resize, crop, scale and normalize an RGB image.
 
     Returns:
         float32 of shape (3, crop_px, crop_px).
     """
-    cropped = _centre_crop(_resize(image, spec), spec.crop_px)
+    cropped = _center_crop(_resize(image, spec), spec.crop_px)
     pixels = np.asarray(cropped, dtype=np.float32).transpose(2, 0, 1) / np.float32(255)
     mean = np.asarray(spec.mean, dtype=np.float32)[:, None, None]
     std = np.asarray(spec.std, dtype=np.float32)[:, None, None]
@@ -75,12 +75,12 @@ def preprocess(image: Image.Image, spec: ImageInput) -> NDArray[np.float32]:
 
 
 def top_k(logits: NDArray[np.float32], labels: Sequence[str], k: int) -> tuple[Prediction, ...]:
-    """The ``k`` most probable classes, best first; all of them if there are fewer.
+    """Return the ``k`` most probable classes, best first; all of them if there are fewer.
 
     Args:
         logits: shape (classes,).
-        labels: one per class; classes beyond them are called by their number.
-        k: how many, at least 1.
+        labels: one per class; a class without a label is named by its number.
+        k: at least 1.
 
     Raises:
         InvalidRequest: ``k`` is less than 1.
@@ -102,13 +102,13 @@ def top_k(logits: NDArray[np.float32], labels: Sequence[str], k: int) -> tuple[P
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
-        # The same colours as by the direct way, which warns about transparency given as bytes.
+        # Gives the same colors as the direct conversion, which warns about transparency given as bytes.
         image = image.convert("RGBA")
     return image.convert("RGB")
 
 
 def _resize(image: Image.Image, spec: ImageInput) -> Image.Image:
-    """Resizes the shorter side to ``resize_px``; of a very long image only the middle is kept."""
+    """Resize the shorter side to ``resize_px``; of a very long image keep only the middle."""
     width, height = image.size
     short, long = min(width, height), max(width, height)
     new_long = int(spec.resize_px * long / short)
@@ -124,8 +124,8 @@ def _resize(image: Image.Image, spec: ImageInput) -> Image.Image:
     return image.resize((kept, spec.resize_px), resampling, box=(start, 0, end, height))
 
 
-def _centre_crop(image: Image.Image, crop_px: int) -> Image.Image:
-    """Cuts out the middle; what lies outside of a smaller image is black."""
+def _center_crop(image: Image.Image, crop_px: int) -> Image.Image:
+    """Cut out the middle; pixels outside of a smaller image are black."""
     width, height = image.size
     if width < crop_px or height < crop_px:
         padded = Image.new("RGB", (max(width, crop_px), max(height, crop_px)))

@@ -1,14 +1,8 @@
-"""Figures by which request streams are compared: pure functions of a trace.
-
-How popular models are, how requests follow each other, and how much the locations differ. Users can hold their own
-trace against the generated ones with them.
-"""
+"""Figures by which the tests compare generated request streams with recorded ones: pure functions of a trace."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from itertools import combinations
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,31 +123,6 @@ def source_repeat_share(trace: Trace) -> float:
     if not follows.any():
         raise ValueError("no source asks twice")
     return float(np.mean((model[1:] == model[:-1])[follows]))
-
-
-def jensen_shannon_bits(trace: Trace) -> float:
-    """How different the popularity of models is at two locations: the mean over all pairs of their divergence.
-
-    0 bit if it is the same everywhere, 1 bit if no model is asked for at two locations (Lin 1991). Locations without
-    requests are left out. Few requests per model look like differences, so compare with a random split.
-
-    Raises:
-        ValueError: fewer than two locations have requests.
-    """
-    location = column(trace.location) if trace.location is not None else np.zeros(len(trace), dtype=np.uintc)
-    cells = location.astype(np.int64) * len(trace.models) + column(trace.model)
-    table = np.bincount(cells, minlength=len(trace.locations) * len(trace.models)).reshape(len(trace.locations), -1)
-    table = table[table.sum(axis=1) > 0]
-    if len(table) < 2:
-        raise ValueError("fewer than two locations have requests")
-    shares = table / table.sum(axis=1, keepdims=True)
-    return float(np.mean([_entropy((one + other) / 2) - (_entropy(one) + _entropy(other)) / 2
-                          for one, other in combinations(shares, 2)]))  # fmt: skip
-
-
-def _entropy(shares: NDArray[Any]) -> float:
-    positive = shares[shares > 0]
-    return float(-(positive * np.log2(positive)).sum())
 
 
 def _models_in(trace: Trace, share: float) -> int:
