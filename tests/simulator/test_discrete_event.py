@@ -21,6 +21,7 @@ from serve_app.core.cluster.primaries import rendezvous_rank
 from serve_app.core.links import Link
 from serve_app.core.placement.rules import PlacementRules
 from serve_app.core.policies.registry import make_policy
+from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ModelState
 from serve_app.simulator.discrete_event.coordinator import LaggedPopularity
 from serve_app.simulator.discrete_event.event_queue import EventQueue
@@ -260,6 +261,7 @@ def lone_worker(*models: ModelProfile, capacity: int) -> tuple[Worker, EventQueu
         location="here",
         cache=Caches(capacity)(0),
         lines=lines(models),
+        rules=RoutingRules(profiles={}, links={}, default_link=NEAR, horizon_s=0.0),
         exec_slots=1,
         agenda=events,
         tally=results,
