@@ -152,7 +152,7 @@ def test_a_request_without_a_known_worker_goes_to_any_of_its_location_and_fails_
     assert not known.told
 
 
-def test_whoever_answers_a_request_without_a_known_worker_holds_its_model() -> None:
+def test_a_worker_that_answers_without_being_known_holds_the_model() -> None:
     known = view()
     assert replicas(dispatch(known), Finished("paris-7", 2)) == [None]
     assert known.told == [("observe", "paris-7", "m", ModelState.READY)]
