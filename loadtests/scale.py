@@ -29,8 +29,8 @@ from loadtests.support.scale_world import TICK_S, World
 from serve_app.core.cluster.reports import ViewDelta, WorkerReport
 from serve_app.core.coordination.coordinator_state import CoordinatorState
 from serve_app.core.coordination.events import LinksMeasured, Reader, ReaderSeen, WorkerReported
-from serve_app.core.coordination.rules import CoordinatorRules, PlacementSettings
-from serve_app.core.placement.rules import PlacementRules
+from serve_app.core.coordination.rules import CoordinatorRules
+from serve_app.core.placement.rules import PlacementRules, PlacementSettings
 from serve_app.core.routing.router_view import RouterView
 from serve_app.core.vocabulary import Outcome
 

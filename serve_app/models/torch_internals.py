@@ -64,6 +64,11 @@ class FirstUseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         #: Rank by ``storage_address``.
         self.first_use: dict[int, int] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # No compiler runs here. To shield the mode from it torch would import the compiler, which takes seconds.
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note the storages among the arguments, nested ones included, and run the operator."""
         for leaf in tree_leaves((args, kwargs)):

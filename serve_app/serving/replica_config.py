@@ -10,9 +10,9 @@ from pydantic import TypeAdapter
 
 from serve_app.config.edge import EdgeSettings
 from serve_app.core.catalog import Catalog, ModelEntry
-from serve_app.core.coordination.rules import CoordinatorRules, PlacementSettings
+from serve_app.core.coordination.rules import CoordinatorRules
 from serve_app.core.memory_budget import MemoryBudget, divide
-from serve_app.core.placement.rules import PlacementRules
+from serve_app.core.placement.rules import PlacementRules, PlacementSettings
 from serve_app.core.policies.base import EvictionPolicy
 from serve_app.core.policies.registry import make_policy
 from serve_app.core.routing.rules import RoutingRules

@@ -19,8 +19,8 @@ from serve_app.core.catalog import ModelProfile
 from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
 from serve_app.core.cluster.reports import WorkerReport
 from serve_app.core.links import Link
-from serve_app.core.placement.orders import Placement
-from serve_app.core.placement.rules import PlacementRules
+from serve_app.core.placement.controller import PlacementController
+from serve_app.core.placement.rules import PlacementRules, PlacementSettings
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ModelState
 
@@ -41,8 +41,10 @@ def placement(
     profiles: Iterable[ModelProfile] = ABC,
     rules: PlacementRules = EAGER,
     links: Mapping[tuple[str, str], Link] | None = None,
-) -> Placement:
-    return Placement(routing(profiles, links), rules, payload_bytes=0)
+) -> PlacementController:
+    return PlacementController(
+        PlacementSettings(routing=routing(profiles, links), every_s=1.0, payload_bytes=0, rules=rules)
+    )
 
 
 def site(location: str, *names: str, capacity: int = 20) -> WorkerReport:

@@ -18,13 +18,13 @@ from serve_app.core.catalog import ModelProfile
 from serve_app.core.cluster.cluster_view import ClusterView
 from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
 from serve_app.core.cluster.primaries import PrimaryTracker
-from serve_app.core.cluster.reports import ViewDelta
+from serve_app.core.cluster.reports import Demand, ViewDelta
 from serve_app.core.coordination.coordinator_state import CoordinatorState
 from serve_app.core.coordination.events import RulesChanged
-from serve_app.core.coordination.rules import CoordinatorRules, PlacementSettings
+from serve_app.core.coordination.rules import CoordinatorRules
 from serve_app.core.links import Link
-from serve_app.core.placement.orders import Placement
-from serve_app.core.placement.rules import PlacementRules
+from serve_app.core.placement.controller import PlacementController
+from serve_app.core.placement.rules import PlacementRules, PlacementSettings
 from serve_app.core.routing.rules import RoutingRules
 
 TICK_S = 0.25
@@ -60,10 +60,8 @@ class Cluster:
         placement = PlacementSettings(
             routing=routing, every_s=1.0, payload_bytes=0, min_copies=self.min_copies, rules=rules or PlacementRules()
         )
-        self.state = CoordinatorState(
-            epoch="first",
-            rules=CoordinatorRules(half_life_s=60.0, stale_after_s=STALE_AFTER_S, placement=placement),
-        )
+        self.rules = CoordinatorRules(half_life_s=60.0, stale_after_s=STALE_AFTER_S, placement=placement)
+        self.state = CoordinatorState(epoch="first", rules=self.rules)
         self._sequence = 0
         self._view = ClusterView()
         self._owed: dict[tuple[str, str], float] = {}
@@ -316,8 +314,9 @@ def test_what_the_nearest_worker_is_too_small_for_is_handed_over_to_one_further_
     )
     leaving = dataclasses.replace(report("oslo", capacity=90, models=[resident("large", 57)]), leaving=True)
     others = [report("paris", capacity=42), report("rome", capacity=180)]
-    placement = Placement(routing, PlacementRules(), payload_bytes=0)
-    assert placement.hand_over(leaving, [leaving, *others], {"oslo": {"large": 0.01}}, 10.0) == (
+    placement = PlacementController(PlacementSettings(routing=routing, every_s=1.0, payload_bytes=0))
+    placement.record("oslo-1", [Demand(location="oslo", model_id="large", count=26)], 10.0)
+    assert placement.hand_over(leaving, [leaving, *others], 10.0) == (
         PreloadAt(location="rome", replica="rome-1", model_id="large", required=False),
     )
 
@@ -356,7 +355,7 @@ def test_new_rules_keep_what_was_learned_and_older_ones_are_ignored() -> None:
     cluster = Cluster([quick("a")])
     cluster.held["oslo"] = {"a"}
     cluster.run(10.0, {"paris": {"a": 5.0}})
-    rules = cluster.state._rules
+    rules = cluster.rules
     assert rules.placement is not None
     off = dataclasses.replace(rules, issued=2, placement=None)
     cluster.state.handle(RulesChanged(rules=off), cluster.now)

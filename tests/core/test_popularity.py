@@ -103,8 +103,8 @@ def test_rates_handed_out_do_not_change_afterwards() -> None:
 
 
 def test_a_location_that_asks_for_nothing_any_more_is_forgotten() -> None:
-    interests = DemandTracker(10.0, 1.0)
-    interests.add("paris", "a", 5, 0.0)
-    interests.add("tokyo", "a", 5, 300.0)
-    assert set(interests.steady(300.0)) == {"tokyo"}
-    assert set(interests.crowds(300.0)) == {"tokyo"}
+    demand = DemandTracker(10.0, 1.0)
+    demand.add("paris", "a", 5, 0.0)
+    demand.add("tokyo", "a", 5, 300.0)
+    assert set(demand.steady(300.0)) == {"tokyo"}
+    assert set(demand.flash_crowds(300.0)) == {"tokyo"}

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from exact_heap_process import freed_while_exact_bytes
 from model_support import images
 
 from serve_app.models.loader import ModelLoader
-from serve_app.models.process_memory import exact_heap, give_back_free_memory, process_memory
+from serve_app.models.process_memory import give_back_free_memory, process_memory
 from serve_app.store.model_store import ModelStore
 
 SIZE = 64 * 2**20
@@ -47,15 +48,7 @@ def test_free_heap_goes_back_to_the_kernel() -> None:
 def test_what_is_freed_while_the_heap_is_exact_is_gone_at_once() -> None:
     # In a process of its own: the heap of this one has room that earlier tests have freed, and takes from there first.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
-        assert fresh.submit(_freed_while_exact).result() > 30 * 2**20
-
-
-def _freed_while_exact() -> int:
-    with exact_heap():
-        kept = [np.ones(2**18, np.uint8) for _ in range(256)]
-        full = process_memory()
-        del kept[::2]
-        return full.anonymous_bytes - process_memory().anonymous_bytes
+        assert fresh.submit(freed_while_exact_bytes).result() > 30 * 2**20
 
 
 def test_resident_memory_falls_by_the_bytes_of_a_model_that_is_unloaded(shared: ModelStore) -> None:

@@ -131,7 +131,10 @@ def test_broken_weights_are_one_line_and_exit_code_1(edge: Path, capsys: pytest.
     assert "publish it again" in fails(edge, capsys, 1, "small")
 
 
-def test_weights_that_another_holds_cannot_be_measured_cold(edge: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow  # tries for two seconds
+def test_weights_that_are_mapped_elsewhere_cannot_be_measured_cold(
+    edge: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = ModelLoader(ModelStore(edge.parent / "store")).load("small")
     model.infer(images(1, 32))
     assert "another process has them mapped" in fails(edge, capsys, 1, "small", "--cold")

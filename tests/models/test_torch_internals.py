@@ -98,6 +98,11 @@ def test_python_dispatch_mode_sees_operators_and_their_results_pass_through() ->
     assert recorder.first_use == before, "the mode ends with its block"
 
 
+def test_should_skip_dynamo_spares_the_import_of_the_compiler() -> None:
+    assert "_should_skip_dynamo" in vars(torch.utils._python_dispatch.TorchDispatchMode)
+    assert not hasattr(FirstUseRecorder.__torch_dispatch__, "__wrapped__"), "the wrapper imports torch._dynamo"
+
+
 def test_pytree_finds_tensors_that_are_nested_in_the_arguments() -> None:
     parts = [torch.ones(1), torch.zeros(1)]
     recorder = FirstUseRecorder()

@@ -115,7 +115,7 @@ def test_hits_and_misses_are_those_of_libcachesim(
 ) -> None:
     policy = Belady(stream.next_use) if name == "belady" else make_policy(name, random.Random(0))
     ours = our_hits(stream, policy, capacity)
-    # Without the size of its own bookkeeping, which is what it does unless told otherwise.
+    # By default libCacheSim would not count its own bookkeeping either; said explicitly.
     other = getattr(libcachesim, theirs)(capacity, hashpower=12, consider_obj_metadata=False)
     assert 0 < sum(ours) < REQUESTS
     assert ours == their_hits(stream, other, get)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from model_support import offline, tiny
 
+from serve_app.models.loader import use_threads
 from serve_app.models.publishing import publish_model
 from serve_app.models.publishing.publish_catalog import PublishEvent, publish
 from serve_app.store.model_store import ModelStore
@@ -33,5 +34,6 @@ def main(root: Path, victim: str, moment: str) -> None:
         if event.model_id == victim and event.stage == moment:
             die()
 
+    use_threads(1)
     report = publish(ModelStore(root), ENTRIES, on_progress=on_progress, reachable=offline)
     assert not report.failures

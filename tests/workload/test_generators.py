@@ -161,7 +161,7 @@ class TestAzureLike:
     def test_arrivals_are_real_seconds_within_the_stream(self) -> None:
         arrival_s = column(functions(0).arrival_s)
         assert 0 <= arrival_s[0] < arrival_s[-1] < 480 * 60
-        # Within the minute they are all different, but for bursts whose gaps vanish beside the time.
+        # Within a minute all arrivals differ, except in bursts whose gaps are below the resolution of the time.
         assert len(np.unique(arrival_s % 60)) > 0.9 * len(arrival_s)
 
     def test_functions_above_the_cap_are_dropped_and_the_others_stay_as_they_were(self) -> None:
@@ -221,7 +221,7 @@ class TestSessions:
         assert mean(np.median(iat_cvs(sessions(seed))) for seed in SEEDS) == pytest.approx(2.15, abs=0.15)
 
     def test_users_stay_with_their_model(self) -> None:
-        # Measured: .73 within a session. Drawing anew with probability .27 may give the same model again.
+        # Measured: .73 within a session. A redraw, with probability .27, may give the same model again.
         assert mean(source_repeat_share(sessions(seed)) for seed in SEEDS) == pytest.approx(0.75, abs=0.02)
 
     def test_a_request_is_often_for_the_model_of_the_one_before(self) -> None:
@@ -312,5 +312,5 @@ class TestZipf:
             ZipfWorkload(models=("a",), locations=("x",)).trace(0)
 
 
-#: A change of these changes every stream that somebody has reported on.
+#: A change of these numbers changes every published stream.
 FIRST_UNIFORMS = [0.16619329418618745, 0.8334321817038896, 0.8872123857195016]

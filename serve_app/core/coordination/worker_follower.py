@@ -158,7 +158,7 @@ class WorkerFollower:
         primaries = self._primaries
         before = primaries.primary_for
         last_copies = primaries.update(held, self.view.workers.values())
-        inputs = self.view, self.view.holders_version, self._rules, last_copies
+        inputs = self.view, self.view.version_elsewhere(self.location), self._rules, last_copies
         costs: dict[str, float] | None = None
         if inputs != self._costed:
             self._costed = inputs

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.coordination.rules import PlacementSettings
+from serve_app.core.placement.rules import PlacementSettings
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.simulator.discrete_event.coordinator import SimulatedCoordinator
 from serve_app.simulator.discrete_event.event_queue import EventQueue

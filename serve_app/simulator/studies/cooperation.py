@@ -158,12 +158,12 @@ def _cases(
 
 def _heading(spec: str, trace: Trace, skew: float) -> str:
     try:
-        difference = f"{jensen_shannon_bits(trace):.3f} bit difference"
+        divergence = f"{jensen_shannon_bits(trace):.3f} bit of divergence"
     except ValueError:
-        difference = "alone"
+        divergence = "one location with requests"
     return (
         f"\n{spec}: {len(trace):,} requests for {len(trace.models)} models in {trace.arrival_s[-1] / 3600:.1f} h, "
-        f"{len(trace.locations)} locations, skew {skew:g}, {difference}\n"
+        f"{len(trace.locations)} locations, skew {skew:g}, {divergence}\n"
         f"{'':16}{'load over exec':^42}{'mean latency (ms)':^42}{'p99 (ms)':^26}\n"
         + f"{'memory policy':16}"
         + 2 * f"{'ind':>8}{'fwd':>8}{'full':>8}{'fwd/ind':>9}{'full/ind':>9}"

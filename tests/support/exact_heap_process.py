@@ -1,0 +1,16 @@
+"""What a process of its own measures of its heap; it imports no torch, which would take seconds."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from serve_app.models.process_memory import exact_heap, process_memory
+
+
+def freed_while_exact_bytes() -> int:
+    """Fall of the memory of this process when half of the blocks of a full heap are freed."""
+    with exact_heap():
+        kept = [np.ones(2**18, np.uint8) for _ in range(256)]
+        full = process_memory()
+        del kept[::2]
+        return full.anonymous_bytes - process_memory().anonymous_bytes
