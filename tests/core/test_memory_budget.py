@@ -6,9 +6,10 @@ import dataclasses
 import itertools
 
 import pytest
-from core_support import Ranked, assert_books_balance, profile
+from core_support import Ranked, assert_books_balance, decided, finish, load_ended, profile, suggest, tick
 
 from serve_app.core.cache.decisions import Hit, Load, Reject, Wait
+from serve_app.core.cache.events import ProtectedChanged, UnaccountedChanged
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ImageInput, PublishedModel
 from serve_app.core.memory_budget import MemoryBudget, MemoryGuard, ProcessMemory, divide
@@ -146,22 +147,22 @@ def holding(*names: str, capacity: int = 100, size: int = 30) -> ModelCache:
     cache = ModelCache(capacity_bytes=capacity, policy=Ranked(**{name: rank for rank, name in enumerate(names)}))
     for name in names:
         assert isinstance(cache.request(profile(name, size), 0.0), Load)
-        cache.loaded(name, 0.0)
-        cache.finish(name, 0.0)
+        load_ended(cache, name, 0.0)
+        finish(cache, name, 0.0)
     return cache
 
 
 def test_models_leave_room_for_what_is_reserved() -> None:
     cache = holding("a", "b", "c")
-    assert cache.reserve(10, 1.0).victims == ()
-    assert cache.reserve(40, 1.0).victims == ("a",)
-    assert cache.used_bytes + cache.reserved_bytes == 100
+    assert decided(cache.handle(UnaccountedChanged(10), 1.0)).evicted == ()
+    assert decided(cache.handle(UnaccountedChanged(40), 1.0)).evicted == ("a",)
+    assert cache.used_bytes + cache.unaccounted_bytes == 100
     assert_books_balance(cache)
 
 
 def test_nothing_that_is_loaded_later_takes_what_is_reserved() -> None:
     cache = holding("a", "b")
-    cache.reserve(20, 1.0)
+    cache.handle(UnaccountedChanged(20), 1.0)
     answer = cache.request(profile("c", 30), 1.0)
     assert isinstance(answer, Load)
     assert answer.victims == ("a",)
@@ -171,18 +172,16 @@ def test_what_is_in_use_stays_until_it_is_idle() -> None:
     cache = holding("a", "b", "c")
     for name in "abc":
         assert isinstance(cache.request(profile(name, 30), 1.0), Hit)
-    assert cache.reserve(40, 1.0).victims == ()
-    assert cache.must_shed
-    for name in "abc":
-        cache.finish(name, 2.0)
-    assert cache.shed(2.0).victims == ("a",)
-    assert not cache.must_shed
+    assert decided(cache.handle(UnaccountedChanged(40), 1.0)).evicted == ()
+    assert decided(cache.finish("a", 2.0)).evicted == ("a",)
+    for name in "bc":
+        assert cache.finish(name, 2.0) == ()
 
 
 def test_what_is_given_back_can_be_used_again() -> None:
     cache = holding("a", "b")
-    cache.reserve(40, 1.0)
-    cache.reserve(0, 2.0)
+    cache.handle(UnaccountedChanged(40), 1.0)
+    cache.handle(UnaccountedChanged(0), 2.0)
     answer = cache.request(profile("c", 30), 2.0)
     assert isinstance(answer, Load)
     assert answer.victims == ()
@@ -190,23 +189,22 @@ def test_what_is_given_back_can_be_used_again() -> None:
 
 def test_no_request_is_refused_for_what_is_reserved() -> None:
     cache = holding("a", "b")
-    cache.reserve(50, 1.0)
+    cache.handle(UnaccountedChanged(50), 1.0)
     answer = cache.request(profile("large", 90), 1.0)
     assert isinstance(answer, Load)
     assert answer.victims == ("b",)
-    cache.loaded("large", 1.0)
-    cache.finish("large", 1.0)
+    load_ended(cache, "large", 1.0)
     # It was served, but it does not stay.
-    assert cache.shed(1.0).victims == ("large",)
+    assert decided(cache.finish("large", 1.0)).evicted == ("large",)
 
 
 def test_those_who_wait_get_their_turn_though_everything_is_reserved() -> None:
     cache = ModelCache(capacity_bytes=100, policy=Ranked())
-    cache.reserve(100, 0.0)
+    cache.handle(UnaccountedChanged(100), 0.0)
     assert isinstance(cache.request(profile("a", 30), 0.0), Load)
-    cache.loaded("a", 0.0)
+    load_ended(cache, "a", 0.0)
     assert isinstance(cache.request(profile("b", 30), 0.0), Wait)
-    (grant,) = cache.finish("a", 1.0)
+    (grant,) = finish(cache, "a", 1.0)
     assert grant.model_id == "b"
     assert isinstance(grant.answer, Load)
 
@@ -215,33 +213,31 @@ def test_a_guess_gets_nothing_of_what_is_reserved() -> None:
     policy = Ranked(large=9)
     policy.wanted = [profile("large", 90)]
     cache = ModelCache(capacity_bytes=100, policy=policy)
-    cache.reserve(50, 0.0)
-    assert cache.next_preload(0.0) is None
+    cache.handle(UnaccountedChanged(50), 0.0)
+    assert tick(cache, 0.0) is None
 
 
 def test_what_is_pinned_stays_whatever_is_reserved() -> None:
     cache = ModelCache(capacity_bytes=100, policy=Ranked(), pinned=["a"])
-    cache.preload(profile("a", 80), 0.0)
-    cache.loaded("a", 0.0)
-    cache.finish("a", 0.0)
-    assert cache.reserve(50, 1.0).victims == ()
-    assert not cache.must_shed
+    suggest(cache, profile("a", 80), 0.0, required=True)
+    load_ended(cache, "a", 0.0)
+    assert decided(cache.handle(UnaccountedChanged(50), 1.0)).evicted == ()
     assert isinstance(cache.request(profile("b", 20), 1.0), Load)
 
 
 def test_what_is_kept_does_not_stand_in_the_way_of_requests() -> None:
     cache = holding("a")
-    cache.protect(["a"], 1.0)
-    cache.reserve(60, 1.0)
+    cache.handle(ProtectedChanged(["a"]), 1.0)
+    cache.handle(UnaccountedChanged(60), 1.0)
     assert isinstance(cache.request(profile("b", 30), 1.0), Load)
 
 
 def test_what_can_never_fit_is_refused_as_ever() -> None:
     cache = holding("a")
-    cache.reserve(50, 1.0)
+    cache.handle(UnaccountedChanged(50), 1.0)
     assert isinstance(cache.request(profile("huge", 101), 1.0), Reject)
 
 
 def test_less_than_nothing_cannot_be_reserved() -> None:
-    with pytest.raises(ValueError, match="reserved_bytes"):
-        holding("a").reserve(-1, 1.0)
+    with pytest.raises(ValueError, match="unaccounted_bytes"):
+        holding("a").handle(UnaccountedChanged(-1), 1.0)

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import random
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -20,7 +20,7 @@ from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import Catalog, ModelProfile
 from serve_app.core.links import Link
 from serve_app.core.memory_budget import MemoryBudget, ProcessMemory
-from serve_app.core.policies.base import EvictionPolicy
+from serve_app.core.policies.base import EvictionPolicy, PreloadCandidates
 from serve_app.core.policies.registry import make_policy
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ModelState, Outcome
@@ -82,17 +82,20 @@ class WishesForAll(EvictionPolicy):
 
     def on_catalog(self, models: Iterable[ModelProfile], now: float) -> None:
         self._models = tuple(models)
-        self.review_s = now
+        self.next_review_s = now
 
     def utility(self, model: ModelProfile, now: float) -> float:
         return 1.0
 
-    def wishes(self, now: float, free_bytes: int) -> Iterable[ModelProfile]:
-        self.review_s = now + 3600
-        return [model for model in self._models if model.size_bytes <= free_bytes]
+    def preload_candidates(self, now: float, free_bytes: int) -> PreloadCandidates:
+        self.next_review_s = now + 3600
+        for model in self._models:
+            if model.size_bytes <= free_bytes:
+                verdict = yield model
+                if verdict is not None and verdict.accepted:
+                    self.next_review_s = now
 
-    def worthwhile(self, model: ModelProfile, victims: Sequence[ModelProfile], now: float) -> bool:
-        self.review_s = now
+    def accept_preload(self, model: ModelProfile, victims: Iterable[ModelProfile], now: float) -> bool:
         return not victims
 
 

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from serve_app.core.cache.events import UnaccountedChanged
 from serve_app.core.catalog import PublishedModel
 from serve_app.core.memory_budget import MemoryBudget, MemoryGuard, ProcessMemory
 from serve_app.errors import DoesNotFit
@@ -128,7 +129,7 @@ class ProcessBudget:
                     )
                 ),
             )
-            host.reserve(held_back_bytes)
+            host.handle(UnaccountedChanged(held_back_bytes))
 
     def _beyond_bytes(self, host: ModelHost) -> int:
         return self._guard.beyond_bytes(self._read(), self._budget, host.cache.used_bytes)

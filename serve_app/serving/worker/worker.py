@@ -10,6 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from weakref import WeakSet
 
+from serve_app.core.cache.events import (
+    CapacityChanged,
+    CatalogChanged,
+    ForwardCostsChanged,
+    IdleChecked,
+    ModelsKnown,
+    PolicyChanged,
+    PreloadSuggested,
+    ProtectedChanged,
+    UnloadRequested,
+    WithdrawSuggested,
+)
 from serve_app.core.catalog import Catalog, PublishedModel
 from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
 from serve_app.core.cluster.reports import OutcomeCounts, ViewDelta, WorkerReport
@@ -142,7 +154,7 @@ class Worker:
 
     def start(self, report_every_s: float) -> None:
         """Begin to report, and to preload what is worth it; needs a running event loop."""
-        self._host.know(self._catalog.profiles().values())
+        self._host.handle(ModelsKnown(tuple(self._catalog.profiles().values())))
         self._preload_listed()
         self._report_every_s = report_every_s
         self._reporting = asyncio.get_running_loop().create_task(every(report_every_s, self._report))
@@ -190,7 +202,6 @@ class Worker:
         if model_id not in self._catalog:
             return
         try:
-            self._metrics.preloading()
             # Counts as a request, which it was: else the policy would take the model for one that nobody wants.
             self._host.release(await self._host.acquire(self._catalog[model_id].profile))
         except EdgeServeError as error:
@@ -209,7 +220,7 @@ class Worker:
     async def unload(self, model_id: str) -> InferenceRejected | None:
         """Unload a model by hand."""
         try:
-            self._host.unload(model_id)
+            self._host.handle(UnloadRequested(model_id))
         except EdgeServeError as error:
             return InferenceRejected(error=error)
         return None
@@ -219,7 +230,6 @@ class Worker:
         for model in self._catalog.models:
             if model.pinned:
                 try:
-                    self._metrics.preloading()
                     await self._host.preload(model.profile)
                 except EdgeServeError as error:
                     logger.error("pinned model %s is not loaded: %s", model.model_id, error)
@@ -252,13 +262,13 @@ class Worker:
             raise ValueError(f"{budget.models_bytes} bytes for models are less than what the pinned ones need")
         self._catalog, self._holding = catalog, holding
         self._follower.reconfigure(rules, holding.min_copies)
-        self._host.offer(catalog.profiles().values(), [model.model_id for model in pinned])
-        self._host.resize(budget.models_bytes)
+        self._host.handle(CatalogChanged(tuple(catalog.profiles().values()), [model.model_id for model in pinned]))
+        self._host.handle(CapacityChanged(budget.models_bytes))
         self._memory.divide(budget)
         if policy is not None:
-            self._host.use(policy)
+            self._host.handle(PolicyChanged(policy))
         for model in pinned:
-            self._host.advise(model.profile, insist=True)
+            self._host.handle(PreloadSuggested(model.profile, required=True))
         self._link.configure(coordination)
 
     def _preload_listed(self) -> None:
@@ -270,7 +280,7 @@ class Worker:
                 model = self._catalog[model_id].profile
                 free_bytes -= model.size_bytes
                 # What the policy preloads meanwhile makes way; but they must not displace each other.
-                self._host.advise(model, insist=free_bytes >= 0)
+                self._host.handle(PreloadSuggested(model, required=free_bytes >= 0))
 
     def _not_in_store(self, model_id: str) -> InferenceRejected:
         here = self._identity.location
@@ -400,7 +410,7 @@ class Worker:
 
     async def _report(self) -> None:
         if self._holding.idle_unload_s is not None:
-            self._host.withdraw_unused(self._holding.idle_unload_s)
+            self._host.handle(IdleChecked(self._clock() - self._holding.idle_unload_s))
         await self._memory.look(self._host, self._clock())
         await self._exchange()
 
@@ -415,8 +425,8 @@ class Worker:
         held = {model.model_id: model for model in self._host.cache.models()}
         instructions = self._follower.apply(delta, held, self._clock())
         if instructions.forward_costs is not None:
-            self._host.forward_costs(instructions.forward_costs)
-        self._host.protect(instructions.protect)
+            self._host.handle(ForwardCostsChanged(instructions.forward_costs))
+        self._host.handle(ProtectedChanged(instructions.protect))
         for command in instructions.commands:
             self._follow(command)
         return delta
@@ -425,9 +435,9 @@ class Worker:
         """Do what placement advises, as far as no request is in the way; what is not done, it will see."""
         match command:
             case EvictAt(model_id=model_id):
-                self._host.withdraw(model_id)
+                self._host.handle(WithdrawSuggested(model_id))
             case PreloadAt(model_id=model_id, required=required) if model_id in self._catalog:
-                self._host.advise(self._catalog[model_id].profile, insist=required)
+                self._host.handle(PreloadSuggested(self._catalog[model_id].profile, required))
             case PreloadAt():
                 logger.warning("placement wants model %s, which is not in the store here", command.model_id)
 

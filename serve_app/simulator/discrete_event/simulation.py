@@ -6,6 +6,7 @@ import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 
+from serve_app.core.cache.events import ModelsKnown
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.placement.rules import PlacementSettings
 from serve_app.core.routing.rules import RoutingRules
@@ -98,7 +99,7 @@ class _Simulation:
         for worker, router in zip(self._workers.values(), self._routers, strict=True):
             worker.before = router.catch_up
             worker.follower.view = router.view.cluster
-            worker.cache.know(profiles, 0.0)
+            worker.cache.handle(ModelsKnown(profiles), 0.0)
             worker.look_ahead(0.0)
             if not alone:
                 news.report(worker, 0.0)

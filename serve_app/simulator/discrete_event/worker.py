@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from serve_app.core.cache.decisions import Answer, Grant, Hit, Join, Load, Reject, RejectReason, Wait
+from serve_app.core.cache.decisions import (
+    Action,
+    Answer,
+    Evict,
+    Grant,
+    Hit,
+    Join,
+    Load,
+    Reject,
+    RejectReason,
+    StartLoad,
+    Wait,
+)
+from serve_app.core.cache.events import (
+    TICK,
+    ForwardCostsChanged,
+    LoadEnded,
+    PreloadSuggested,
+    WithdrawSuggested,
+)
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
@@ -156,6 +175,8 @@ class Worker:
         if isinstance(answer, Wait):
             self._waiting[answer.ticket] = job
         else:
+            if isinstance(answer, Load):
+                self._apply(answer.actions(model), now)
             self._go_on(job, answer, now)
         self.look_ahead(now)
 
@@ -172,7 +193,7 @@ class Worker:
                 self._tally.load_s += load.ends_s - now
             case Load(victims=victims):
                 job.outcome, job.victims = Outcome.LOAD, victims
-                self._start_load(job.model, victims, [job], now)
+                self._loads[job.model.model_id].jobs.append(job)
                 self._tally.load_s += job.model.load_s
             case Reject(reason=reason):
                 self._reply(job, _REJECTED[reason], now)
@@ -196,10 +217,9 @@ class Worker:
         self._queue.remove(job.model.exec_s)
         if self._reported_queue_s:
             self._news(now)
-        grants = self.cache.finish(job.model.model_id, now)
+        actions = self.cache.finish(job.model.model_id, now)
         self._reply(job, Finished(self.replica, self.follower.next_sequence, job.victims), now)
-        if grants:
-            self._carry_out(grants, now)
+        self._apply(actions, now)
         self.look_ahead(now)
 
     def _reply(self, job: Job, result: AttemptResult, now: float) -> None:
@@ -209,15 +229,22 @@ class Worker:
         else:
             job.sender.replied(job, now)
 
-    def _carry_out(self, grants: Sequence[Grant], now: float) -> None:
-        # A grant may join a load that a later one starts.
-        waited = {grant.ticket: self._waiting.pop(grant.ticket) for grant in grants}
-        for grant in sorted(grants, key=lambda grant: not isinstance(grant.answer, Load)):
-            waiter = waited[grant.ticket]
-            if isinstance(waiter, Job):
-                self._go_on(waiter, grant.answer, now)
-            else:
-                self._go_on_fetching(waiter, grant.answer, now)
+    def _apply(self, actions: tuple[Action, ...], now: float) -> None:
+        """Carry out what the cache has decided, in order."""
+        for action in actions:
+            match action:
+                case Evict():
+                    del self._own_books()[action.model_id]
+                    self._loads.pop(action.model_id, None)
+                    self._news(now)
+                case StartLoad():
+                    self._start_load(action.model, action.background, now)
+                case Grant():
+                    waiter = self._waiting.pop(action.ticket)
+                    if isinstance(waiter, Job):
+                        self._go_on(waiter, action.answer, now)
+                    else:
+                        self._go_on_fetching(waiter, action.answer, now)
 
     # Loads
 
@@ -231,31 +258,30 @@ class Worker:
             self._waiting[answer.ticket] = model
             self._news(now)
         else:
+            if isinstance(answer, Load):
+                self._apply(answer.actions(model), now)
             self._go_on_fetching(model, answer, now)
         self.look_ahead(now)
 
     def _go_on_fetching(self, model: ModelProfile, answer: Answer, now: float) -> None:
         match answer:
             case Hit():
-                self._carry_out(self.cache.finish(model.model_id, now), now)
+                self._apply(self.cache.finish(model.model_id, now), now)
             case Join():
                 self._loads[model.model_id].orders += 1
-            case Load(victims=victims):
+            case Load():
                 self._tally.preload_s += model.load_s
                 self._tally.preload_bytes += model.size_bytes
-                self._start_load(model, victims, [], now, orders=1)
+                self._loads[model.model_id].orders += 1
             case Reject():
                 pass
 
-    def _start_load(
-        self, model: ModelProfile, victims: Sequence[str], jobs: list[Job], now: float, *, orders: int = 0
-    ) -> None:
-        books = self._own_books()
-        for victim in victims:
-            del books[victim]
-            self._loads.pop(victim, None)
-        load = _LoadUnderWay(model, now + model.load_s, jobs, orders)
-        books[model.model_id] = self._lines[model.model_id][ModelState.LOADING]
+    def _start_load(self, model: ModelProfile, background: bool, now: float) -> None:
+        if background:
+            self._tally.preload_s += model.load_s
+            self._tally.preload_bytes += model.size_bytes
+        load = _LoadUnderWay(model, now + model.load_s, [])
+        self._own_books()[model.model_id] = self._lines[model.model_id][ModelState.LOADING]
         self._loads[model.model_id] = load
         self._news(now)
         self._agenda.at(load.ends_s, self._loaded, load)
@@ -263,28 +289,29 @@ class Worker:
     def _loaded(self, load: _LoadUnderWay, now: float) -> None:
         model_id = load.model.model_id
         if self._loads.get(model_id) is not load:
-            # It was a preload that nobody had joined, and had to make room for a request.
+            # It was a preload that was evicted for a request.
             return
         del self._loads[model_id]
         self._own_books()[model_id] = self._lines[model_id][ModelState.READY]
         self._news(now)
-        grants = self.cache.loaded(model_id, now)
+        actions = self.cache.handle(LoadEnded(model_id), now)
         for job in load.jobs:
             self._execute(job, now)
-        self._carry_out(grants, now)
+        self._apply(actions, now)
         for _ in range(load.orders):
-            self._carry_out(self.cache.finish(model_id, now), now)
+            self._apply(self.cache.finish(model_id, now), now)
         self.look_ahead(now)
 
     def look_ahead(self, now: float) -> None:
         """Load in the background what the policy wishes, or placement advises."""
-        cache = self.cache
-        while (preload := cache.next_preload(now)) is not None:
-            self._preload(preload.model, preload.victims, now)
-        # One that is due already waits for something to end, which is an event of its own.
-        if now < cache.review_s < self._review_s:
-            self._review_s = cache.review_s
-            self._agenda.at(cache.review_s, Worker._review, self)
+        self._apply(self.cache.handle(TICK, now), now)
+        self._set_timer(now)
+
+    def _set_timer(self, now: float) -> None:
+        # A tick that is due already waits for something to end, which is an event of its own.
+        if now < self.cache.next_tick_s < self._review_s:
+            self._review_s = self.cache.next_tick_s
+            self._agenda.at(self._review_s, Worker._review, self)
 
     def _review(self, now: float) -> None:
         if now >= self._review_s:
@@ -292,30 +319,23 @@ class Worker:
             self.before(now)
             self.look_ahead(now)
 
-    def _preload(self, model: ModelProfile, victims: Sequence[str], now: float) -> None:
-        self._tally.preload_s += model.load_s
-        self._tally.preload_bytes += model.size_bytes
-        self._start_load(model, victims, [], now)
-
     def follow(self, command: Command, model: ModelProfile, now: float) -> None:
         """Do what placement says, as far as no request is in the way."""
         match command:
             case EvictAt(model_id=model_id):
-                grants = self.cache.withdraw(model_id, now)
-                if grants is None:
-                    return
-                del self._own_books()[model_id]
-                self._news(now)
-                self._carry_out(grants, now)
+                actions = self.cache.handle(WithdrawSuggested(model_id), now)
+                if actions:
+                    self._apply(actions, now)
+                    self.look_ahead(now)
             case PreloadAt(required=required):
-                self.cache.advise(model, now, insist=required)
-        self.look_ahead(now)
+                self._apply(self.cache.handle(PreloadSuggested(model, required), now), now)
+                self._set_timer(now)
 
     def catch_up(self, now: float) -> None:
         """Act on what the view says now; commands come apart from it."""
         instructions = self.follower.review(self._books)
         if instructions.forward_costs is not None:
-            self.cache.forward_costs(instructions.forward_costs)
+            self._apply(self.cache.handle(ForwardCostsChanged(instructions.forward_costs), now), now)
         if instructions.primaries_changed:
             self._news(now)
 
