@@ -31,7 +31,8 @@ from serve_app.serving.metrics import WorkerMetrics
 from serve_app.serving.transport.messages import FloatArray, InferenceRejected, InferenceTask
 from serve_app.serving.worker.model_host import ModelHost
 from serve_app.serving.worker.process_budget import ProcessBudget
-from serve_app.serving.worker.worker import Worker, WorkerIdentity
+from serve_app.serving.worker.settings import WorkerIdentity
+from serve_app.serving.worker.worker import Worker
 from serve_app.store.model_store import ModelStore
 
 _BUDGET_S = 60.0

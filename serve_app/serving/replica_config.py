@@ -17,7 +17,7 @@ from serve_app.core.policies.base import EvictionPolicy
 from serve_app.core.policies.registry import make_policy
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.errors import ConfigError
-from serve_app.serving.worker.worker import RetentionRules
+from serve_app.serving.worker.settings import RetentionRules
 
 #: Size of a typical request, for placement: a photograph.
 _PAYLOAD_BYTES = 200_000

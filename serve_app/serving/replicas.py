@@ -32,7 +32,8 @@ from serve_app.serving.transport.messages import InferenceRejected, InferenceTas
 from serve_app.serving.transport.worker_client import ServeWorkerPool
 from serve_app.serving.worker.model_host import ModelHost
 from serve_app.serving.worker.process_budget import ProcessBudget
-from serve_app.serving.worker.worker import Worker, WorkerIdentity
+from serve_app.serving.worker.settings import WorkerIdentity
+from serve_app.serving.worker.worker import Worker
 from serve_app.store.model_store import ModelStore
 
 logger = logging.getLogger(__name__)

@@ -70,12 +70,12 @@ def test_what_is_wanted_and_nowhere_is_loaded_where_it_is_wanted_most() -> None:
     assert placement().round(sites, rates, 0.0) == (preload("oslo", "a"), preload("paris", "b"))
 
 
-def test_nothing_is_done_for_nobody() -> None:
+def test_without_demand_nothing_is_done() -> None:
     assert placement().round([site("oslo", "a")], {}, 0.0) == ()
     assert placement().round([], {"oslo": {"a": 1.0}}, 0.0) == ()
 
 
-def test_a_duplicate_takes_free_memory_where_it_saves_the_way() -> None:
+def test_a_duplicate_takes_free_memory_where_it_saves_latency() -> None:
     sites = [site("oslo", "a"), site("paris", "b")]
     assert placement().round(sites, {"paris": {"a": 1.0}}, 0.0) == (preload("paris", "a"),)
 
@@ -200,7 +200,7 @@ def test_advice_displaces_only_what_is_worth_less_here(worth: float, followed: b
     assert cache.used_bytes == 20
 
 
-def test_advice_waits_for_nobody_and_nobody_waits_for_it() -> None:
+def test_commands_do_not_wait_and_requests_do_not_wait_for_them() -> None:
     cache = holding("a", "b", c=9.0, d=9.0)
     cache.request(profile("a"), 1.0)
     cache.request(profile("b"), 1.0)

@@ -107,15 +107,15 @@ def test_a_round_gives_the_commands_that_whole_tables_give(part: int) -> None:
     assert given > 200
 
 
-def test_the_ways_are_those_of_the_links_in_either_direction_as_they_are_learned() -> None:
+def test_latencies_are_those_of_the_links_in_either_direction_as_they_are_learned() -> None:
     rng, names = random.Random(0), ["oslo", "paris", "rome", "tokyo"]
     default = Link(rtt_s=0.5, bytes_per_s=1e6)
     latencies = LatencyMatrix({}, default, 1000)
     links: dict[tuple[str, str], Link] = {}
     for step in range(200):
-        news = {(rng.choice(names), rng.choice(names)): Link(rtt_s=rng.random(), bytes_per_s=1e6)}
-        links |= news
-        latencies.update(news)
+        measured = {(rng.choice(names), rng.choice(names)): Link(rtt_s=rng.random(), bytes_per_s=1e6)}
+        links |= measured
+        latencies.update(measured)
         known = names[: 2 + step // 80]
         rules = RoutingRules(profiles={}, links=links, default_link=default, horizon_s=1.0)
         assert latencies.table(known, known[::-1]).tolist() == [
@@ -124,8 +124,8 @@ def test_the_ways_are_those_of_the_links_in_either_direction_as_they_are_learned
     assert latencies.longest_s == max(link.seconds(1000) for link in (default, *links.values()))
 
 
-def test_what_takes_no_part_changes_nothing() -> None:
-    """Models and locations far away, of which there are thousands in a large cluster, do not change who gets a copy."""
+def test_models_and_locations_that_take_no_part_change_nothing() -> None:
+    """Models and locations far away, thousands in a large cluster, do not change which workers get a copy."""
     case = next(case for case in map(Case, range(999)) if len(case.workers) > 3 and _loads(case, case.goals))
     asked = {**case.goals.rates, "far": {f"unknown{number}": 1.0 for number in range(50)}}
     assert _loads(case, replace(case.goals, rates=asked)) == _loads(case, case.goals)

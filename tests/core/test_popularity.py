@@ -72,7 +72,7 @@ def test_popularity_is_counted_per_location_and_model() -> None:
     }
 
 
-def test_what_nobody_asks_for_any_more_is_forgotten() -> None:
+def test_models_without_requests_are_forgotten() -> None:
     popularity = Popularity(half_life_s=10.0)
     popularity.add("paris", "old", 1, now=0.0)
     popularity.add("tokyo", "old", 1, now=0.0)

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import random
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -17,7 +17,7 @@ from fakes import CLASSES, FakeLink, FakeMetrics, ManualClock, published, view
 from PIL import Image
 
 from serve_app.core.cache.model_cache import ModelCache
-from serve_app.core.catalog import Catalog, ModelProfile
+from serve_app.core.catalog import Catalog, ModelProfile, PublishedModel
 from serve_app.core.links import Link
 from serve_app.core.memory_budget import MemoryBudget, ProcessMemory
 from serve_app.core.policies.base import EvictionPolicy, PreloadCandidates
@@ -28,7 +28,8 @@ from serve_app.errors import DeadlineExceeded, DoesNotFit, InvalidRequest, Store
 from serve_app.serving.transport.messages import InferenceRejected, InferenceResult, InferenceTask, NotResident
 from serve_app.serving.worker.model_host import ModelHost
 from serve_app.serving.worker.process_budget import ProcessBudget
-from serve_app.serving.worker.worker import RetentionRules, Worker, WorkerIdentity
+from serve_app.serving.worker.settings import RetentionRules, WorkerIdentity
+from serve_app.serving.worker.worker import Worker
 
 BASE = ProcessMemory(anonymous_bytes=5, file_bytes=2)
 BUDGET = MemoryBudget(models_bytes=250, workspace_bytes=0)
@@ -108,9 +109,10 @@ async def running(
     holding: RetentionRules | None = None,
     clock: Callable[[], float] | None = None,
     memory: ProcessBudget | None = None,
+    others: Sequence[PublishedModel] = (),
 ) -> AsyncIterator[Worker]:
     """A worker with memory for two of its models; at the end every pin must be back and the bytes add up."""
-    catalog = Catalog((*map(published, "abc"), published("huge", size_bytes=9999)))
+    catalog = Catalog((*map(published, "abc"), published("huge", size_bytes=9999), *others))
     cache = ModelCache(
         capacity_bytes=capacity, policy=policy or make_policy("lru", random.Random(0)), failure_memory_s=60
     )
@@ -166,7 +168,7 @@ async def test_the_first_request_loads_and_the_second_hits() -> None:
     assert backend.loads == ["a"]
 
 
-async def test_a_third_model_evicts_and_says_whom() -> None:
+async def test_a_third_model_evicts_another_and_names_it() -> None:
     async with running(FakeBackend()) as worker:
         for model_id in ("a", "b", "c"):
             reply = await worker.infer(work(model_id))
@@ -300,9 +302,9 @@ async def test_demand_that_the_coordinator_missed_is_reported_again() -> None:
     link = FakeLink()
     async with running(FakeBackend(), link) as worker:
         await worker.infer(work())
-        await worker._report()
+        await worker.report_once()
         link.delta = view()
-        await worker._report()
+        await worker.report_once()
         assert [sum(demand.count for demand in report.demand) for report in link.reports] == [1, 1]
 
 
@@ -335,7 +337,7 @@ async def test_a_worker_that_stops_leaves_the_directory() -> None:
 async def test_an_inference_for_which_no_thread_starts_gives_its_model_back() -> None:
     async with running(FakeBackend()) as worker:
         await worker.infer(work())
-        worker._executors.shutdown()
+        worker.executor.shutdown()
         refused = await worker.infer(work())
         assert isinstance(refused, InferenceRejected)
         assert isinstance(refused.error, Unavailable)
@@ -361,7 +363,7 @@ async def test_models_leave_room_for_what_the_process_has_grown_by_and_get_it_ba
     async def reports(worker: Worker, count: int) -> None:
         for _ in range(count):
             clock.now += 0.25
-            await worker._report()
+            await worker.report_once()
 
     async with running(FakeBackend(), memory=memory, clock=clock) as worker:
         for model_id in "ab":
@@ -388,18 +390,18 @@ async def test_free_heap_is_given_back_soon_after_evictions_and_not_after_hits()
     async with running(FakeBackend(), memory=memory, clock=clock) as worker:
         for model_id in "aaab":
             await worker.infer(work(model_id))
-            await worker._report()
+            await worker.report_once()
         assert len(given_back) == 1, "once before the first model"
         await worker.infer(work("c"))
-        await worker._report()
-        await worker._report()
+        await worker.report_once()
+        await worker.report_once()
         assert len(given_back) == 2
         await worker.infer(work("a"))
-        await worker._report()
+        await worker.report_once()
         assert len(given_back) == 2, "not with every eviction"
         clock.now += 10
-        await worker._report()
-        await worker._report()
+        await worker.report_once()
+        await worker.report_once()
         assert len(given_back) == 3
 
 
@@ -412,7 +414,7 @@ async def test_free_heap_is_given_back_before_models_go_for_it() -> None:
         for _ in range(40):
             kernel[0] = ProcessMemory(anonymous_bytes=205, file_bytes=2)
             clock.now += 0.25
-            await worker._report()
+            await worker.report_once()
         assert worker.report().unaccounted_bytes == 0
         assert set(worker.report().models) == {"a", "b"}
 
@@ -421,8 +423,7 @@ async def test_a_model_that_there_is_never_workspace_for_is_refused() -> None:
     memory = ProcessBudget(MemoryBudget(models_bytes=250, workspace_bytes=10), read=lambda: BASE)
     large = dataclasses.replace(published("large"), workspace_bytes=11)
     backend = FakeBackend()
-    async with running(backend, memory=memory) as worker:
-        worker._catalog = Catalog((large,))
+    async with running(backend, memory=memory, others=(large,)) as worker:
         refused = await worker.infer(work("large"))
     assert isinstance(refused, InferenceRejected)
     assert isinstance(refused.error, DoesNotFit)

@@ -28,7 +28,7 @@ _DEFAULT_LIMITS = DeltaLimits()
 
 
 class CoordinatorState:
-    """The last report of every live worker, the popularity of models at each location, and who has to know what.
+    """The last report of every live worker, the popularity of models at each location, and the readers' subscriptions.
 
     ``handle`` alone changes the state; ``delta`` and ``snapshot`` only read it.
 
@@ -229,7 +229,7 @@ class CoordinatorState:
     # Reads
 
     def delta(self, reader: Reader, now: float) -> ViewDelta:
-        """What a reader does not know yet; a reader without a subscription is told of all workers.
+        """What a reader does not know yet; a reader without a subscription gets all workers.
 
         Args:
             reader: with the version that it has.
@@ -321,7 +321,7 @@ class CoordinatorState:
         return self._directory
 
     def subscription(self, location: str | None) -> Subscription | None:
-        """What the readers of a location are told of; None: of all workers. To be read only."""
+        """The subscription of a location, if there is one; to be read only."""
         return self._subscriptions.get(location)
 
     @property
