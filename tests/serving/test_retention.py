@@ -144,7 +144,7 @@ class CountedPreloads(FakeMetrics):
 async def test_metric_and_report_count_the_same_preloads() -> None:
     """Pinned models and what placement orders are preloads; what a router orders for a forwarded request is a load."""
     metrics = CountedPreloads()
-    async with running(FakeBackend(), Orders(preload("c")), capacity=300, metrics=metrics, pinned="b") as worker:
+    async with running(FakeBackend(), CommandLink(preload("c")), capacity=300, metrics=metrics, pinned="b") as worker:
         await worker.preload_pinned()
         await worker.preload("a")
         await worker.preload("a")
