@@ -131,7 +131,7 @@ class ModelCache:
         match event:
             case LoadEnded():
                 self._residents.load_ended(event.model_id)
-                return self._settle(now)
+                return self._settle(now) if self._waiting or self._may_owe_evictions else ()
             case Tick():
                 return self._preload_queue.start(now)
             case LoadFailed():
