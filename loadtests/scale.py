@@ -118,7 +118,7 @@ class _Bench:
             self._state.handle(WorkerReported(report), self._now)
 
     def _view(self, location: str, known: RouterView) -> bytes:
-        delta = self._read_delta(Reader(location, None, known.view.epoch, known.view.version))
+        delta = self._read_delta(Reader(location, None, known.cluster.epoch, known.cluster.version))
         return pickle.dumps(delta, pickle.HIGHEST_PROTOCOL)
 
     def _read_delta(self, reader: Reader) -> ViewDelta:

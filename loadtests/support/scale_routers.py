@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from loadtests.support.scale_world import TICK_S, World
 from serve_app.core.links import LinkTable
 from serve_app.core.routing.choose import RoutingRequest, choose
-from serve_app.core.routing.eviction_cost import prepare
 from serve_app.core.routing.router_view import RouterView
 from serve_app.core.vocabulary import ModelState, Outcome
 
@@ -41,7 +40,7 @@ class _Router:
         took_s = time.thread_time() - before_s
         self._probe()
         before_s = time.thread_time()
-        prepare(self._known, self._location, self._world.rules, self._ways)
+        self._known.precompute(self._location, self._world.rules, self._ways)
         return took_s + time.thread_time() - before_s
 
     def _probe(self) -> None:
@@ -67,8 +66,8 @@ class _Router:
                 if replica is not None:
                     known.expect_load(replica, model.model_id)
                     if self._rng.random() < 0.8:
-                        sequence = known.view.workers[replica].sequence + 1
-                        known.see(replica, model.model_id, ModelState.READY, sequence)
+                        sequence = known.cluster.workers[replica].sequence + 1
+                        known.observe(replica, model.model_id, ModelState.READY, sequence)
             known.returned(plan.replica, model.exec_s)
 
 

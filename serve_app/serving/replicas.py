@@ -178,7 +178,7 @@ class RouterReplica:
             stands_in=config.location is None,
             rules=config.routing_rules(catalog),
             pool=ServeWorkerPool(sockets_dir()),
-            link=_make_client(config, catalog),
+            coordinator=_make_client(config, catalog),
             metrics=RouterMetrics(serve.get_replica_context().replica_id.unique_id),
             request_time_s=settings.limits.request_time,
             max_inflight=settings.limits.inflight,

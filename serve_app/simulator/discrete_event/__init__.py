@@ -14,7 +14,8 @@ A discrete-event simulation over the classes that the live system runs on: a ``M
   alive; views are fetched when somebody looks at them, as of the moment when they would have come.
 - A round of placement runs in the coordinator every ``placement_every_s``, unless nothing was reported since one that
   changed nothing; its commands are where they should be after ``coordinator_delay_s``. What is to be unloaded goes if
-  it is idle; what is to be loaded is loaded by ``ModelCache.place``, one at a time.
+  it is idle; what is to be loaded is a ``PreloadSuggested`` for its ``ModelCache``, which loads one model at a time.
+- A load that a router orders for a request that it forwards waits for memory as a request does.
 - There are no deadlines, no failures and no pinned models, and one worker per location.
 """
 

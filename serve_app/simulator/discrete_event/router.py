@@ -1,16 +1,16 @@
-"""A router in virtual time: sends each request where ``choose`` says, and elsewhere if that fails."""
+"""A router in virtual time: sends each request where its ``Dispatch`` says."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 
-from serve_app.core.cache.decisions import RejectReason
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.routing.choose import RoutingRequest, choose
+from serve_app.core.routing.choose import RoutingRequest
+from serve_app.core.routing.dispatch import Absent, Dispatch, Fail, Finished
 from serve_app.core.routing.router_view import RouterView
 from serve_app.core.routing.rules import RoutingRules
-from serve_app.core.vocabulary import ModelState, Outcome
+from serve_app.core.vocabulary import Outcome
 from serve_app.simulator.discrete_event.coordinator import SimulatedCoordinator
 from serve_app.simulator.discrete_event.event_queue import EventQueue
 from serve_app.simulator.discrete_event.results import DiscreteEventResults
@@ -18,7 +18,7 @@ from serve_app.simulator.discrete_event.worker import Job, Worker
 
 
 class Router:
-    """The router of one location; as ``serving/router.py``, without deadlines and lost workers.
+    """The router of one location; as ``serving/router/router.py``, without deadlines and lost workers.
 
     Args:
         worker: of its own location.
@@ -28,6 +28,7 @@ class Router:
         payload_bytes: of every request.
         agenda: of the simulation.
         tally: of the simulation.
+        request_time_s: the deadline of every request; none by default.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class Router:
         payload_bytes: int,
         agenda: EventQueue,
         tally: DiscreteEventResults,
+        request_time_s: float = math.inf,
     ) -> None:
         self.name = worker.location
-        self.known = RouterView()
+        self.view = RouterView()
         self._worker = worker
         self._workers = workers
         self._news = news
@@ -50,6 +52,7 @@ class Router:
         self._payload_bytes = payload_bytes
         self._agenda = agenda
         self._tally = tally
+        self._request_time_s = request_time_s
         self._tick = -1
         self._read = -1
 
@@ -64,39 +67,33 @@ class Router:
         if news is None or (tick := news.tick(now)) == self._tick:
             return
         self._tick = tick
-        view = self.known.view
+        view = self.view.cluster
         delta = news.view(view.epoch, view.version, tick)
         self._read = news.read
-        self.known.apply(delta, now)
+        self.view.apply(delta, now)
         self._worker.catch_up(now)
 
     def request(self, number: int, model: ModelProfile, now: float) -> None:
         """A user's request comes in."""
-        self._send(Job(number, model, self, now), now)
+        if self._news is None:
+            self._worker.take(Job(number, model, self, now), now)
+            return
+        request = RoutingRequest(model=model, here=self.name, payload_bytes=self._payload_bytes)
+        dispatch = Dispatch(request, self.view, self._rules, deadline_s=now + self._request_time_s)
+        self._send(Job(number, model, self, now, dispatch), now)
 
     def _send(self, job: Job, now: float) -> None:
-        if self._news is None:
-            self._worker.take(job, now)
-            return
+        assert job.dispatch is not None
         self.refresh(now)
-        job.attempts_left -= 1
-        model, known = job.model, self.known
-        plan = choose(
-            RoutingRequest(model=model, here=self.name, payload_bytes=self._payload_bytes, avoid=job.avoid),
-            known,
-            self._rules,
-        )
-        if job.refusal is not None and plan.replica is None:
+        step = job.dispatch.next(now)
+        if isinstance(step, Fail):
             self._reject(job, now)
             return
-        worker = job.there = self._worker if plan.replica is None else self._workers[plan.replica]
-        job.only_if_resident = plan.only_if_resident and job.hints_left > 0
-        if plan.preload is not None:
-            known.expect_load(plan.preload, model.model_id)
-            self._workers[plan.preload].fetch(model, now)
-        known.sent(worker.replica, model.exec_s)
-        if plan.outcome is Outcome.LOAD or (plan.outcome is Outcome.FORWARD and not plan.only_if_resident):
-            known.expect_load(worker.replica, model.model_id)
+        route = step.route
+        worker = job.there = self._worker if route.replica is None else self._workers[route.replica]
+        job.only_if_resident = step.only_if_resident
+        if route.preload is not None:
+            self._workers[route.preload].fetch(job.model, now)
         if worker is self._worker:
             job.back_s = 0.0
             worker.take(job, now)
@@ -111,14 +108,23 @@ class Router:
         assert job.there is not None
         job.there.take(job, now)
 
-    def answered(self, job: Job, now: float) -> None:
-        """The job is done, and the answer has come."""
-        if job.there is not None:
-            known, replica = self.known, job.there.replica
-            known.returned(replica, job.model.exec_s)
-            known.see(replica, job.model.model_id, ModelState.READY, job.sequence)
-            for victim in job.victims:
-                known.see(replica, victim, None, job.sequence)
+    def replied(self, job: Job, now: float) -> None:
+        """The result of the last attempt has come: count the request, or send it elsewhere."""
+        result, dispatch = job.result, job.dispatch
+        assert result is not None
+        if dispatch is not None:
+            dispatch.replied(result)
+        if isinstance(result, Finished):
+            self._count(job)
+            self._close(job, now - job.arrived_s)
+        elif dispatch is None:
+            self._reject(job, now)
+        else:
+            if isinstance(result, Absent):
+                self._tally.stale_retries += 1
+            self._send(job, now)
+
+    def _count(self, job: Job) -> None:
         tally = self._tally
         if job.there is not None and job.there is not self._worker:
             tally.forwards += 1
@@ -128,26 +134,6 @@ class Router:
             tally.joins += 1
         else:
             tally.misses += 1
-        self._close(job, now - job.arrived_s)
-
-    def not_held(self, job: Job, now: float) -> None:
-        """The worker has not taken the job, because the model is not there."""
-        assert job.there is not None
-        self._tally.stale_retries += 1
-        self.known.returned(job.there.replica, job.model.exec_s)
-        self.known.see(job.there.replica, job.model.model_id, None, job.sequence)
-        job.hints_left -= 1
-        self._send(job, now)
-
-    def refused(self, job: Job, now: float) -> None:
-        """The worker has not taken the job; one that is overrun is avoided, for another may do better."""
-        if job.there is not None:
-            self.known.returned(job.there.replica, job.model.exec_s)
-        if job.there is None or job.refusal is not RejectReason.QUEUE_FULL or not job.attempts_left:
-            self._reject(job, now)
-            return
-        job.avoid.add(job.there.replica)
-        self._send(job, now)
 
     def _reject(self, job: Job, now: float) -> None:
         self._tally.misses += 1

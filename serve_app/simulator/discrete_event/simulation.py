@@ -98,7 +98,7 @@ class _Simulation:
         ]
         for worker, router in zip(self._workers.values(), self._routers, strict=True):
             worker.before = router.catch_up
-            worker.follower.view = router.known.view
+            worker.follower.view = router.view.cluster
             worker.cache.handle(ModelsKnown(profiles), 0.0)
             worker.look_ahead(0.0)
             if not alone:

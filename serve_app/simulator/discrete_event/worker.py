@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from serve_app.core.cache.decisions import (
@@ -26,7 +26,6 @@ from serve_app.core.cache.events import (
     ForwardCostsChanged,
     LoadEnded,
     PreloadSuggested,
-    WaitCancelled,
     WithdrawSuggested,
 )
 from serve_app.core.cache.model_cache import ModelCache
@@ -35,47 +34,49 @@ from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
 from serve_app.core.cluster.reports import Demand, WorkerReport
 from serve_app.core.coordination.worker_follower import WorkerFollower
 from serve_app.core.queue_estimate import QueueEstimate
+from serve_app.core.routing.dispatch import Absent, AttemptResult, Dispatch, Finished, Rejected
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ModelState, Outcome, ResidentModel
+from serve_app.errors import DoesNotFit, StoreError, Unavailable
 from serve_app.simulator.discrete_event.event_queue import EventQueue
 from serve_app.simulator.discrete_event.results import DiscreteEventResults
 
+#: Rejections as the router takes them: what counts is the class of the error, as in ``serving/worker/model_host.py``.
+_REJECTED = {
+    RejectReason.TOO_LARGE: Rejected(DoesNotFit("the model is larger than the memory")),
+    RejectReason.QUEUE_FULL: Rejected(Unavailable("too many requests wait for memory")),
+    RejectReason.LOAD_FAILED: Rejected(StoreError("the model cannot be loaded")),
+}
+
 
 class Sender(Protocol):
-    """Who sent a job, and is told when it is back."""
+    """The router that sends a job, and takes in its result."""
 
     name: str
 
-    def answered(self, job: Job, now: float) -> None:
-        """The job is done, and the answer has come."""
-
-    def not_held(self, job: Job, now: float) -> None:
-        """The worker has not taken the job, because the model is not there."""
-
-    def refused(self, job: Job, now: float) -> None:
-        """The worker has not taken the job, for ``job.refusal``."""
+    def replied(self, job: Job, now: float) -> None:
+        """``job.result`` has come."""
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One request on its way: what is asked, and what has become of it so far."""
+    """One request under way: what is asked, and what has become of it so far."""
 
     number: int
     model: ModelProfile
     sender: Sender
     arrived_s: float
-    attempts_left: int = 5
-    hints_left: int = 1
-    avoid: set[str] = field(default_factory=set)
+    #: None where locations do not forward.
+    dispatch: Dispatch | None = None
     #: Where it was sent last, whether it may be loaded there, and how long the answer takes to come back.
     there: Worker | None = None
     only_if_resident: bool = False
     back_s: float = 0.0
     asked_s: float = 0.0
-    sequence: int = 0
-    refusal: RejectReason | None = None
     outcome: Outcome = Outcome.HIT
     victims: tuple[str, ...] = ()
+    #: What came of the last attempt.
+    result: AttemptResult | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -83,8 +84,8 @@ class _LoadUnderWay:
     model: ModelProfile
     ends_s: float
     jobs: list[Job]
-    #: For a router that has forwarded the request that asked for it.
-    fetched: bool
+    #: Routers that have ordered it for a request that they forwarded: each pins the model until it is loaded.
+    orders: int = 0
 
 
 #: A model's two lines in the reports, made once: as it loads, and as it stands ready.
@@ -148,7 +149,8 @@ class Worker:
         #: When the executions under way end; no more than there are slots.
         self._slot_ends_s: list[float] = []
         self._loads: dict[str, _LoadUnderWay] = {}
-        self._waiting: dict[int, Job] = {}
+        #: Requests, and models that a router has ordered, in the wait queue of the cache.
+        self._waiting: dict[int, Job | ModelProfile] = {}
         self._review_s = math.inf
         self._demand = self.follower.demand
         self._books: dict[str, ResidentModel] = {}
@@ -164,8 +166,7 @@ class Worker:
         if job.back_s:
             self.before(now)
         if job.only_if_resident and self.cache.state(model.model_id) is None:
-            job.sequence = self.follower.next_sequence
-            self._reply(job, job.sender.not_held, now)
+            self._reply(job, Absent(self.replica, self.follower.next_sequence), now)
             return
         self._demand[job.sender.name, model.model_id] += 1
         self._news(now)
@@ -195,8 +196,7 @@ class Worker:
                 self._loads[job.model.model_id].jobs.append(job)
                 self._tally.load_s += job.model.load_s
             case Reject(reason=reason):
-                job.refusal = reason
-                self._reply(job, job.sender.refused, now)
+                self._reply(job, _REJECTED[reason], now)
 
     def _execute(self, job: Job, now: float) -> None:
         ends, exec_s = self._slot_ends_s, job.model.exec_s
@@ -218,16 +218,16 @@ class Worker:
         if self._reported_queue_s:
             self._news(now)
         actions = self.cache.finish(job.model.model_id, now)
-        job.sequence = self.follower.next_sequence
-        self._reply(job, job.sender.answered, now)
+        self._reply(job, Finished(self.replica, self.follower.next_sequence, job.victims), now)
         self._apply(actions, now)
         self.look_ahead(now)
 
-    def _reply(self, job: Job, tell: Callable[[Job, float], None], now: float) -> None:
+    def _reply(self, job: Job, result: AttemptResult, now: float) -> None:
+        job.result = result
         if job.back_s:
-            self._agenda.at(now + job.back_s, tell, job)
+            self._agenda.at(now + job.back_s, job.sender.replied, job)
         else:
-            tell(job, now)
+            job.sender.replied(job, now)
 
     def _apply(self, actions: tuple[Action, ...], now: float) -> None:
         """Carry out what the cache has decided, in order."""
@@ -240,23 +240,39 @@ class Worker:
                 case StartLoad():
                     self._start_load(action.model, action.background, now)
                 case Grant():
-                    self._go_on(self._waiting.pop(action.ticket), action.answer, now)
+                    waiter = self._waiting.pop(action.ticket)
+                    if isinstance(waiter, Job):
+                        self._go_on(waiter, action.answer, now)
+                    else:
+                        self._go_on_fetching(waiter, action.answer, now)
 
     # Loads
 
     def fetch(self, model: ModelProfile, now: float) -> None:
-        """Load a model whose request was forwarded, for those that will come."""
+        """Load a model whose request was forwarded, for later requests; as ``Worker.preload`` of the live system.
+
+        The cache counts a request, which it was, and the model waits for memory as a request does.
+        """
         answer = self.cache.request(model, now)
+        if isinstance(answer, Wait):
+            self._waiting[answer.ticket] = model
+            self._news(now)
+        else:
+            if isinstance(answer, Load):
+                self._apply(answer.actions(model), now)
+            self._go_on_fetching(model, answer, now)
+        self.look_ahead(now)
+
+    def _go_on_fetching(self, model: ModelProfile, answer: Answer, now: float) -> None:
         match answer:
+            case Hit():
+                self._apply(self.cache.finish(model.model_id, now), now)
+            case Join():
+                self._loads[model.model_id].orders += 1
             case Load():
                 self._tally.preload_s += model.load_s
                 self._tally.preload_bytes += model.size_bytes
-                self._apply(answer.actions(model), now)
-                self._loads[model.model_id].fetched = True
-            case Hit() | Join():
-                self._apply(self.cache.finish(model.model_id, now), now)
-            case Wait(ticket=ticket):
-                self._apply(self.cache.handle(WaitCancelled(ticket), now), now)
+                self._loads[model.model_id].orders += 1
             case Reject():
                 pass
 
@@ -264,7 +280,7 @@ class Worker:
         if background:
             self._tally.preload_s += model.load_s
             self._tally.preload_bytes += model.size_bytes
-        load = _LoadUnderWay(model, now + model.load_s, [], fetched=False)
+        load = _LoadUnderWay(model, now + model.load_s, [])
         self._own_books()[model.model_id] = self._lines[model.model_id][ModelState.LOADING]
         self._loads[model.model_id] = load
         self._news(now)
@@ -282,7 +298,7 @@ class Worker:
         for job in load.jobs:
             self._execute(job, now)
         self._apply(actions, now)
-        if load.fetched:
+        for _ in range(load.orders):
             self._apply(self.cache.finish(model_id, now), now)
         self.look_ahead(now)
 
