@@ -164,6 +164,15 @@ def test_every_room_is_in_the_architecture() -> None:
     assert [name_of(folder) for folder in folders if f"`{name_of(folder)}/`" not in page] == []
 
 
+def test_the_table_of_layers_is_the_one_that_holds() -> None:
+    from test_layers import MAY_IMPORT
+
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `serve_app/(\w+)(?:/|\.py)` \|[^|]*\|([^|]*)\|$", page, flags=re.MULTILINE)
+    table = {layer: set(re.findall(r"`(\w+)`", imported)) for layer, imported in rows if layer != "cli"}
+    assert table == MAY_IMPORT
+
+
 def test_the_rooms_of_core_are_listed_in_their_order() -> None:
     from test_layers import CORE_ROOMS
 

@@ -1,4 +1,4 @@
-"""Which of many models has the smallest key: found in the logarithm of their number, though keys move all the time."""
+"""A priority queue of models whose keys move all the time; the smallest key is found in logarithmic time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from serve_app.core.catalog import ModelProfile
 
 
 class HeapEntry(NamedTuple):
-    """A model under the key that it was last seen to have; of equals, the one that was added first goes first."""
+    """A model under the key that it was last seen to have; of equal keys, the one pushed first goes first."""
 
     key: float
     order: int
@@ -20,8 +20,8 @@ class HeapEntry(NamedTuple):
 class LazyHeap:
     """Models on a heap, the smallest key on top.
 
-    A key that grows costs nothing when it does so: the model surfaces with its old key and sinks again. That is what
-    the keys of most eviction policies do, with every request. Only a key that shrinks must be told, by ``renew``.
+    A key that grows costs nothing: the model surfaces with its old key and sinks again. The keys of most eviction
+    policies grow with every request. Only a key that shrinks must be announced, by ``decrease_key``.
 
     Args:
         key: of a model now, ``key(model, now)`` with ``now`` in seconds.
@@ -42,25 +42,25 @@ class LazyHeap:
     def __contains__(self, model_id: str) -> bool:
         return model_id in self._live
 
-    def add(self, model: ModelProfile, now: float) -> None:
-        """Rank a model from now on."""
+    def push(self, model: ModelProfile, now: float) -> None:
+        """Add a model under its key as of ``now``."""
         self._order += 1
-        self.put_back(HeapEntry(self._key(model, now), self._order, model))
+        self.push_back(HeapEntry(self._key(model, now), self._order, model))
 
-    def renew(self, model_id: str, now: float) -> None:
-        """The key of a model may have shrunk; unknown models are ignored."""
+    def decrease_key(self, model_id: str, now: float) -> None:
+        """Take in that the key of a model may have shrunk; unknown models are ignored."""
         known = self._live.get(model_id)
         if known is not None:
             key = self._key(known.model, now)
             if key < known.key:
-                self.put_back(HeapEntry(key, known.order, known.model))
+                self.push_back(HeapEntry(key, known.order, known.model))
 
-    def take(self, model_id: str) -> HeapEntry | None:
-        """Take out a model by name; None if it is not ranked."""
+    def remove(self, model_id: str) -> HeapEntry | None:
+        """Remove a model by name; None if it is not on the heap."""
         return self._live.pop(model_id, None)
 
     def pop(self, now: float) -> HeapEntry | None:
-        """Take out the model with the smallest key as of ``now``; None if there is none."""
+        """Remove the model with the smallest key as of ``now``; None if there is none."""
         heap, live = self._heap, self._live
         while heap:
             top = heap[0]
@@ -78,11 +78,11 @@ class LazyHeap:
             heapq.heapreplace(heap, sunk)
         return None
 
-    def put_back(self, ranked: HeapEntry) -> None:
-        """Undo ``take`` or ``pop``."""
-        self._live[ranked.model.model_id] = ranked
+    def push_back(self, entry: HeapEntry) -> None:
+        """Undo ``remove`` or ``pop``."""
+        self._live[entry.model.model_id] = entry
         if len(self._heap) > 2 * len(self._live) + self.SLACK:
             self._heap[:] = self._live.values()
             heapq.heapify(self._heap)
         else:
-            heapq.heappush(self._heap, ranked)
+            heapq.heappush(self._heap, entry)

@@ -1,4 +1,4 @@
-"""The ways between locations: what they cost as configured, and as measured by what went over them."""
+"""Links between locations: as configured, and as measured by the requests that went over them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Protocol
 
 
 class Topology(Protocol):
-    """What is known of the ways between locations: as configured (``RoutingRules``), or as measured (``LinkTable``)."""
+    """All links between locations: as configured (``RoutingRules``), or as measured (``LinkTable``)."""
 
     def link(self, here: str, there: str) -> Link:
-        """The way from one location to another, or within one."""
+        """The link from one location to another, or within one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """The way from one location to another: round trip in seconds, bandwidth in bytes per second."""
+    """The path from one location to another: round trip in seconds, bandwidth in bytes per second."""
 
     rtt_s: float
     bytes_per_s: float
@@ -33,15 +33,15 @@ class Link:
         return abs(self.seconds(payload_bytes) - before_s) > share * before_s
 
 
-#: Every call between processes takes a little, even on one machine: what nobody has measured yet.
+#: The link within a location before it is measured. Every call between processes takes a little, even on one machine.
 HERE = Link(rtt_s=0.0, bytes_per_s=1e12)
 
 
 class LinkEstimate:
-    """Round trip and bandwidth of one way, learned from what small and large payloads took over it.
+    """Round trip and bandwidth of one link, learned from what small and large payloads took over it.
 
     Each is a median of the last few measurements: a process that was busy with something else for a moment makes a
-    measurement far too long, which must not count, and a way that has changed is known after half of them.
+    measurement far too long, which must not count, and a link that has changed is known after half of them.
 
     Args:
         configured: what counts before anything was measured.
@@ -60,7 +60,7 @@ class LinkEstimate:
         self._per_byte_s = deque([1.0 / configured.bytes_per_s], maxlen=self._WINDOW)
 
     def add(self, payload_bytes: int, seconds: float) -> None:
-        """A request with ``payload_bytes`` has spent ``seconds`` on its way there and back."""
+        """A request with ``payload_bytes`` has spent ``seconds`` on the link there and back."""
         link = self.link
         if payload_bytes <= self.SMALL_BYTES:
             self._rtts_s.append(seconds)
@@ -72,50 +72,50 @@ class LinkEstimate:
 
 
 class LinkTable:
-    """What one router has measured of the ways to all locations, its own among them.
+    """What one router has measured of the links to all locations, its own among them.
 
     Args:
         home: the router's location.
-        configured: what is known of a way before anything was measured.
+        configured: the link before anything was measured.
     """
 
-    #: A way that takes this much more or less than when it was told of last is worth telling of.
-    _NEWS_SHARE = 0.1
-    _NEWS_BYTES = 100_000
+    #: A link that takes this much more or less than when it was sent last is sent again.
+    _CHANGED_SHARE = 0.1
+    _CHANGED_BYTES = 100_000
 
     def __init__(self, home: str, configured: Callable[[str, str], Link]) -> None:
         self._home = home
         self._configured = configured
         self._estimates: dict[str, LinkEstimate] = {}
-        self._told: dict[tuple[str, str], Link] = {}
+        self._sent: dict[tuple[str, str], Link] = {}
 
     def configure(self, configured: Callable[[str, str], Link]) -> None:
         """Take other links for what has not been measured."""
         self._configured = configured
 
     def add(self, there: str, payload_bytes: int, seconds: float) -> None:
-        """A request with ``payload_bytes`` has spent ``seconds`` on its way from here to ``there`` and back."""
+        """A request with ``payload_bytes`` has spent ``seconds`` on the link from here to ``there`` and back."""
         estimate = self._estimates.get(there)
         if estimate is None:
             estimate = self._estimates[there] = LinkEstimate(self._configured(self._home, there))
         estimate.add(payload_bytes, seconds)
 
     def link(self, here: str, there: str) -> Link:
-        """The way to ``there``: measured, else as configured from ``here``."""
+        """The link to ``there``: measured, else as configured from ``here``."""
         estimate = self._estimates.get(there)
         return self._configured(here, there) if estimate is None else estimate.link
 
-    def news(self) -> dict[tuple[str, str], Link]:
-        """The ways that have changed since they were told of last; they count as told of now."""
+    def changes(self) -> dict[tuple[str, str], Link]:
+        """Links that have changed since they were sent last; from now on they count as sent."""
         changed: dict[tuple[str, str], Link] = {}
         for there, estimate in self._estimates.items():
-            way, link = (self._home, there), estimate.link
-            told = self._told.get(way)
-            if told is None or link.differs_from(told, self._NEWS_BYTES, self._NEWS_SHARE):
-                changed[way] = link
-        self._told |= changed
+            ends, link = (self._home, there), estimate.link
+            sent = self._sent.get(ends)
+            if sent is None or link.differs_from(sent, self._CHANGED_BYTES, self._CHANGED_SHARE):
+                changed[ends] = link
+        self._sent |= changed
         return changed
 
-    def forget_told(self) -> None:
-        """Whoever was told of the ways has lost it: tell everything again."""
-        self._told.clear()
+    def resend(self) -> None:
+        """The reader of ``changes`` has lost them: send all links again."""
+        self._sent.clear()

@@ -145,7 +145,7 @@ class WorkerMetrics:
         """Record that a model was unloaded, or its load in the background abandoned."""
         self._evictions.inc(tags={**self._location, "model": model_id, "reason": reason})
 
-    def preloading(self) -> None:
+    def preload_started(self) -> None:
         """Record the begin of a load that no request asked for."""
         self._preloads.inc(tags=self._location)
 

@@ -10,14 +10,14 @@ from pydantic import TypeAdapter
 
 from serve_app.config.edge import EdgeSettings
 from serve_app.core.catalog import Catalog, ModelEntry
-from serve_app.core.coordination.rules import CoordinatorRules, PlacementSettings
+from serve_app.core.coordination.rules import CoordinatorRules
 from serve_app.core.memory_budget import MemoryBudget, divide
-from serve_app.core.placement.rules import PlacementRules
+from serve_app.core.placement.rules import PlacementRules, PlacementSettings
 from serve_app.core.policies.base import EvictionPolicy
 from serve_app.core.policies.registry import make_policy
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.errors import ConfigError
-from serve_app.serving.worker.worker import RetentionRules
+from serve_app.serving.worker.settings import RetentionRules
 
 #: Size of a typical request, for placement: a photograph.
 _PAYLOAD_BYTES = 200_000

@@ -32,7 +32,8 @@ from serve_app.serving.transport.messages import InferenceRejected, InferenceTas
 from serve_app.serving.transport.worker_client import ServeWorkerPool
 from serve_app.serving.worker.model_host import ModelHost
 from serve_app.serving.worker.process_budget import ProcessBudget
-from serve_app.serving.worker.worker import Worker, WorkerIdentity
+from serve_app.serving.worker.settings import WorkerIdentity
+from serve_app.serving.worker.worker import Worker
 from serve_app.store.model_store import ModelStore
 
 logger = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ class RouterReplica:
             stands_in=config.location is None,
             rules=config.routing_rules(catalog),
             pool=ServeWorkerPool(sockets_dir()),
-            link=_make_client(config, catalog),
+            coordinator=_make_client(config, catalog),
             metrics=RouterMetrics(serve.get_replica_context().replica_id.unique_id),
             request_time_s=settings.limits.request_time,
             max_inflight=settings.limits.inflight,
@@ -250,7 +251,8 @@ def _make_loader(settings: EdgeSettings) -> Any:
 def _make_cache(config: ReplicaConfig, catalog: Catalog, budget: MemoryBudget, replica: str) -> ModelCache:
     worker = config.settings.worker
     return ModelCache(
-        capacity_bytes=budget.models_bytes,
+        capacity_bytes=budget.capacity_bytes,
+        workspace_bytes=budget.workspace_bytes,
         policy=config.eviction_policy(replica),
         max_loads=worker.parallel_loads,
         max_preloads=worker.parallel_preloads,

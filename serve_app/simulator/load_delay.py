@@ -1,7 +1,7 @@
 """Load delay only: the paper's model of time, in which nothing queues and a load for a request is over at once.
 
-A preload takes its time: a request that comes before it has ended waits for the rest. Several locations are so many
-caches that know nothing of each other.
+A preload takes its time: a request that comes before its end waits for the rest. Each location has a cache of its own;
+the caches are independent.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from serve_app.core.cache.decisions import Hit, Join, Load, Reject, Wait
+from serve_app.core.cache.decisions import Action, Evict, Grant, Hit, Join, Load, Reject, StartLoad, Wait
+from serve_app.core.cache.events import TICK, LoadEnded, ModelsKnown, WaitCancelled
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.vocabulary import ModelState
@@ -25,7 +26,7 @@ _STRIDE = 20_000
 
 @dataclass(slots=True, kw_only=True)
 class LoadDelayResults:
-    """What came of a replay. ``rejected`` counts the misses of models that memory has no room for."""
+    """The results of a replay. ``rejected`` counts the misses of models that memory has no room for."""
 
     requests: int = 0
     hits: int = 0
@@ -39,7 +40,7 @@ class LoadDelayResults:
     load_s: float = 0.0
     preload_s: float = 0.0
     exec_s: float = 0.0
-    #: Latency of every request that waited for a load, and how many of the others take so many seconds.
+    #: Latency of every request that waited for a load; for the others, how many take so many seconds.
     waited_latency_s: array[float] = field(default_factory=lambda: array("d"))
     at_once: Counter[float] = field(default_factory=Counter)
 
@@ -61,7 +62,7 @@ def replay(
         trace: the requests.
         profiles: of ``trace.models``, in their order.
         make_cache: a fresh cache for the location of that number.
-        progress: is told now and then how many more requests are done.
+        progress: called now and then with the number of requests done since.
     """
     total = LoadDelayResults()
     for number in range(len(trace.locations)):
@@ -82,96 +83,112 @@ def _stream(trace: Trace, number: int) -> tuple[Sequence[float], Sequence[int]]:
 class _Location:
     cache: ModelCache
     profiles: Sequence[ModelProfile]
-    tally: LoadDelayResults = field(default_factory=LoadDelayResults)
-    #: Preloads under way, those that gave way to a request included: when each ends, in order, and the same by model.
+    results: LoadDelayResults = field(default_factory=LoadDelayResults)
+    #: Preloads under way, also those that were evicted for a request: when each ends, in order, and the same by model.
     _endings: list[tuple[float, str]] = field(default_factory=list)
     _ends_s: dict[str, float] = field(default_factory=dict)
+    #: Made once: to make an event costs as much as half of what the cache does with it.
+    _load_ended: dict[str, LoadEnded] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._load_ended |= {profile.model_id: LoadEnded(profile.model_id) for profile in self.profiles}
 
     def play(self, arrival_s: Sequence[float], model: Sequence[int], progress: Callable[[int], None]) -> None:
-        cache, profiles, tally, endings = self.cache, self.profiles, self.tally, self._endings
+        cache, profiles, results, endings = self.cache, self.profiles, self.results, self._endings
         request, finish = cache.request, cache.finish
-        # A trace may begin at any hour, and what was not observed is no absence of requests.
+        # A trace may begin at any hour, and the time before it is no absence of requests.
         done, before_s = 0, arrival_s[0] if arrival_s else 0.0
-        cache.know(profiles, before_s)
+        self._apply(cache.handle(ModelsKnown(profiles), before_s), before_s)
         for now, number in zip(arrival_s, model, strict=True):
-            if now >= cache.review_s or (endings and now >= endings[0][0]):
-                self._until(before_s, now)
+            if now >= cache.next_tick_s or (endings and now >= endings[0][0]):
+                self._run_background(before_s, now)
             before_s = now
             profile = profiles[number]
             answer = request(profile, now)
             if isinstance(answer, Hit):
-                tally.hits += 1
+                results.hits += 1
                 finish(profile.model_id, now)
             else:
-                self._not_there(profile, answer, now)
+                self._miss(profile, answer, now)
             done += 1
             if done % _STRIDE == 0:
                 progress(_STRIDE)
         progress(done % _STRIDE)
-        tally.requests += done
+        results.requests += done
         for number, count in Counter(model).items():
-            tally.exec_s += count * profiles[number].exec_s
-            tally.at_once[profiles[number].exec_s] += count
+            results.exec_s += count * profiles[number].exec_s
+            results.at_once[profiles[number].exec_s] += count
 
     def close(self) -> LoadDelayResults:
         counters = self.cache.counters
-        self.tally.preloads = counters.preloads
-        self.tally.wasted_preloads = counters.wasted_preloads
-        self.tally.evictions = counters.evictions
-        return self.tally
+        self.results.preloads = counters.preloads
+        self.results.wasted_preloads = counters.wasted_preloads
+        self.results.evictions = counters.evictions
+        return self.results
 
-    def _not_there(self, profile: ModelProfile, answer: Join | Load | Reject | Wait, now: float) -> None:
+    def _miss(self, profile: ModelProfile, answer: Join | Load | Reject | Wait, now: float) -> None:
         match answer:
             case Load():
-                self.tally.misses += 1
-                # A preload of it that gave way and is still under way is taken back.
-                self._waited(profile, self._ends_s.pop(profile.model_id, now + profile.load_s) - now)
-                self.cache.loaded(profile.model_id, now)
-                self.cache.finish(profile.model_id, now)
+                self.results.misses += 1
+                # A preload of the model that was evicted and is still under way is taken back.
+                self._count_wait(profile, self._ends_s.pop(profile.model_id, now + profile.load_s) - now)
+                self._apply(self.cache.handle(self._load_ended[profile.model_id], now), now)
+                self._apply(self.cache.finish(profile.model_id, now), now)
             case Join():
-                self.tally.joins += 1
-                self._waited(profile, self._ends_s[profile.model_id] - now)
-                self.cache.finish(profile.model_id, now)
+                self.results.joins += 1
+                self._count_wait(profile, self._ends_s[profile.model_id] - now)
+                self._apply(self.cache.finish(profile.model_id, now), now)
             case Reject():
-                self._rejected(profile)
+                self._count_rejection(profile)
             case Wait(ticket=ticket):
-                # Only where a preload that was joined fills the memory; nothing queues in this model of time.
-                self.cache.give_up(ticket, now)
-                self._rejected(profile)
+                # Only where a joined preload fills the memory; nothing queues in this model of time.
+                self._apply(self.cache.handle(WaitCancelled(ticket), now), now)
+                self._count_rejection(profile)
 
-    def _rejected(self, profile: ModelProfile) -> None:
-        self.tally.misses += 1
-        self.tally.rejected += 1
-        self._waited(profile, profile.load_s)
+    def _count_rejection(self, profile: ModelProfile) -> None:
+        self.results.misses += 1
+        self.results.rejected += 1
+        self._count_wait(profile, profile.load_s)
 
-    def _waited(self, profile: ModelProfile, wait_s: float) -> None:
-        self.tally.load_s += wait_s
-        self.tally.waited_latency_s.append(wait_s + profile.exec_s)
-        self.tally.at_once[profile.exec_s] -= 1
+    def _count_wait(self, profile: ModelProfile, wait_s: float) -> None:
+        self.results.load_s += wait_s
+        self.results.waited_latency_s.append(wait_s + profile.exec_s)
+        self.results.at_once[profile.exec_s] -= 1
 
-    def _until(self, before_s: float, now: float) -> None:
-        """Let the background work happen that is due by ``now``, each at its time, and nothing before ``before_s``."""
+    def _run_background(self, before_s: float, now: float) -> None:
+        """Let the background work that is due by ``now`` happen, each at its time, and nothing before ``before_s``."""
         while True:
-            # It may be in the past: a review that was due waits until a preload has ended, or given way to a request.
-            review_s = max(self.cache.review_s, before_s)
+            # It may be in the past: a due tick waits until a preload has ended, or was evicted for a request.
+            tick_s = max(self.cache.next_tick_s, before_s)
             ending_s = self._endings[0][0] if self._endings else math.inf
-            before_s = min(review_s, ending_s)
+            before_s = min(tick_s, ending_s)
             if before_s > now:
                 return
-            if ending_s <= review_s:
-                self._ended(*heapq.heappop(self._endings))
-                continue
-            while (preload := self.cache.next_preload(review_s)) is not None:
-                self._started(preload.model, review_s)
+            if ending_s <= tick_s:
+                self._end_preload(*heapq.heappop(self._endings))
+            else:
+                self._apply(self.cache.handle(TICK, tick_s), tick_s)
 
-    def _started(self, model: ModelProfile, now: float) -> None:
+    def _apply(self, actions: tuple[Action, ...], now: float) -> None:
+        """Carry out what the cache has decided; memory is free at once, so that only loads take time."""
+        for action in actions:
+            match action:
+                case Evict():
+                    pass
+                case StartLoad():
+                    assert action.background, "a load for a request is over at once"
+                    self._start_preload(action.model, now)
+                case Grant():
+                    raise AssertionError("no request waits")
+
+    def _start_preload(self, model: ModelProfile, now: float) -> None:
         if model.model_id not in self._ends_s:
             self._ends_s[model.model_id] = now + model.load_s
             heapq.heappush(self._endings, (now + model.load_s, model.model_id))
-            self.tally.preload_s += model.load_s
+            self.results.preload_s += model.load_s
 
-    def _ended(self, at_s: float, model_id: str) -> None:
+    def _end_preload(self, at_s: float, model_id: str) -> None:
         if self._ends_s.get(model_id) == at_s:
             del self._ends_s[model_id]
             if self.cache.state(model_id) is ModelState.LOADING:
-                self.cache.loaded(model_id, at_s)
+                self._apply(self.cache.handle(self._load_ended[model_id], at_s), at_s)

@@ -50,7 +50,7 @@ class Belady(_Oracle):
     def utility(self, model: ModelProfile, now: float) -> float:
         return -self._next_use.get(model.model_id, math.inf)
 
-    def fallen(self, now: float) -> Iterable[str]:
+    def lowered(self, now: float) -> Iterable[str]:
         requested, self._requested = self._requested, []
         return requested
 
@@ -62,7 +62,7 @@ class BeladyAm(_Oracle):
     changes all the time, and each decision looks at every resident model.
     """
 
-    spares_small = True
+    trim_victims = True
 
     def __init__(self, next_use: Sequence[float]) -> None:
         super().__init__(next_use)
@@ -81,5 +81,5 @@ class BeladyAm(_Oracle):
         distance = self._next_use.get(model.model_id, math.inf) - self._position
         return model.load_s / model.size_bytes / max(1.0, distance)
 
-    def fallen(self, now: float) -> Iterable[str]:
+    def lowered(self, now: float) -> Iterable[str]:
         return tuple(self._resident)

@@ -1,4 +1,4 @@
-"""The coordinator's state machine: who is there, what they hold, and that news never say less than the whole."""
+"""The coordinator's state machine: which workers there are, what they hold, and that deltas lack nothing."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_replica_that_was_taken_for_dead_joins_again() -> None:
     assert (replicas(delta), delta.gone) == ({"paris-1"}, ())
 
 
-def test_a_replica_that_says_goodbye_leaves_at_once() -> None:
+def test_a_replica_that_deregisters_leaves_at_once() -> None:
     state = coordinator()
     take(state, report("paris"), 0.0)
     take(state, report("tokyo"), 0.0)
@@ -113,7 +113,7 @@ def test_a_replica_that_says_goodbye_leaves_at_once() -> None:
     assert replicas(everything(state, 0.0)) == {"tokyo-1"}
 
 
-def test_the_departure_of_a_stranger_changes_nothing() -> None:
+def test_the_departure_of_an_unknown_replica_changes_nothing() -> None:
     state = coordinator()
     take(state, report("paris"), 0.0)
     before = everything(state, 0.0)
@@ -121,10 +121,10 @@ def test_the_departure_of_a_stranger_changes_nothing() -> None:
     assert everything(state, 0.0) == before
 
 
-# News
+# Deltas
 
 
-def test_news_hold_what_has_changed_and_nothing_else() -> None:
+def test_deltas_hold_what_has_changed_and_nothing_else() -> None:
     state = coordinator()
     for location in ("paris", "tokyo", "virginia"):
         take(state, report(location), 0.0)
@@ -135,7 +135,7 @@ def test_news_hold_what_has_changed_and_nothing_else() -> None:
     assert (delta.full, replicas(delta), delta.gone) == (False, {"tokyo-1"}, ("virginia-1",))
 
 
-def test_who_has_seen_everything_gets_no_news() -> None:
+def test_a_reader_that_has_seen_everything_gets_nothing() -> None:
     state = coordinator()
     take(state, report("paris"), 0.0)
     state.handle(WorkerLeft(replica="paris-1"), 0.0)
@@ -146,14 +146,14 @@ def test_who_has_seen_everything_gets_no_news() -> None:
 
 
 @pytest.mark.parametrize(("epoch", "version"), [("", 0), ("another life", 1), ("first", 99)])
-def test_who_knows_another_life_or_the_future_reads_everything(epoch: str, version: int) -> None:
+def test_a_reader_that_knows_another_epoch_or_the_future_reads_everything(epoch: str, version: int) -> None:
     state = coordinator()
     take(state, report("paris"), 0.0)
     delta = read(state, epoch, version, 0.0)
     assert (delta.full, replicas(delta), delta.epoch) == (True, {"paris-1"}, "first")
 
 
-def test_who_lags_behind_the_memory_of_the_dead_reads_everything() -> None:
+def test_a_reader_that_lags_behind_the_memory_of_departures_reads_everything() -> None:
     state = coordinator(limits=FORGETFUL)
     for location in ("a", "b", "c"):
         take(state, report(location), 0.0)
@@ -197,7 +197,7 @@ def test_rates_fall_for_readers_even_where_no_worker_is_left() -> None:
     assert view.rates == {}
 
 
-def test_news_cannot_be_changed() -> None:
+def test_deltas_cannot_be_changed() -> None:
     delta = everything(coordinator(), 0.0)
     with pytest.raises(dataclasses.FrozenInstanceError):
         delta.version = 5
@@ -228,7 +228,7 @@ def reported(replica: str, sequence: int, held: set[str]) -> WorkerReport:
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(events=EVENTS)
-def test_a_reader_of_news_knows_what_a_reader_of_everything_knows(events: list[tuple]) -> None:
+def test_a_reader_of_deltas_knows_what_a_reader_of_everything_knows(events: list[tuple]) -> None:
     now, lives = 0.0, 0
     state = coordinator("life 0", FORGETFUL)
     sequences: dict[str, int] = {}
@@ -263,7 +263,7 @@ def test_a_reader_of_news_knows_what_a_reader_of_everything_knows(events: list[t
 
 
 def test_of_rules_that_were_issued_at_once_the_first_ones_count() -> None:
-    """Each host measures its own models, so their rules differ a little; whoever reconnects must not change them."""
+    """Each host measures its own models, so their rules differ a little; reconnecting must not change them."""
     state = coordinator()
     rules = CoordinatorRules(half_life_s=10.0, stale_after_s=100 * STALE_AFTER_S)
     state.handle(RulesChanged(rules=rules), 0.0)

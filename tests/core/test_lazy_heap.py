@@ -21,7 +21,7 @@ class Keys(dict[str, float]):
         self.asked = 0
         self.ranking = LazyHeap(self.of)
         for model_id in keys:
-            self.ranking.add(profile(model_id), NOW)
+            self.ranking.push(profile(model_id), NOW)
 
     def of(self, model: ModelProfile, now: float) -> float:
         self.asked += 1
@@ -48,16 +48,16 @@ def test_a_model_keeps_its_turn_among_equals_when_its_key_moves_and_when_it_is_p
     keys = Keys(a=1, b=1, c=5)
     first = keys.ranking.pop(NOW)
     assert first is not None
-    keys.ranking.put_back(first)
+    keys.ranking.push_back(first)
     keys["c"] = 1
-    keys.ranking.renew("c", NOW)
+    keys.ranking.decrease_key("c", NOW)
     assert keys.order() == "abc"
 
 
 def test_a_model_that_is_added_again_goes_behind_its_equals() -> None:
     keys = Keys(a=1, b=1)
-    assert keys.ranking.take("a") is not None
-    keys.ranking.add(profile("a"), NOW)
+    assert keys.ranking.remove("a") is not None
+    keys.ranking.push(profile("a"), NOW)
     assert keys.order() == "ba"
 
 
@@ -70,7 +70,7 @@ def test_a_key_that_grows_need_not_be_told() -> None:
 def test_a_key_that_shrinks_is_seen_when_it_is_told() -> None:
     keys = Keys(a=1, b=2, c=3)
     keys["c"] = 0
-    keys.ranking.renew("c", NOW)
+    keys.ranking.decrease_key("c", NOW)
     assert keys.order() == "cab"
 
 
@@ -78,18 +78,18 @@ def test_to_be_told_of_a_key_that_has_not_shrunk_or_of_a_stranger_changes_nothin
     keys = Keys(a=1, b=2)
     keys["a"] = 3
     for model_id in ("a", "b", "stranger"):
-        keys.ranking.renew(model_id, NOW)
+        keys.ranking.decrease_key(model_id, NOW)
     assert len(keys.ranking) == 2
     assert keys.order() == "ba"
 
 
 def test_what_was_taken_out_by_name_is_gone() -> None:
     keys = Keys(a=1, b=2)
-    taken = keys.ranking.take("a")
+    taken = keys.ranking.remove("a")
     assert taken is not None
     assert taken.model.model_id == "a"
     assert "a" not in keys.ranking
-    assert keys.ranking.take("a") is None
+    assert keys.ranking.remove("a") is None
     assert keys.order() == "b"
 
 
@@ -102,10 +102,10 @@ def test_a_model_comes_out_once_however_often_it_went_back() -> None:
     for _ in range(5):
         ranked = keys.ranking.pop(NOW)
         assert ranked is not None
-        keys.ranking.put_back(ranked)
-        again = keys.ranking.take("a")
+        keys.ranking.push_back(ranked)
+        again = keys.ranking.remove("a")
         assert again is not None
-        keys.ranking.put_back(again)
+        keys.ranking.push_back(again)
     assert keys.order() == "ab"
 
 
@@ -120,7 +120,7 @@ def test_the_heap_stays_in_proportion_to_the_models_however_often_keys_shrink() 
     keys = Keys(a=0, b=0, c=0)
     for step in range(10_000):
         keys["abc"[step % 3]] = -step
-        keys.ranking.renew("abc"[step % 3], NOW)
+        keys.ranking.decrease_key("abc"[step % 3], NOW)
     assert len(keys.ranking._heap) <= 2 * 3 + LazyHeap.SLACK + 1
     assert keys.order() == "acb"
 
@@ -141,16 +141,16 @@ def test_it_tells_the_same_as_a_sorted_list(models: int, seed: int) -> None:
         match rng.choice(["add", "grow", "shrink", "take", "pop", "put back"]):
             case "add" if name not in order and all(ranked.model is not model for ranked in out):
                 keys[name] = rng.randrange(6)
-                keys.ranking.add(model, NOW)
+                keys.ranking.push(model, NOW)
                 added += 1
                 order[name] = added
             case "grow" if name in order:
                 keys[name] += rng.randrange(3)
             case "shrink" if name in order:
                 keys[name] -= rng.randrange(3)
-                keys.ranking.renew(name, NOW)
+                keys.ranking.decrease_key(name, NOW)
             case "take":
-                taken = keys.ranking.take(name)
+                taken = keys.ranking.remove(name)
                 assert (taken is not None) == (name in order)
                 if taken is not None:
                     del order[name]
@@ -164,7 +164,7 @@ def test_it_tells_the_same_as_a_sorted_list(models: int, seed: int) -> None:
                     out.append(popped)
             case "put back" if out:
                 back = out.pop(rng.randrange(len(out)))
-                keys.ranking.put_back(back)
+                keys.ranking.push_back(back)
                 order[back.model.model_id] = back.order
         assert len(keys.ranking) == len(order)
         assert all((model.model_id in keys.ranking) == (model.model_id in order) for model in known[:3])

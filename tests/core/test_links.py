@@ -1,4 +1,4 @@
-"""The measured ways between locations."""
+"""The measured links between locations."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ CONFIGURED = Link(rtt_s=0.02, bytes_per_s=1e8)
 TRUE = Link(rtt_s=0.08, bytes_per_s=5e7)
 
 
-def measured(estimate: LinkEstimate, way: Link, count: int, *, noise_s: float = 0.0, seed: int = 0) -> LinkEstimate:
+def measured(estimate: LinkEstimate, link: Link, count: int, *, noise_s: float = 0.0, seed: int = 0) -> LinkEstimate:
     rng = random.Random(seed)
     for number in range(count):
         payload_bytes = (0, 602_000)[number % 2]
-        estimate.add(payload_bytes, way.seconds(payload_bytes) + rng.random() * noise_s)
+        estimate.add(payload_bytes, link.seconds(payload_bytes) + rng.random() * noise_s)
     return estimate
 
 
@@ -45,7 +45,7 @@ def test_a_few_calls_that_took_far_too_long_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("rtt_s", [0.001, 0.3])
-def test_a_way_that_changes_is_followed_within_a_few_measurements(rtt_s: float) -> None:
+def test_a_link_that_changes_is_followed_within_a_few_measurements(rtt_s: float) -> None:
     estimate = measured(LinkEstimate(CONFIGURED), TRUE, 40)
     measured(estimate, Link(rtt_s=rtt_s, bytes_per_s=TRUE.bytes_per_s), 20)
     assert estimate.link.rtt_s == pytest.approx(rtt_s)
@@ -59,18 +59,18 @@ def test_a_payload_that_took_less_than_the_round_trip_makes_no_negative_bandwidt
     assert estimate.link.seconds(100_000) == pytest.approx(CONFIGURED.rtt_s, rel=1e-3)
 
 
-def test_a_table_tells_of_a_way_when_it_is_new_and_when_it_has_changed() -> None:
+def test_a_table_sends_a_link_when_it_is_new_and_when_it_has_changed() -> None:
     table = LinkTable("paris", lambda here, there: CONFIGURED)
-    assert table.news() == {}
+    assert table.changes() == {}
     assert table.link("paris", "tokyo") == CONFIGURED
     for _ in range(9):
         table.add("tokyo", 0, 0.05)
-    assert set(table.news()) == {("paris", "tokyo")}
+    assert set(table.changes()) == {("paris", "tokyo")}
     table.add("tokyo", 0, 0.0501)
-    assert table.news() == {}
+    assert table.changes() == {}
     for _ in range(9):
         table.add("tokyo", 0, 0.2)
-    assert table.news()["paris", "tokyo"].rtt_s == pytest.approx(0.2)
-    assert table.news() == {}
-    table.forget_told()
-    assert set(table.news()) == {("paris", "tokyo")}
+    assert table.changes()["paris", "tokyo"].rtt_s == pytest.approx(0.2)
+    assert table.changes() == {}
+    table.resend()
+    assert set(table.changes()) == {("paris", "tokyo")}

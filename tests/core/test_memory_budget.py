@@ -6,15 +6,16 @@ import dataclasses
 import itertools
 
 import pytest
-from core_support import Ranked, assert_books_balance, profile
+from core_support import Ranked, assert_books_balance, decided, finish, load_ended, profile, suggest, tick
 
 from serve_app.core.cache.decisions import Hit, Load, Reject, Wait
+from serve_app.core.cache.events import ProtectedChanged, UnaccountedChanged
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ImageInput, PublishedModel
 from serve_app.core.memory_budget import MemoryBudget, MemoryGuard, ProcessMemory, divide
 
 BASE = ProcessMemory(anonymous_bytes=300, file_bytes=100)
-BUDGET = MemoryBudget(models_bytes=900, workspace_bytes=100)
+BUDGET = MemoryBudget(capacity_bytes=1000, workspace_bytes=100)
 
 
 def model(name: str, weights: int, workspace: int) -> PublishedModel:
@@ -45,7 +46,7 @@ def grown(anonymous: int = 0, files: int = 0) -> ProcessMemory:
 
 def test_every_slot_has_room_for_the_largest_workspace() -> None:
     assert divide(1000, [model("a", 500, 100), model("b", 10, 40)], exec_slots=2) == MemoryBudget(
-        models_bytes=800, workspace_bytes=200
+        capacity_bytes=1000, workspace_bytes=200
     )
 
 
@@ -64,16 +65,19 @@ def test_a_model_that_can_never_run_takes_no_room_from_others() -> None:
 def test_whatever_fits_into_both_parts_fits_into_the_whole() -> None:
     models = [model("a", 900, 30), model("b", 960, 50), model("c", 100, 20)]
     budget = divide(1000, models, exec_slots=1)
-    fitting = [m for m in models if m.weights_bytes <= budget.models_bytes and m.workspace_bytes <= 30]
+    fitting = [m for m in models if m.weights_bytes <= budget.model_capacity_bytes and m.workspace_bytes <= 30]
     assert all(m.weights_bytes + m.workspace_bytes <= 1000 for m in fitting)
 
 
 def test_memory_without_models_is_for_models() -> None:
-    assert divide(1000, [], exec_slots=2) == MemoryBudget(models_bytes=1000, workspace_bytes=0)
+    assert divide(1000, [], exec_slots=2) == MemoryBudget(capacity_bytes=1000, workspace_bytes=0)
 
 
 def test_models_get_something_whatever_one_execution_wants() -> None:
-    assert divide(1000, [dataclasses.replace(model("a", 1, 1000), weights_bytes=0)], exec_slots=1).models_bytes == 1
+    assert (
+        divide(1000, [dataclasses.replace(model("a", 1, 1000), weights_bytes=0)], exec_slots=1).model_capacity_bytes
+        == 1
+    )
 
 
 # Looking
@@ -98,7 +102,7 @@ def test_what_is_beyond_the_books(now: ProcessMemory, used: int, beyond: int) ->
 
 
 def looked(guard: MemoryGuard, beyond: int, since: float, until: float) -> list[int]:
-    return [guard.look(beyond, since + 0.25 * turn) for turn in range(int((until - since) * 4))]
+    return [guard.update(beyond, since + 0.25 * turn) for turn in range(int((until - since) * 4))]
 
 
 def test_growth_that_stays_is_held_back_whole_and_smoothly() -> None:
@@ -120,14 +124,14 @@ def test_what_is_gone_is_given_back_whole() -> None:
 def test_a_moments_peak_moves_nothing() -> None:
     guard = MemoryGuard(BASE, step_bytes=100)
     looked(guard, 0, 0, 5)
-    assert guard.look(150, 5.0) == 0
+    assert guard.update(150, 5.0) == 0
     assert looked(guard, 0, 5.25, 10) == [0] * 19
 
 
 def test_noise_around_a_level_changes_nothing() -> None:
     guard = MemoryGuard(BASE, step_bytes=10)
     looked(guard, 95, 0, 10)
-    assert {guard.look(95 + (-1) ** turn * 5, 10 + 0.25 * turn) for turn in range(400)} == {100}
+    assert {guard.update(95 + (-1) ** turn * 5, 10 + 0.25 * turn) for turn in range(400)} == {100}
 
 
 def test_growth_below_half_a_step_is_none() -> None:
@@ -146,22 +150,22 @@ def holding(*names: str, capacity: int = 100, size: int = 30) -> ModelCache:
     cache = ModelCache(capacity_bytes=capacity, policy=Ranked(**{name: rank for rank, name in enumerate(names)}))
     for name in names:
         assert isinstance(cache.request(profile(name, size), 0.0), Load)
-        cache.loaded(name, 0.0)
-        cache.finish(name, 0.0)
+        load_ended(cache, name, 0.0)
+        finish(cache, name, 0.0)
     return cache
 
 
 def test_models_leave_room_for_what_is_reserved() -> None:
     cache = holding("a", "b", "c")
-    assert cache.reserve(10, 1.0).victims == ()
-    assert cache.reserve(40, 1.0).victims == ("a",)
-    assert cache.used_bytes + cache.reserved_bytes == 100
+    assert decided(cache.handle(UnaccountedChanged(10), 1.0)).evicted == ()
+    assert decided(cache.handle(UnaccountedChanged(40), 1.0)).evicted == ("a",)
+    assert cache.used_bytes + cache.unaccounted_bytes == 100
     assert_books_balance(cache)
 
 
 def test_nothing_that_is_loaded_later_takes_what_is_reserved() -> None:
     cache = holding("a", "b")
-    cache.reserve(20, 1.0)
+    cache.handle(UnaccountedChanged(20), 1.0)
     answer = cache.request(profile("c", 30), 1.0)
     assert isinstance(answer, Load)
     assert answer.victims == ("a",)
@@ -171,18 +175,16 @@ def test_what_is_in_use_stays_until_it_is_idle() -> None:
     cache = holding("a", "b", "c")
     for name in "abc":
         assert isinstance(cache.request(profile(name, 30), 1.0), Hit)
-    assert cache.reserve(40, 1.0).victims == ()
-    assert cache.must_shed
-    for name in "abc":
-        cache.finish(name, 2.0)
-    assert cache.shed(2.0).victims == ("a",)
-    assert not cache.must_shed
+    assert decided(cache.handle(UnaccountedChanged(40), 1.0)).evicted == ()
+    assert decided(cache.finish("a", 2.0)).evicted == ("a",)
+    for name in "bc":
+        assert cache.finish(name, 2.0) == ()
 
 
 def test_what_is_given_back_can_be_used_again() -> None:
     cache = holding("a", "b")
-    cache.reserve(40, 1.0)
-    cache.reserve(0, 2.0)
+    cache.handle(UnaccountedChanged(40), 1.0)
+    cache.handle(UnaccountedChanged(0), 2.0)
     answer = cache.request(profile("c", 30), 2.0)
     assert isinstance(answer, Load)
     assert answer.victims == ()
@@ -190,23 +192,22 @@ def test_what_is_given_back_can_be_used_again() -> None:
 
 def test_no_request_is_refused_for_what_is_reserved() -> None:
     cache = holding("a", "b")
-    cache.reserve(50, 1.0)
+    cache.handle(UnaccountedChanged(50), 1.0)
     answer = cache.request(profile("large", 90), 1.0)
     assert isinstance(answer, Load)
     assert answer.victims == ("b",)
-    cache.loaded("large", 1.0)
-    cache.finish("large", 1.0)
+    load_ended(cache, "large", 1.0)
     # It was served, but it does not stay.
-    assert cache.shed(1.0).victims == ("large",)
+    assert decided(cache.finish("large", 1.0)).evicted == ("large",)
 
 
 def test_those_who_wait_get_their_turn_though_everything_is_reserved() -> None:
     cache = ModelCache(capacity_bytes=100, policy=Ranked())
-    cache.reserve(100, 0.0)
+    cache.handle(UnaccountedChanged(100), 0.0)
     assert isinstance(cache.request(profile("a", 30), 0.0), Load)
-    cache.loaded("a", 0.0)
+    load_ended(cache, "a", 0.0)
     assert isinstance(cache.request(profile("b", 30), 0.0), Wait)
-    (grant,) = cache.finish("a", 1.0)
+    (grant,) = finish(cache, "a", 1.0)
     assert grant.model_id == "b"
     assert isinstance(grant.answer, Load)
 
@@ -215,33 +216,31 @@ def test_a_guess_gets_nothing_of_what_is_reserved() -> None:
     policy = Ranked(large=9)
     policy.wanted = [profile("large", 90)]
     cache = ModelCache(capacity_bytes=100, policy=policy)
-    cache.reserve(50, 0.0)
-    assert cache.next_preload(0.0) is None
+    cache.handle(UnaccountedChanged(50), 0.0)
+    assert tick(cache, 0.0) is None
 
 
 def test_what_is_pinned_stays_whatever_is_reserved() -> None:
     cache = ModelCache(capacity_bytes=100, policy=Ranked(), pinned=["a"])
-    cache.preload(profile("a", 80), 0.0)
-    cache.loaded("a", 0.0)
-    cache.finish("a", 0.0)
-    assert cache.reserve(50, 1.0).victims == ()
-    assert not cache.must_shed
+    suggest(cache, profile("a", 80), 0.0, required=True)
+    load_ended(cache, "a", 0.0)
+    assert decided(cache.handle(UnaccountedChanged(50), 1.0)).evicted == ()
     assert isinstance(cache.request(profile("b", 20), 1.0), Load)
 
 
 def test_what_is_kept_does_not_stand_in_the_way_of_requests() -> None:
     cache = holding("a")
-    cache.protect(["a"], 1.0)
-    cache.reserve(60, 1.0)
+    cache.handle(ProtectedChanged(["a"]), 1.0)
+    cache.handle(UnaccountedChanged(60), 1.0)
     assert isinstance(cache.request(profile("b", 30), 1.0), Load)
 
 
 def test_what_can_never_fit_is_refused_as_ever() -> None:
     cache = holding("a")
-    cache.reserve(50, 1.0)
+    cache.handle(UnaccountedChanged(50), 1.0)
     assert isinstance(cache.request(profile("huge", 101), 1.0), Reject)
 
 
 def test_less_than_nothing_cannot_be_reserved() -> None:
-    with pytest.raises(ValueError, match="reserved_bytes"):
-        holding("a").reserve(-1, 1.0)
+    with pytest.raises(ValueError, match="unaccounted_bytes"):
+        holding("a").handle(UnaccountedChanged(-1), 1.0)

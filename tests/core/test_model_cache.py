@@ -7,9 +7,24 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
-from core_support import Ranked, Sparing, assert_books_balance, profile
+from core_support import (
+    Preload,
+    Ranked,
+    Trimming,
+    assert_books_balance,
+    cancel_wait,
+    decided,
+    finish,
+    load_ended,
+    load_failed,
+    profile,
+    suggest,
+    tick,
+    unload,
+)
 
-from serve_app.core.cache.decisions import Answer, Grant, Hit, Join, Load, Preload, Reject, RejectReason, Wait
+from serve_app.core.cache.decisions import Answer, Grant, Hit, Join, Load, Reject, RejectReason, Wait
+from serve_app.core.cache.events import TICK, ForwardCostsChanged, ModelsKnown, RetryAllowed
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.vocabulary import ModelState, ResidentModel
@@ -17,7 +32,7 @@ from serve_app.errors import Conflict, NotFound
 
 MakeCache = Callable[..., ModelCache]
 #: Policies that let victims go strictly in order, and those that spare small ones.
-BOTH = pytest.mark.parametrize("policy", [Ranked, Sparing])
+BOTH = pytest.mark.parametrize("policy", [Ranked, Trimming])
 
 
 @pytest.fixture
@@ -42,7 +57,7 @@ class Silent(Ranked):
         super().__init__(**worth)
         self.untold: list[str] = []
 
-    def fallen(self, now: float) -> Iterable[str]:
+    def lowered(self, now: float) -> Iterable[str]:
         told, self.untold = self.untold, []
         return told
 
@@ -50,9 +65,9 @@ class Silent(Ranked):
 def hold(cache: ModelCache, model_id: str, size: int, *, in_use: bool = False) -> None:
     """Bring a model in without displacing any."""
     assert cache.request(profile(model_id, size), 0.0) == Load(())
-    assert cache.loaded(model_id, 0.0) == ()
+    assert load_ended(cache, model_id, 0.0) == ()
     if not in_use:
-        assert cache.finish(model_id, 0.0) == ()
+        assert finish(cache, model_id, 0.0) == ()
 
 
 def resident(cache: ModelCache) -> set[str]:
@@ -98,11 +113,11 @@ def test_every_request_pins_its_model_until_it_has_finished(make_cache: MakeCach
     cache = make_cache()
     cache.request(profile("a"), 0.0)
     cache.request(profile("a"), 0.0)
-    cache.loaded("a", 1.0)
+    load_ended(cache, "a", 1.0)
     cache.request(profile("a"), 1.0)
     assert uses(cache, "a") == 3
     for left in (2, 1, 0):
-        cache.finish("a", 2.0)
+        finish(cache, "a", 2.0)
         assert uses(cache, "a") == left
 
 
@@ -111,7 +126,7 @@ def test_a_request_cannot_finish_twice(make_cache: MakeCache, model_id: str) -> 
     cache = make_cache()
     hold(cache, "a", 10)
     with pytest.raises(ValueError, match="more often than it was requested"):
-        cache.finish(model_id, 1.0)
+        finish(cache, model_id, 1.0)
 
 
 def test_only_a_load_under_way_can_end(make_cache: MakeCache) -> None:
@@ -119,18 +134,18 @@ def test_only_a_load_under_way_can_end(make_cache: MakeCache) -> None:
     hold(cache, "a", 10)
     for model_id in ("a", "absent"):
         with pytest.raises(ValueError, match="is not loading"):
-            cache.loaded(model_id, 1.0)
+            load_ended(cache, model_id, 1.0)
         with pytest.raises(ValueError, match="is not loading"):
-            cache.failed(model_id, "oops", 1.0)
+            load_failed(cache, model_id, "oops", 1.0)
 
 
-def test_a_preload_is_no_demand_but_pins_like_a_request(make_cache: MakeCache) -> None:
+def test_a_required_preload_is_no_demand_and_no_use(make_cache: MakeCache) -> None:
     policy = Ranked()
     cache = make_cache(policy=policy)
-    assert cache.preload(profile("a"), 0.0) == Load(())
-    assert cache.preload(profile("a"), 0.0) == Join()
-    assert uses(cache, "a") == 2
-    assert cache.counters.requests == 0
+    assert suggest(cache, profile("a"), 0.0, required=True) == Preload(profile("a"), ())
+    assert suggest(cache, profile("a"), 0.0, required=True) is None
+    assert uses(cache, "a") == 0
+    assert (cache.counters.requests, cache.counters.loads, cache.counters.preloads) == (0, 0, 1)
     assert policy.told == [("load", "a")]
 
 
@@ -172,8 +187,8 @@ def test_nothing_goes_while_there_is_room(make_cache: MakeCache) -> None:
     assert cache.used_bytes == 100
 
 
-@pytest.mark.parametrize(("policy", "victims"), [(Ranked, ("small", "large")), (Sparing, ("large",))])
-def test_victims_go_in_the_order_of_their_worth_unless_the_policy_spares_small_ones(
+@pytest.mark.parametrize(("policy", "victims"), [(Ranked, ("small", "large")), (Trimming, ("large",))])
+def test_victims_go_in_the_order_of_their_worth_unless_the_policy_trim_victims_ones(
     make_cache: MakeCache, policy: type[Ranked], victims: tuple[str, ...]
 ) -> None:
     cache = make_cache(policy=policy(small=1, large=2, dear=3))
@@ -186,7 +201,7 @@ def test_victims_go_in_the_order_of_their_worth_unless_the_policy_spares_small_o
 
 
 def test_of_those_spared_none_has_lost_its_rank(make_cache: MakeCache) -> None:
-    cache = make_cache(policy=Sparing(small=1, large=2, dear=3))
+    cache = make_cache(policy=Trimming(small=1, large=2, dear=3))
     for model_id, size in (("small", 10), ("large", 50), ("dear", 40)):
         hold(cache, model_id, size)
     cache.request(profile("new", 45), 1.0)
@@ -220,7 +235,7 @@ def test_a_loading_model_is_never_a_victim(make_cache: MakeCache) -> None:
     cache = make_cache(policy=Ranked(loading=1, idle=2))
     hold(cache, "idle", 50)
     cache.request(profile("loading", 50), 0.0)
-    assert cache.finish("loading", 0.0) == ()
+    assert finish(cache, "loading", 0.0) == ()
     assert cache.request(profile("new", 50), 1.0) == Load(("idle",))
 
 
@@ -275,7 +290,7 @@ def test_the_policy_is_told_of_every_request_and_every_change(make_cache: MakeCa
 
 def test_forward_costs_reach_the_policy(make_cache: MakeCache) -> None:
     policy = Ranked()
-    make_cache(policy=policy).forward_costs({"a": 0.25})
+    make_cache(policy=policy).handle(ForwardCostsChanged({"a": 0.25}), 0.0)
     assert policy.forward_s == {"a": 0.25}
 
 
@@ -306,9 +321,9 @@ def test_a_worth_that_falls_while_its_model_makes_way_is_not_forgotten(make_cach
     policy.worth["a"] = 1
     policy.untold = ["a"]
     # A is free, but the large one needs both.
-    assert cache.finish("a", 1.0) == ()
-    cache.give_up(ticket, 1.0)
-    cache.finish("b", 1.0)
+    assert finish(cache, "a", 1.0) == ()
+    cancel_wait(cache, ticket, 1.0)
+    finish(cache, "b", 1.0)
     assert cache.request(profile("new", 50), 2.0) == Load(("a",))
 
 
@@ -320,18 +335,18 @@ def test_a_failed_load_gives_its_bytes_and_all_pins_back(make_cache: MakeCache) 
     hold(cache, "good", 40)
     cache.request(profile("bad", 60), 0.0)
     cache.request(profile("bad", 60), 0.0)
-    assert cache.failed("bad", "checksum", 1.0) == ()
+    assert load_failed(cache, "bad", "checksum", 1.0) == ()
     assert cache.used_bytes == 40
     assert resident(cache) == {"good"}
     assert cache.counters.load_failures == 1
     with pytest.raises(ValueError, match="more often"):
-        cache.finish("bad", 1.0)
+        finish(cache, "bad", 1.0)
 
 
 def test_a_failed_load_is_remembered_and_then_forgotten(make_cache: MakeCache) -> None:
     cache = make_cache(failure_memory_s=5.0)
     cache.request(profile("bad"), 0.0)
-    cache.failed("bad", "checksum", 1.0)
+    load_failed(cache, "bad", "checksum", 1.0)
     assert cache.request(profile("bad"), 2.0) == Reject(RejectReason.LOAD_FAILED, "checksum", 4.0)
     assert cache.request(profile("bad"), 6.0) == Load(())
 
@@ -339,7 +354,7 @@ def test_a_failed_load_is_remembered_and_then_forgotten(make_cache: MakeCache) -
 def test_a_remembered_failure_takes_no_good_model_down(make_cache: MakeCache) -> None:
     cache = make_cache()
     cache.request(profile("bad", 100), 0.0)
-    cache.failed("bad", "checksum", 0.0)
+    load_failed(cache, "bad", "checksum", 0.0)
     hold(cache, "good", 100)
     assert isinstance(cache.request(profile("bad", 100), 1.0), Reject)
     assert resident(cache) == {"good"}
@@ -348,9 +363,9 @@ def test_a_remembered_failure_takes_no_good_model_down(make_cache: MakeCache) ->
 def test_a_failure_can_be_forgotten_by_hand(make_cache: MakeCache) -> None:
     cache = make_cache()
     cache.request(profile("bad"), 0.0)
-    cache.failed("bad", "checksum", 0.0)
-    cache.forget_failure("bad")
-    cache.forget_failure("never failed")
+    load_failed(cache, "bad", "checksum", 0.0)
+    cache.handle(RetryAllowed("bad"), 0.0)
+    cache.handle(RetryAllowed("never failed"), 0.0)
     assert cache.request(profile("bad"), 0.0) == Load(())
 
 
@@ -358,7 +373,7 @@ def test_a_failed_load_is_no_eviction_to_the_policy(make_cache: MakeCache) -> No
     policy = Ranked()
     cache = make_cache(policy=policy)
     cache.request(profile("bad"), 0.0)
-    cache.failed("bad", "checksum", 0.0)
+    load_failed(cache, "bad", "checksum", 0.0)
     assert policy.told[-1] == ("unload", "bad")
     assert cache.counters.evictions == 0
 
@@ -369,9 +384,9 @@ def test_those_in_line_for_a_model_that_fails_are_told(make_cache: MakeCache) ->
     cache.request(profile("first"), 0.0)
     load = ticket_of(cache.request(profile("bad"), 0.0))
     join = ticket_of(cache.request(profile("bad"), 0.0))
-    assert cache.loaded("first", 1.0) == (Grant(load, "bad", Load(())), Grant(join, "bad", Join()))
+    assert load_ended(cache, "first", 1.0) == (Grant(load, "bad", Load(())), Grant(join, "bad", Join()))
     late = ticket_of(cache.request(profile("other"), 1.0))
-    assert cache.failed("bad", "checksum", 2.0) == (Grant(late, "other", Load(())),)
+    assert load_failed(cache, "bad", "checksum", 2.0) == (Grant(late, "other", Load(())),)
     assert isinstance(cache.request(profile("bad"), 2.0), Reject)
 
 
@@ -381,10 +396,10 @@ def test_one_in_line_whose_model_failed_meanwhile_is_rejected(make_cache: MakeCa
     large = ticket_of(cache.request(profile("large", 100), 0.0))
     bad = ticket_of(cache.request(profile("bad", 50), 0.0))
     again = ticket_of(cache.request(profile("bad", 50), 0.0))
-    assert cache.finish("a", 1.0) == (Grant(large, "large", Load(("a",))),)
-    cache.loaded("large", 2.0)
-    assert cache.finish("large", 3.0) == (Grant(bad, "bad", Load(("large",))), Grant(again, "bad", Join()))
-    cache.failed("bad", "checksum", 4.0)
+    assert finish(cache, "a", 1.0) == (Grant(large, "large", Load(("a",))),)
+    load_ended(cache, "large", 2.0)
+    assert finish(cache, "large", 3.0) == (Grant(bad, "bad", Load(("large",))), Grant(again, "bad", Join()))
+    load_failed(cache, "bad", "checksum", 4.0)
     assert cache.waiting == 0
 
 
@@ -396,8 +411,8 @@ def test_no_more_loads_than_allowed_are_under_way(make_cache: MakeCache) -> None
     cache.request(profile("a"), 0.0)
     cache.request(profile("b"), 0.0)
     third, fourth = (ticket_of(cache.request(profile(model_id), 0.0)) for model_id in "cd")
-    assert cache.loaded("a", 1.0) == (Grant(third, "c", Load(())),)
-    assert cache.failed("b", "checksum", 1.0) == (Grant(fourth, "d", Load(())),)
+    assert load_ended(cache, "a", 1.0) == (Grant(third, "c", Load(())),)
+    assert load_failed(cache, "b", "checksum", 1.0) == (Grant(fourth, "d", Load(())),)
 
 
 def test_a_request_that_waits_for_a_load_slot_turns_no_hit_away(make_cache: MakeCache) -> None:
@@ -407,9 +422,9 @@ def test_a_request_that_waits_for_a_load_slot_turns_no_hit_away(make_cache: Make
     ticket = ticket_of(cache.request(profile("new", 50), 0.0))
     assert cache.request(profile("popular", 60), 0.0) == Hit()
     # The slot is free, but not the memory: from now on the first in line comes first.
-    assert cache.loaded("slow", 1.0) == ()
+    assert load_ended(cache, "slow", 1.0) == ()
     assert isinstance(cache.request(profile("popular", 60), 1.0), Wait)
-    assert cache.finish("popular", 2.0)[0] == Grant(ticket, "new", Load(("popular",)))
+    assert finish(cache, "popular", 2.0)[0] == Grant(ticket, "new", Load(("popular",)))
 
 
 def test_the_line_is_bounded(make_cache: MakeCache) -> None:
@@ -436,7 +451,7 @@ def test_requests_in_line_are_answered_in_order_of_arrival(make_cache: MakeCache
     cache = make_cache()
     hold(cache, "a", 100, in_use=True)
     tickets = [ticket_of(cache.request(profile(model_id, 30), 0.0)) for model_id in "bcd"]
-    assert [grant.ticket for grant in cache.finish("a", 1.0)] == tickets
+    assert [grant.ticket for grant in finish(cache, "a", 1.0)] == tickets
     assert resident(cache) == {"b", "c", "d"}
 
 
@@ -446,7 +461,7 @@ def test_nobody_overtakes_the_first_in_line(make_cache: MakeCache) -> None:
     large = ticket_of(cache.request(profile("large", 50), 0.0))
     # There is room for the small one, but taking it would make the large one wait longer.
     small = ticket_of(cache.request(profile("small", 10), 0.0))
-    assert [grant.ticket for grant in cache.finish("a", 1.0)] == [large, small]
+    assert [grant.ticket for grant in finish(cache, "a", 1.0)] == [large, small]
 
 
 def test_a_hit_need_not_stand_in_line(make_cache: MakeCache) -> None:
@@ -469,7 +484,7 @@ def test_those_in_line_for_the_same_model_load_it_once(make_cache: MakeCache) ->
     cache = make_cache()
     hold(cache, "a", 100, in_use=True)
     tickets = [ticket_of(cache.request(profile("b", 50), 0.0)) for _ in range(3)]
-    grants = cache.finish("a", 1.0)
+    grants = finish(cache, "a", 1.0)
     assert [grant.ticket for grant in grants] == tickets
     assert [grant.answer for grant in grants] == [Load(("a",)), Join(), Join()]
     assert uses(cache, "b") == 3
@@ -483,8 +498,8 @@ def test_one_further_back_does_not_wait_for_the_first_if_its_model_stays(make_ca
     second = ticket_of(cache.request(profile("c", 50), 0.0))
     third = ticket_of(cache.request(profile("b", 50), 0.0))
     # Only a must make way for c.
-    assert cache.give_up(first, 1.0) == (Grant(third, "b", Hit()),)
-    assert cache.finish("a", 2.0) == (Grant(second, "c", Load(("a",))),)
+    assert cancel_wait(cache, first, 1.0) == (Grant(third, "b", Hit()),)
+    assert finish(cache, "a", 2.0) == (Grant(second, "c", Load(("a",))),)
 
 
 def test_a_large_model_does_not_starve(make_cache: MakeCache) -> None:
@@ -494,11 +509,11 @@ def test_a_large_model_does_not_starve(make_cache: MakeCache) -> None:
     hold(cache, "b", 50, in_use=True)
     large = ticket_of(cache.request(profile("large", 100), 0.0))
     late = [ticket_of(cache.request(profile(model_id, 50), 1.0)) for model_id in "ab"]
-    assert cache.finish("a", 2.0) == ()
+    assert finish(cache, "a", 2.0) == ()
     assert isinstance(cache.request(profile("a", 50), 2.0), Wait)
-    assert cache.finish("b", 3.0) == (Grant(large, "large", Load(("a", "b"))),)
-    cache.loaded("large", 4.0)
-    grants = cache.finish("large", 5.0)
+    assert finish(cache, "b", 3.0) == (Grant(large, "large", Load(("a", "b"))),)
+    load_ended(cache, "large", 4.0)
+    grants = finish(cache, "large", 5.0)
     assert [grant.ticket for grant in grants][:2] == late
     assert resident(cache) == {"a", "b"}
 
@@ -516,7 +531,7 @@ def test_only_what_must_make_way_does(make_cache: MakeCache) -> None:
 @pytest.mark.parametrize(
     "policy",
     [
-        Sparing,
+        Trimming,
         Ranked,
     ],
 )
@@ -530,7 +545,7 @@ def test_models_that_need_not_make_way_any_more_take_requests_again(
     cache.request(profile("new", 70), 0.0)
     blocked = ticket_of(cache.request(profile("b", 30), 0.0))
     # With the bytes of the failed load the larger one, a, is enough.
-    assert cache.failed("failing", "checksum", 1.0) == (Grant(blocked, "b", Hit()),)
+    assert load_failed(cache, "failing", "checksum", 1.0) == (Grant(blocked, "b", Hit()),)
     assert cache.request(profile("b", 30), 1.0) == Hit()
     assert isinstance(cache.request(profile("a", 40), 1.0), Wait)
 
@@ -541,9 +556,9 @@ def test_of_those_who_made_way_only_those_go_that_are_still_needed(make_cache: M
     hold(cache, "b", 30, in_use=True)
     cache.request(profile("failing", 30), 0.0)
     ticket = ticket_of(cache.request(profile("new", 70), 0.0))
-    cache.failed("failing", "checksum", 1.0)
-    cache.finish("b", 1.0)
-    assert cache.finish("a", 1.0) == (Grant(ticket, "new", Load(("a",))),)
+    load_failed(cache, "failing", "checksum", 1.0)
+    finish(cache, "b", 1.0)
+    assert finish(cache, "a", 1.0) == (Grant(ticket, "new", Load(("a",))),)
 
 
 @BOTH
@@ -555,10 +570,10 @@ def test_what_was_emptied_to_make_way_goes_whatever_it_is_worth_by_then(
     for model_id, size in (("x", 60), ("d", 40), ("b", 40)):
         hold(cache, model_id, size, in_use=True)
     ticket = ticket_of(cache.request(profile("new", 100), 0.0))
-    cache.finish("d", 1.0)
-    cache.finish("b", 1.0)
+    finish(cache, "d", 1.0)
+    finish(cache, "b", 1.0)
     ranked.worth["b"] = 0
-    assert cache.finish("x", 2.0) == (Grant(ticket, "new", Load(("x", "d"))),)
+    assert finish(cache, "x", 2.0) == (Grant(ticket, "new", Load(("x", "d"))),)
 
 
 def test_when_the_first_gives_up_those_it_displaced_are_served_again(make_cache: MakeCache) -> None:
@@ -566,7 +581,7 @@ def test_when_the_first_gives_up_those_it_displaced_are_served_again(make_cache:
     hold(cache, "a", 100, in_use=True)
     first = ticket_of(cache.request(profile("new", 50), 0.0))
     blocked = ticket_of(cache.request(profile("a", 100), 0.0))
-    assert cache.give_up(first, 1.0) == (Grant(blocked, "a", Hit()),)
+    assert cancel_wait(cache, first, 1.0) == (Grant(blocked, "a", Hit()),)
     assert uses(cache, "a") == 2
 
 
@@ -575,29 +590,29 @@ def test_when_one_gives_up_the_next_may_go(make_cache: MakeCache) -> None:
     hold(cache, "a", 90, in_use=True)
     large = ticket_of(cache.request(profile("large", 50), 0.0))
     small = ticket_of(cache.request(profile("small", 10), 0.0))
-    assert cache.give_up(large, 1.0) == (Grant(small, "small", Load(())),)
+    assert cancel_wait(cache, large, 1.0) == (Grant(small, "small", Load(())),)
 
 
 def test_giving_up_twice_or_too_late_does_nothing(make_cache: MakeCache) -> None:
     cache = make_cache()
     hold(cache, "a", 100, in_use=True)
     ticket = ticket_of(cache.request(profile("b", 50), 0.0))
-    granted = cache.finish("a", 1.0)
+    granted = finish(cache, "a", 1.0)
     assert granted == (Grant(ticket, "b", Load(("a",))),)
-    assert cache.give_up(ticket, 1.0) == ()
-    assert cache.give_up(12345, 1.0) == ()
+    assert cancel_wait(cache, ticket, 1.0) == ()
+    assert cancel_wait(cache, 12345, 1.0) == ()
     assert uses(cache, "b") == 1
 
 
 def test_one_in_line_that_has_become_too_large_is_refused(make_cache: MakeCache) -> None:
     cache = make_cache(pinned=["p"], max_loads=1)
     cache.request(profile("p", 40), 0.0)
-    cache.failed("p", "checksum", 0.0)
+    load_failed(cache, "p", "checksum", 0.0)
     hold(cache, "a", 100, in_use=True)
-    cache.forget_failure("p")
-    pinned = ticket_of(cache.preload(profile("p", 40), 0.0))
+    cache.handle(RetryAllowed("p"), 0.0)
+    pinned = ticket_of(cache.request(profile("p", 40), 0.0))
     large = ticket_of(cache.request(profile("large", 80), 0.0))
-    granted, refused = cache.finish("a", 1.0)
+    granted, refused = finish(cache, "a", 1.0)
     assert granted == Grant(pinned, "p", Load(("a",)))
     assert refused.ticket == large
     assert isinstance(refused.answer, Reject)
@@ -611,7 +626,7 @@ def test_unloading_by_hand_frees_the_bytes(make_cache: MakeCache) -> None:
     policy = Ranked()
     cache = make_cache(policy=policy)
     hold(cache, "a", 60)
-    assert cache.unload("a", 1.0) == ()
+    assert unload(cache, "a", 1.0) == ()
     assert cache.used_bytes == 0
     assert (cache.counters.unloads, cache.counters.evictions) == (1, 0)
     assert policy.told[-1] == ("unload", "a")
@@ -622,13 +637,13 @@ def test_unloading_by_hand_does_not_disturb_the_line(make_cache: MakeCache) -> N
     hold(cache, "idle", 40)
     hold(cache, "busy", 60, in_use=True)
     ticket = ticket_of(cache.request(profile("large", 100), 0.0))
-    assert cache.unload("idle", 1.0) == ()
-    assert cache.finish("busy", 2.0) == (Grant(ticket, "large", Load(("busy",))),)
+    assert unload(cache, "idle", 1.0) == ()
+    assert finish(cache, "busy", 2.0) == (Grant(ticket, "large", Load(("busy",))),)
 
 
 def test_what_is_not_here_cannot_be_unloaded(make_cache: MakeCache) -> None:
     with pytest.raises(NotFound, match="a is not loaded here"):
-        make_cache().unload("a", 0.0)
+        unload(make_cache(), "a", 0.0)
 
 
 def test_models_in_use_loading_or_pinned_cannot_be_unloaded(make_cache: MakeCache) -> None:
@@ -636,10 +651,10 @@ def test_models_in_use_loading_or_pinned_cannot_be_unloaded(make_cache: MakeCach
     hold(cache, "pinned", 10)
     hold(cache, "used", 10, in_use=True)
     cache.request(profile("loading"), 0.0)
-    cache.finish("loading", 0.0)
+    finish(cache, "loading", 0.0)
     for model_id, why in (("pinned", "is pinned"), ("used", "in use"), ("loading", "in use")):
         with pytest.raises(Conflict, match=why):
-            cache.unload(model_id, 1.0)
+            unload(cache, model_id, 1.0)
     assert resident(cache) == {"pinned", "used", "loading"}
 
 
@@ -654,7 +669,7 @@ def wishing(*wanted: ModelProfile, **worth: float) -> Ranked:
 
 def preloading(cache: ModelCache, model: ModelProfile) -> None:
     """Begin a preload that nobody has joined."""
-    assert cache.place(model, 0.0) is not None
+    assert suggest(cache, model, 0.0, required=True) is not None
 
 
 NEW = profile("new", 50)
@@ -662,7 +677,7 @@ NEW = profile("new", 50)
 
 def test_what_the_policy_knows_it_is_told(make_cache: MakeCache) -> None:
     policy = Ranked()
-    make_cache(policy=policy).know([profile("a"), profile("b")], 0.0)
+    make_cache(policy=policy).handle(ModelsKnown([profile("a"), profile("b")]), 0.0)
     assert policy.told == [("know", "a"), ("know", "b")]
 
 
@@ -671,12 +686,12 @@ def test_a_worthwhile_wish_is_loaded_and_is_no_request(make_cache: MakeCache) ->
     cache = make_cache(policy=policy)
     hold(cache, "old", 100)
     policy.told.clear()
-    assert cache.next_preload(1.0) == Preload(NEW, ("old",))
+    assert tick(cache, 1.0) == Preload(NEW, ("old",))
     assert cache.state("new") is ModelState.LOADING
     assert uses(cache, "new") == 0
     assert policy.told == [("evict", "old"), ("load", "new")]
     assert (cache.counters.requests, cache.counters.loads, cache.counters.preloads) == (1, 1, 1)
-    assert cache.loaded("new", 2.0) == ()
+    assert load_ended(cache, "new", 2.0) == ()
     assert cache.request(NEW, 3.0) == Hit()
 
 
@@ -684,10 +699,10 @@ def test_a_wish_that_is_not_worth_its_victims_changes_nothing(make_cache: MakeCa
     policy = wishing(NEW, old=2, new=1)
     cache = make_cache(policy=policy)
     hold(cache, "old", 100)
-    assert cache.next_preload(1.0) is None
+    assert tick(cache, 1.0) is None
     assert resident(cache) == {"old"}
     policy.worth["old"] = 0.5
-    assert cache.next_preload(1.0) == Preload(NEW, ("old",))
+    assert tick(cache, 1.0) == Preload(NEW, ("old",))
 
 
 def test_wishes_that_cannot_be_granted_now_are_passed_over(make_cache: MakeCache) -> None:
@@ -697,29 +712,29 @@ def test_wishes_that_cannot_be_granted_now_are_passed_over(make_cache: MakeCache
     cache = make_cache(policy=policy)
     hold(cache, "here", 40, in_use=True)
     cache.request(failed, 0.0)
-    cache.failed("failed", "checksum", 0.0)
-    assert cache.next_preload(1.0) == Preload(profile("small"), ())
-    cache.loaded("small", 1.0)
-    assert cache.next_preload(5.0) == Preload(failed, ())
+    load_failed(cache, "failed", "checksum", 0.0)
+    assert tick(cache, 1.0) == Preload(profile("small"), ())
+    load_ended(cache, "small", 1.0)
+    assert tick(cache, 5.0) == Preload(failed, ())
 
 
 def test_no_more_preloads_than_allowed_are_under_way_and_they_take_no_slot_of_others(make_cache: MakeCache) -> None:
     wanted = [profile(model_id) for model_id in "abc"]
     cache = make_cache(policy=wishing(*wanted, a=3, b=2, c=1), max_loads=1, max_preloads=2)
-    assert cache.next_preload(0.0) == Preload(wanted[0], ())
-    assert cache.next_preload(0.0) == Preload(wanted[1], ())
-    assert cache.next_preload(0.0) is None
-    assert cache.place(wanted[2], 0.0) is None
+    both = decided(cache.handle(TICK, 0.0))
+    assert both.preloads == (Preload(wanted[0], ()), Preload(wanted[1], ()))
+    assert tick(cache, 0.0) is None
+    assert suggest(cache, wanted[2], 0.0) is None
     assert cache.request(profile("asked"), 0.0) == Load(())
-    cache.failed("a", "checksum", 1.0)
-    assert cache.next_preload(1.0) == Preload(wanted[2], ())
+    load_failed(cache, "a", "checksum", 1.0)
+    assert tick(cache, 1.0) == Preload(wanted[2], ())
 
 
 def test_without_preloads_none_is_made(make_cache: MakeCache) -> None:
     cache = make_cache(policy=wishing(NEW, new=1), max_preloads=0)
-    assert cache.next_preload(0.0) is None
-    assert cache.place(NEW, 0.0) is None
-    assert cache.review_s == math.inf
+    assert tick(cache, 0.0) is None
+    assert suggest(cache, NEW, 0.0) is None
+    assert cache.next_tick_s == math.inf
 
 
 def test_a_request_joins_a_preload_under_way_and_holds_it(make_cache: MakeCache) -> None:
@@ -728,8 +743,8 @@ def test_a_request_joins_a_preload_under_way_and_holds_it(make_cache: MakeCache)
     assert cache.request(NEW, 1.0) == Join()
     # It is no guess any more.
     assert isinstance(cache.request(profile("large", 60), 1.0), Wait)
-    cache.loaded("new", 2.0)
-    assert cache.finish("new", 2.0)[0].answer == Load(("new",))
+    load_ended(cache, "new", 2.0)
+    assert finish(cache, "new", 2.0)[0].answer == Load(("new",))
     assert cache.counters.wasted_preloads == 0
 
 
@@ -737,9 +752,9 @@ def test_the_join_of_a_preload_frees_its_slot_only_when_it_has_ended(make_cache:
     cache = make_cache(policy=wishing(profile("other"), new=1, other=1))
     preloading(cache, NEW)
     cache.request(NEW, 0.5)
-    assert cache.next_preload(0.5) is None
-    cache.loaded("new", 1.0)
-    assert cache.next_preload(1.0) == Preload(profile("other"), ())
+    assert tick(cache, 0.5) is None
+    load_ended(cache, "new", 1.0)
+    assert tick(cache, 1.0) == Preload(profile("other"), ())
 
 
 def test_a_preload_that_nobody_has_joined_may_go_while_it_loads(make_cache: MakeCache) -> None:
@@ -751,39 +766,39 @@ def test_a_preload_that_nobody_has_joined_may_go_while_it_loads(make_cache: Make
     assert ("evict", "new") in policy.told
     assert (cache.counters.preloads, cache.counters.wasted_preloads, cache.counters.evictions) == (1, 1, 1)
     with pytest.raises(ValueError, match="is not loading"):
-        cache.loaded("new", 1.0)
+        load_ended(cache, "new", 1.0)
     # Its slot is free.
-    assert cache.next_preload(1.0) == Preload(profile("next"), ())
+    assert tick(cache, 1.0) == Preload(profile("next"), ())
 
 
 def test_a_preload_that_goes_before_anybody_asked_was_in_vain(make_cache: MakeCache) -> None:
     cache = make_cache(policy=Ranked(new=1, bad=1))
     preloading(cache, NEW)
-    cache.loaded("new", 1.0)
-    cache.unload("new", 2.0)
+    load_ended(cache, "new", 1.0)
+    unload(cache, "new", 2.0)
     preloading(cache, profile("bad"))
-    cache.failed("bad", "checksum", 3.0)
+    load_failed(cache, "bad", "checksum", 3.0)
     assert (cache.counters.preloads, cache.counters.wasted_preloads) == (2, 2)
 
 
 def test_what_was_unloaded_by_hand_stays_away_until_somebody_asks_for_it(make_cache: MakeCache) -> None:
     cache = make_cache(policy=wishing(NEW, new=1))
     hold(cache, "new", 50)
-    cache.unload("new", 1.0)
-    assert cache.next_preload(2.0) is None
-    assert cache.place(NEW, 2.0) is None
+    unload(cache, "new", 1.0)
+    assert tick(cache, 2.0) is None
+    assert suggest(cache, NEW, 2.0) is None
     assert cache.request(NEW, 3.0) == Load(())
-    cache.failed("new", "checksum", 3.0)
-    assert cache.next_preload(60.0) == Preload(NEW, ())
+    load_failed(cache, "new", "checksum", 3.0)
+    assert tick(cache, 60.0) == Preload(NEW, ())
 
 
 def test_a_preload_that_was_asked_for_was_not_in_vain(make_cache: MakeCache) -> None:
     cache = make_cache(policy=Ranked(new=1))
     preloading(cache, NEW)
-    cache.loaded("new", 1.0)
+    load_ended(cache, "new", 1.0)
     assert cache.request(NEW, 1.0) == Hit()
-    cache.finish("new", 2.0)
-    cache.unload("new", 3.0)
+    finish(cache, "new", 2.0)
+    unload(cache, "new", 3.0)
     assert cache.counters.wasted_preloads == 0
 
 
@@ -791,11 +806,11 @@ def test_nothing_is_preloaded_while_requests_wait(make_cache: MakeCache) -> None
     cache = make_cache(policy=wishing(profile("tiny", 1), tiny=1))
     hold(cache, "a", 90, in_use=True)
     ticket = ticket_of(cache.request(profile("large", 60), 0.0))
-    assert cache.next_preload(0.0) is None
-    assert cache.place(profile("tiny", 1), 0.0) is None
-    assert cache.review_s == math.inf
-    cache.give_up(ticket, 1.0)
-    assert cache.next_preload(1.0) == Preload(profile("tiny", 1), ())
+    assert tick(cache, 0.0) is None
+    assert suggest(cache, profile("tiny", 1), 0.0) is None
+    assert cache.next_tick_s == math.inf
+    cancel_wait(cache, ticket, 1.0)
+    assert tick(cache, 1.0) == Preload(profile("tiny", 1), ())
 
 
 def test_a_preload_that_must_make_way_takes_no_requests_meanwhile(make_cache: MakeCache) -> None:
@@ -804,27 +819,27 @@ def test_a_preload_that_must_make_way_takes_no_requests_meanwhile(make_cache: Ma
     hold(cache, "busy", 50, in_use=True)
     ticket = ticket_of(cache.request(profile("large", 100), 1.0))
     assert isinstance(cache.request(NEW, 1.0), Wait)
-    assert cache.finish("busy", 2.0)[0] == Grant(ticket, "large", Load(("new", "busy")))
+    assert finish(cache, "busy", 2.0)[0] == Grant(ticket, "large", Load(("new", "busy")))
 
 
 def test_a_pinned_model_that_was_preloaded_stays(make_cache: MakeCache) -> None:
     cache = make_cache(policy=wishing(NEW, new=1), pinned=["new"])
-    assert cache.next_preload(0.0) == Preload(NEW, ())
+    assert tick(cache, 0.0) == Preload(NEW, ())
     assert isinstance(cache.request(profile("large", 60), 0.0), Reject)
-    cache.loaded("new", 1.0)
+    load_ended(cache, "new", 1.0)
     with pytest.raises(Conflict, match="is pinned"):
-        cache.unload("new", 1.0)
+        unload(cache, "new", 1.0)
 
 
 def test_when_to_ask_again_is_what_the_policy_says_while_a_preload_may_begin(make_cache: MakeCache) -> None:
     policy = Ranked(new=1)
-    policy.review_s = 42.0
+    policy.next_review_s = 42.0
     cache = make_cache(policy=policy)
-    assert cache.review_s == 42.0
+    assert cache.next_tick_s == 42.0
     preloading(cache, NEW)
-    assert cache.review_s == math.inf
-    cache.loaded("new", 1.0)
-    assert cache.review_s == 42.0
+    assert cache.next_tick_s == math.inf
+    load_ended(cache, "new", 1.0)
+    assert cache.next_tick_s == 42.0
 
 
 # Preloads on the advice of others
@@ -834,7 +849,7 @@ def test_advice_is_taken_where_it_displaces_only_what_is_worth_less(make_cache: 
     policy = Ranked(old=1, new=2)
     cache = make_cache(policy=policy)
     hold(cache, "old", 100)
-    assert cache.place(NEW, 1.0) == Preload(NEW, ("old",))
+    assert suggest(cache, NEW, 1.0) == Preload(NEW, ("old",))
     assert (cache.counters.preloads, cache.counters.loads) == (1, 1)
     assert policy.told[-2:] == [("evict", "old"), ("load", "new")]
 
@@ -843,7 +858,7 @@ def test_advice_is_taken_where_it_displaces_only_what_is_worth_less(make_cache: 
 def test_advice_displaces_nothing_that_is_worth_as_much(make_cache: MakeCache, worth: int) -> None:
     cache = make_cache(policy=Ranked(old=worth, new=1))
     hold(cache, "old", 100)
-    assert cache.place(NEW, 1.0) is None
+    assert suggest(cache, NEW, 1.0) is None
     assert resident(cache) == {"old"}
     # And that has kept its place in the ranking.
     assert cache.request(NEW, 1.0) == Load(("old",))
@@ -853,9 +868,9 @@ def test_advice_that_cannot_be_followed_changes_nothing(make_cache: MakeCache) -
     cache = make_cache(policy=Ranked(new=9, failed=9, huge=9), failure_memory_s=5.0)
     hold(cache, "busy", 60, in_use=True)
     cache.request(profile("failed"), 0.0)
-    cache.failed("failed", "checksum", 0.0)
+    load_failed(cache, "failed", "checksum", 0.0)
     for model in (profile("busy", 60), profile("failed"), profile("huge", 101), NEW):
-        assert cache.place(model, 1.0) is None
+        assert suggest(cache, model, 1.0) is None
     assert resident(cache) == {"busy"}
     assert cache.counters.preloads == 0
-    assert cache.place(profile("failed"), 5.0) == Preload(profile("failed"), ())
+    assert suggest(cache, profile("failed"), 5.0) == Preload(profile("failed"), ())

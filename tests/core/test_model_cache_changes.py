@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 
 import pytest
-from core_support import Ranked, assert_books_balance, profile
+from core_support import (
+    Decided,
+    Preload,
+    Ranked,
+    assert_books_balance,
+    decided,
+    finish,
+    load_ended,
+    load_failed,
+    profile,
+    suggest,
+    tick,
+    unload,
+    withdraw,
+)
 
-from serve_app.core.cache.decisions import Grant, Hit, Load, Preload, Reject, RejectReason, Shed, Wait
+from serve_app.core.cache.decisions import Action, Grant, Hit, Load, Reject, RejectReason, Wait
+from serve_app.core.cache.events import (
+    CapacityChanged,
+    CatalogChanged,
+    ForwardCostsChanged,
+    IdleChecked,
+    LoadEnded,
+    ModelsKnown,
+    PolicyChanged,
+    ProtectedChanged,
+)
 from serve_app.core.cache.model_cache import ModelCache
+from serve_app.core.cache.preload_queue import PreloadQueue
 from serve_app.core.policies.registry import POLICIES, make_policy
 from serve_app.core.vocabulary import ModelState
 from serve_app.errors import Conflict
@@ -19,9 +45,9 @@ def holding(*names: str, capacity: int = 40, in_use: str = "", pinned: str = "",
     cache = ModelCache(capacity_bytes=capacity, policy=Ranked(**worth), pinned=pinned)
     for number, name in enumerate(names):
         assert cache.request(profile(name), float(number)) == Load(())
-        cache.loaded(name, float(number))
+        load_ended(cache, name, float(number))
         if name not in in_use:
-            cache.finish(name, float(number))
+            finish(cache, name, float(number))
     return cache
 
 
@@ -34,53 +60,49 @@ def names(cache: ModelCache) -> str:
 
 def test_less_memory_evicts_the_least_useful_at_once() -> None:
     cache = holding(*"abcd", a=4, b=1, c=3, d=2)
-    assert cache.resize(20, 9.0) == Shed(("b", "d"))
+    assert decided(cache.handle(CapacityChanged(20), 9.0)) == Decided(("b", "d"))
     assert names(cache) == "ac"
     assert_books_balance(cache)
-    assert not cache.must_shed
 
 
 def test_what_is_in_use_goes_when_it_is_idle_and_takes_nobody_new() -> None:
     cache = holding(*"ab", capacity=20, in_use="ab", a=1, b=2)
-    assert cache.resize(10, 9.0) == Shed()
-    assert (cache.used_bytes, cache.must_shed) == (20, True)
+    assert decided(cache.handle(CapacityChanged(10), 9.0)) == Decided()
+    assert cache.used_bytes == 20
     assert cache.request(profile("b"), 9.0) == Hit()
     ticket = cache.request(profile("a"), 9.0)
     assert isinstance(ticket, Wait)
-    cache.finish("b", 10.0)
-    cache.finish("b", 10.0)
-    cache.finish("a", 10.0)
-    shed = cache.shed(10.0)
-    # Who waits for it loads it again, in the place of the other one.
-    victims = set(shed.victims) | {name for grant in shed.grants for name in grant.answer.victims}  # type: ignore[union-attr]
-    assert (victims, [grant.ticket for grant in shed.grants]) == ({"a", "b"}, [ticket.ticket])
+    assert cache.finish("b", 10.0) == ()
+    # One of the two had to leave, and the request gets the model that it waits for.
+    assert decided(cache.finish("b", 10.0)) == Decided(("b",), (Grant(ticket.ticket, "a", Hit()),))
+    finish(cache, "a", 10.0)
+    finish(cache, "a", 10.0)
     assert_books_balance(cache)
 
 
 def test_what_makes_way_for_less_memory_is_used_again_once_there_is_more() -> None:
     cache = holding(*"ab", capacity=20, in_use="ab", a=1, b=2)
-    cache.resize(10, 9.0)
-    cache.resize(20, 10.0)
+    cache.handle(CapacityChanged(10), 9.0)
+    cache.handle(CapacityChanged(20), 10.0)
     assert cache.request(profile("a"), 11.0) == Hit()
     assert_books_balance(cache)
 
 
 def test_who_waits_for_a_model_that_need_not_go_after_all_gets_it() -> None:
     cache = holding(*"ab", capacity=20, in_use="ab", a=1, b=2)
-    cache.resize(10, 9.0)
+    cache.handle(CapacityChanged(10), 9.0)
     waiting = cache.request(profile("a"), 9.0)
     assert isinstance(waiting, Wait)
-    cache.finish("b", 10.0)
-    assert cache.shed(10.0) == Shed(("b",), (Grant(waiting.ticket, "a", Hit()),))
+    assert decided(cache.finish("b", 10.0)) == Decided(("b",), (Grant(waiting.ticket, "a", Hit()),))
     assert_books_balance(cache)
 
 
 def test_a_model_that_made_way_for_a_load_that_has_failed_is_used_again() -> None:
     cache = holding("a", capacity=20, in_use="a")
     assert cache.request(profile("b"), 8.0) == Load(())
-    cache.resize(10, 9.0)
-    cache.failed("b", "corrupt", 10.0)
-    cache.finish("a", 11.0)
+    cache.handle(CapacityChanged(10), 9.0)
+    load_failed(cache, "b", "corrupt", 10.0)
+    finish(cache, "a", 11.0)
     assert cache.request(profile("a"), 12.0) == Hit()
     assert_books_balance(cache)
 
@@ -89,7 +111,7 @@ def test_who_waits_for_what_can_never_fit_any_more_is_told_so() -> None:
     cache = holding("a", in_use="a", capacity=40)
     waiting = cache.request(profile("large", 35), 1.0)
     assert isinstance(waiting, Wait)
-    (grant,) = cache.resize(20, 2.0).grants
+    (grant,) = decided(cache.handle(CapacityChanged(20), 2.0)).grants
     assert isinstance(grant.answer, Reject)
     assert (grant.ticket, grant.answer.reason) == (waiting.ticket, RejectReason.TOO_LARGE)
     assert_books_balance(cache)
@@ -99,13 +121,13 @@ def test_more_memory_serves_who_waits() -> None:
     cache = holding("a", in_use="a", capacity=10)
     waiting = cache.request(profile("b"), 1.0)
     assert isinstance(waiting, Wait)
-    assert cache.resize(20, 2.0) == Shed((), (Grant(waiting.ticket, "b", Load(())),))
+    assert decided(cache.handle(CapacityChanged(20), 2.0)) == Decided((), (Grant(waiting.ticket, "b", Load(())),))
 
 
 def test_pinned_models_need_their_memory() -> None:
     cache = holding(*"ab", pinned="ab")
     with pytest.raises(ValueError, match="pinned"):
-        cache.resize(15, 9.0)
+        cache.handle(CapacityChanged(15), 9.0)
     assert cache.capacity_bytes == 40
 
 
@@ -130,25 +152,23 @@ def test_whatever_happens_while_memory_changes_nobody_is_forgotten(seed: int) ->
             case _:
                 loading[name] = loading.get(name, 0) + 1
 
-    def shed(change: Shed) -> None:
-        for grant in change.grants:
+    def follow(actions: Iterable[Action]) -> None:
+        for grant in decided(actions).grants:
             take(grant.ticket, grant.model_id, grant.answer)
 
     def settle_one() -> None:
         if loading and (rng.random() < 0.5 or not using):
             name = rng.choice(sorted(loading))
             using.extend([name] * loading.pop(name))
-            shed(Shed((), cache.loaded(name, now)))
+            follow(cache.handle(LoadEnded(name), now))
         elif using:
             name = using.pop(rng.randrange(len(using)))
-            shed(Shed((), cache.finish(name, now)))
-        if cache.must_shed:
-            shed(cache.shed(now))
+            follow(cache.finish(name, now))
 
     for step in range(300):
         now = float(step)
         if rng.random() < 0.1:
-            shed(cache.resize(rng.choice([20, 40, 60]), now))
+            follow(cache.handle(CapacityChanged(rng.choice([20, 40, 60])), now))
         if rng.random() < 0.5:
             name = rng.choice(sorted(models))
             take(None, name, cache.request(models[name], now))
@@ -167,8 +187,8 @@ def test_whatever_happens_while_memory_changes_nobody_is_forgotten(seed: int) ->
 @pytest.mark.parametrize("name", POLICIES)
 def test_any_policy_can_take_over(name: str) -> None:
     cache = holding(*"abcd")
-    cache.know([profile(model) for model in "abcdef"], 9.0)
-    cache.use(make_policy(name, random.Random(0)), 9.0)
+    cache.handle(ModelsKnown([profile(model) for model in "abcdef"]), 9.0)
+    cache.handle(PolicyChanged(make_policy(name, random.Random(0))), 9.0)
     assert names(cache) == "abcd"
     answer = cache.request(profile("e"), 10.0)
     assert isinstance(answer, Load)
@@ -178,12 +198,12 @@ def test_any_policy_can_take_over(name: str) -> None:
 
 def test_a_new_policy_is_told_of_everything_in_the_order_of_its_use() -> None:
     cache = holding(*"abc")
-    cache.know([profile(model) for model in "abcd"], 9.0)
-    cache.forward_costs({"a": 0.1})
+    cache.handle(ModelsKnown([profile(model) for model in "abcd"]), 9.0)
+    cache.handle(ForwardCostsChanged({"a": 0.1}), 0.0)
     cache.request(profile("a"), 9.0)
-    cache.finish("a", 9.0)
+    finish(cache, "a", 9.0)
     policy = Ranked()
-    cache.use(policy, 10.0)
+    cache.handle(PolicyChanged(policy), 10.0)
     assert policy.told == [("know", name) for name in "abcd"] + [("load", name) for name in "bca"]
     assert policy.forward_s == {"a": 0.1}
 
@@ -193,20 +213,18 @@ def test_a_new_policy_is_told_of_everything_in_the_order_of_its_use() -> None:
 
 def test_what_the_catalogue_no_longer_has_goes_when_it_is_idle() -> None:
     cache = holding(*"abc", in_use="b")
-    assert cache.offer([profile("c"), profile("d")], (), 9.0) == Shed(("a",))
-    assert cache.must_shed
-    cache.finish("b", 10.0)
-    assert cache.shed(10.0) == Shed(("b",))
+    assert decided(cache.handle(CatalogChanged([profile("c"), profile("d")], ()), 9.0)) == Decided(("a",))
+    assert decided(cache.finish("b", 10.0)) == Decided(("b",))
     assert names(cache) == "c"
-    assert cache.place(profile("a"), 11.0) is None
-    cache.offer([profile("a"), profile("c")], (), 12.0)
-    assert cache.place(profile("a"), 13.0) == Preload(profile("a"), ())
+    assert suggest(cache, profile("a"), 11.0) is None
+    cache.handle(CatalogChanged([profile("a"), profile("c")], ()), 12.0)
+    assert suggest(cache, profile("a"), 13.0) == Preload(profile("a"), ())
     assert_books_balance(cache)
 
 
 def test_pins_change_with_the_catalogue() -> None:
     cache = holding(*"ab", capacity=20, pinned="a", a=1, b=2)
-    cache.offer([profile(name) for name in "abc"], "b", 9.0)
+    cache.handle(CatalogChanged([profile(name) for name in "abc"], "b"), 9.0)
     assert {model.model_id for model in cache.models() if model.unevictable} == {"b"}
     assert cache.request(profile("c"), 10.0) == Load(("a",))
     assert cache.request(profile("huge", 11), 11.0).reason is RejectReason.TOO_LARGE  # type: ignore[union-attr]
@@ -217,20 +235,20 @@ def test_pins_change_with_the_catalogue() -> None:
 
 def test_what_is_kept_is_no_victim_and_not_unloaded() -> None:
     cache = holding(*"abcd", a=1, b=2, c=3, d=4)
-    cache.protect(["a"], 9.0)
+    cache.handle(ProtectedChanged(["a"]), 9.0)
     assert [model.model_id for model in cache.models() if model.unevictable] == ["a"]
     with pytest.raises(Conflict, match="min_copies"):
-        cache.unload("a", 9.0)
-    assert cache.withdraw("a", 9.0) is None
-    assert cache.withdraw_unused(9.0, 9.0).victims == ("b", "c", "d")
-    cache.protect([], 10.0)
-    assert cache.withdraw("a", 11.0) == ()
+        unload(cache, "a", 9.0)
+    assert withdraw(cache, "a", 9.0) is None
+    assert decided(cache.handle(IdleChecked(9.0), 9.0)).evicted == ("b", "c", "d")
+    cache.handle(ProtectedChanged([]), 10.0)
+    assert withdraw(cache, "a", 11.0) == ()
     assert_books_balance(cache)
 
 
 def test_no_more_than_half_is_kept() -> None:
     cache = holding(*"abcd")
-    cache.protect(list("dcba"), 9.0)
+    cache.handle(ProtectedChanged(list("dcba")), 9.0)
     assert {model.model_id for model in cache.models() if model.unevictable} == {"c", "d"}
 
 
@@ -238,11 +256,11 @@ def test_a_model_larger_than_half_is_kept_too_and_nothing_after_it() -> None:
     cache = ModelCache(capacity_bytes=40, policy=Ranked())
     for name, size in (("large", 25), ("small", 10)):
         cache.request(profile(name, size), 0.0)
-        cache.loaded(name, 1.0)
-        cache.finish(name, 2.0)
-    cache.protect(["large", "small"], 3.0)
+        load_ended(cache, name, 1.0)
+        finish(cache, name, 2.0)
+    cache.handle(ProtectedChanged(["large", "small"]), 3.0)
     assert [model.model_id for model in cache.models() if model.protected] == ["large"]
-    cache.protect(["small", "large"], 4.0)
+    cache.handle(ProtectedChanged(["small", "large"]), 4.0)
     assert [model.model_id for model in cache.models() if model.protected] == ["large", "small"]
     assert cache.request(profile("other", 20), 5.0) == Load(("large",))
     assert_books_balance(cache)
@@ -250,7 +268,7 @@ def test_a_model_larger_than_half_is_kept_too_and_nothing_after_it() -> None:
 
 def test_what_is_kept_lets_go_for_a_request_that_could_never_be_served_otherwise() -> None:
     cache = holding(*"abcd")
-    cache.protect(list("ab"), 9.0)
+    cache.handle(ProtectedChanged(list("ab")), 9.0)
     answer = cache.request(profile("large", 30), 10.0)
     assert isinstance(answer, Load)
     assert sum(model.unevictable for model in cache.models()) == 1
@@ -261,10 +279,10 @@ def test_what_makes_way_is_not_kept() -> None:
     cache = holding(*"abc", capacity=30, in_use="abc", a=1, b=2, c=3)
     waiting = cache.request(profile("large", 20), 9.0)
     assert isinstance(waiting, Wait)
-    cache.protect(list("ab"), 9.0)
+    cache.handle(ProtectedChanged(list("ab")), 9.0)
     assert not any(model.unevictable for model in cache.models())
-    cache.finish("a", 10.0)
-    (grant,) = cache.finish("b", 10.0)
+    finish(cache, "a", 10.0)
+    (grant,) = finish(cache, "b", 10.0)
     assert isinstance(grant.answer, Load)
     assert_books_balance(cache)
 
@@ -274,22 +292,22 @@ def test_what_makes_way_is_not_kept() -> None:
 
 def test_what_was_withdrawn_comes_back_only_when_asked_for_or_insisted_on() -> None:
     cache = holding(*"ab", a=5, b=5)
-    assert cache.withdraw("a", 9.0) == ()
-    assert cache.place(profile("a"), 9.0) is None
-    assert cache.place(profile("a"), 9.0, insist=True) == Preload(profile("a"), ())
-    cache.loaded("a", 9.0)
-    cache.withdraw("a", 9.5)
+    assert withdraw(cache, "a", 9.0) == ()
+    assert suggest(cache, profile("a"), 9.0) is None
+    assert suggest(cache, profile("a"), 9.0, required=True) == Preload(profile("a"), ())
+    load_ended(cache, "a", 9.0)
+    withdraw(cache, "a", 9.5)
     assert cache.request(profile("a"), 10.0) == Load(())
-    assert cache.withdraw("a", 10.0) is None
-    assert cache.withdraw("z", 10.0) is None
+    assert withdraw(cache, "a", 10.0) is None
+    assert withdraw(cache, "z", 10.0) is None
 
 
 def test_only_what_is_idle_for_long_is_withdrawn() -> None:
     cache = holding(*"abc", in_use="b", pinned="c")
     cache.request(profile("a"), 50.0)
-    cache.finish("a", 55.0)
-    assert cache.withdraw_unused(54.0, 60.0) == Shed()
-    assert cache.withdraw_unused(55.0, 60.0) == Shed(("a",))
+    finish(cache, "a", 55.0)
+    assert decided(cache.handle(IdleChecked(54.0), 60.0)) == Decided()
+    assert decided(cache.handle(IdleChecked(55.0), 60.0)) == Decided(("a",))
     assert_books_balance(cache)
 
 
@@ -298,29 +316,27 @@ def test_only_what_is_idle_for_long_is_withdrawn() -> None:
 
 def test_advice_waits_for_the_background_and_orders_go_first() -> None:
     cache = holding("a", a=1)
-    assert cache.place(profile("x"), 1.0) is not None
+    assert suggest(cache, profile("x"), 1.0) is not None
     for name, insist in (("b", False), ("c", True)):
-        cache.advise(profile(name), 1.0, insist=insist)
-    assert cache.next_preload(1.0) is None
-    cache.loaded("x", 2.0)
-    assert cache.review_s <= 2.0
-    assert cache.next_preload(2.0) == Preload(profile("c"), ())
-    cache.loaded("c", 3.0)
-    assert cache.next_preload(3.0 + ModelCache.ADVICE_S) is None
-    assert cache.next_preload(3.0) is None
+        suggest(cache, profile(name), 1.0, required=insist)
+    assert tick(cache, 1.0) is None
+    load_ended(cache, "x", 2.0)
+    assert cache.next_tick_s <= 2.0
+    assert tick(cache, 2.0) == Preload(profile("c"), ())
+    load_ended(cache, "c", 3.0)
+    assert tick(cache, 3.0 + PreloadQueue.SUGGESTION_S) is None
+    assert tick(cache, 3.0) is None
 
 
 def test_who_insists_displaces_what_is_worth_more_but_not_what_is_in_use() -> None:
     cache = holding(*"ab", capacity=20, in_use="b", a=9, b=1)
-    cache.advise(profile("c"), 9.0)
-    assert cache.next_preload(9.0) is None
-    cache.advise(profile("c"), 9.0, insist=True)
-    assert cache.next_preload(9.0) == Preload(profile("c"), ("a",))
+    assert suggest(cache, profile("c"), 9.0) is None
+    assert tick(cache, 9.0) is None
+    assert suggest(cache, profile("c"), 9.0, required=True) == Preload(profile("c"), ("a",))
 
 
 def test_a_required_copy_of_what_is_no_longer_in_the_catalogue_goes_too() -> None:
     cache = holding(*"ab")
-    cache.protect(["a"], 9.0)
-    assert cache.offer([profile("b")], (), 10.0) == Shed(("a",))
-    assert not cache.must_shed
+    cache.handle(ProtectedChanged(["a"]), 9.0)
+    assert decided(cache.handle(CatalogChanged([profile("b")], ()), 10.0)) == Decided(("a",))
     assert_books_balance(cache)

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 import pytest
-from core_support import assert_books_balance
+from core_support import assert_books_balance, cancel_wait, decided, finish, load_ended, load_failed, unload
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -23,7 +23,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from serve_app.core.cache.decisions import Answer, Grant, Hit, Join, Load, Preload, Reject, RejectReason, Wait
+from serve_app.core.cache.decisions import Action, Answer, Grant, Hit, Join, Load, Reject, RejectReason, Wait
+from serve_app.core.cache.events import TICK, ForwardCostsChanged, ModelsKnown, PreloadSuggested, RetryAllowed
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.policies.registry import make_policy
@@ -78,6 +79,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.preloading: set[str] = set()
         #: Models that nobody has asked for since their preload began.
         self.guessed: set[str] = set()
+        #: Models whose required preload has not begun.
+        self.required: set[str] = set()
         self.ready: set[str] = set()
         self.uses: Counter[str] = Counter()
         self.waiting: dict[int, str] = {}
@@ -106,28 +109,30 @@ class CacheMachine(RuleBasedStateMachine):
             self.end_use(model_id)
 
     @rule(model_id=st.sampled_from(sorted(MODELS)))
-    def preload(self, model_id: str) -> None:
+    def require(self, model_id: str) -> None:
         self.look_at_worths()
-        self.asked(model_id, self.cache.preload(MODELS[model_id], self.now))
+        self.required.add(model_id)
+        self.preloads_start(self.cache.handle(PreloadSuggested(MODELS[model_id], required=True), self.now))
 
     @rule(models=st.sets(st.sampled_from(sorted(MODELS))))
     def know(self, models: set[str]) -> None:
-        self.cache.know([MODELS[model_id] for model_id in sorted(models)], self.now)
+        self.cache.handle(ModelsKnown([MODELS[model_id] for model_id in sorted(models)]), self.now)
 
     @rule()
-    def next_preload(self) -> None:
-        self.preload_starts(self.cache.next_preload(self.now))
+    def tick(self) -> None:
+        self.preloads_start(self.cache.handle(TICK, self.now))
 
     @rule(model_id=st.sampled_from(sorted(MODELS)))
-    def place(self, model_id: str) -> None:
+    def suggest(self, model_id: str) -> None:
         self.look_at_worths()
-        preload = self.cache.place(MODELS[model_id], self.now)
-        if preload is not None:
-            assert preload.model is MODELS[model_id]
-            if self.policy_name not in ("random", "modelmesh"):
-                # Those two look at chance and at the clock only now.
-                assert all(self.worth[victim] < self.worth[model_id] for victim in preload.victims)
-        self.preload_starts(preload)
+        actions = self.cache.handle(PreloadSuggested(MODELS[model_id]), self.now)
+        for model, victims in decided(actions).preloads:
+            # Two policies look at chance and at the clock only now; and a model may have been required before.
+            if self.policy_name not in ("random", "modelmesh") and model.model_id not in self.required:
+                assert self.policy.accept_preload(model, [MODELS[victim] for victim in victims], self.now) or all(
+                    self.worth[victim] < self.worth[model.model_id] for victim in victims
+                )
+        self.preloads_start(actions)
 
     @precondition(lambda self: self.loading)
     @rule(choice=st.randoms(use_true_random=False))
@@ -141,7 +146,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.leaves(model_id)
         self.failures += 1
         self.failed_until[model_id] = self.now + FAILURE_MEMORY_S
-        self.granted(self.cache.failed(model_id, "the disk says no", self.now))
+        self.granted(load_failed(self.cache, model_id, "the disk says no", self.now))
 
     @precondition(lambda self: self.uses.total())
     @rule(choice=st.randoms(use_true_random=False))
@@ -153,20 +158,20 @@ class CacheMachine(RuleBasedStateMachine):
     def give_up(self, choice: random.Random) -> None:
         ticket = choice.choice(sorted(self.waiting))
         del self.waiting[ticket]
-        self.granted(self.cache.give_up(ticket, self.now))
+        self.granted(cancel_wait(self.cache, ticket, self.now))
 
     @rule(model_id=st.sampled_from(sorted(MODELS)))
     def unload(self, model_id: str) -> None:
         if model_id not in self.ready | self.loading:
             with pytest.raises(NotFound):
-                self.cache.unload(model_id, self.now)
+                unload(self.cache, model_id, self.now)
         elif model_id in self.loading or self.uses[model_id] or model_id in self.pinned:
             with pytest.raises(Conflict):
-                self.cache.unload(model_id, self.now)
+                unload(self.cache, model_id, self.now)
         else:
             self.leaves(model_id)
             self.unloads += 1
-            self.granted(self.cache.unload(model_id, self.now))
+            self.granted(unload(self.cache, model_id, self.now))
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 6.0, 3600.0]))
     def time_passes(self, seconds: float) -> None:
@@ -174,12 +179,12 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(holders=st.dictionaries(st.sampled_from(sorted(MODELS)), st.sampled_from([0.001, 0.1, 5.0])))
     def others_hold(self, holders: dict[str, float]) -> None:
-        self.cache.forward_costs(holders)
+        self.cache.handle(ForwardCostsChanged(holders), self.now)
 
     @rule(model_id=st.sampled_from(sorted(MODELS)))
     def forget_failure(self, model_id: str) -> None:
         self.failed_until.pop(model_id, None)
-        self.cache.forget_failure(model_id)
+        self.cache.handle(RetryAllowed(model_id), self.now)
 
     # What must follow
 
@@ -229,16 +234,18 @@ class CacheMachine(RuleBasedStateMachine):
         self.uses[model_id] += 1
         self.loads += 1
 
-    def preload_starts(self, preload: Preload | None) -> None:
-        if preload is None:
-            return
-        assert not self.waiting, "a guess never goes before a request"
-        assert len(self.preloading) < self.max_preloads
-        model_id = preload.model.model_id
-        self.takes_the_place_of(model_id, preload.victims)
-        self.preloading.add(model_id)
-        self.guessed.add(model_id)
-        self.preloads += 1
+    def preloads_start(self, actions: Iterable[Action]) -> None:
+        evicted, grants, preloads = decided(actions)
+        assert not evicted
+        assert not grants
+        for model, victims in preloads:
+            assert not self.waiting, "a guess never goes before a request"
+            assert len(self.preloading) < (self.max_preloads or int(model.model_id in self.pinned))
+            self.takes_the_place_of(model.model_id, victims)
+            self.preloading.add(model.model_id)
+            self.guessed.add(model.model_id)
+            self.required.discard(model.model_id)
+            self.preloads += 1
 
     def takes_the_place_of(self, model_id: str, victims: tuple[str, ...]) -> None:
         assert model_id not in self.ready | self.loading, "single flight"
@@ -247,7 +254,7 @@ class CacheMachine(RuleBasedStateMachine):
         missing = self.used_bytes() + MODELS[model_id].size_bytes - self.capacity
         freed = [MODELS[victim].size_bytes for victim in victims]
         assert sum(freed) >= missing, "the victims suffice"
-        if self.policy.spares_small:
+        if self.policy.trim_victims:
             assert all(sum(freed) - size < missing for size in freed), "and not one goes in vain"
         else:
             assert not freed or sum(freed[:-1]) < missing, "and they go one by one only until there is room"
@@ -285,11 +292,11 @@ class CacheMachine(RuleBasedStateMachine):
         self.loading.remove(model_id)
         self.preloading.discard(model_id)
         self.ready.add(model_id)
-        self.granted(self.cache.loaded(model_id, self.now))
+        self.granted(load_ended(self.cache, model_id, self.now))
 
     def end_use(self, model_id: str) -> None:
         self.uses[model_id] -= 1
-        self.granted(self.cache.finish(model_id, self.now))
+        self.granted(finish(self.cache, model_id, self.now))
 
     def used_bytes(self) -> int:
         return sum(MODELS[model_id].size_bytes for model_id in self.ready | self.loading)
@@ -314,12 +321,12 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def loads_are_limited(self) -> None:
         assert self.slots_taken() <= self.max_loads
-        assert len(self.preloading) <= self.max_preloads
+        assert len(self.preloading) <= max(self.max_preloads, len(self.preloading & self.pinned))
 
     @invariant()
     def reviews_are_announced_only_when_a_preload_may_begin(self) -> None:
-        if self.waiting or len(self.preloading) == self.max_preloads:
-            assert self.cache.review_s == math.inf
+        if self.waiting or len(self.preloading) >= self.max_preloads:
+            assert self.cache.next_tick_s == math.inf
 
     @invariant()
     def counters_add_up(self) -> None:

@@ -1,4 +1,4 @@
-"""What is around a location: its own workers, and the others in the order of their ways."""
+"""The workers around a location: its own, and the others in the order of their round trips."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from core_support import report
 
 from serve_app.core.cluster.reports import ViewDelta
 from serve_app.core.links import Link, LinkTable
-from serve_app.core.routing.eviction_cost import prepare
 from serve_app.core.routing.neighbors import NeighborIndex
 from serve_app.core.routing.router_view import RouterView
 from serve_app.core.routing.rules import RoutingRules
@@ -25,39 +24,39 @@ WORKERS = [report(place) for place in ("tokyo", "paris", "oslo", "lima", "rome")
 
 
 def near(*replicas: str, count: int = 9) -> list[str]:
-    nearby = NeighborIndex("paris", RULES, WORKERS)
-    return [worker.replica for worker, _ in nearby.nearest(set(replicas), count)]
+    index = NeighborIndex("paris", RULES, WORKERS)
+    return [worker.replica for worker, _ in index.nearest(set(replicas), count)]
 
 
 def test_the_nearest_come_first_and_equals_in_the_order_in_which_they_were_given() -> None:
     assert near("tokyo-1", "lima-1", "rome-1", "oslo-1") == ["rome-1", "oslo-1", "lima-1", "tokyo-1"]
 
 
-def test_strangers_and_the_own_workers_are_not_among_the_others() -> None:
+def test_unknown_and_own_workers_are_not_among_the_others() -> None:
     assert near("paris-1", "nobody", "oslo-1") == ["oslo-1"]
-    nearby = NeighborIndex("paris", RULES, WORKERS)
-    assert [worker.replica for worker in nearby.own] == ["paris-1"]
-    assert [worker.replica for worker, _ in nearby.others] == ["tokyo-1", "oslo-1", "lima-1", "rome-1"]
+    index = NeighborIndex("paris", RULES, WORKERS)
+    assert [worker.replica for worker in index.own] == ["paris-1"]
+    assert [worker.replica for worker, _ in index.others] == ["tokyo-1", "oslo-1", "lima-1", "rome-1"]
 
 
-@pytest.mark.parametrize("strangers", [0, 50])
-def test_the_nearest_are_told_and_no_more(strangers: int) -> None:
-    several = ["tokyo-1", "lima-1", "rome-1", "oslo-1", *(f"nobody-{number}" for number in range(strangers))]
+@pytest.mark.parametrize("unknown", [0, 50])
+def test_no_more_than_the_nearest_are_returned(unknown: int) -> None:
+    several = ["tokyo-1", "lima-1", "rome-1", "oslo-1", *(f"nobody-{number}" for number in range(unknown))]
     assert near(*several, count=2) == ["rome-1", "oslo-1"]
     assert near(*several) == ["rome-1", "oslo-1", "lima-1", "tokyo-1"]
 
 
-def test_the_way_to_the_nearest_of_several_is_without_end_where_there_is_none() -> None:
-    nearby = NeighborIndex("paris", RULES, WORKERS)
-    assert nearby.rtt_s({"tokyo-1", "oslo-1", "paris-1"}) == 0.03
-    assert nearby.rtt_s({"paris-1", "nobody"}) == math.inf
+def test_the_round_trip_to_the_nearest_of_several_is_infinite_where_there_is_none() -> None:
+    index = NeighborIndex("paris", RULES, WORKERS)
+    assert index.rtt_s({"tokyo-1", "oslo-1", "paris-1"}) == 0.03
+    assert index.rtt_s({"paris-1", "nobody"}) == math.inf
 
 
-def test_ways_that_have_changed_count_after_the_next_look_around() -> None:
-    known, ways = RouterView(), LinkTable("paris", RULES.link)
+def test_links_that_have_changed_count_after_the_next_precomputation() -> None:
+    known, links = RouterView(), LinkTable("paris", RULES.link)
     known.apply(ViewDelta(epoch="e", version=1, full=True, workers=tuple(WORKERS), gone=(), rates={}), 0.0)
-    prepare(known, "paris", RULES, ways)
+    known.precompute("paris", RULES, links)
     for _ in range(9):
-        ways.add("tokyo", 0, 0.001)
-    prepare(known, "paris", RULES, ways)
-    assert known.nearby("paris", ways).rtt_s({"tokyo-1", "rome-1"}) == 0.001
+        links.add("tokyo", 0, 0.001)
+    known.precompute("paris", RULES, links)
+    assert known.neighbors("paris", links).rtt_s({"tokyo-1", "rome-1"}) == 0.001

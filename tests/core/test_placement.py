@@ -9,18 +9,19 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 import pytest
-from core_support import Ranked, profile, report, resident
+from core_support import Ranked, finish, load_ended, profile, report, resident, suggest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.core.cache.decisions import Load
+from serve_app.core.cache.events import LoadImpossible
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
 from serve_app.core.cluster.reports import WorkerReport
 from serve_app.core.links import Link
-from serve_app.core.placement.orders import Placement
-from serve_app.core.placement.rules import PlacementRules
+from serve_app.core.placement.controller import PlacementController
+from serve_app.core.placement.rules import PlacementRules, PlacementSettings
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ModelState
 
@@ -41,8 +42,10 @@ def placement(
     profiles: Iterable[ModelProfile] = ABC,
     rules: PlacementRules = EAGER,
     links: Mapping[tuple[str, str], Link] | None = None,
-) -> Placement:
-    return Placement(routing(profiles, links), rules, payload_bytes=0)
+) -> PlacementController:
+    return PlacementController(
+        PlacementSettings(routing=routing(profiles, links), every_s=1.0, payload_bytes=0, rules=rules)
+    )
 
 
 def site(location: str, *names: str, capacity: int = 20) -> WorkerReport:
@@ -67,12 +70,12 @@ def test_what_is_wanted_and_nowhere_is_loaded_where_it_is_wanted_most() -> None:
     assert placement().round(sites, rates, 0.0) == (preload("oslo", "a"), preload("paris", "b"))
 
 
-def test_nothing_is_done_for_nobody() -> None:
+def test_without_demand_nothing_is_done() -> None:
     assert placement().round([site("oslo", "a")], {}, 0.0) == ()
     assert placement().round([], {"oslo": {"a": 1.0}}, 0.0) == ()
 
 
-def test_a_duplicate_takes_free_memory_where_it_saves_the_way() -> None:
+def test_a_duplicate_takes_free_memory_where_it_saves_latency() -> None:
     sites = [site("oslo", "a"), site("paris", "b")]
     assert placement().round(sites, {"paris": {"a": 1.0}}, 0.0) == (preload("paris", "a"),)
 
@@ -175,14 +178,14 @@ def holding(*names: str, **worth: float) -> ModelCache:
     cache = ModelCache(capacity_bytes=20, policy=Ranked(**worth))
     for name in names:
         cache.request(profile(name), 0.0)
-        cache.loaded(name, 0.0)
-        cache.finish(name, 0.0)
+        load_ended(cache, name, 0.0)
+        finish(cache, name, 0.0)
     return cache
 
 
 def test_advice_is_followed_into_free_memory() -> None:
     cache = holding("a")
-    advised = cache.place(profile("b"), 1.0)
+    advised = suggest(cache, profile("b"), 1.0)
     assert advised is not None
     assert (advised.model.model_id, advised.victims) == ("b", ())
     assert cache.state("b") is ModelState.LOADING
@@ -192,19 +195,19 @@ def test_advice_is_followed_into_free_memory() -> None:
 @pytest.mark.parametrize(("worth", "followed"), [(0.9, False), (1.0, False), (1.1, True)])
 def test_advice_displaces_only_what_is_worth_less_here(worth: float, followed: bool) -> None:
     cache = holding("a", "b", a=1.0, b=2.0, c=worth)
-    advised = cache.place(profile("c"), 1.0)
+    advised = suggest(cache, profile("c"), 1.0)
     assert (advised.victims if advised else None) == (("a",) if followed else None)
     assert cache.used_bytes == 20
 
 
-def test_advice_waits_for_nobody_and_nobody_waits_for_it() -> None:
+def test_commands_do_not_wait_and_requests_do_not_wait_for_them() -> None:
     cache = holding("a", "b", c=9.0, d=9.0)
     cache.request(profile("a"), 1.0)
     cache.request(profile("b"), 1.0)
-    assert cache.place(profile("c"), 1.0) is None
-    cache.finish("a", 2.0)
-    assert cache.place(profile("c"), 2.0) is not None
-    assert cache.place(profile("d"), 2.0) is None
+    assert suggest(cache, profile("c"), 1.0) is None
+    finish(cache, "a", 2.0)
+    assert suggest(cache, profile("c"), 2.0) is not None
+    assert suggest(cache, profile("d"), 2.0) is None
     # A request takes the memory of a load that nobody has asked for.
     answer = cache.request(profile("d"), 2.0)
     assert isinstance(answer, Load)
@@ -214,10 +217,10 @@ def test_advice_waits_for_nobody_and_nobody_waits_for_it() -> None:
 
 def test_advice_to_load_what_is_here_or_has_just_failed_is_ignored() -> None:
     cache = holding("a")
-    assert cache.place(profile("a"), 1.0) is None
-    cache.cannot_load("b", "broken", 1.0)
-    assert cache.place(profile("b"), 2.0) is None
-    assert cache.place(profile("c", 21), 2.0) is None
+    assert suggest(cache, profile("a"), 1.0) is None
+    cache.handle(LoadImpossible("b", "broken"), 1.0)
+    assert suggest(cache, profile("b"), 2.0) is None
+    assert suggest(cache, profile("c", 21), 2.0) is None
     assert cache.counters.preloads == 0
 
 

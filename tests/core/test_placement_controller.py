@@ -1,4 +1,4 @@
-"""Placement in virtual time: a cluster that reports four times a second and does what it is told.
+"""Placement in virtual time: a cluster that reports four times a second and carries out its commands.
 
 A load takes 50 ms, a forward 0.1 s, an inference 20 ms, a model 10 bytes, unless a test says otherwise.
 """
@@ -18,13 +18,13 @@ from serve_app.core.catalog import ModelProfile
 from serve_app.core.cluster.cluster_view import ClusterView
 from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
 from serve_app.core.cluster.primaries import PrimaryTracker
-from serve_app.core.cluster.reports import ViewDelta
+from serve_app.core.cluster.reports import Demand, ViewDelta
 from serve_app.core.coordination.coordinator_state import CoordinatorState
 from serve_app.core.coordination.events import RulesChanged
-from serve_app.core.coordination.rules import CoordinatorRules, PlacementSettings
+from serve_app.core.coordination.rules import CoordinatorRules
 from serve_app.core.links import Link
-from serve_app.core.placement.orders import Placement
-from serve_app.core.placement.rules import PlacementRules
+from serve_app.core.placement.controller import PlacementController
+from serve_app.core.placement.rules import PlacementRules, PlacementSettings
 from serve_app.core.routing.rules import RoutingRules
 
 TICK_S = 0.25
@@ -33,7 +33,7 @@ LOCATIONS = ("lima", "oslo", "paris", "quito", "rome", "tokyo")
 
 
 class Cluster:
-    """Workers of one location each, without a cache of their own: they hold what they are told to."""
+    """Workers of one location each, without a cache of their own: they hold what commands say."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Cluster:
         self.capacity, self.obey = capacity, obey
         self.now = 0.0
         self.held: dict[str, set[str]] = {location: set() for location in locations}
-        self.keepers = {name: PrimaryTracker(f"{name}-1", name, self.min_copies) for name in self.held}
+        self.primaries = {name: PrimaryTracker(f"{name}-1", name, self.min_copies) for name in self.held}
         self.leaving: set[str] = set()
         self.given: list[tuple[float, Command]] = []
         self.last: dict[str, ViewDelta] = {}
@@ -60,10 +60,8 @@ class Cluster:
         placement = PlacementSettings(
             routing=routing, every_s=1.0, payload_bytes=0, min_copies=self.min_copies, rules=rules or PlacementRules()
         )
-        self.state = CoordinatorState(
-            epoch="first",
-            rules=CoordinatorRules(half_life_s=60.0, stale_after_s=STALE_AFTER_S, placement=placement),
-        )
+        self.rules = CoordinatorRules(half_life_s=60.0, stale_after_s=STALE_AFTER_S, placement=placement)
+        self.state = CoordinatorState(epoch="first", rules=self.rules)
         self._sequence = 0
         self._view = ClusterView()
         self._owed: dict[tuple[str, str], float] = {}
@@ -71,7 +69,7 @@ class Cluster:
     def run(
         self, seconds: float, rates: Mapping[str, Mapping[str, float]] | None = None, tick_s: float = TICK_S
     ) -> list[Command]:
-        """Let time pass while users ask, evenly; returns the orders given meanwhile."""
+        """Let time pass while users ask, evenly; returns the commands given meanwhile."""
         before = len(self.given)
         for _ in range(round(seconds / tick_s)):
             self.now += tick_s
@@ -94,13 +92,13 @@ class Cluster:
                 models=[resident(model_id, self.profiles[model_id].size_bytes) for model_id in sorted(held)],
                 demand={model_id: count for model_id, count in demand.items() if count},
             ),
-            primary_for=self.keepers[location].report(held),
+            primary_for=self.primaries[location].report(held),
             leaving=location in self.leaving,
         )
         delta = self.last[location] = self.state.exchange(sent, self._view.epoch, self._view.version, self.now)
         # All see the same, which is as new as it can be.
         self._view.apply(delta, self.now)
-        self.keepers[location].update(held, self._view.workers.values())
+        self.primaries[location].update(held, self._view.workers.values())
         for command in delta.commands:
             assert command.replica == f"{location}-1"
             self.given.append((self.now, command))
@@ -123,7 +121,7 @@ def everywhere(model_id: str, per_s: float) -> dict[str, dict[str, float]]:
 # A flash crowd
 
 
-def test_a_crowd_at_every_location_has_a_copy_at_every_location_within_two_seconds_and_not_a_minute_longer() -> None:
+def test_a_flash_crowd_everywhere_has_a_copy_everywhere_within_two_seconds_and_not_a_minute_longer() -> None:
     cluster = Cluster([quick("a"), *(quick(f"other{number}") for number in range(20))])
     cluster.held["oslo"] = {"a"}
     for number, location in enumerate(LOCATIONS):
@@ -131,10 +129,10 @@ def test_a_crowd_at_every_location_has_a_copy_at_every_location_within_two_secon
     background = {location: dict.fromkeys(held - {"a"}, 0.05) for location, held in cluster.held.items()}
     cluster.run(60.0, background)
     assert cluster.holders("a") == {"oslo"}
-    crowd = {location: {**asked, "a": 30.0} for location, asked in background.items()}
-    cluster.run(2.0, crowd)
+    flash_crowd = {location: {**asked, "a": 30.0} for location, asked in background.items()}
+    cluster.run(2.0, flash_crowd)
     assert cluster.holders("a") == set(LOCATIONS)
-    cluster.run(28.0, crowd)
+    cluster.run(28.0, flash_crowd)
     assert cluster.holders("a") == set(LOCATIONS)
     cluster.run(55.0, background)
     assert cluster.holders("a") == set(LOCATIONS)
@@ -142,7 +140,7 @@ def test_a_crowd_at_every_location_has_a_copy_at_every_location_within_two_secon
     assert len(cluster.holders("a")) == 1
 
 
-def test_a_crowd_at_one_location_that_it_cannot_serve_alone_has_copies_elsewhere_within_two_seconds() -> None:
+def test_a_flash_crowd_that_one_location_cannot_serve_alone_has_copies_elsewhere_within_two_seconds() -> None:
     cluster = Cluster([quick("a")])
     cluster.held["oslo"] = {"a"}
     cluster.run(10.0)
@@ -153,14 +151,14 @@ def test_a_crowd_at_one_location_that_it_cannot_serve_alone_has_copies_elsewhere
     assert len(cluster.holders("a")) >= 5
 
 
-def test_what_is_asked_for_now_and_then_is_no_crowd() -> None:
+def test_rare_requests_are_no_flash_crowd() -> None:
     cluster = Cluster([profile("a", load_s=5.0)])
     cluster.held["oslo"] = {"a"}
     cluster.run(10.0)
     assert cluster.run(60.0, {"paris": {"a": 0.2}, "rome": {"a": 0.5}}) == []
 
 
-def test_a_copy_that_is_still_used_after_the_crowd_stays() -> None:
+def test_a_copy_that_is_still_used_after_the_flash_crowd_stays() -> None:
     cluster = Cluster([quick("a")])
     cluster.held["oslo"] = {"a"}
     cluster.run(5.0)
@@ -171,7 +169,7 @@ def test_a_copy_that_is_still_used_after_the_crowd_stays() -> None:
     assert len(cluster.holders("a")) == 2
 
 
-def test_a_copy_that_is_worth_its_load_stays_though_a_crowd_elsewhere_has_gone() -> None:
+def test_a_copy_that_is_worth_its_load_stays_though_a_flash_crowd_elsewhere_has_gone() -> None:
     cluster = Cluster([quick("a")], locations=("oslo", "paris", "rome"))
     cluster.held["oslo"], cluster.held["paris"] = {"a"}, {"a"}
     seldom = {"oslo": {"a": 0.05}, "paris": {"a": 0.05}}
@@ -194,8 +192,8 @@ def test_no_more_bytes_move_in_a_round_than_allowed(size: int) -> None:
     cluster.run(3.0)
     rng = random.Random(0)
     for _ in range(40):
-        crowd = {location: {f"m{rng.randrange(30)}": 50.0} for location in LOCATIONS}
-        commands = cluster.run(1.0, crowd)
+        flash_crowd = {location: {f"m{rng.randrange(30)}": 50.0} for location in LOCATIONS}
+        commands = cluster.run(1.0, flash_crowd)
         for location in LOCATIONS:
             loaded = [c for c in commands if isinstance(c, PreloadAt) and c.location == location]
             required = [c for c in loaded if c.required]
@@ -213,7 +211,7 @@ def test_many_required_copies_do_not_come_all_at_once() -> None:
     assert all(len(cluster.holders(model.model_id)) == 1 for model in models)
 
 
-def test_nobody_is_told_before_everybody_had_the_time_to_report() -> None:
+def test_no_command_comes_before_all_workers_had_the_time_to_report() -> None:
     cluster = Cluster([quick("a")], min_copies={"a": 1})
     assert cluster.run(STALE_AFTER_S - TICK_S) == []
     assert len(cluster.run(2.0)) == 1
@@ -222,7 +220,7 @@ def test_nobody_is_told_before_everybody_had_the_time_to_report() -> None:
 # Copies that there must be
 
 
-def test_there_are_as_many_copies_as_required_at_different_locations_though_nobody_asks() -> None:
+def test_required_copies_are_at_different_locations_though_there_is_no_demand() -> None:
     cluster = Cluster([quick("a"), quick("b")], min_copies={"a": 3})
     commands = cluster.run(4.0)
     assert len(cluster.holders("a")) == 3
@@ -251,7 +249,7 @@ def test_required_copies_displace_what_is_missed_least_but_not_each_other() -> N
     assert cluster.held == before
 
 
-def test_a_required_order_that_came_to_nothing_is_given_again_soon() -> None:
+def test_a_required_command_that_came_to_nothing_is_given_again_soon() -> None:
     cluster = Cluster([quick("a")], locations=("oslo",), min_copies={"a": 1}, obey=False)
     cluster.run(30.0)
     times = [now for now, _ in cluster.given]
@@ -270,7 +268,7 @@ def test_a_required_copy_that_a_request_displaced_comes_back_soon_to_the_place_o
         assert cluster.holders("a") == {"oslo"}
 
 
-def test_a_required_order_that_came_to_nothing_is_given_to_somebody_else() -> None:
+def test_a_required_command_that_came_to_nothing_is_given_to_another_worker() -> None:
     cluster = Cluster([quick("a")], locations=("lima", "oslo", "rome"), min_copies={"a": 1}, obey=False)
     cluster.run(60.0)
     assert {command.location for _, command in cluster.given[:3]} == {"lima", "oslo", "rome"}
@@ -287,7 +285,7 @@ def test_an_eviction_for_a_required_copy_that_was_not_possible_is_ordered_again_
 # Leaving
 
 
-def test_who_leaves_hands_over_what_it_is_popular_for_and_may_then_go() -> None:
+def test_a_leaving_worker_hands_its_popular_models_over_and_may_then_go() -> None:
     cluster = Cluster([quick(f"m{number}") for number in range(9)])
     cluster.held["oslo"] = {f"m{number}" for number in range(9)}
     popular = {"m0": 2.0, "m1": 2.0, "m2": 2.0, "m3": 2.0, "m4": 2.0}
@@ -304,8 +302,8 @@ def test_who_leaves_hands_over_what_it_is_popular_for_and_may_then_go() -> None:
 
 
 @pytest.mark.parametrize("further_s", [0.004, 0.008, 0.5])
-def test_what_the_nearest_worker_is_too_small_for_is_handed_over_to_one_further_away(further_s: float) -> None:
-    """Though the way there is longer by more than a load takes."""
+def test_a_model_too_large_for_the_nearest_worker_is_handed_over_to_one_further_away(further_s: float) -> None:
+    """Though the latency to it exceeds that to the nearest by more than a load takes."""
     large = profile("large", 57, load_s=0.0015, exec_s=0.05)
     links = {
         ("oslo", "paris"): Link(rtt_s=0.005, bytes_per_s=1e9),
@@ -316,13 +314,14 @@ def test_what_the_nearest_worker_is_too_small_for_is_handed_over_to_one_further_
     )
     leaving = dataclasses.replace(report("oslo", capacity=90, models=[resident("large", 57)]), leaving=True)
     others = [report("paris", capacity=42), report("rome", capacity=180)]
-    placement = Placement(routing, PlacementRules(), payload_bytes=0)
-    assert placement.hand_over(leaving, [leaving, *others], {"oslo": {"large": 0.01}}, 10.0) == (
+    placement = PlacementController(PlacementSettings(routing=routing, every_s=1.0, payload_bytes=0))
+    placement.record("oslo-1", [Demand(location="oslo", model_id="large", count=26)], 10.0)
+    assert placement.hand_over(leaving, [leaving, *others], 10.0) == (
         PreloadAt(location="rome", replica="rome-1", model_id="large", required=False),
     )
 
 
-def test_if_everybody_leaves_nobody_waits() -> None:
+def test_if_all_workers_leave_none_waits() -> None:
     cluster = Cluster([quick("a")])
     cluster.held["oslo"] = {"a"}
     cluster.run(10.0, {"oslo": {"a": 5.0}})
@@ -356,7 +355,7 @@ def test_new_rules_keep_what_was_learned_and_older_ones_are_ignored() -> None:
     cluster = Cluster([quick("a")])
     cluster.held["oslo"] = {"a"}
     cluster.run(10.0, {"paris": {"a": 5.0}})
-    rules = cluster.state._rules
+    rules = cluster.rules
     assert rules.placement is not None
     off = dataclasses.replace(rules, issued=2, placement=None)
     cluster.state.handle(RulesChanged(rules=off), cluster.now)
@@ -366,7 +365,7 @@ def test_new_rules_keep_what_was_learned_and_older_ones_are_ignored() -> None:
     assert cluster.state.rates(cluster.now)["paris"]["a"] > 0
 
 
-def test_evictions_are_orders_too() -> None:
+def test_evictions_are_commands_too() -> None:
     cluster = Cluster([quick("a", 60), quick("b", 60)], locations=("oslo",))
     cluster.held["oslo"] = {"a"}
     cluster.run(5.0)

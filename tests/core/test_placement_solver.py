@@ -14,12 +14,14 @@ from serve_app.core.cluster.commands import Command, PreloadAt
 from serve_app.core.links import Link
 from serve_app.core.placement.latency_matrix import LatencyMatrix
 from serve_app.core.placement.rules import PlacementRules
-from serve_app.core.placement.solver import PlacementGoals, PlacementRound, WorkerState
+from serve_app.core.placement.solver import PlacementRound
+from serve_app.core.placement.tables import PlacementGoals
+from serve_app.core.placement.worker_states import WorkerState
 from serve_app.core.routing.rules import RoutingRules
 
 
 class Case:
-    """A cluster of a few sites, drawn at random; rates and ways are all different, so that nothing depends on ties."""
+    """A cluster of a few workers, drawn at random; no two rates or latencies are equal, so nothing depends on ties."""
 
     def __init__(self, seed: int) -> None:
         self._rng = rng = random.Random(seed)
@@ -43,10 +45,10 @@ class Case:
         self.routing = RoutingRules(
             profiles=profiles, links=links, default_link=Link(rtt_s=0.1, bytes_per_s=1e6), horizon_s=10.0
         )
-        self.sites = [
-            self._site(f"{place}-{number}", place) for place in places for number in range(rng.choice([0, 1, 1, 2]))
+        self.workers = [
+            self._worker(f"{place}-{number}", place) for place in places for number in range(rng.choice([0, 1, 1, 2]))
         ]
-        self.wants = PlacementGoals(
+        self.goals = PlacementGoals(
             rates={
                 place: {name: rng.choice([0.0, 10.0 ** rng.uniform(-4, 1)]) for name in sorted(self._some(0.7))}
                 for place in [*places, "elsewhere"]
@@ -57,14 +59,14 @@ class Case:
             only=rng.choice([None, None, self._some(0.5)]),
         )
 
-    def round(self, wants: PlacementGoals | None = None) -> PlacementRound:
-        ways = LatencyMatrix(self.routing.links, self.routing.default_link, 0)
-        return PlacementRound(self.sites, wants or self.wants, self.routing.profiles, self.rules, ways)
+    def round(self, goals: PlacementGoals | None = None) -> PlacementRound:
+        latencies = LatencyMatrix(self.routing.links, self.routing.default_link, 0)
+        return PlacementRound(self.workers, goals or self.goals, self.routing.profiles, self.rules, latencies)
 
     def _some(self, share: float) -> frozenset[str]:
         return frozenset(name for name in self.names if self._rng.random() < share)
 
-    def _site(self, replica: str, location: str) -> WorkerState:
+    def _worker(self, replica: str, location: str) -> WorkerState:
         rng, capacity, held, used = self._rng, self._rng.randrange(10, 90), {}, 0
         share = rng.choice([0.2, 0.9])
         for name in self.names:
@@ -74,18 +76,18 @@ class Case:
         return WorkerState(
             location=location,
             replica=replica,
-            capacity_bytes=capacity,
+            model_capacity_bytes=capacity,
             used_bytes=used,
             exec_slots=1,
             held=held,
-            barred=self._some(0.1),
-            fresh=self._some(0.05),
-            missed=self._some(0.1),
+            cooling_down=self._some(0.1),
+            just_ordered=self._some(0.05),
+            overdue=self._some(0.1),
             unevictable=self._some(0.1) & held.keys(),
             primary_for=self._some(0.6) & held.keys(),
-            unused=self._some(0.5) & held.keys(),
-            fill_bytes=capacity * self.rules.share_per_round * rng.choice([1.0, 1.0, 0.5]),
-            empty_bytes=capacity * self.rules.share_per_round * rng.choice([1.0, 1.0, 0.5]),
+            idle=self._some(0.5) & held.keys(),
+            load_budget_bytes=capacity * self.rules.share_per_round * rng.choice([1.0, 1.0, 0.5]),
+            evict_budget_bytes=capacity * self.rules.share_per_round * rng.choice([1.0, 1.0, 0.5]),
         )
 
 
@@ -94,41 +96,41 @@ def test_a_round_gives_the_commands_that_whole_tables_give(part: int) -> None:
     given = 0
     for seed in range(200 * part, 200 * part + 200):
         case = Case(seed)
-        if not case.sites:
+        if not case.workers:
             continue
         sparse = case.round()
-        dense = DenseRound(case.sites, case.wants, case.routing, case.rules, 0)
+        dense = DenseRound(case.workers, case.goals, case.routing, case.rules, 0)
         commands = sparse.commands()
         assert commands == dense.commands(), f"case {seed}"
-        assert np.array(sparse.left()) == pytest.approx(np.array(dense.left()))
+        assert np.array(sparse.budgets_left()) == pytest.approx(np.array(dense.budgets_left()))
         given += len(commands)
     assert given > 200
 
 
-def test_the_ways_are_those_of_the_links_in_either_direction_as_they_are_learned() -> None:
+def test_latencies_are_those_of_the_links_in_either_direction_as_they_are_learned() -> None:
     rng, names = random.Random(0), ["oslo", "paris", "rome", "tokyo"]
     default = Link(rtt_s=0.5, bytes_per_s=1e6)
-    ways = LatencyMatrix({}, default, 1000)
+    latencies = LatencyMatrix({}, default, 1000)
     links: dict[tuple[str, str], Link] = {}
     for step in range(200):
-        news = {(rng.choice(names), rng.choice(names)): Link(rtt_s=rng.random(), bytes_per_s=1e6)}
-        links |= news
-        ways.measured(news)
+        measured = {(rng.choice(names), rng.choice(names)): Link(rtt_s=rng.random(), bytes_per_s=1e6)}
+        links |= measured
+        latencies.update(measured)
         known = names[: 2 + step // 80]
         rules = RoutingRules(profiles={}, links=links, default_link=default, horizon_s=1.0)
-        assert ways.table(known, known[::-1]).tolist() == [
+        assert latencies.table(known, known[::-1]).tolist() == [
             [0.0 if here == there else rules.link(here, there).seconds(1000) for there in known[::-1]] for here in known
         ]
-    assert ways.furthest_s == max(link.seconds(1000) for link in (default, *links.values()))
+    assert latencies.longest_s == max(link.seconds(1000) for link in (default, *links.values()))
 
 
-def test_what_takes_no_part_changes_nothing() -> None:
-    """Models and locations far away, of which there are thousands in a large cluster, do not change who gets a copy."""
-    case = next(case for case in map(Case, range(999)) if len(case.sites) > 3 and _loads(case, case.wants))
-    asked = {**case.wants.rates, "far": {f"unknown{number}": 1.0 for number in range(50)}}
-    assert _loads(case, replace(case.wants, rates=asked)) == _loads(case, case.wants)
+def test_models_and_locations_that_take_no_part_change_nothing() -> None:
+    """Models and locations far away, thousands in a large cluster, do not change which workers get a copy."""
+    case = next(case for case in map(Case, range(999)) if len(case.workers) > 3 and _loads(case, case.goals))
+    asked = {**case.goals.rates, "far": {f"unknown{number}": 1.0 for number in range(50)}}
+    assert _loads(case, replace(case.goals, rates=asked)) == _loads(case, case.goals)
 
 
-def _loads(case: Case, wants: PlacementGoals) -> list[Command]:
-    commands = case.round(wants).commands()
+def _loads(case: Case, goals: PlacementGoals) -> list[Command]:
+    commands = case.round(goals).commands()
     return [command for command in commands if isinstance(command, PreloadAt)]

@@ -7,14 +7,16 @@ import pickle
 import random
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 
 import pytest
-from core_support import profile
+from core_support import finish, load_ended, load_failed, profile, tick, unload
 
 from serve_app.core.cache.decisions import Hit, Load
+from serve_app.core.cache.events import ModelsKnown, RetryAllowed
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.policies.base import EvictionPolicy
+from serve_app.core.policies.base import EvictionPolicy, PreloadVerdict
 from serve_app.core.policies.registry import ORACLES, POLICIES, make_policy, policy_parameters
 
 A = profile("a", 10, load_s=1.0)
@@ -39,11 +41,11 @@ def play(policy: EvictionPolicy, events: int, seed: int = 1) -> list[float]:
         if model.model_id not in held:
             policy.on_load(model, now)
             held.add(model.model_id)
-        if now >= policy.review_s:
-            wishes(policy, held, now)
+        if now >= policy.next_review_s:
+            ask_for_preloads(policy, held, now)
         if len(held) > 4:
             # What has fallen is told to nobody but him who asks.
-            assert set(policy.fallen(now)) <= {m.model_id for m in MODELS}
+            assert set(policy.lowered(now)) <= {m.model_id for m in MODELS}
             ranked = {m.model_id: policy.utility(m, now) for m in MODELS if m.model_id in held}
             named += ranked.values()
             victim = min(ranked, key=lambda model_id: ranked[model_id])
@@ -55,11 +57,15 @@ def play(policy: EvictionPolicy, events: int, seed: int = 1) -> list[float]:
     return named
 
 
-def wishes(policy: EvictionPolicy, held: set[str], now: float) -> None:
-    """Ask for them as a cache does that has no room."""
-    for wish in list(policy.wishes(now, 0)):
-        assert wish.model_id not in held, "what is here need not be wished for"
-        policy.worthwhile(wish, [model for model in MODELS if model.model_id in held][:2], now)
+def ask_for_preloads(policy: EvictionPolicy, held: set[str], now: float) -> None:
+    """Ask for candidates, and decide on them, as a cache does that has no room."""
+    candidates, verdict = policy.preload_candidates(now, 0), None
+    with suppress(StopIteration):
+        while True:
+            model = candidates.send(verdict)
+            assert model.model_id not in held, "a resident model is no candidate"
+            victims = tuple(model for model in MODELS if model.model_id in held)[:2]
+            verdict = PreloadVerdict(policy.accept_preload(model, victims, now), victims)
 
 
 def first_to_go(policy: EvictionPolicy, models: Iterable[ModelProfile], now: float) -> str:
@@ -95,14 +101,14 @@ def test_every_hook_may_come_first(name: str) -> None:
 
 @EVERY_POLICY
 def test_the_questions_may_come_first(name: str) -> None:
-    assert list(fresh(name).fallen(1.0)) == []
-    assert list(fresh(name).wishes(1.0, 0)) == []
-    assert fresh(name).review_s == math.inf
-    assert not fresh(name).worthwhile(A, [B], 1.0)
+    assert list(fresh(name).lowered(1.0)) == []
+    assert list(fresh(name).preload_candidates(1.0, 0)) == []
+    assert fresh(name).next_review_s == math.inf
+    assert not fresh(name).accept_preload(A, [B], 1.0)
     policy = fresh(name)
     policy.on_catalog(MODELS, 0.0)
     policy.on_catalog([], 0.0)
-    assert {wish.model_id for wish in policy.wishes(0.0, 100)} <= {model.model_id for model in MODELS}
+    assert {wish.model_id for wish in policy.preload_candidates(0.0, 100)} <= {model.model_id for model in MODELS}
 
 
 @pytest.mark.parametrize(
@@ -114,7 +120,7 @@ def test_the_questions_may_come_first(name: str) -> None:
 )
 def test_what_nobody_knows_is_not_worthwhile_where_there_is_room(name: str) -> None:
     """Nothing has to go for it, and nothing is gained."""
-    assert not fresh(name).worthwhile(A, [], 1.0)
+    assert not fresh(name).accept_preload(A, [], 1.0)
 
 
 @EVERY_POLICY
@@ -124,8 +130,8 @@ def test_only_a_policy_that_wishes_asks_for_reviews(name: str) -> None:
     play(policy, 200)
     absent = profile("absent")
     policy.on_request(absent, 1000.0)
-    wished = bool(list(policy.wishes(1001.0, 1000)))
-    assert wished == (policy.review_s < math.inf) == (name == "edgeserve")
+    wished = bool(list(policy.preload_candidates(1001.0, 1000)))
+    assert wished == (policy.next_review_s < math.inf) == (name == "edgeserve")
 
 
 @EVERY_POLICY
@@ -141,7 +147,7 @@ def test_a_worth_that_falls_is_told(name: str) -> None:
         policy.on_request(model, now)
         if model.model_id not in held:
             policy.on_load(model, now)
-        for fallen in set(policy.fallen(now)) & held.keys():
+        for fallen in set(policy.lowered(now)) & held.keys():
             held[fallen] = policy.utility(by_name[fallen], now)
         worth = {model_id: policy.utility(by_name[model_id], now) for model_id in (*held, model.model_id)}
         if name != "edgeserve":
@@ -206,8 +212,8 @@ def test_a_model_that_was_evicted_can_come_back(name: str) -> None:
     for now, (model, answer) in enumerate([(A, Load(())), (C, Load(("a",))), (A, Load(("c",))), (A, Hit())]):
         assert cache.request(model, now) == answer
         if isinstance(answer, Load):
-            cache.loaded(model.model_id, now)
-        cache.finish(model.model_id, now)
+            load_ended(cache, model.model_id, now)
+        finish(cache, model.model_id, now)
     assert cache.used_bytes == 10
 
 
@@ -319,7 +325,7 @@ def test_modelmesh_is_lru_among_models_that_were_loaded_long_ago() -> None:
     for model in (A, B, C):
         policy.on_load(model, 0.0)
     request(policy, "bca")
-    assert sorted(policy.fallen(10.0)) == ["a", "b", "c"]
+    assert sorted(policy.lowered(10.0)) == ["a", "b", "c"]
     assert eviction_order(policy, [A, B, C], 10.0) == "bca"
 
 
@@ -330,9 +336,9 @@ def test_modelmesh_lets_the_newly_loaded_go_last_and_then_by_their_requests() ->
     for model in (B, C):
         policy.on_load(model, 5.0)
     request(policy, "cba", 6.0)
-    assert list(policy.fallen(9.9)) == []
+    assert list(policy.lowered(9.9)) == []
     assert eviction_order(policy, [A, B, C], 9.9) == "cba"
-    assert list(policy.fallen(10.0)) == ["a"]
+    assert list(policy.lowered(10.0)) == ["a"]
     assert eviction_order(policy, [A, B, C], 10.0) == "acb"
 
 
@@ -342,8 +348,8 @@ def test_modelmesh_guards_a_model_anew_when_it_is_loaded_anew() -> None:
     policy.on_unload(A, 5.0)
     policy.on_load(B, 6.0)
     policy.on_load(A, 7.0)
-    assert list(policy.fallen(16.5)) == ["b"]
-    assert list(policy.fallen(17.0)) == ["a"]
+    assert list(policy.lowered(16.5)) == ["b"]
+    assert list(policy.lowered(17.0)) == ["a"]
 
 
 def test_lru_evicts_the_model_whose_last_request_lies_furthest_back() -> None:
@@ -414,9 +420,9 @@ def victims_of_random(seed: int, sizes: dict[str, int], new: int, *, in_use: str
     cache = ModelCache(capacity_bytes=sum(sizes.values()), policy=policy, pinned=pinned)
     for model_id, size in sizes.items():
         cache.request(profile(model_id, size), 0.0)
-        cache.loaded(model_id, 0.0)
+        load_ended(cache, model_id, 0.0)
         if model_id not in in_use:
-            cache.finish(model_id, 0.0)
+            finish(cache, model_id, 0.0)
     answer = cache.request(profile("new", new), 1.0)
     assert isinstance(answer, Load)
     return "".join(sorted(answer.victims))
@@ -449,8 +455,8 @@ def test_random_gives_a_model_that_has_just_come_the_chance_of_the_old_ones() ->
             answer = cache.request(profile(model_id), number)
             assert isinstance(answer, Load)
             gone += answer.victims
-            cache.loaded(model_id, number)
-            cache.finish(model_id, number)
+            load_ended(cache, model_id, number)
+            finish(cache, model_id, number)
         return gone[-1]
 
     seeds = 6000
@@ -463,14 +469,14 @@ def test_random_spares_nobody_for_ever_who_was_in_use_when_its_time_came() -> No
     cache = ModelCache(capacity_bytes=40, policy=fresh("random", 1))
     for model_id in "abcd":
         cache.request(profile(model_id), 0.0)
-        cache.loaded(model_id, 0.0)
+        load_ended(cache, model_id, 0.0)
     for model_id in "bcd":
-        cache.finish(model_id, 0.0)
+        finish(cache, model_id, 0.0)
     for number in range(50):
         cache.request(profile(f"n{number}"), 1.0)
-        cache.loaded(f"n{number}", 1.0)
-        cache.finish(f"n{number}", 1.0)
-    cache.finish("a", 1.0)
+        load_ended(cache, f"n{number}", 1.0)
+        finish(cache, f"n{number}", 1.0)
+    finish(cache, "a", 1.0)
     cache.request(profile("last"), 2.0)
     assert cache.state("a") is None
 
@@ -517,8 +523,8 @@ def test_edgeserve_ranks_by_rate_times_load_time_over_size() -> None:
 
 def test_edgeserve_expects_a_timer_when_it_is_due() -> None:
     policy = fresh("edgeserve")
-    for tick in range(30):
-        policy.on_request(A, 600.0 * tick)
+    for period in range(30):
+        policy.on_request(A, 600.0 * period)
     mid, due, long_after = (policy.utility(A, 600.0 * 29 + later_s) for later_s in (300.0, 598.0, 3000.0))
     assert due > 5 * max(mid, long_after)
 
@@ -528,18 +534,18 @@ def test_edgeserve_fetches_a_timer_before_it_is_due_and_not_just_after_it_was() 
     rng = random.Random(2)
     timer, other = profile("timer", load_s=2.0), profile("other", load_s=2.0)
     cache = ModelCache(capacity_bytes=10, policy=fresh("edgeserve"))
-    cache.know([timer, other], 0.0)
-    asked_for = [(600.0 * tick, timer) for tick in range(40)] + [(rng.uniform(0, 24_000), other) for _ in range(30)]
+    cache.handle(ModelsKnown([timer, other]), 0.0)
+    asked_for = [(600.0 * period, timer) for period in range(40)] + [(rng.uniform(0, 24_000), other) for _ in range(30)]
     began_s = []
     for now, model in sorted(asked_for, key=lambda request: request[0]):
-        while (review_s := cache.review_s) <= now:
-            if (preload := cache.next_preload(review_s)) is not None:
+        while (review_s := cache.next_tick_s) <= now:
+            if (preload := tick(cache, review_s)) is not None:
                 if preload.model is timer:
                     began_s.append(review_s)
-                cache.loaded(preload.model.model_id, review_s)
+                load_ended(cache, preload.model.model_id, review_s)
         if isinstance(cache.request(model, now), Load):
-            cache.loaded(model.model_id, now)
-        cache.finish(model.model_id, now)
+            load_ended(cache, model.model_id, now)
+        finish(cache, model.model_id, now)
     learned = [at_s % 600.0 for at_s in began_s if at_s > 12_000]
     assert len(learned) >= 10
     assert sum(300.0 < into_s < 600.0 for into_s in learned) > 0.9 * len(learned)
@@ -547,13 +553,13 @@ def test_edgeserve_fetches_a_timer_before_it_is_due_and_not_just_after_it_was() 
 
 def test_edgeserve_tells_that_the_time_of_a_timer_has_passed() -> None:
     policy = fresh("edgeserve")
-    for tick in range(30):
-        policy.on_request(A, 600.0 * tick)
+    for period in range(30):
+        policy.on_request(A, 600.0 * period)
     last_s = 600.0 * 29
     policy.on_load(A, last_s)
-    list(policy.fallen(last_s))
+    list(policy.lowered(last_s))
     worth = policy.utility(A, last_s + 598.0)
-    told = [later_s for later_s in range(700, 3000, 50) if "a" in policy.fallen(last_s + later_s)]
+    told = [later_s for later_s in range(700, 3000, 50) if "a" in policy.lowered(last_s + later_s)]
     assert told
     assert policy.utility(A, last_s + told[-1]) < worth / 2
 
@@ -582,51 +588,51 @@ def test_edgeserve_ranks_by_what_is_true_now_though_nobody_has_asked_for_long() 
 def preloads(cache: ModelCache, now: float) -> str:
     """What it preloads, one after the other."""
     loaded = []
-    while (preload := cache.next_preload(now)) is not None:
+    while (preload := tick(cache, now)) is not None:
         loaded.append(preload.model.model_id)
-        cache.loaded(preload.model.model_id, now)
+        load_ended(cache, preload.model.model_id, now)
     return "".join(loaded)
 
 
 def test_edgeserve_fills_free_memory_with_models_that_nobody_has_asked_for_the_most_useful_first() -> None:
     cache = ModelCache(capacity_bytes=80, policy=fresh("edgeserve"))
-    cache.know([A, B, C], 0.0)
+    cache.handle(ModelsKnown([A, B, C]), 0.0)
     # 0.1, 0.2 and 0.02 seconds per request and byte.
     assert preloads(cache, 0.0) == "bac"
 
 
 def test_edgeserve_preloads_first_what_was_asked_for() -> None:
     cache = ModelCache(capacity_bytes=80, policy=fresh("edgeserve"))
-    cache.know([A, B, C], 0.0)
+    cache.handle(ModelsKnown([A, B, C]), 0.0)
     for now in (1.0, 2.0, 3.0):
         cache.request(C, now)
-    cache.failed("c", "checksum", 3.0)
-    cache.forget_failure("c")
+    load_failed(cache, "c", "checksum", 3.0)
+    cache.handle(RetryAllowed("c"), 0.0)
     assert preloads(cache, 10.0) == "cba"
 
 
-@pytest.mark.parametrize(("margin", "worthwhile"), [(1.0, True), (2.5, True), (4.0, False)])
-def test_edgeserve_preloads_what_is_worth_margin_times_its_victims(margin: float, worthwhile: bool) -> None:
+@pytest.mark.parametrize(("margin", "accepted"), [(1.0, True), (2.5, True), (4.0, False)])
+def test_edgeserve_preloads_what_is_worth_margin_times_its_victims(margin: float, accepted: bool) -> None:
     dear, cheap = profile("dear", load_s=3.0), profile("cheap", load_s=1.0)
     cache = ModelCache(capacity_bytes=10, policy=fresh("edgeserve", margin=margin))
     # Nobody has asked for either: a load of one saves three times as much as a load of the other.
-    cache.know([cheap], 0.0)
+    cache.handle(ModelsKnown([cheap]), 0.0)
     assert preloads(cache, 0.0) == "cheap"
-    cache.know([dear], 0.0)
-    assert preloads(cache, 0.0) == ("dear" if worthwhile else "")
+    cache.handle(ModelsKnown([dear]), 0.0)
+    assert preloads(cache, 0.0) == ("dear" if accepted else "")
 
 
 def test_edgeserve_changes_its_mind_when_demand_does() -> None:
     one, other = profile("one"), profile("other")
-    cache = ModelCache(capacity_bytes=10, policy=fresh("edgeserve"), max_loads=1)
+    policy = fresh("edgeserve")
+    cache = ModelCache(capacity_bytes=10, policy=policy, max_loads=1)
     cache.request(one, 0.0)
-    cache.loaded("one", 0.0)
-    cache.finish("one", 0.0)
-    cache.know([one, other], 0.0)
+    load_ended(cache, "one", 0.0)
+    finish(cache, "one", 0.0)
+    cache.handle(ModelsKnown([one, other]), 0.0)
     assert preloads(cache, 1.0) == ""
-    policy_hears = cache._policy.on_request
     for now in range(10, 40):
-        policy_hears(other, float(now))
+        policy.on_request(other, float(now))
     assert preloads(cache, 40.0) == "other"
 
 
@@ -636,17 +642,17 @@ def test_edgeserve_looks_again_when_there_is_more_room() -> None:
         for now in (0.0, 1.0, 2.0):
             cache.request(model, now)
     for model in (B, C):
-        cache.loaded(model.model_id, 2.0)
+        load_ended(cache, model.model_id, 2.0)
         for _ in range(3):
-            cache.finish(model.model_id, 2.0)
-    cache.know([A, B, C], 2.0)
+            finish(cache, model.model_id, 2.0)
+    cache.handle(ModelsKnown([A, B, C]), 2.0)
     assert preloads(cache, 3.0) == ""
-    cache.unload("c", 4.0)
+    unload(cache, "c", 4.0)
     # What was unloaded by hand does not come back by itself, but something else may take its place.
     loaded = ""
     while not loaded:
-        assert cache.review_s < 60.0
-        loaded = preloads(cache, cache.review_s)
+        assert cache.next_tick_s < 60.0
+        loaded = preloads(cache, cache.next_tick_s)
     assert loaded == "a"
 
 
@@ -657,24 +663,24 @@ def test_edgeserve_reviews_no_more_often_than_it_is_told() -> None:
     for _ in range(300):
         now += rng.expovariate(1.0)
         policy.on_request(rng.choice(MODELS), now)
-        list(policy.wishes(now, 0))
-        assert policy.review_s >= now + 7.0
+        list(policy.preload_candidates(now, 0))
+        assert policy.next_review_s >= now + 7.0
 
 
 def test_edgeserve_does_not_grow_in_a_cache_that_has_room_for_all() -> None:
     def weight_after(requests: int) -> int:
         policy = fresh("edgeserve")
         cache = ModelCache(capacity_bytes=10**6, policy=policy)
-        cache.know(MODELS, 0.0)
+        cache.handle(ModelsKnown(MODELS), 0.0)
         rng, now = random.Random(0), 0.0
         for _ in range(requests):
             now += rng.expovariate(1.0)
-            while now >= cache.review_s and (preload := cache.next_preload(now)) is not None:
-                cache.loaded(preload.model.model_id, now)
+            while now >= cache.next_tick_s and (preload := tick(cache, now)) is not None:
+                load_ended(cache, preload.model.model_id, now)
             model = rng.choice(MODELS)
             if isinstance(cache.request(model, now), Load):
-                cache.loaded(model.model_id, now)
-            cache.finish(model.model_id, now)
+                load_ended(cache, model.model_id, now)
+            finish(cache, model.model_id, now)
         return values_in(policy)
 
     assert weight_after(10_000) < 2 * weight_after(500)
@@ -683,8 +689,8 @@ def test_edgeserve_does_not_grow_in_a_cache_that_has_room_for_all() -> None:
 def test_edgeserve_preloads_what_fits_though_something_better_does_not() -> None:
     huge, small = profile("huge", 101, load_s=1e4), profile("small", 10)
     cache = ModelCache(capacity_bytes=100, policy=fresh("edgeserve"))
-    cache.know([huge, small], 0.0)
-    preload = cache.next_preload(0.0)
+    cache.handle(ModelsKnown([huge, small]), 0.0)
+    preload = tick(cache, 0.0)
     assert preload is not None
     assert preload.model is small
 
@@ -715,9 +721,9 @@ def test_edgeserve_tells_that_a_resident_model_has_become_a_duplicate() -> None:
     policy = fresh("edgeserve")
     policy.on_load(A, 0.0)
     request(policy, "a")
-    list(policy.fallen(0.0))
+    list(policy.lowered(0.0))
     policy.on_forward_costs({"a": 0.25})
-    assert list(policy.fallen(0.0)) == ["a"]
+    assert list(policy.lowered(0.0)) == ["a"]
 
 
 def test_edgeserve_evicts_duplicates_before_last_copies() -> None:

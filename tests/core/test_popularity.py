@@ -72,7 +72,7 @@ def test_popularity_is_counted_per_location_and_model() -> None:
     }
 
 
-def test_what_nobody_asks_for_any_more_is_forgotten() -> None:
+def test_models_without_requests_are_forgotten() -> None:
     popularity = Popularity(half_life_s=10.0)
     popularity.add("paris", "old", 1, now=0.0)
     popularity.add("tokyo", "old", 1, now=0.0)
@@ -103,8 +103,8 @@ def test_rates_handed_out_do_not_change_afterwards() -> None:
 
 
 def test_a_location_that_asks_for_nothing_any_more_is_forgotten() -> None:
-    interests = DemandTracker(10.0, 1.0)
-    interests.add("paris", "a", 5, 0.0)
-    interests.add("tokyo", "a", 5, 300.0)
-    assert set(interests.steady(300.0)) == {"tokyo"}
-    assert set(interests.crowds(300.0)) == {"tokyo"}
+    demand = DemandTracker(10.0, 1.0)
+    demand.add("paris", "a", 5, 0.0)
+    demand.add("tokyo", "a", 5, 300.0)
+    assert set(demand.steady(300.0)) == {"tokyo"}
+    assert set(demand.flash_crowds(300.0)) == {"tokyo"}

@@ -1,4 +1,4 @@
-"""Which holders keep a model: one of them always, whoever acts on an old view, and no more than needed in the end."""
+"""Primary holders of a model: always one, also where views are old, and in the end no more than needed."""
 
 from __future__ import annotations
 
@@ -36,35 +36,35 @@ def said(replica: str, *, holds: bool, primary_for: bool, leaving: bool = False)
 def test_never_do_all_holders_let_go_though_one_of_them_acts_on_any_old_view(
     claims: dict[str, bool], stale: int, old: dict[str, bool], copies: int
 ) -> None:
-    """``claims``: the holders, and whether each has said last that it keeps the model."""
+    """``claims``: the holders, and whether each has reported last to be primary for the model."""
     holders = sorted(claims)
     now = [said(replica, holds=True, primary_for=primary_for) for replica, primary_for in claims.items()]
     then = [said(replica, holds=True, primary_for=primary_for) for replica, primary_for in old.items()]
     stay = []
     for number, replica in enumerate(holders):
-        keeper = PrimaryTracker(replica, place(replica), {"a": copies})
-        keeper.primary_for = frozenset("a") if claims[replica] else frozenset()
-        keeper.update(["a"], [])
-        keeper.primary_for = frozenset("a") if claims[replica] else frozenset()
-        keeper.report(["a"])
-        if keeper.update(["a"], then if number == stale % len(holders) else now):
+        tracker = PrimaryTracker(replica, place(replica), {"a": copies})
+        tracker.primary_for = frozenset("a") if claims[replica] else frozenset()
+        tracker.update(["a"], [])
+        tracker.primary_for = frozenset("a") if claims[replica] else frozenset()
+        tracker.report(["a"])
+        if tracker.update(["a"], then if number == stale % len(holders) else now):
             stay.append(replica)
     assert stay
 
 
 @given(st.sets(st.sampled_from(REPLICAS), min_size=1), st.integers(0, 4))
-def test_in_the_end_there_are_as_many_keepers_as_needed_at_different_locations_first(
+def test_in_the_end_there_are_as_many_trackers_as_needed_at_different_locations_first(
     holders: set[str], copies: int
 ) -> None:
-    keepers = {replica: PrimaryTracker(replica, place(replica), {"a": copies}) for replica in sorted(holders)}
+    trackers = {replica: PrimaryTracker(replica, place(replica), {"a": copies}) for replica in sorted(holders)}
     for _ in range(5):
         reports = [
-            dataclasses.replace(said(replica, holds=True, primary_for=False), primary_for=keeper.report(["a"]))
-            for replica, keeper in keepers.items()
+            dataclasses.replace(said(replica, holds=True, primary_for=False), primary_for=tracker.report(["a"]))
+            for replica, tracker in trackers.items()
         ]
-        for keeper in keepers.values():
-            keeper.update(["a"], reports)
-    kept = {replica for replica, keeper in keepers.items() if keeper.primary_for}
+        for tracker in trackers.values():
+            tracker.update(["a"], reports)
+    kept = {replica for replica, tracker in trackers.items() if tracker.primary_for}
     needed = min(max(1, copies), len(holders))
     assert len(kept) == needed
     assert len({place(replica) for replica in kept}) == min(needed, len({place(replica) for replica in holders}))
@@ -80,10 +80,10 @@ def test_who_leaves_keeps_nothing_for_others() -> None:
 
 
 def test_what_has_just_come_is_kept_until_the_first_look() -> None:
-    keeper = PrimaryTracker("oslo-1", "oslo")
-    assert keeper.report(["a"]) == {"a"}
+    tracker = PrimaryTracker("oslo-1", "oslo")
+    assert tracker.report(["a"]) == {"a"}
 
 
 def test_only_what_must_be_there_several_times_is_required() -> None:
-    keeper = PrimaryTracker("oslo-1", "oslo", {"a": 1, "b": 2, "c": 0})
-    assert keeper.required(["a", "b", "c", "d"]) == ["b", "a"]
+    tracker = PrimaryTracker("oslo-1", "oslo", {"a": 1, "b": 2, "c": 0})
+    assert tracker.required(["a", "b", "c", "d"]) == ["b", "a"]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from serve_app.core.policies.rate_forecast import AGE_EDGES_S, History, RateForecast
+from serve_app.core.policies.rate_forecast import AGE_EDGES_S, RateForecast, RequestHistory
 
 SHORT_S, LONG_S = 100.0, 86400.0
 LEAD_S = 0.5
@@ -21,21 +21,21 @@ def fresh(now: float = 0.0) -> RateForecast:
     return RateForecast(short_s=SHORT_S, long_s=LONG_S, now=now)
 
 
-def asked(predictor: RateForecast, times_s: Iterable[float]) -> History:
+def asked(predictor: RateForecast, times_s: Iterable[float]) -> RequestHistory:
     """A model that was asked for at these times."""
     times = list(times_s)
-    known = History(times[0])
+    known = RequestHistory(times[0])
     for now in times:
         predictor.request(known, now)
     return known
 
 
-def timer(predictor: RateForecast, period_s: float, ticks: int = 30) -> tuple[History, float]:
+def timer(predictor: RateForecast, period_s: float, ticks: int = 30) -> tuple[RequestHistory, float]:
     """A model that is asked for strictly at intervals, and when that was last."""
     return asked(predictor, (tick * period_s for tick in range(ticks))), (ticks - 1) * period_s
 
 
-def everything_about(known: History) -> list[float]:
+def everything_about(known: RequestHistory) -> list[float]:
     return [
         known.last_s, known.requests, known.counted_s, known.age, known.fast, known.slow, known.gain,
         *known.seen, *known.expected, *known.factor,
@@ -49,7 +49,7 @@ def everything_about(known: History) -> list[float]:
 @pytest.mark.parametrize("seed", range(3))
 def test_independent_requests_are_predicted_at_about_their_rate(true_rate: float, seed: int) -> None:
     """As each request finds it, which is the mean over time."""
-    rng, predictor, known = random.Random(seed), fresh(), History(0.0)
+    rng, predictor, known = random.Random(seed), fresh(), RequestHistory(0.0)
     now, found = 0.0, []
     for _ in range(2000):
         now += rng.expovariate(true_rate)
@@ -60,7 +60,7 @@ def test_independent_requests_are_predicted_at_about_their_rate(true_rate: float
 
 def test_what_is_asked_for_more_often_has_the_higher_rate() -> None:
     rng, predictor = random.Random(0), fresh()
-    models = {true_rate: History(0.0) for true_rate in (0.001, 0.01, 0.1)}
+    models = {true_rate: RequestHistory(0.0) for true_rate in (0.001, 0.01, 0.1)}
     arrivals = sorted(
         (rng.uniform(0, 20_000), true_rate) for true_rate in models for _ in range(int(true_rate * 20_000))
     )
@@ -71,7 +71,7 @@ def test_what_is_asked_for_more_often_has_the_higher_rate() -> None:
 
 
 def test_a_model_that_nobody_has_asked_for_has_a_small_rate_that_falls_with_time() -> None:
-    predictor, cold = fresh(), History(0.0)
+    predictor, cold = fresh(), RequestHistory(0.0)
     known, now = timer(predictor, 300.0)
     rates = [predictor.rate(cold, LEAD_S, now + later_s) for later_s in (0.0, 3600.0, 86400.0)]
     assert rates == sorted(rates, reverse=True)
@@ -81,7 +81,7 @@ def test_a_model_that_nobody_has_asked_for_has_a_small_rate_that_falls_with_time
 
 def test_all_models_that_nobody_has_asked_for_have_the_same_rate_whenever_they_were_met() -> None:
     predictor = fresh()
-    early, late = History(0.0), History(5000.0)
+    early, late = RequestHistory(0.0), RequestHistory(5000.0)
     assert predictor.rate(early, LEAD_S, 9000.0) == pytest.approx(predictor.rate(late, LEAD_S, 9000.0))
 
 
@@ -90,7 +90,7 @@ def test_sessions_teach_it_that_a_new_request_is_followed_by_more_and_steady_dem
         """Of a new model, after others were asked for with these gaps in turn."""
         predictor, now = fresh(), 0.0
         for _ in range(40):
-            known = History(now)
+            known = RequestHistory(now)
             for gap_s in gaps_s:
                 now += gap_s
                 predictor.request(known, now)
@@ -247,7 +247,7 @@ def test_it_stays_finite_after_years_of_silence() -> None:
 
 
 def test_requests_of_the_same_instant_each_count() -> None:
-    predictor, known = fresh(), History(7.0)
+    predictor, known = fresh(), RequestHistory(7.0)
     rates = []
     for _ in range(100):
         predictor.request(known, 7.0)

@@ -1,4 +1,4 @@
-"""What a router believes: the view, corrected by its own replies, until a report that is younger."""
+"""The router's view: the cluster as reported, corrected by replies, until a report that is younger."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from serve_app.core.routing.router_view import RouterView
 from serve_app.core.vocabulary import ModelState
 
 READY, LOADING = ModelState.READY, ModelState.LOADING
-WAYS = LinkTable("oslo", lambda here, there: HERE)
+LINKS = LinkTable("oslo", lambda here, there: HERE)
 
 
 def delta(
@@ -29,14 +29,14 @@ def delta(
     return ViewDelta(epoch="e", version=version, full=full, workers=workers, gone=gone, rates=rates or {})
 
 
-def knowing(*workers: WorkerReport) -> RouterView:
+def view_of(*workers: WorkerReport) -> RouterView:
     known = RouterView()
     known.apply(delta(*workers, full=True), 0.0)
     return known
 
 
 def state(known: RouterView, replica: str, model_id: str) -> ModelState | None:
-    return known.state(known.view.workers[replica], model_id)
+    return known.state(known.cluster.workers[replica], model_id)
 
 
 def replicas(known: RouterView) -> list[str]:
@@ -54,7 +54,7 @@ def test_a_view_that_was_never_updated_has_no_age() -> None:
     assert view.age_s(99.0) == 0.0
 
 
-def test_news_replace_join_and_remove() -> None:
+def test_a_delta_replaces_adds_and_removes_workers() -> None:
     view = ClusterView()
     view.apply(delta(report("paris"), report("tokyo"), full=True), 0.0)
     view.apply(delta(report("paris", sequence=2), report("oslo"), gone=("tokyo-1",), version=2), 1.0)
@@ -75,25 +75,25 @@ def test_what_is_not_in_the_rates_has_none() -> None:
     assert ClusterView().rate("paris", "a") == 0.0
 
 
-def test_who_leaves_is_left_out_unless_all_do() -> None:
+def test_workers_that_leave_are_left_out_unless_all_do() -> None:
     paris, tokyo = report("paris"), report("tokyo")
     leaving = dataclasses.replace(paris, leaving=True)
-    assert replicas(knowing(leaving, tokyo)) == ["tokyo-1"]
-    assert replicas(knowing(leaving)) == ["paris-1"]
+    assert replicas(view_of(leaving, tokyo)) == ["tokyo-1"]
+    assert replicas(view_of(leaving)) == ["paris-1"]
 
 
-# Sightings
+# Observations
 
 
 def test_the_last_report_tells_what_a_worker_holds() -> None:
-    known = knowing(report("paris", models=[resident("a"), resident("b", state=LOADING)]))
+    known = view_of(report("paris", models=[resident("a"), resident("b", state=LOADING)]))
     assert [state(known, "paris-1", model_id) for model_id in "abc"] == [READY, LOADING, None]
 
 
 def test_a_reply_counts_until_a_younger_report() -> None:
-    known = knowing(report("paris", sequence=4, models=[resident("victim")]))
-    known.see("paris-1", "new", READY, 5)
-    known.see("paris-1", "victim", None, 5)
+    known = view_of(report("paris", sequence=4, models=[resident("victim")]))
+    known.observe("paris-1", "new", READY, 5)
+    known.observe("paris-1", "victim", None, 5)
     assert (state(known, "paris-1", "new"), state(known, "paris-1", "victim")) == (READY, None)
     known.apply(delta(report("tokyo"), version=2), 1.0)
     assert (state(known, "paris-1", "new"), state(known, "paris-1", "victim")) == (READY, None)
@@ -102,27 +102,27 @@ def test_a_reply_counts_until_a_younger_report() -> None:
 
 
 def test_a_reply_that_is_older_than_the_last_report_counts_nothing() -> None:
-    known = knowing(report("paris", sequence=6, models=[resident("b")]))
-    known.see("paris-1", "a", READY, 6)
-    known.see("paris-1", "b", None, 3)
+    known = view_of(report("paris", sequence=6, models=[resident("b")]))
+    known.observe("paris-1", "a", READY, 6)
+    known.observe("paris-1", "b", None, 3)
     assert (state(known, "paris-1", "a"), state(known, "paris-1", "b")) == (None, READY)
 
 
 def test_the_latest_of_two_replies_counts() -> None:
-    known = knowing(report("paris"))
-    known.see("paris-1", "a", READY, 2)
-    known.see("paris-1", "a", None, 2)
+    known = view_of(report("paris"))
+    known.observe("paris-1", "a", READY, 2)
+    known.observe("paris-1", "a", None, 2)
     assert state(known, "paris-1", "a") is None
 
 
-def test_a_sighting_is_of_one_replica() -> None:
-    known = knowing(report("paris"), report("paris", "paris-2"))
-    known.see("paris-1", "a", READY, 2)
+def test_an_observation_is_of_one_replica() -> None:
+    known = view_of(report("paris"), report("paris", "paris-2"))
+    known.observe("paris-1", "a", READY, 2)
     assert state(known, "paris-2", "a") is None
 
 
 def test_an_expected_load_can_be_joined_until_the_report_after_the_next() -> None:
-    known = knowing(report("paris", sequence=4))
+    known = view_of(report("paris", sequence=4))
     known.expect_load("paris-1", "a")
     assert state(known, "paris-1", "a") is LOADING
     known.apply(delta(report("paris", sequence=5), version=2), 1.0)
@@ -132,22 +132,22 @@ def test_an_expected_load_can_be_joined_until_the_report_after_the_next() -> Non
 
 
 def test_the_reply_to_an_expected_load_replaces_the_expectation() -> None:
-    known = knowing(report("paris", sequence=4))
+    known = view_of(report("paris", sequence=4))
     known.expect_load("paris-1", "a")
-    known.see("paris-1", "a", READY, 5)
+    known.observe("paris-1", "a", READY, 5)
     assert state(known, "paris-1", "a") is READY
 
 
 def test_nothing_is_expected_of_an_unknown_replica() -> None:
-    known = knowing(report("paris"))
+    known = view_of(report("paris"))
     known.expect_load("nobody", "a")
     known.apply(delta(report("paris", "nobody", sequence=1), version=2), 1.0)
     assert state(known, "nobody", "a") is None
 
 
-def test_what_was_seen_of_a_replica_goes_with_it() -> None:
-    known = knowing(report("paris", sequence=1))
-    known.see("paris-1", "a", READY, 9)
+def test_observations_of_a_replica_go_with_it() -> None:
+    known = view_of(report("paris", sequence=1))
+    known.observe("paris-1", "a", READY, 9)
     known.apply(delta(gone=("paris-1",), version=2), 1.0)
     known.apply(delta(report("paris", sequence=2), version=3), 2.0)
     assert state(known, "paris-1", "a") is None
@@ -157,7 +157,7 @@ def test_what_was_seen_of_a_replica_goes_with_it() -> None:
 
 
 def test_a_replica_that_has_failed_is_avoided_until_it_reports_again() -> None:
-    known = knowing(report("paris", sequence=4), report("tokyo"))
+    known = view_of(report("paris", sequence=4), report("tokyo"))
     known.suspect("paris-1")
     assert replicas(known) == ["tokyo-1"]
     known.apply(delta(report("tokyo", sequence=2), version=2), 1.0)
@@ -166,23 +166,23 @@ def test_a_replica_that_has_failed_is_avoided_until_it_reports_again() -> None:
     assert sorted(replicas(known)) == ["paris-1", "tokyo-1"]
 
 
-def test_a_full_view_with_the_same_old_report_clears_nobody() -> None:
-    known = knowing(report("paris", sequence=4))
+def test_a_full_view_with_the_same_old_report_clears_no_suspect() -> None:
+    known = view_of(report("paris", sequence=4))
     known.suspect("paris-1")
     known.apply(delta(report("paris", sequence=4), full=True, version=9), 1.0)
     assert replicas(known) == []
 
 
-def test_what_was_seen_of_a_suspect_counts_no_more() -> None:
-    known = knowing(report("paris", sequence=1))
-    known.see("paris-1", "a", READY, 9)
+def test_observations_of_a_suspect_count_no_more() -> None:
+    known = view_of(report("paris", sequence=1))
+    known.observe("paris-1", "a", READY, 9)
     known.suspect("paris-1")
     known.apply(delta(report("paris", sequence=2), version=2), 1.0)
     assert state(known, "paris-1", "a") is None
 
 
 def test_a_suspect_that_has_left_may_come_back_unsuspected() -> None:
-    known = knowing(report("paris", sequence=4))
+    known = view_of(report("paris", sequence=4))
     known.suspect("paris-1")
     known.apply(delta(gone=("paris-1",), version=2), 1.0)
     known.apply(delta(report("paris", sequence=1), version=3), 2.0)
@@ -190,7 +190,7 @@ def test_a_suspect_that_has_left_may_come_back_unsuspected() -> None:
 
 
 def test_an_unknown_replica_cannot_be_suspected() -> None:
-    known = knowing(report("paris"))
+    known = view_of(report("paris"))
     known.suspect("nobody")
     assert replicas(known) == ["paris-1"]
 
@@ -200,7 +200,7 @@ def test_an_unknown_replica_cannot_be_suspected() -> None:
 
 def test_the_queue_is_what_the_worker_says_or_what_was_sent_there_whichever_is_more() -> None:
     worker = report("paris", queue_s=0.3, exec_slots=2)
-    known = knowing(worker)
+    known = view_of(worker)
     assert known.queue_s(worker) == 0.3
     known.sent("paris-1", 0.4)
     assert known.queue_s(worker) == 0.3
@@ -213,13 +213,13 @@ def test_the_queue_is_what_the_worker_says_or_what_was_sent_there_whichever_is_m
 
 
 def test_a_backlog_is_of_one_replica() -> None:
-    known = knowing(report("paris"), report("tokyo"))
+    known = view_of(report("paris"), report("tokyo"))
     known.sent("paris-1", 1.0)
     assert known.queue_s(report("tokyo")) == 0.0
 
 
 def test_no_backlog_is_left_when_everything_came_back() -> None:
-    known, worker = knowing(report("paris")), report("paris")
+    known, worker = view_of(report("paris")), report("paris")
     for exec_s in (0.1, 0.2, 0.3):
         known.sent("paris-1", exec_s)
     for exec_s in (0.3, 0.2, 0.1):
@@ -231,11 +231,11 @@ def test_no_backlog_is_left_when_everything_came_back() -> None:
 
 
 def anew(*workers: WorkerReport, version: int = 1, full: bool = True) -> ViewDelta:
-    """News from a coordinator that has started after the one before."""
+    """A delta of a coordinator that has started after the one before."""
     return ViewDelta(epoch="next", version=version, full=full, workers=workers, gone=(), rates={})
 
 
-def test_what_the_last_coordinator_knew_counts_until_the_new_one_has_heard_of_everybody() -> None:
+def test_the_view_of_the_last_coordinator_counts_until_all_workers_have_reported_to_the_new_one() -> None:
     view = ClusterView()
     view.apply(delta(report("paris"), report("tokyo")), 0.0)
     assert view.apply(anew(report("tokyo", sequence=9)), 10.0) == ()
@@ -246,7 +246,7 @@ def test_what_the_last_coordinator_knew_counts_until_the_new_one_has_heard_of_ev
     assert set(view.workers) == {"paris-1", "tokyo-1"}
 
 
-def test_who_does_not_report_to_the_new_coordinator_is_gone() -> None:
+def test_a_worker_that_does_not_report_to_the_new_coordinator_is_gone() -> None:
     view = ClusterView()
     view.apply(delta(report("paris"), report("tokyo")), 0.0)
     view.apply(anew(report("tokyo")), 10.0)
@@ -254,17 +254,17 @@ def test_who_does_not_report_to_the_new_coordinator_is_gone() -> None:
     assert set(view.workers) == {"tokyo-1"}
 
 
-def test_everything_anew_from_the_same_coordinator_names_who_is_gone() -> None:
+def test_a_full_view_of_the_same_coordinator_names_the_replicas_that_are_gone() -> None:
     view = ClusterView()
     view.apply(delta(report("paris"), report("tokyo")), 0.0)
     assert view.apply(delta(report("tokyo"), full=True, version=5), 1.0) == ("paris-1",)
 
 
-# Who may hold a model
+# Possible holders
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_whoever_is_known_to_hold_a_model_is_found_by_its_name(seed: int) -> None:
+def test_every_known_holder_of_a_model_is_among_its_possible_holders(seed: int) -> None:
     rng, known, sequence = random.Random(seed), RouterView(), 0
     places = ("oslo", "paris", "rome", "tokyo")
     for version in range(300):
@@ -275,22 +275,24 @@ def test_whoever_is_known_to_hold_a_model_is_found_by_its_name(seed: int) -> Non
             case 0:
                 known.apply(delta(worker, version=version), 0.0)
             case 1:
-                known.see(f"{place}-1", name, rng.choice([READY, LOADING, None]), sequence + rng.randrange(3))
+                known.observe(f"{place}-1", name, rng.choice([READY, LOADING, None]), sequence + rng.randrange(3))
             case 2:
                 known.expect_load(f"{place}-1", name)
             case 3:
                 known.suspect(f"{place}-1")
             case 4:
-                known.reach(place, reached=rng.random() < 0.7)
+                (known.reconnect if rng.random() < 0.7 else known.cut_off)(place)
             case 5:
                 known.apply(delta(worker, gone=(f"{rng.choice(places)}-1",), version=version), 0.0)
         usable = known.workers()
-        assert [worker for place in places for worker in known.at(place)] == sorted(usable, key=lambda w: w.location)
+        assert [worker for place in places for worker in known.workers_at(place)] == sorted(
+            usable, key=lambda w: w.location
+        )
         for model_id in "abc":
             holding = [worker for worker in usable if known.state(worker, model_id) is not None]
-            found = [worker for worker in usable if worker.replica in known.maybe_holding(model_id)]
+            found = [worker for worker in usable if worker.replica in known.possible_holders(model_id)]
             assert [worker for worker in found if known.state(worker, model_id) is not None] == holding
-            nearest = known.nearby("oslo", WAYS).nearest(known.maybe_holding(model_id), 99)
+            nearest = known.neighbors("oslo", LINKS).nearest(known.possible_holders(model_id), 99)
             elsewhere = [worker for worker, _ in nearest if known.state(worker, model_id) is not None]
             assert sorted(worker.replica for worker in elsewhere) == sorted(
                 worker.replica for worker in holding if worker.location != "oslo"

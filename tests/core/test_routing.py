@@ -42,13 +42,13 @@ def rules(
     )
 
 
-def knowing(*workers: WorkerReport, rates: Mapping[str, Mapping[str, float]] | None = None) -> RouterView:
-    known = RouterView()
-    known.apply(ViewDelta(epoch="e", version=1, full=True, workers=workers, gone=(), rates=rates or {}), 0.0)
-    return known
+def view_of(*workers: WorkerReport, rates: Mapping[str, Mapping[str, float]] | None = None) -> RouterView:
+    view = RouterView()
+    view.apply(ViewDelta(epoch="e", version=1, full=True, workers=workers, gone=(), rates=rates or {}), 0.0)
+    return view
 
 
-def errand(**changed: Any) -> RoutingRequest:
+def request(**changed: Any) -> RoutingRequest:
     return RoutingRequest(**{"model": M, "here": "paris"} | changed)
 
 
@@ -65,7 +65,7 @@ class Case:
     expected_s: float
     preload: str | None = None
     rates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    errand: Mapping[str, Any] = field(default_factory=dict)
+    request: Mapping[str, Any] = field(default_factory=dict)
 
 
 PARIS, TOKYO = report("paris"), report("tokyo")
@@ -78,7 +78,7 @@ CASES = {
         workers=(report("paris", models=HOLDS, queue_s=0.5), report("paris", "paris-2", models=HOLDS, queue_s=0.2)),
         outcome=HIT, replica="paris-2", expected_s=0.3,
     ),
-    "hit: a short queue here is less than the way": Case(
+    "hit: a short queue here is less than the link": Case(
         workers=(report("paris", models=HOLDS, queue_s=0.015), report("tokyo", models=HOLDS)),
         outcome=HIT, replica="paris-1", expected_s=0.115,
     ),
@@ -120,11 +120,11 @@ CASES = {
         workers=(report("paris", models=LOADS), report("paris", "paris-2")),
         outcome=JOIN, replica="paris-1", expected_s=0.6,
     ),
-    "forward: rather than join, to who holds it already": Case(
+    "forward: rather than join, to a worker that holds it already": Case(
         workers=(report("paris", models=LOADS), report("tokyo", models=HOLDS)),
         outcome=FORWARD, replica="tokyo-1", expected_s=0.12,
     ),
-    "load: nobody has it": Case(
+    "load: no worker holds it": Case(
         workers=(PARIS, TOKYO),
         outcome=LOAD, replica="paris-1", expected_s=1.1,
     ),
@@ -140,7 +140,7 @@ CASES = {
         workers=(PARIS, report("tokyo", models=LOADS)),
         outcome=FORWARD, replica="tokyo-1", expected_s=0.62,
     ),
-    "forward: someone else holds it": Case(
+    "forward: another location holds it": Case(
         workers=(PARIS, report("tokyo", models=HOLDS)),
         outcome=FORWARD, replica="tokyo-1", expected_s=0.12,
     ),
@@ -212,7 +212,7 @@ CASES = {
         rates={"paris": {"m": 6.5, "v": 1.0}},
         outcome=FORWARD, replica="tokyo-1", expected_s=0.12, preload="paris-1",
     ),
-    "forward: the one model here that nobody would miss is pinned": Case(
+    "forward: the one model here without requests is pinned": Case(
         workers=(
             report("paris", capacity=20, models=[resident("v", pinned=True), resident("w")]),
             report("tokyo", models=HOLDS),
@@ -242,30 +242,30 @@ CASES = {
     ),
     "forward: the user wants what is popular here forwarded for ever": Case(
         workers=(PARIS, report("tokyo", models=HOLDS)), rates={"paris": {"m": 6.0}},
-        errand={"forwarding": Forwarding.PREFER}, outcome=FORWARD, replica="tokyo-1", expected_s=0.12,
+        request={"forwarding": Forwarding.PREFER}, outcome=FORWARD, replica="tokyo-1", expected_s=0.12,
     ),
-    "load: the user wants it forwarded, but nobody has it": Case(
+    "load: the user wants it forwarded, but no worker holds it": Case(
         workers=(report("paris", queue_s=1.0), TOKYO),
-        errand={"forwarding": Forwarding.PREFER}, outcome=LOAD, replica="paris-1", expected_s=2.1,
+        request={"forwarding": Forwarding.PREFER}, outcome=LOAD, replica="paris-1", expected_s=2.1,
     ),
     "load: the user forbids to forward": Case(
-        workers=(PARIS, report("tokyo", models=HOLDS)), errand={"forwarding": Forwarding.NEVER},
+        workers=(PARIS, report("tokyo", models=HOLDS)), request={"forwarding": Forwarding.NEVER},
         outcome=LOAD, replica="paris-1", expected_s=1.1,
     ),
-    "forward: a large payload is slow on the way, but faster than a load": Case(
-        workers=(PARIS, report("tokyo", models=HOLDS)), errand={"payload_bytes": 500},
+    "forward: a large payload is slow on the link, but faster than a load": Case(
+        workers=(PARIS, report("tokyo", models=HOLDS)), request={"payload_bytes": 500},
         outcome=FORWARD, replica="tokyo-1", expected_s=0.62,
     ),
-    "load: a payload too large for the way": Case(
-        workers=(PARIS, report("tokyo", models=HOLDS)), errand={"payload_bytes": 1000},
+    "load: a payload too large for the link": Case(
+        workers=(PARIS, report("tokyo", models=HOLDS)), request={"payload_bytes": 1000},
         outcome=LOAD, replica="paris-1", expected_s=1.1,
     ),
     "forward: the holder here has failed this request already": Case(
-        workers=(report("paris", models=HOLDS), report("tokyo", models=HOLDS)), errand={"avoid": {"paris-1"}},
+        workers=(report("paris", models=HOLDS), report("tokyo", models=HOLDS)), request={"avoid": {"paris-1"}},
         outcome=FORWARD, replica="tokyo-1", expected_s=0.12,
     ),
     "load: the only holder has failed this request already": Case(
-        workers=(PARIS, report("tokyo", models=HOLDS)), errand={"avoid": {"tokyo-1"}},
+        workers=(PARIS, report("tokyo", models=HOLDS)), request={"avoid": {"tokyo-1"}},
         outcome=LOAD, replica="paris-1", expected_s=1.1,
     ),
     "forward: no worker is left here": Case(
@@ -277,23 +277,23 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_the_option_of_least_expected_cost_is_chosen(case: Case) -> None:
-    plan = choose(errand(**case.errand), knowing(*case.workers, rates=case.rates), rules())
-    assert (plan.outcome, plan.replica) == (case.outcome, case.replica)
-    assert plan.expected_s == pytest.approx(case.expected_s)
-    assert plan.preload == case.preload
-    assert plan.location == case.replica.split("-")[0]
-    assert 0 <= plan.wait_s < plan.expected_s <= plan.cost_s
+    route = choose(request(**case.request), view_of(*case.workers, rates=case.rates), rules())
+    assert (route.outcome, route.replica) == (case.outcome, case.replica)
+    assert route.expected_s == pytest.approx(case.expected_s)
+    assert route.preload == case.preload
+    assert route.location == case.replica.split("-")[0]
+    assert 0 <= route.wait_s < route.expected_s <= route.cost_s
 
 
 @pytest.mark.parametrize(("queue_s", "outcome"), [(0.5, HIT), (0.53, FORWARD)])
-def test_a_shorter_queue_elsewhere_counts_only_if_it_is_shorter_by_more_than_news_are_old(
+def test_a_shorter_queue_elsewhere_counts_only_if_it_is_shorter_by_more_than_the_view_is_old(
     queue_s: float, outcome: Outcome
 ) -> None:
-    known = knowing(report("paris", models=HOLDS, queue_s=queue_s), report("tokyo", models=HOLDS))
-    assert choose(errand(), known, rules(staleness_s=0.5)).outcome is outcome
+    view = view_of(report("paris", models=HOLDS, queue_s=queue_s), report("tokyo", models=HOLDS))
+    assert choose(request(), view, rules(staleness_s=0.5)).outcome is outcome
 
 
-# Where nobody, or nobody suitable, is known
+# Where no worker, or no suitable one, is known
 
 
 @pytest.mark.parametrize(
@@ -309,8 +309,8 @@ def test_a_shorter_queue_elsewhere_counts_only_if_it_is_shorter_by_more_than_new
 def test_without_any_choice_the_request_goes_to_its_own_location(
     workers: tuple[WorkerReport, ...], changed: Mapping[str, Any]
 ) -> None:
-    plan = choose(errand(**changed), knowing(*workers), rules())
-    assert plan == Route(
+    route = choose(request(**changed), view_of(*workers), rules())
+    assert route == Route(
         outcome=LOAD,
         location="paris",
         replica=None,
@@ -321,15 +321,15 @@ def test_without_any_choice_the_request_goes_to_its_own_location(
     )
 
 
-def test_a_model_that_fits_nowhere_goes_to_its_own_location_to_be_refused_there() -> None:
-    plan = choose(errand(), knowing(report("tokyo", capacity=9), report("paris", capacity=9)), rules())
-    assert (plan.outcome, plan.replica) == (LOAD, "paris-1")
+def test_a_model_that_fits_nowhere_goes_to_its_own_location_to_be_rejected_there() -> None:
+    route = choose(request(), view_of(report("tokyo", capacity=9), report("paris", capacity=9)), rules())
+    assert (route.outcome, route.replica) == (LOAD, "paris-1")
 
 
 def test_a_suspect_is_no_option() -> None:
-    known = knowing(report("paris", models=HOLDS), report("tokyo", models=HOLDS))
-    known.suspect("paris-1")
-    assert choose(errand(), known, rules()).replica == "tokyo-1"
+    view = view_of(report("paris", models=HOLDS), report("tokyo", models=HOLDS))
+    view.suspect("paris-1")
+    assert choose(request(), view, rules()).replica == "tokyo-1"
 
 
 def test_a_worker_can_hold_what_fits_beside_its_pinned_models() -> None:
@@ -339,58 +339,58 @@ def test_a_worker_can_hold_what_fits_beside_its_pinned_models() -> None:
     assert worker.can_hold(profile("p", 30))
 
 
-def test_a_worker_can_hold_what_fits_in_the_place_of_what_is_kept_but_at_a_price_without_end() -> None:
-    kept = dataclasses.replace(resident("k", pinned=True), protected=True)
-    worker = report("paris", capacity=30, models=[kept, resident("v")])
+def test_a_worker_can_hold_what_fits_in_the_place_of_protected_models_but_at_infinite_cost() -> None:
+    protected = dataclasses.replace(resident("k", pinned=True), protected=True)
+    worker = report("paris", capacity=30, models=[protected, resident("v")])
     assert worker.can_hold(profile("m", 30))
     assert not worker.can_hold(profile("m", 21), beside_protected=True)
-    plan = choose(errand(model=profile("m", 21)), knowing(worker), rules())
-    assert plan.cost_s == math.inf
+    route = choose(request(model=profile("m", 21)), view_of(worker), rules())
+    assert route.cost_s == math.inf
 
 
-# What the router has seen since the last report
+# Observations since the last report
 
 
 def test_a_hint_that_turned_out_stale_is_not_followed_again() -> None:
-    known = knowing(PARIS, report("tokyo", models=HOLDS))
-    known.see("tokyo-1", "m", None, 2)
-    assert choose(errand(), known, rules()).outcome is LOAD
+    view = view_of(PARIS, report("tokyo", models=HOLDS))
+    view.observe("tokyo-1", "m", None, 2)
+    assert choose(request(), view, rules()).outcome is LOAD
 
 
 def test_a_model_that_was_just_loaded_is_hit() -> None:
-    known = knowing(PARIS)
-    known.see("paris-1", "m", ModelState.READY, 2)
-    assert choose(errand(), known, rules()).outcome is HIT
+    view = view_of(PARIS)
+    view.observe("paris-1", "m", ModelState.READY, 2)
+    assert choose(request(), view, rules()).outcome is HIT
 
 
 def test_a_load_that_this_router_has_caused_is_joined() -> None:
-    known = knowing(PARIS, report("paris", "paris-2"))
-    known.expect_load("paris-2", "m")
-    plan = choose(errand(), known, rules())
-    assert (plan.outcome, plan.replica) == (JOIN, "paris-2")
+    view = view_of(PARIS, report("paris", "paris-2"))
+    view.expect_load("paris-2", "m")
+    route = choose(request(), view, rules())
+    assert (route.outcome, route.replica) == (JOIN, "paris-2")
 
 
-def test_requests_on_their_way_count_as_queue() -> None:
-    known = knowing(report("paris", models=HOLDS), report("paris", "paris-2", models=HOLDS))
-    known.sent("paris-1", 0.1)
-    assert choose(errand(), known, rules()).replica == "paris-2"
+def test_requests_under_way_count_as_queue() -> None:
+    view = view_of(report("paris", models=HOLDS), report("paris", "paris-2", models=HOLDS))
+    view.sent("paris-1", 0.1)
+    assert choose(request(), view, rules()).replica == "paris-2"
 
 
 @pytest.mark.parametrize(("models", "only_if_resident"), [(HOLDS, True), (LOADS, True), ((), False)])
 def test_a_forward_for_the_sake_of_a_copy_is_taken_only_if_the_copy_is_there(
     models: tuple, only_if_resident: bool
 ) -> None:
-    plan = choose(errand(), knowing(report("tokyo", models=models)), rules())
-    assert plan.only_if_resident is only_if_resident
+    route = choose(request(), view_of(report("tokyo", models=models)), rules())
+    assert route.only_if_resident is only_if_resident
 
 
 def test_nothing_is_demanded_of_the_own_location() -> None:
     for models in (HOLDS, LOADS, ()):
-        assert choose(errand(), knowing(report("paris", models=models)), rules()).only_if_resident is False
+        assert choose(request(), view_of(report("paris", models=models)), rules()).only_if_resident is False
 
 
 def test_a_request_that_waits_for_nothing_is_not_said_to() -> None:
-    assert choose(errand(), knowing(report("paris", models=HOLDS)), rules()).wait_s == 0.0
+    assert choose(request(), view_of(report("paris", models=HOLDS)), rules()).wait_s == 0.0
 
 
 # Links
@@ -399,10 +399,10 @@ def test_a_request_that_waits_for_nothing_is_not_said_to() -> None:
 @pytest.mark.parametrize("ends", [("paris", "oslo"), ("oslo", "paris")])
 def test_a_link_holds_in_both_directions(ends: tuple[str, str]) -> None:
     near = rules(links={ends: Link(rtt_s=0.001, bytes_per_s=1e9)})
-    known = knowing(PARIS, report("tokyo", models=HOLDS), report("oslo", models=HOLDS))
-    plan = choose(errand(), known, near)
-    assert plan.replica == "oslo-1"
-    assert plan.expected_s == pytest.approx(0.101)
+    view = view_of(PARIS, report("tokyo", models=HOLDS), report("oslo", models=HOLDS))
+    route = choose(request(), view, near)
+    assert route.replica == "oslo-1"
+    assert route.expected_s == pytest.approx(0.101)
 
 
 def test_where_no_link_is_described_the_default_one_counts() -> None:
@@ -413,7 +413,7 @@ def test_a_link_takes_its_round_trip_and_the_bytes() -> None:
     assert Link(rtt_s=0.5, bytes_per_s=100.0).seconds(50) == pytest.approx(1.0)
 
 
-def test_a_way_within_a_location_is_free_until_it_is_measured() -> None:
+def test_a_link_within_a_location_is_free_until_it_is_measured() -> None:
     assert rules().link("paris", "paris").seconds(10**6) == pytest.approx(0.0, abs=1e-5)
 
 
@@ -423,59 +423,59 @@ def test_measured_links_count_for_more_than_configured_ones() -> None:
     table = LinkTable("paris", rules().link)
     for _ in range(9):
         table.add("tokyo", 0, 2.0)
-    known = knowing(PARIS, report("tokyo", models=HOLDS))
-    assert choose(errand(), known, rules()).outcome is FORWARD
-    assert choose(errand(), known, rules(), table).outcome is LOAD
+    view = view_of(PARIS, report("tokyo", models=HOLDS))
+    assert choose(request(), view, rules()).outcome is FORWARD
+    assert choose(request(), view, rules(), table).outcome is LOAD
 
 
 def test_of_idle_locations_each_model_has_its_own_order() -> None:
     """Otherwise all routers would send all that they cannot take to the same one."""
     names = ("tokyo", "oslo", "lima", "cairo")
-    known = knowing(report("paris", queue_s=9.0), *(report(name) for name in names))
+    view = view_of(report("paris", queue_s=9.0), *(report(name) for name in names))
     models = [profile(f"m{number}", 10, load_s=1.0, exec_s=0.1) for number in range(100)]
-    chosen = Counter(choose(errand(model=model), known, rules(staleness_s=0.5)).location for model in models)
+    chosen = Counter(choose(request(model=model), view, rules(staleness_s=0.5)).location for model in models)
     assert set(chosen) == set(names)
     assert max(chosen.values()) < 45
 
 
 @pytest.mark.parametrize("count", [3, 40])
-def test_a_model_is_loaded_elsewhere_only_if_that_is_better_than_who_holds_it(count: int) -> None:
+def test_a_model_is_loaded_elsewhere_only_if_that_is_better_than_its_holder(count: int) -> None:
     """However many others are as good as the best of them: of those, some are worse than the holder."""
     others = [report(f"far{number}", load_s={"m": 0.3 + 0.01 * number}) for number in range(count)]
     for queue_s, replicas in ((0.25, {"tokyo-1"}), (0.325, {"far0-1", "far1-1", "far2-1"} | {"tokyo-1"})):
-        known = knowing(report("paris", queue_s=9.0), report("tokyo", models=HOLDS, queue_s=queue_s), *others)
-        plan = choose(errand(), known, rules(staleness_s=0.5))
-        assert plan.replica in replicas
-        assert plan.expected_s <= 0.02 + queue_s + 0.1
+        view = view_of(report("paris", queue_s=9.0), report("tokyo", models=HOLDS, queue_s=queue_s), *others)
+        route = choose(request(), view, rules(staleness_s=0.5))
+        assert route.replica in replicas
+        assert route.expected_s <= 0.02 + queue_s + 0.1
 
 
 def test_of_many_workers_that_hold_a_model_the_nearest_free_one_is_taken() -> None:
     names = [f"far{number:02}" for number in range(40)]
     links = {("paris", name): Link(rtt_s=0.01 * (40 - number), bytes_per_s=1e9) for number, name in enumerate(names)}
     busy = {"far39": 1.0, "far38": 0.5}
-    known = knowing(PARIS, *(report(name, models=HOLDS, queue_s=busy.get(name, 0.0)) for name in names))
-    assert choose(errand(), known, rules(links=links)).location == "far37"
+    view = view_of(PARIS, *(report(name, models=HOLDS, queue_s=busy.get(name, 0.0)) for name in names))
+    assert choose(request(), view, rules(links=links)).location == "far37"
 
 
 def test_a_holder_further_away_that_is_twice_as_fast_is_not_overlooked() -> None:
     links = {("paris", "oslo"): Link(rtt_s=0.001, bytes_per_s=1e9)}
-    known = knowing(PARIS, report("oslo", models=HOLDS), report("tokyo", models=HOLDS, exec_s={"m": 0.04}))
-    assert choose(errand(), known, rules(links=links)).location == "tokyo"
+    view = view_of(PARIS, report("oslo", models=HOLDS), report("tokyo", models=HOLDS, exec_s={"m": 0.04}))
+    assert choose(request(), view, rules(links=links)).location == "tokyo"
 
 
 # What losing a model costs
 
 
-def test_losing_a_model_costs_at_most_the_way_to_the_nearest_other_holder() -> None:
+def test_losing_a_model_costs_at_most_the_link_to_the_nearest_other_holder() -> None:
     links = {("paris", "oslo"): Link(rtt_s=0.001, bytes_per_s=1e9)}
-    known = knowing(
+    view = view_of(
         report("paris", models=[resident("own"), resident("m")]),
         report("tokyo", models=[resident("m"), resident("v")]),
         report("oslo", models=[resident("m")]),
     )
-    assert forward_costs("paris", known.view, rules(links=links)) == {"m": 0.001, "v": 0.02}
+    assert forward_costs("paris", view.cluster, rules(links=links)) == {"m": 0.001, "v": 0.02}
 
 
 def test_a_second_worker_of_the_same_location_is_no_other_holder() -> None:
-    known = knowing(report("paris", models=HOLDS), report("paris", "paris-2", models=HOLDS))
-    assert forward_costs("paris", known.view, rules()) == {}
+    view = view_of(report("paris", models=HOLDS), report("paris", "paris-2", models=HOLDS))
+    assert forward_costs("paris", view.cluster, rules()) == {}

@@ -1,4 +1,4 @@
-"""News of a large cluster: a location is told of what matters to it, and of that never less than there is."""
+"""Deltas of a large cluster: they cover what matters to a location, and of that never less than there is."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LIMITS = DeltaLimits(small_cluster=1, peers=3, nearest=1, models=4, changes=3)
 
 
 class Cluster:
-    """Workers that report to one coordinator, and who reads what it says."""
+    """Workers that report to one coordinator, and readers of its deltas."""
 
     def __init__(self, limits: DeltaLimits = LIMITS) -> None:
         self.now, self.lives, self._limits = 0.0, 0, limits
@@ -61,16 +61,16 @@ class Cluster:
         return view
 
 
-def matters(view: ClusterView, scope: Subscription) -> dict[str, object]:
+def matters(view: ClusterView, subscription: Subscription) -> dict[str, object]:
     """What a reader knows of the workers that matter to it, as far as it is interested."""
     return {
         replica: (
             worker.capacity_bytes,
             worker.queue_s,
             worker.leaving,
-            {name: model for name, model in worker.models.items() if name in scope.models},
-            worker.primary_for & scope.models.keys(),
-            {name: s for name, s in worker.exec_s.items() if name in scope.models and name in worker.models},
+            {name: model for name, model in worker.models.items() if name in subscription.models},
+            worker.primary_for & subscription.models.keys(),
+            {name: s for name, s in worker.exec_s.items() if name in subscription.models and name in worker.models},
         )
         for replica, worker in view.workers.items()
     }
@@ -111,23 +111,23 @@ class Life(Cluster):
                 self._views = [ClusterView() for _ in self.READERS]
 
     def compare(self, place: str, view: ClusterView) -> None:
-        """A reader knows what one that reads everything is told, and that is so."""
+        """A reader of deltas knows what a new reader gets, and that is so."""
         self.compared += 1
         whole, reports = self.read(ClusterView(), place), self.state.directory
         self.read(view, place)
-        scope = self.state.subscription(place)
-        if scope is None:
+        subscription = self.state.subscription(place)
+        if subscription is None:
             assert view == whole
             return
-        assert matters(view, scope) == matters(whole, scope)
-        assert set(view.workers) == (scope.peers.keys() & reports.workers.keys()) | reports.at(place)
+        assert matters(view, subscription) == matters(whole, subscription)
+        assert set(view.workers) == (subscription.peers.keys() & reports.workers.keys()) | reports.at(place)
         for replica, worker in view.workers.items():
             last = reports.workers[replica]
             if worker.location == place:
                 assert worker == dataclasses.replace(last, demand=())
                 continue
             assert abs(worker.queue_s - last.queue_s) <= DirectoryEntry.QUEUE_S
-            for name in sorted(scope.models.keys()):
+            for name in sorted(subscription.models.keys()):
                 known, there = worker.models.get(name), last.models.get(name)
                 assert (known and known.state) == (there and there.state)
 
@@ -149,14 +149,14 @@ def test_reads_change_nothing_and_say_the_same_twice(seed: int, limits: DeltaLim
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_whatever_happens_readers_know_of_what_matters_what_a_new_reader_is_told(seed: int) -> None:
+def test_whatever_happens_readers_know_of_what_matters_what_a_new_reader_gets(seed: int) -> None:
     life = Life(seed)
     for _ in range(400):
         life.step()
     assert life.compared > 50, "each time both know the same"
 
 
-def test_a_reader_goes_on_by_what_it_knew_when_the_coordinator_starts_anew() -> None:
+def test_a_reader_goes_on_by_what_it_knew_when_the_coordinator_restarts() -> None:
     cluster, view = Cluster(), ClusterView()
     for place in PLACES:
         cluster.report(place, "a", asks="a")
@@ -169,7 +169,7 @@ def test_a_reader_goes_on_by_what_it_knew_when_the_coordinator_starts_anew() -> 
     assert set(cluster.read(view, "oslo").workers) == {"oslo-1", "lima-1"}
 
 
-def test_a_location_is_told_who_holds_what_it_is_asked_for() -> None:
+def test_a_location_follows_a_holder_of_each_model_that_it_asks_for() -> None:
     cluster, view = Cluster(), ClusterView()
     for place in PLACES:
         cluster.report(place, place[0])
@@ -179,7 +179,7 @@ def test_a_location_is_told_who_holds_what_it_is_asked_for() -> None:
     assert [list(view.holders(name)) for name in "tq"] == [["tokyo-1"], ["quito-1"]]
 
 
-def test_who_is_of_no_use_any_more_is_not_followed_and_not_taken_for_gone() -> None:
+def test_a_peer_of_no_use_any_more_is_unsubscribed_and_not_taken_for_gone() -> None:
     cluster, view = Cluster(), ClusterView()
     for place in (*PLACES, "cairo", "delhi"):
         cluster.report(place, place[0])
@@ -206,23 +206,35 @@ def test_the_nearest_holder_is_followed() -> None:
     assert set(view.holders("m")) == {"tokyo-1"}
 
 
-def test_noise_of_distant_workers_is_no_news_but_now_and_then() -> None:
+def test_noise_of_distant_workers_is_published_only_now_and_then() -> None:
     cluster, view = Cluster(), ClusterView()
     for place in PLACES[:3]:
         cluster.report(place, "a", asks="a")
     cluster.read(view, "oslo")
-    told = []
+    published = []
     for _ in range(DirectoryEntry.EVERY_REPORTS):
         cluster.report("paris", "a", queue_s=0.1)
         delta = read(cluster.state, view.epoch, view.version, cluster.now, "oslo")
         view.apply(delta, cluster.now)
-        told.append(len(delta.changes))
+        published.append(len(delta.changes))
     every = DirectoryEntry.EVERY_REPORTS
-    assert told == [0] * (every - 1) + [1]
+    assert published == [0] * (every - 1) + [1]
     assert (view.workers["paris-1"].sequence, view.workers["paris-1"].queue_s) == (
         1 + DirectoryEntry.EVERY_REPORTS,
         0.1,
     )
+
+
+def test_a_delta_says_at_once_how_a_distant_worker_divides_its_memory_now() -> None:
+    cluster, view = Cluster(), ClusterView()
+    for place in PLACES[:3]:
+        cluster.report(place, "a", asks="a")
+    cluster.read(view, "oslo")
+    cluster.report("paris", "a", workspace_bytes=40)
+    delta = read(cluster.state, view.epoch, view.version, cluster.now, "oslo")
+    assert [change.workspace_bytes for change in delta.changes] == [40]
+    view.apply(delta, cluster.now)
+    assert view.workers["paris-1"].model_capacity_bytes == view.workers["paris-1"].capacity_bytes - 40
 
 
 def test_few_workers_become_many_and_few_again() -> None:
@@ -240,7 +252,7 @@ def test_few_workers_become_many_and_few_again() -> None:
     assert set(view.workers) == {"oslo-1", "rome-1", "tokyo-1"}
 
 
-def test_a_worker_gets_its_orders_and_its_own_news_though_it_reads_less_often() -> None:
+def test_a_worker_gets_its_commands_and_its_deltas_though_it_reads_less_often() -> None:
     cluster, view = Cluster(), ClusterView()
     for place in PLACES[:4]:
         cluster.report(place, place[0], asks="p")
@@ -269,7 +281,7 @@ def test_rates_are_those_of_the_location_and_fall() -> None:
     assert 0 < view.rate("oslo", "o") < before
 
 
-def test_a_reader_of_no_location_is_told_of_everybody() -> None:
+def test_a_reader_of_no_location_follows_all_workers() -> None:
     cluster, view = Cluster(), ClusterView()
     for place in PLACES:
         cluster.report(place, "a", asks="a")
@@ -281,7 +293,7 @@ def test_a_reader_of_no_location_is_told_of_everybody() -> None:
     assert set(view.rates) == set(PLACES)
 
 
-def test_everything_is_there_for_who_wants_to_look() -> None:
+def test_a_snapshot_has_everything() -> None:
     cluster = Cluster()
     for place in PLACES:
         cluster.report(place, "a", asks="a")

@@ -45,7 +45,7 @@ def delta(*workers: WorkerReport, full: bool = False, version: int = 1, **change
 
 
 def settled(worker: WorkerFollower, *workers: WorkerReport) -> WorkerFollower:
-    """The same, after it has read, reported and read again: it treats as duplicates what it has said not to keep."""
+    """The same, after it has read, reported and read again: copies not reported as primary are duplicates."""
     worker.apply(delta(*workers), HELD, 0.0)
     send(worker)
     worker.apply(delta(), HELD, 0.0)
@@ -102,12 +102,12 @@ def test_costs_that_are_not_given_again_are_those_of_before(seed: int) -> None:
     places = ["lima", "oslo", "paris", "tokyo"]
     for sequence in range(1, 200):
         replica = f"{rng.choice(places)}-{rng.choice([1, 2])}"
-        news = dataclasses.replace(
+        reported = dataclasses.replace(
             holder(replica, *rng.sample("abcd", rng.randrange(4)), sequence=sequence), leaving=rng.random() < 0.1
         )
         gone = (f"{rng.choice(places)}-1",) if rng.random() < 0.1 else ()
         links = {("paris", rng.choice(places)): Link(rtt_s=rng.random(), bytes_per_s=1e9)} if seed % 2 else {}
-        given = worker.apply(delta(news, gone=gone, links=links if rng.random() < 0.1 else {}), HELD, 0.0)
+        given = worker.apply(delta(reported, gone=gone, links=links if rng.random() < 0.1 else {}), HELD, 0.0)
         send(worker)
         known = known if given.forward_costs is None else given.forward_costs
         everything = forward_costs("paris", worker.view, RULES.with_links(worker.view.links))
@@ -122,7 +122,7 @@ def test_a_required_copy_is_protected_while_it_is_a_last_one() -> None:
     assert worker.apply(delta(), HELD, 0.0).protect == ()
 
 
-def test_whoever_leaves_says_so_and_carries_out_no_commands() -> None:
+def test_a_leaving_worker_says_so_and_carries_out_no_commands() -> None:
     worker, command = follower(), EvictAt(location="paris", replica="paris-1", model_id="a")
     assert worker.apply(delta(commands=(command,)), HELD, 0.0).commands == (command,)
     worker.is_leaving = True

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from serve_app.core.cache.decisions import Answer, Hit, Join, Load, Preload, Wait
+from serve_app.core.cache.decisions import Action, Answer, Evict, Hit, Join, Load, StartLoad, Wait
+from serve_app.core.cache.events import Event, ModelsKnown
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.policies.registry import POLICIES, make_policy
@@ -59,11 +60,10 @@ class Recorded(ModelCache):
         self.decisions.append((now, model, self.last))
         return self.last
 
-    def next_preload(self, now: float) -> Preload | None:
-        preload = super().next_preload(now)
-        if preload is not None:
-            self.decisions.append((now, preload))
-        return preload
+    def handle(self, event: Event, now: float) -> tuple[Action, ...]:
+        actions = super().handle(event, now)
+        self.decisions += [(now, action) for action in actions]
+        return actions
 
     def resident(self) -> dict[str, ModelState]:
         return {model.model_id: model.state for model in self.models()}
@@ -228,7 +228,7 @@ class Live:
 
     async def play(self, trace: Trace) -> None:
         self.bench.now = trace.arrival_s[0]
-        self.host.know(self.profiles)
+        self.host.handle(ModelsKnown(self.profiles))
         for now, number in zip(trace.arrival_s, trace.model, strict=True):
             await self.until(now)
             self.bench.now = now
@@ -307,6 +307,6 @@ async def test_the_streams_leave_nothing_out() -> None:
         taken_back += live.taken_back
         wasted += live.cache.counters.wasted_preloads
         await live.close()
-    assert kinds == {Hit, Join, Load, Preload}
+    assert kinds == {Hit, Join, Load, Evict, StartLoad}
     assert taken_back
     assert wasted

@@ -52,7 +52,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     return fake
 
 
-async def test_rules_that_change_while_it_connects_are_told_to_the_coordinator(cluster: FakeRay) -> None:
+async def test_rules_that_change_while_it_connects_reach_the_coordinator(cluster: FakeRay) -> None:
     link = CoordinatorClient(OLD)
     exchange = asyncio.create_task(link.exchange({}, "", 0))
     await asyncio.to_thread(cluster.connecting.wait, 10)
@@ -63,7 +63,7 @@ async def test_rules_that_change_while_it_connects_are_told_to_the_coordinator(c
     assert cluster.told[-1] == NEW
 
 
-async def test_who_has_found_the_coordinator_does_not_look_for_it_again(cluster: FakeRay) -> None:
+async def test_a_client_that_has_found_the_coordinator_does_not_look_for_it_again(cluster: FakeRay) -> None:
     cluster.connected.set()
     link = CoordinatorClient(OLD)
     for _ in range(3):

@@ -95,7 +95,7 @@ def test_a_worker_gives_every_label_a_value(made: dict[str, Recorded]) -> None:
     worker.loaded("a", 0.1)
     worker.load_failed("a")
     worker.evicted("a", "space")
-    worker.preloading()
+    worker.preload_started()
     worker.executed("a", 0.0, 0.01)
     recorded = {name: metric for name, metric in made.items() if metric.given}
     assert len(recorded) == 6

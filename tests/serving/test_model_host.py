@@ -9,7 +9,7 @@ import asyncio
 import gc
 import logging
 import math
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from concurrent.futures import Executor, Future
 from typing import Any
 
@@ -17,8 +17,10 @@ import pytest
 import pytest_asyncio
 from core_support import Ranked, assert_books_balance, profile
 
+from serve_app.core.cache.events import ForwardCostsChanged, ModelsKnown, UnloadRequested
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
+from serve_app.core.policies.base import PreloadCandidates
 from serve_app.core.vocabulary import ModelState, Outcome
 from serve_app.errors import Conflict, DoesNotFit, NotFound, StoreError, Unavailable
 from serve_app.serving.transport.messages import FloatArray
@@ -124,13 +126,14 @@ class Wishing(Ranked):
         super().on_load(model, now)
         self.wanted = [wanted for wanted in self.wanted if wanted != model]
 
-    def wishes(self, now: float, free_bytes: int) -> Iterable[ModelProfile]:
+    def preload_candidates(self, now: float, free_bytes: int) -> PreloadCandidates:
         self.told.append(("review", f"{now:g}"))
-        self.review_s = math.inf
-        return tuple(self.wanted)
+        self.next_review_s = math.inf
+        for model in tuple(self.wanted):
+            if (yield model) is not None:
+                self.next_review_s = now
 
-    def worthwhile(self, model: ModelProfile, victims: Sequence[ModelProfile], now: float) -> bool:
-        self.review_s = now
+    def accept_preload(self, model: ModelProfile, victims: Iterable[ModelProfile], now: float) -> bool:
         return True
 
 
@@ -150,8 +153,8 @@ class Observer:
     def __init__(self) -> None:
         self.seen: list[tuple[str, ...]] = []
 
-    def preloading(self) -> None:
-        self.seen.append(("preloading",))
+    def preload_started(self) -> None:
+        self.seen.append(("preload started",))
 
     def loaded(self, model_id: str, seconds: float) -> None:
         self.seen.append(("loaded", model_id, f"{seconds:g}"))
@@ -207,8 +210,8 @@ class Bench:
     async def wish(self, *models: ModelProfile) -> None:
         """Have the policy wish for ``models`` now."""
         self.policy.wanted = list(models)
-        self.policy.review_s = self.now
-        self.host.know(())
+        self.policy.next_review_s = self.now
+        self.host.handle(ModelsKnown(()))
         await self.until(self.now)
 
     async def settle(self) -> None:
@@ -279,7 +282,7 @@ async def make_bench() -> AsyncIterator[Callable[..., Bench]]:
         assert kept.keys() == bench.uses().keys(), "what is in memory is what the books say"
         assert all(runnable.in_memory for runnable in kept.values())
         assert not bench.host._waiters
-        assert not bench.host._given_up
+        assert not bench.host._abandoned
     assert asyncio.all_tasks() == {asyncio.current_task()}, "a task is pending"
     assert [fault for bench in benches for fault in bench.faults] == []
 
@@ -401,7 +404,7 @@ async def test_a_model_is_preloaded_in_the_background_and_a_later_request_hits(b
     request = await bench.acquire(A)
     assert (request.result().outcome, request.result().runnable) == (Outcome.HIT, runnable)
     bench.release(request)
-    assert bench.observer.seen == [("preloading",), ("loaded", "a", "2")]
+    assert bench.observer.seen == [("preload started",), ("loaded", "a", "2")]
     assert (bench.cache.counters.preloads, bench.cache.counters.wasted_preloads) == (1, 0)
 
 
@@ -563,7 +566,7 @@ async def test_a_preload_for_which_no_thread_starts_is_a_failed_one(
     monkeypatch.setattr(Preloads, "submit", submit)
     await bench.wish(A)
     assert bench.uses() == {}
-    assert bench.observer.seen == [("preloading",), ("failed", "a")]
+    assert bench.observer.seen == [("preload started",), ("failed", "a")]
 
 
 async def test_the_next_preload_begins_when_one_has_ended(bench: Bench) -> None:
@@ -576,7 +579,7 @@ async def test_the_next_preload_begins_when_one_has_ended(bench: Bench) -> None:
 
 
 async def test_the_policy_knows_what_can_be_asked_for(bench: Bench) -> None:
-    bench.host.know([A, B])
+    bench.host.handle(ModelsKnown([A, B]))
     assert bench.policy.told == [("know", "a"), ("know", "b")]
 
 
@@ -585,8 +588,8 @@ async def test_the_policy_knows_what_can_be_asked_for(bench: Bench) -> None:
 
 async def test_the_timer_is_set_for_the_next_review_and_set_anew_after_it(bench: Bench) -> None:
     assert bench.timer is None
-    bench.policy.review_s = 7.0
-    bench.host.know([A])
+    bench.policy.next_review_s = 7.0
+    bench.host.handle(ModelsKnown([A]))
     assert bench.timer is not None
     assert bench.timer.when_s == 7.0
     bench.policy.wanted = [A]
@@ -595,7 +598,7 @@ async def test_the_timer_is_set_for_the_next_review_and_set_anew_after_it(bench:
     await bench.until(7.0)
     assert bench.loads.under_way == ["a"]
     assert bench.timer is None, "a preload is under way, and there is one at a time"
-    bench.policy.review_s = 9.0
+    bench.policy.next_review_s = 9.0
     await bench.end(A)
     assert bench.timer is not None
     assert bench.timer.when_s == 9.0
@@ -605,9 +608,9 @@ async def test_the_timer_is_set_for_the_next_review_and_set_anew_after_it(bench:
 async def test_whatever_brings_the_review_forward_brings_the_timer_forward(bench: Bench, event: str) -> None:
     held = await bench.acquire(A)
     await bench.end(A)
-    bench.policy.review_s = 9.0
-    bench.host.know([])
-    bench.policy.review_s = 5.0
+    bench.policy.next_review_s = 9.0
+    bench.host.handle(ModelsKnown([]))
+    bench.policy.next_review_s = 5.0
     leases = [held]
     match event:
         case "request":
@@ -616,18 +619,18 @@ async def test_whatever_brings_the_review_forward_brings_the_timer_forward(bench
             bench.release(leases.pop())
         case "unload":
             await bench.hold(B)
-            bench.host.unload("b")
+            bench.host.handle(UnloadRequested("b"))
         case "forward costs":
-            bench.host.forward_costs({})
+            bench.host.handle(ForwardCostsChanged({}))
     assert [timer.when_s for timer in bench.timers if timer.is_set] == [5.0]
     bench.release(*leases)
 
 
 async def test_a_timer_that_goes_off_too_early_asks_nothing_and_is_set_anew(bench: Bench) -> None:
-    bench.policy.review_s = 5.0
-    bench.host.know([])
-    bench.policy.review_s = 9.0
-    bench.host.know([])
+    bench.policy.next_review_s = 5.0
+    bench.host.handle(ModelsKnown([]))
+    bench.policy.next_review_s = 9.0
+    bench.host.handle(ModelsKnown([]))
     assert [timer.when_s for timer in bench.timers] == [5.0]
     await bench.until(8.0)
     assert bench.policy.told == []
@@ -810,7 +813,7 @@ async def test_a_request_cancelled_in_the_moment_its_load_ends_gives_its_pin_bac
             bench.release(request)
         await bench.settle()
         assert bench.uses() == {"a": 0}
-        bench.host.unload("a")
+        bench.host.handle(UnloadRequested("a"))
 
 
 async def test_a_request_cancelled_in_the_moment_its_load_fails_leaves_no_trace(bench: Bench) -> None:
@@ -906,7 +909,7 @@ async def test_a_cancelled_preload_leaves_no_pin(bench: Bench) -> None:
 
 async def test_unloading_by_hand_gives_the_memory_back(bench: Bench) -> None:
     runnable = await bench.hold(A)
-    bench.host.unload("a")
+    bench.host.handle(UnloadRequested("a"))
     assert not runnable.in_memory
     assert bench.cache.used_bytes == 0
     assert bench.observer.seen[-1] == ("evicted", "a", "unload")
@@ -917,7 +920,7 @@ async def test_unloading_by_hand_does_not_disturb_the_line(bench: Bench) -> None
     using = await bench.acquire(B)
     await bench.end(B)
     waiting = await bench.acquire(LARGE)
-    bench.host.unload("a")
+    bench.host.handle(UnloadRequested("a"))
     assert not idle.in_memory
     assert not waiting.done()
     bench.release(using)
@@ -930,19 +933,19 @@ async def test_unloading_by_hand_does_not_disturb_the_line(bench: Bench) -> None
 async def test_what_is_in_use_or_absent_cannot_be_unloaded(bench: Bench) -> None:
     request = await bench.acquire(A)
     with pytest.raises(Conflict):
-        bench.host.unload("a")
+        bench.host.handle(UnloadRequested("a"))
     runnable = await bench.end(A)
     with pytest.raises(Conflict):
-        bench.host.unload("a")
+        bench.host.handle(UnloadRequested("a"))
     with pytest.raises(NotFound):
-        bench.host.unload("b")
+        bench.host.handle(UnloadRequested("b"))
     assert runnable.in_memory
     bench.release(request)
 
 
 async def test_a_model_comes_back_after_it_was_unloaded(bench: Bench) -> None:
     first = await bench.hold(A)
-    bench.host.unload("a")
+    bench.host.handle(UnloadRequested("a"))
     second = await bench.hold(A)
     assert second is not first
     assert second.in_memory
@@ -952,9 +955,9 @@ async def test_a_model_comes_back_after_it_was_unloaded(bench: Bench) -> None:
 async def test_closing_ends_preloading(fails: bool) -> None:
     bench = Bench()
     idle = await bench.hold(A)
-    bench.policy.review_s = 5.0
+    bench.policy.next_review_s = 5.0
     await bench.wish(B)
-    bench.policy.review_s = 5.0
+    bench.policy.next_review_s = 5.0
     bench.host.close()
     assert not idle.in_memory
     assert bench.timer is None
@@ -968,11 +971,11 @@ async def test_closing_ends_preloading(fails: bool) -> None:
 
 async def test_closing_cancels_the_timer() -> None:
     bench = Bench()
-    bench.policy.review_s = 5.0
-    bench.host.know([A])
+    bench.policy.next_review_s = 5.0
+    bench.host.handle(ModelsKnown([A]))
     bench.host.close()
     assert bench.timer is None
-    bench.host.know([A])
+    bench.host.handle(ModelsKnown([A]))
     assert bench.timer is None
 
 

@@ -78,7 +78,7 @@ async def test_workers_that_die_one_after_another_end_in_503() -> None:
         await make_router(pool, report("paris"), report("tokyo")).serve(query())
 
 
-async def test_a_refusal_is_passed_on_and_not_tried_elsewhere() -> None:
+async def test_a_rejection_that_no_other_worker_mends_is_passed_on() -> None:
     pool = FakePool(paris=[InferenceRejected(error=InvalidRequest("the image is no image"))])
     with pytest.raises(InvalidRequest, match="no image"):
         await make_router(pool, report("paris", "small"), report("tokyo", "small")).serve(query())
@@ -101,9 +101,8 @@ async def test_what_no_worker_can_do_fails_as_it_failed_there() -> None:
     assert len(pool.calls) == 2
 
 
-async def test_a_location_without_workers_is_not_waited_for_until_the_deadline(monkeypatch) -> None:
-    monkeypatch.setattr("serve_app.serving.router.router._BLIND_S", 0.02)
-    router = make_router(FakePool(paris=[asyncio.Event()]), report("tokyo"))
+async def test_a_location_without_workers_is_not_waited_for_until_the_deadline() -> None:
+    router = make_router(FakePool(paris=[asyncio.Event()]), report("tokyo"), blind_timeout_s=0.02)
     with pytest.raises(Unavailable, match="no worker of paris"):
         await router.serve(query(forwarding=Forwarding.NEVER))
 
@@ -136,29 +135,29 @@ async def test_a_worker_that_does_not_answer_is_given_up_at_the_deadline() -> No
 
 async def test_a_request_at_a_worker_that_leaves_the_directory_is_served_by_another() -> None:
     pool = FakePool(paris=[asyncio.Event()], tokyo=[done("tokyo-1", outcome=Outcome.LOAD)])
-    link = FakeLink()
-    router = make_router(pool, report("paris", "small"), report("tokyo"), link=link)
+    coordinator = FakeLink()
+    router = make_router(pool, report("paris", "small"), report("tokyo"), coordinator=coordinator)
     request = asyncio.create_task(router.serve(query()))
     await pool.called.wait()
-    link.delta = ViewDelta(epoch="epoch", version=2, full=False, workers=(), gone=("paris-1",), rates={})
+    coordinator.delta = ViewDelta(epoch="epoch", version=2, full=False, workers=(), gone=("paris-1",), rates={})
     await router.refresh()
     assert (await request).location == "tokyo"
 
 
-async def test_a_new_coordinator_that_knows_nobody_yet_calls_no_request_back() -> None:
+async def test_a_new_coordinator_that_knows_no_worker_yet_ends_no_call() -> None:
     answer = asyncio.Event()
     pool = FakePool(paris=[answer])
-    link = FakeLink()
-    router = make_router(pool, report("paris", "small"), report("tokyo"), link=link)
+    coordinator = FakeLink()
+    router = make_router(pool, report("paris", "small"), report("tokyo"), coordinator=coordinator)
     request = asyncio.create_task(router.serve(query()))
     await pool.called.wait()
-    link.delta = ViewDelta(epoch="next", version=0, full=True, workers=(), gone=(), rates={})
+    coordinator.delta = ViewDelta(epoch="next", version=0, full=True, workers=(), gone=(), rates={})
     await router.refresh()
     answer.set()
     assert (await request).location == "paris"
 
 
-async def test_a_deadline_far_below_the_execution_time_is_refused_unseen() -> None:
+async def test_a_deadline_far_below_the_execution_time_is_rejected_untried() -> None:
     pool = FakePool()
     with pytest.raises(DeadlineExceeded, match="1000 ms"):
         await make_router(pool, report("paris", "big")).serve(query("big", deadline_s=0.1))
@@ -184,8 +183,8 @@ async def test_a_member_that_no_worker_can_hold_is_passed_over() -> None:
 
 async def test_unknown_names_are_not_found() -> None:
     router = make_router(FakePool(), report("paris"))
-    with pytest.raises(NotFound, match="nobody"):
-        await router.serve(query("nobody"))
+    with pytest.raises(NotFound, match="unheard"):
+        await router.serve(query("unheard"))
     with pytest.raises(NotFound, match="atlantis"):
         await router.serve(query(location="atlantis"))
 
@@ -239,7 +238,7 @@ async def test_a_fault_of_ours_is_500_with_an_id_and_without_details(caplog) -> 
     assert "request-7" in caplog.text
 
 
-# Ways
+# Links
 
 
 async def test_a_location_that_does_not_answer_probes_gets_no_requests_until_it_does() -> None:
@@ -251,11 +250,11 @@ async def test_a_location_that_does_not_answer_probes_gets_no_requests_until_it_
     assert (await router.serve(query())).outcome is Outcome.LOAD
     pool.cut_off = set()
     await router.probe()
-    router.known.see("paris-1", "small", None, 10)
+    router.view.observe("paris-1", "small", None, 10)
     assert (await router.serve(query())).location == "tokyo"
 
 
-async def test_requests_on_their_way_to_a_location_that_is_cut_off_are_served_elsewhere() -> None:
+async def test_requests_under_way_to_a_location_that_is_cut_off_are_served_elsewhere() -> None:
     pool = FakePool(paris=[done("paris-1", outcome=Outcome.LOAD)], tokyo=[asyncio.Event()])
     router = make_router(pool, report("paris"), report("tokyo", "small"))
     request = asyncio.create_task(router.serve(query()))
@@ -284,16 +283,16 @@ async def test_a_router_that_only_stands_in_for_a_location_does_without_it_when_
     assert (await router.serve(query())).location == "tokyo"
 
 
-async def test_what_probes_measure_is_told_to_the_coordinator() -> None:
-    link = FakeLink()
-    router = make_router(FakePool(), report("paris"), report("tokyo"), link=link)
+async def test_links_that_probes_measure_are_sent_to_the_coordinator() -> None:
+    coordinator = FakeLink()
+    router = make_router(FakePool(), report("paris"), report("tokyo"), coordinator=coordinator)
     await router.probe()
     await router.refresh()
-    assert set(link.links) == {("paris", "paris"), ("paris", "tokyo")}
+    assert set(coordinator.links) == {("paris", "paris"), ("paris", "tokyo")}
 
 
 @pytest.mark.parametrize("count", [1, 3, 16, 17, 32, 64])
-async def test_every_way_is_measured_with_a_payload_however_many_there_are(count: int) -> None:
+async def test_every_link_is_measured_with_a_payload_however_many_there_are(count: int) -> None:
     pool = FakePool()
     router = make_router(pool, *(report(f"location-{number}") for number in range(count)))
     for _ in range(32):
@@ -304,11 +303,11 @@ async def test_every_way_is_measured_with_a_payload_however_many_there_are(count
 
 
 async def test_a_router_that_only_stands_in_for_a_location_does_not_say_how_far_it_is_from_there() -> None:
-    link = FakeLink()
-    router = make_router(FakePool(), report("paris"), report("tokyo"), link=link, stands_in=True)
+    coordinator = FakeLink()
+    router = make_router(FakePool(), report("paris"), report("tokyo"), coordinator=coordinator, stands_in=True)
     await router.probe()
     await router.refresh()
-    assert not link.links
+    assert not coordinator.links
 
 
 async def test_a_popular_model_is_forwarded_now_and_loaded_here_in_the_background() -> None:
@@ -316,7 +315,7 @@ async def test_a_popular_model_is_forwarded_now_and_loaded_here_in_the_backgroun
     router = make_router(pool, report("paris", load_s={"small": 0.5}), report("tokyo", "small"))
     rates = {"paris": {"small": 100.0}}
     reports = (report("paris", load_s={"small": 0.5}, sequence=2), report("tokyo", "small", sequence=2))
-    router.known.apply(ViewDelta(epoch="epoch", version=2, full=True, workers=reports, gone=(), rates=rates), 0.0)
+    router.view.apply(ViewDelta(epoch="epoch", version=2, full=True, workers=reports, gone=(), rates=rates), 0.0)
     assert (await router.serve(query())).outcome is Outcome.FORWARD
     await asyncio.sleep(0)
     assert pool.preloads == [("paris", "paris-1", "small")]

@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +18,10 @@ from fakes import CLASSES, FakeLink, FakeMetrics, ManualClock, published, view
 from PIL import Image
 
 from serve_app.core.cache.model_cache import ModelCache
-from serve_app.core.catalog import Catalog, ModelProfile
+from serve_app.core.catalog import Catalog, ModelProfile, PublishedModel
 from serve_app.core.links import Link
 from serve_app.core.memory_budget import MemoryBudget, ProcessMemory
-from serve_app.core.policies.base import EvictionPolicy
+from serve_app.core.policies.base import EvictionPolicy, PreloadCandidates
 from serve_app.core.policies.registry import make_policy
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ModelState, Outcome
@@ -28,10 +29,11 @@ from serve_app.errors import DeadlineExceeded, DoesNotFit, InvalidRequest, Store
 from serve_app.serving.transport.messages import InferenceRejected, InferenceResult, InferenceTask, NotResident
 from serve_app.serving.worker.model_host import ModelHost
 from serve_app.serving.worker.process_budget import ProcessBudget
-from serve_app.serving.worker.worker import RetentionRules, Worker, WorkerIdentity
+from serve_app.serving.worker.settings import RetentionRules, WorkerIdentity
+from serve_app.serving.worker.worker import Worker
 
 BASE = ProcessMemory(anonymous_bytes=5, file_bytes=2)
-BUDGET = MemoryBudget(models_bytes=250, workspace_bytes=0)
+BUDGET = MemoryBudget(capacity_bytes=250, workspace_bytes=0)
 BATCH = np.zeros((2, 3, 8, 8), np.float32)
 
 
@@ -82,17 +84,20 @@ class WishesForAll(EvictionPolicy):
 
     def on_catalog(self, models: Iterable[ModelProfile], now: float) -> None:
         self._models = tuple(models)
-        self.review_s = now
+        self.next_review_s = now
 
     def utility(self, model: ModelProfile, now: float) -> float:
         return 1.0
 
-    def wishes(self, now: float, free_bytes: int) -> Iterable[ModelProfile]:
-        self.review_s = now + 3600
-        return [model for model in self._models if model.size_bytes <= free_bytes]
+    def preload_candidates(self, now: float, free_bytes: int) -> PreloadCandidates:
+        self.next_review_s = now + 3600
+        for model in self._models:
+            if model.size_bytes <= free_bytes:
+                verdict = yield model
+                if verdict is not None and verdict.accepted:
+                    self.next_review_s = now
 
-    def worthwhile(self, model: ModelProfile, victims: Sequence[ModelProfile], now: float) -> bool:
-        self.review_s = now
+    def accept_preload(self, model: ModelProfile, victims: Iterable[ModelProfile], now: float) -> bool:
         return not victims
 
 
@@ -105,13 +110,22 @@ async def running(
     holding: RetentionRules | None = None,
     clock: Callable[[], float] | None = None,
     memory: ProcessBudget | None = None,
+    metrics: Any = None,
+    pinned: str = "",
+    others: Sequence[PublishedModel] = (),
 ) -> AsyncIterator[Worker]:
     """A worker with memory for two of its models; at the end every pin must be back and the bytes add up."""
-    catalog = Catalog((*map(published, "abc"), published("huge", size_bytes=9999)))
+    models = [dataclasses.replace(published(name), pinned=name in pinned) for name in "abc"]
+    catalog = Catalog((*models, published("huge", size_bytes=9999), *others))
+    memory = memory or ProcessBudget(BUDGET, read=lambda: BASE)
     cache = ModelCache(
-        capacity_bytes=capacity, policy=policy or make_policy("lru", random.Random(0)), failure_memory_s=60
+        capacity_bytes=capacity + memory.workspace_bytes,
+        workspace_bytes=memory.workspace_bytes,
+        policy=policy or make_policy("lru", random.Random(0)),
+        failure_memory_s=60,
+        pinned=pinned,
     )
-    metrics = FakeMetrics()
+    metrics = metrics or FakeMetrics()
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(2) as loaders:
         worker = Worker(
@@ -132,7 +146,7 @@ async def running(
                 profiles=catalog.profiles(), links={}, default_link=Link(rtt_s=0.001, bytes_per_s=1e9), horizon_s=10
             ),
             metrics=metrics,
-            memory=memory or ProcessBudget(BUDGET, read=lambda: BASE),
+            memory=memory,
             max_pixels=10_000,
             holding=holding or RetentionRules(),
             clock=clock or loop.time,
@@ -163,7 +177,7 @@ async def test_the_first_request_loads_and_the_second_hits() -> None:
     assert backend.loads == ["a"]
 
 
-async def test_a_third_model_evicts_and_says_whom() -> None:
+async def test_a_third_model_evicts_another_and_names_it() -> None:
     async with running(FakeBackend()) as worker:
         for model_id in ("a", "b", "c"):
             reply = await worker.infer(work(model_id))
@@ -297,9 +311,9 @@ async def test_demand_that_the_coordinator_missed_is_reported_again() -> None:
     link = FakeLink()
     async with running(FakeBackend(), link) as worker:
         await worker.infer(work())
-        await worker._report()
+        await worker.report_once()
         link.delta = view()
-        await worker._report()
+        await worker.report_once()
         assert [sum(demand.count for demand in report.demand) for report in link.reports] == [1, 1]
 
 
@@ -332,7 +346,7 @@ async def test_a_worker_that_stops_leaves_the_directory() -> None:
 async def test_an_inference_for_which_no_thread_starts_gives_its_model_back() -> None:
     async with running(FakeBackend()) as worker:
         await worker.infer(work())
-        worker._executors.shutdown()
+        worker.executor.shutdown()
         refused = await worker.infer(work())
         assert isinstance(refused, InferenceRejected)
         assert isinstance(refused.error, Unavailable)
@@ -342,7 +356,7 @@ async def test_an_inference_for_which_no_thread_starts_gives_its_model_back() ->
 
 async def test_a_report_says_what_is_counted_and_what_the_kernel_says() -> None:
     kernel = [BASE]
-    memory = ProcessBudget(MemoryBudget(models_bytes=250, workspace_bytes=30), read=lambda: kernel[-1])
+    memory = ProcessBudget(MemoryBudget(capacity_bytes=280, workspace_bytes=30), read=lambda: kernel[-1])
     async with running(FakeBackend(), memory=memory) as worker:
         await worker.infer(work())
         kernel.append(ProcessMemory(anonymous_bytes=40, file_bytes=90))
@@ -358,7 +372,7 @@ async def test_models_leave_room_for_what_the_process_has_grown_by_and_get_it_ba
     async def reports(worker: Worker, count: int) -> None:
         for _ in range(count):
             clock.now += 0.25
-            await worker._report()
+            await worker.report_once()
 
     async with running(FakeBackend(), memory=memory, clock=clock) as worker:
         for model_id in "ab":
@@ -385,18 +399,18 @@ async def test_free_heap_is_given_back_soon_after_evictions_and_not_after_hits()
     async with running(FakeBackend(), memory=memory, clock=clock) as worker:
         for model_id in "aaab":
             await worker.infer(work(model_id))
-            await worker._report()
+            await worker.report_once()
         assert len(given_back) == 1, "once before the first model"
         await worker.infer(work("c"))
-        await worker._report()
-        await worker._report()
+        await worker.report_once()
+        await worker.report_once()
         assert len(given_back) == 2
         await worker.infer(work("a"))
-        await worker._report()
+        await worker.report_once()
         assert len(given_back) == 2, "not with every eviction"
         clock.now += 10
-        await worker._report()
-        await worker._report()
+        await worker.report_once()
+        await worker.report_once()
         assert len(given_back) == 3
 
 
@@ -409,17 +423,16 @@ async def test_free_heap_is_given_back_before_models_go_for_it() -> None:
         for _ in range(40):
             kernel[0] = ProcessMemory(anonymous_bytes=205, file_bytes=2)
             clock.now += 0.25
-            await worker._report()
+            await worker.report_once()
         assert worker.report().unaccounted_bytes == 0
         assert set(worker.report().models) == {"a", "b"}
 
 
 async def test_a_model_that_there_is_never_workspace_for_is_refused() -> None:
-    memory = ProcessBudget(MemoryBudget(models_bytes=250, workspace_bytes=10), read=lambda: BASE)
+    memory = ProcessBudget(MemoryBudget(capacity_bytes=260, workspace_bytes=10), read=lambda: BASE)
     large = dataclasses.replace(published("large"), workspace_bytes=11)
     backend = FakeBackend()
-    async with running(backend, memory=memory) as worker:
-        worker._catalog = Catalog((large,))
+    async with running(backend, memory=memory, others=(large,)) as worker:
         refused = await worker.infer(work("large"))
     assert isinstance(refused, InferenceRejected)
     assert isinstance(refused.error, DoesNotFit)
@@ -427,7 +440,7 @@ async def test_a_model_that_there_is_never_workspace_for_is_refused() -> None:
 
 
 def test_executions_that_need_more_workspace_than_there_is_run_one_after_another() -> None:
-    memory = ProcessBudget(MemoryBudget(models_bytes=100, workspace_bytes=10), read=lambda: BASE)
+    memory = ProcessBudget(MemoryBudget(capacity_bytes=110, workspace_bytes=10), read=lambda: BASE)
     gate, began = threading.Event(), threading.Semaphore(0)
     running_now, most = 0, 0
 
@@ -451,7 +464,7 @@ def test_executions_that_need_more_workspace_than_there_is_run_one_after_another
 
 
 def test_more_workspace_lets_those_run_that_wait_for_it() -> None:
-    memory = ProcessBudget(MemoryBudget(models_bytes=100, workspace_bytes=10), read=lambda: BASE)
+    memory = ProcessBudget(MemoryBudget(capacity_bytes=110, workspace_bytes=10), read=lambda: BASE)
     with ThreadPoolExecutor(1) as threads, memory.workspace(10):
 
         def run() -> str:
@@ -459,7 +472,7 @@ def test_more_workspace_lets_those_run_that_wait_for_it() -> None:
                 return "ran"
 
         job = threads.submit(run)
-        memory.divide(MemoryBudget(models_bytes=90, workspace_bytes=20))
+        memory.divide(MemoryBudget(capacity_bytes=110, workspace_bytes=20))
         assert job.result(10) == "ran"
 
 

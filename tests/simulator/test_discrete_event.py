@@ -21,10 +21,14 @@ from serve_app.core.cluster.primaries import rendezvous_rank
 from serve_app.core.links import Link
 from serve_app.core.placement.rules import PlacementRules
 from serve_app.core.policies.registry import make_policy
+from serve_app.core.routing.rules import RoutingRules
+from serve_app.core.vocabulary import ModelState
 from serve_app.simulator.discrete_event.coordinator import LaggedPopularity
+from serve_app.simulator.discrete_event.event_queue import EventQueue
 from serve_app.simulator.discrete_event.results import DiscreteEventResults
 from serve_app.simulator.discrete_event.settings import DiscreteEventOptions, geographic_links
 from serve_app.simulator.discrete_event.simulation import simulate_discrete_event
+from serve_app.simulator.discrete_event.worker import Job, Worker, report_rows
 from serve_app.simulator.load_delay import replay
 from serve_app.workload.locations import split
 from serve_app.workload.spec import parse_trace
@@ -237,6 +241,60 @@ def test_placement_brings_a_popular_model_closer() -> None:
     assert (tallies["full"].preloads, tallies["full"].preload_s, tallies["full"].preload_bytes) == (1, 1.0, 10)
     assert tallies["full"].forwards < 30
     assert tallies["full"].mean_latency_s < tallies["forwarding"].mean_latency_s
+
+
+# Loads that a router orders
+
+
+class Sink:
+    """A router that takes results and does nothing with them."""
+
+    name = "here"
+
+    def replied(self, job: Job, now: float) -> None:
+        """Take it."""
+
+
+def lone_worker(*models: ModelProfile, capacity: int) -> tuple[Worker, EventQueue, DiscreteEventResults]:
+    events, results = EventQueue(), DiscreteEventResults()
+    worker = Worker(
+        location="here",
+        cache=Caches(capacity)(0),
+        report_rows=report_rows(models),
+        rules=RoutingRules(profiles={}, links={}, default_link=NEAR, horizon_s=0.0),
+        exec_slots=1,
+        event_queue=events,
+        results=results,
+        changed=lambda worker, now: None,
+    )
+    return worker, events, results
+
+
+def held(worker: Worker) -> list[tuple[str, ModelState, int]]:
+    return [(model.model_id, model.state, model.uses) for model in worker.cache.models()]
+
+
+def test_a_load_that_a_router_orders_waits_for_memory_as_a_request_does() -> None:
+    a, b = profile(A), profile(B)
+    worker, events, results = lone_worker(a, b, capacity=10)
+    worker.take(Job(0, b, Sink(), 0.0), 0.0)
+    worker.fetch(a, 0.5)
+    assert (worker.cache.waiting, results.preload_s) == (1, 0.0)
+    # B has been loaded at 1.0 and run at 1.1; A's load begins then.
+    events.run_until(1.5)
+    assert (held(worker), worker.cache.waiting, results.preload_s) == ([(A, ModelState.LOADING, 1)], 0, 1.0)
+    events.run_until(2.2)
+    assert held(worker) == [(A, ModelState.READY, 0)]
+
+
+def test_orders_for_a_load_that_is_under_way_add_nothing() -> None:
+    a = profile(A)
+    worker, events, results = lone_worker(a, capacity=10)
+    for now in (0.0, 0.5, 1.5):
+        events.run_until(now)
+        worker.fetch(a, now)
+    events.run_until(2.0)
+    assert (held(worker), results.preload_s) == ([(A, ModelState.READY, 0)], 1.0)
 
 
 # Everything at once

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulator_support import workload
 
-from serve_app.core.cache.decisions import Answer, Grant, Hit, Join, Load, Preload, Reject, Wait
+from serve_app.core.cache.decisions import Action, Answer, Hit, Join, Load, Reject, StartLoad, Wait
+from serve_app.core.cache.events import Event
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.simulator import scenario
@@ -82,16 +83,13 @@ class Watched(ModelCache):
         self._note(now)
         return answer
 
-    def next_preload(self, now: float) -> Preload | None:
-        preload = super().next_preload(now)
-        if preload is not None:
-            self.began_s[preload.model.model_id] = now
+    def handle(self, event: Event, now: float) -> tuple[Action, ...]:
+        actions = super().handle(event, now)
+        for action in actions:
+            if isinstance(action, StartLoad):
+                self.began_s[action.model.model_id] = now
         self._note(now)
-        return preload
-
-    def loaded(self, model_id: str, now: float) -> tuple[Grant, ...]:
-        self._note(now)
-        return super().loaded(model_id, now)
+        return actions
 
     def _note(self, now: float) -> None:
         self.most_bytes = max(self.most_bytes, self.used_bytes)

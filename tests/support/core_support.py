@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
+from serve_app.core.cache.decisions import Action, Evict, Grant, Load, StartLoad
+from serve_app.core.cache.events import (
+    TICK,
+    LoadEnded,
+    LoadFailed,
+    PreloadSuggested,
+    UnloadRequested,
+    WaitCancelled,
+    WithdrawSuggested,
+)
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.cluster.reports import Demand, OutcomeCounts, ViewDelta, WorkerReport
 from serve_app.core.coordination.coordinator_state import CoordinatorState
 from serve_app.core.coordination.events import Reader, ReaderSeen, WorkerReported
-from serve_app.core.policies.base import EvictionPolicy
+from serve_app.core.policies.base import EvictionPolicy, PreloadCandidates
 from serve_app.core.vocabulary import ModelState, ResidentModel
 
 
 class Ranked(EvictionPolicy):
     """A policy that does what the test says: ``worth`` is the utility of each model, 0 where it says nothing.
 
-    It wishes for the models in ``wanted``, and finds what is worth more than all victims together worthwhile.
+    Its candidates are the models in ``wanted``, and it accepts what is worth more than all victims together.
     """
 
     def __init__(self, **worth: float) -> None:
@@ -46,20 +57,128 @@ class Ranked(EvictionPolicy):
     def utility(self, model: ModelProfile, now: float) -> float:
         return self.worth.get(model.model_id, 0.0)
 
-    def fallen(self, now: float) -> Iterable[str]:
+    def lowered(self, now: float) -> Iterable[str]:
         return tuple(self.worth)
 
-    def wishes(self, now: float, free_bytes: int) -> Iterable[ModelProfile]:
-        return tuple(self.wanted)
+    def preload_candidates(self, now: float, free_bytes: int) -> PreloadCandidates:
+        for model in tuple(self.wanted):  # noqa: UP028 - a tuple cannot be sent a verdict
+            yield model
 
-    def worthwhile(self, model: ModelProfile, victims: Sequence[ModelProfile], now: float) -> bool:
+    def accept_preload(self, model: ModelProfile, victims: Iterable[ModelProfile], now: float) -> bool:
         return self.utility(model, now) > sum(self.utility(victim, now) for victim in victims)
 
 
-class Sparing(Ranked):
+class Trimming(Ranked):
     """The same, but of several victims only the largest that suffice go."""
 
-    spares_small = True
+    trim_victims = True
+
+
+# What a cache decides
+
+
+class Preload(NamedTuple):
+    """A background load, and what is evicted for it."""
+
+    model: ModelProfile
+    victims: tuple[str, ...]
+
+
+class Decided(NamedTuple):
+    """Actions by kind: what is evicted for no load, requests that are answered, background loads that begin."""
+
+    evicted: tuple[str, ...] = ()
+    grants: tuple[Grant, ...] = ()
+    preloads: tuple[Preload, ...] = ()
+
+
+def decided(actions: Iterable[Action]) -> Decided:
+    """Sort actions by kind; each load must stand right behind its evictions, and before the grant that reports it."""
+    evicted, grants, preloads = list[str](), list[Grant](), list[Preload]()
+    victims, load = list[Evict](), None
+    for action in actions:
+        match action:
+            case Evict(reason="capacity" | "preload"):
+                victims.append(action)
+            case Evict():
+                evicted.append(action.model_id)
+            case StartLoad():
+                assert {victim.reason for victim in victims} <= {"preload" if action.background else "capacity"}
+                load, victims = Preload(action.model, tuple(victim.model_id for victim in victims)), []
+                if action.background:
+                    preloads.append(load)
+                    load = None
+            case Grant(answer=Load(granted)):
+                assert load == Preload(load.model, granted)
+                assert load.model.model_id == action.model_id
+                grants.append(action)
+                load = None
+            case Grant():
+                grants.append(action)
+        assert load is None or isinstance(action, StartLoad)
+    assert not victims
+    assert load is None
+    return Decided(tuple(evicted), tuple(grants), tuple(preloads))
+
+
+def granted(actions: Iterable[Action]) -> tuple[Grant, ...]:
+    """The requests that are answered, where nothing else happens."""
+    evicted, grants, preloads = decided(actions)
+    assert not evicted
+    assert not preloads
+    return grants
+
+
+def load_ended(cache: ModelCache, model_id: str, now: float) -> tuple[Grant, ...]:
+    return granted(cache.handle(LoadEnded(model_id), now))
+
+
+def load_failed(cache: ModelCache, model_id: str, detail: str, now: float) -> tuple[Grant, ...]:
+    return granted(cache.handle(LoadFailed(model_id, detail), now))
+
+
+def finish(cache: ModelCache, model_id: str, now: float) -> tuple[Grant, ...]:
+    return granted(cache.finish(model_id, now))
+
+
+def cancel_wait(cache: ModelCache, ticket: int, now: float) -> tuple[Grant, ...]:
+    return granted(cache.handle(WaitCancelled(ticket), now))
+
+
+def unload(cache: ModelCache, model_id: str, now: float) -> tuple[Grant, ...]:
+    eviction, *others = cache.handle(UnloadRequested(model_id), now)
+    assert eviction == Evict(model_id, "unload")
+    return granted(others)
+
+
+def withdraw(cache: ModelCache, model_id: str, now: float) -> tuple[Grant, ...] | None:
+    """The requests that are answered; None where the model stays."""
+    actions = cache.handle(WithdrawSuggested(model_id), now)
+    if not actions:
+        return None
+    assert actions[0] == Evict(model_id, "placement")
+    return granted(actions[1:])
+
+
+def suggest(cache: ModelCache, model: ModelProfile, now: float, *, required: bool = False) -> Preload | None:
+    """The preload that begins at once."""
+    return _only_preload(cache.handle(PreloadSuggested(model, required), now))
+
+
+def tick(cache: ModelCache, now: float) -> Preload | None:
+    """The one preload that begins."""
+    return _only_preload(cache.handle(TICK, now))
+
+
+def _only_preload(actions: Iterable[Action]) -> Preload | None:
+    evicted, grants, preloads = decided(actions)
+    assert not evicted
+    assert not grants
+    assert len(preloads) <= 1
+    return preloads[0] if preloads else None
+
+
+# Models and reports
 
 
 def profile(
@@ -133,7 +252,7 @@ def read(state: CoordinatorState, epoch: str, version: int, now: float, location
 def assert_books_balance(cache: ModelCache) -> None:
     """What holds of every cache at every moment, whatever has happened to it."""
     models = cache.models()
-    assert cache.used_bytes == sum(model.size_bytes for model in models) <= cache.capacity_bytes
+    assert cache.used_bytes == sum(model.size_bytes for model in models) <= cache.model_capacity_bytes
     gone = cache.counters.load_failures + cache.counters.evictions + cache.counters.unloads
     assert cache.counters.loads + cache.counters.preloads - gone == len(models)
     assert all(model.uses >= 0 for model in models)

@@ -173,12 +173,12 @@ def make_router(pool: Any, *reports: WorkerReport, clock: Callable[[], float] | 
         "home": "paris",
         "rules": RoutingRules(profiles=catalog.profiles(), links={}, default_link=link, horizon_s=10.0),
         "pool": pool,
-        "link": FakeLink(),
+        "coordinator": FakeLink(),
         "metrics": FakeMetrics(),
         "request_time_s": 5.0,
         "max_inflight": 10,
         "clock": clock or ManualClock(),
     }
     router = Router(**{**fields, **changes})
-    router.known.apply(view(*reports), 0.0)
+    router.view.apply(view(*reports), 0.0)
     return router

@@ -1,19 +1,27 @@
-"""What a ``ModelCache`` answers and shows: immutable values."""
+"""What a ``ModelCache`` decides: the answer to a request, and the actions that the caller carries out in order."""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Literal
 
 from serve_app.core.catalog import ModelProfile
 
+#: Why a model leaves: room for a request's load, room for a preload, an operator, placement, no use for long, another
+#: configuration, or unaccounted bytes.
+EvictionReason = Literal["capacity", "preload", "unload", "placement", "idle", "reconfigure", "memory"]
+
 
 class RejectReason(enum.StrEnum):
-    """Why a request cannot be taken."""
+    """Why a request is rejected."""
 
     TOO_LARGE = "too large"
     QUEUE_FULL = "queue full"
     LOAD_FAILED = "load failed"
+
+
+# Answers to requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +36,13 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Unload ``victims`` (already out of the books), then load the model; its bytes are reserved."""
+    """The request loads the model, whose bytes are reserved, in the place of ``victims``."""
 
     victims: tuple[str, ...]
+
+    def actions(self, model: ModelProfile) -> tuple[Action, ...]:
+        """What the caller does for a request for ``model`` that was answered so at once."""
+        return (*(Evict(victim, "capacity") for victim in self.victims), StartLoad(model, background=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +54,7 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """The request cannot be taken; nothing has changed."""
+    """The request is rejected; nothing has changed."""
 
     reason: RejectReason
     detail: str
@@ -55,26 +67,32 @@ Answer = Hit | Join | Load | Reject
 HIT, JOIN = Hit(), Join()
 
 
+# Actions
+
+
 @dataclass(frozen=True, slots=True)
-class Preload:
-    """Unload ``victims`` (already out of the books), then load ``model`` in the background; its bytes are reserved."""
+class Evict:
+    """Take a model out of memory; cancel its load if that is under way, which then reports no end."""
+
+    model_id: str
+    reason: EvictionReason
+
+
+@dataclass(frozen=True, slots=True)
+class StartLoad:
+    """Load a model, whose bytes are reserved; ``background``: no request waits for it."""
 
     model: ModelProfile
-    victims: tuple[str, ...]
+    background: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """The answer to a request that had to wait."""
+    """Answer a request that had to wait. The actions of a ``Load`` stand before the grant."""
 
     ticket: int
     model_id: str
     answer: Answer
 
 
-@dataclass(frozen=True, slots=True)
-class Shed:
-    """Unload ``victims`` (already out of the books), then act on ``grants``."""
-
-    victims: tuple[str, ...] = ()
-    grants: tuple[Grant, ...] = ()
+Action = Evict | StartLoad | Grant

@@ -1,1 +1,1 @@
-"""The state of the cluster: reports of workers, who holds what, how popular each model is."""
+"""The state of the cluster: reports of workers, holders of models, popularity."""

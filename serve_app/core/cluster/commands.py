@@ -1,4 +1,4 @@
-"""What placement tells workers to do: advice, as each worker is the authority on its own cache."""
+"""Commands of placement to workers: advice, as each worker is the authority on its own cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreloadAt:
-    """A worker should load a model in the background; if it is ``required``, whatever its policy finds it worth."""
+    """Load a model in the background; if it is ``required``, whatever it is worth to the worker's policy."""
 
     location: str
     replica: str
@@ -17,7 +17,7 @@ class PreloadAt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvictAt:
-    """A worker should unload a model, to make room for one that it is advised to load next, or as one copy too many."""
+    """Unload a model: to make room for the model of the next command, or because it is a copy too many."""
 
     location: str
     replica: str

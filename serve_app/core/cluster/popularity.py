@@ -1,4 +1,4 @@
-"""How often a model is asked for: a request rate that forgets exponentially."""
+"""The popularity of models: request rates that decay exponentially."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Mapping
 class DecayedRate:
     """Requests per second, each request counting half as much after every ``half_life_s``.
 
-    The weights are normalised so that a steady stream of r requests per second reads r.
+    The weights are normalized so that a steady stream of r requests per second reads r. Other decays stand apart:
+    ``ModelDemand`` keeps two rates in one object without parameters of its own, as placement has one for every location
+    and model; ``RateForecast`` runs for each request of the simulator.
     """
 
     __slots__ = ("_level", "_updated_s", "decay_per_s")
@@ -17,7 +19,7 @@ class DecayedRate:
     def __init__(self, half_life_s: float, per_s: float = 0.0, now: float = 0.0) -> None:
         if half_life_s <= 0:
             raise ValueError(f"half_life_s must be positive, not {half_life_s}")
-        #: By what share it falls in a second, at first.
+        #: The share by which the rate falls in a second, at first.
         self.decay_per_s = math.log(2) / half_life_s
         self._level = per_s
         self._updated_s = now
@@ -36,14 +38,14 @@ class DecayedRate:
         return self._level * math.exp(-self.decay_per_s * since_s) if since_s > 0 else self._level
 
     def requests(self, now: float) -> float:
-        """How many requests of this very moment the rate as of ``now`` is worth."""
+        """The number of requests at this moment that the rate as of ``now`` is worth."""
         return self.per_s(now) / self.decay_per_s
 
 
 class Popularity:
     """Decayed request rate per (location, model)."""
 
-    #: What is left of one request when a pair is forgotten, 13 half-lives later, so that memory stays bounded.
+    #: What is left of one request when a pair is forgotten, after 13 half-lives, so that memory stays bounded.
     FORGET_REQUESTS = 1e-4
 
     def __init__(self, half_life_s: float) -> None:

@@ -1,10 +1,10 @@
-"""Which of several holders keep a model, so that not all of them let it go because others have it.
+"""Which of several holders is primary for a model, so that not all of them evict it because others hold it.
 
-Every worker says in its reports which of its models it keeps. Holders are ranked by a hash of model and replica. A
-worker keeps a model unless it has heard enough others who rank before it say that they do. So a copy is a duplicate
-only where somebody else has *said* to keep it: whoever acts on an old view can be wrong about who holds what, but as
-long as the others are up to date, one of them keeps it. To lose what it keeps costs a worker a whole load, as if it
-were the last copy; to lose the others costs a load or the way to the next holder, whichever is less.
+Every worker says in its reports which models it is primary for. Holders are ranked by rendezvous hashing of model and
+replica. A worker is primary for a model unless enough replicas that rank before it report to be. So a copy is a
+duplicate only if another worker has *reported* to be primary: an old view can be wrong about holders, but as long as
+the others are up to date, one of them keeps the model. Losing a primary copy costs a worker a whole load, as if it were
+the last copy; losing a duplicate costs a load or the latency to the next holder, whichever is less.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from serve_app.core.cluster.reports import WorkerReport
 
 @lru_cache(maxsize=1 << 16)
 def rendezvous_rank(model_id: str, replica: str) -> int:
-    """Of two holders of a model, the one with the lower rank keeps it."""
+    """The rank of a holder of a model; the lowest one is primary."""
     return int.from_bytes(hashlib.blake2b(f"{model_id} {replica}".encode(), digest_size=8).digest())
 
 
@@ -29,48 +29,51 @@ def primaries_at(
     others: Iterable[WorkerReport],
     min_copies: Mapping[str, int],
 ) -> frozenset[str]:
-    """Which of the models that a worker holds it keeps.
+    """The models that a worker is primary for.
 
-    Of each model there are as many keepers as its ``min_copies`` say, at least one, on different locations first.
+    Each model has as many primary copies as its ``min_copies`` say, at least one, at different locations first.
 
     Args:
-        replica: the worker; what it says itself in ``others`` is left out.
+        replica: the worker; its own report among ``others`` is left out.
         location: where it is.
         held: its models.
         others: the last reports, as far as it knows.
-        min_copies: models of which there must be several.
+        min_copies: models of which there must be several copies.
     """
-    keepers: dict[str, list[tuple[int, str]]] = {}
+    primaries: dict[str, list[tuple[int, str]]] = {}
     mine = frozenset(held)
     for report in others:
         if report.replica != replica and not report.leaving:
             for model_id in report.primary_for & mine:
-                keepers.setdefault(model_id, []).append((rendezvous_rank(model_id, report.replica), report.location))
+                primaries.setdefault(model_id, []).append((rendezvous_rank(model_id, report.replica), report.location))
     spare = {
         model_id
-        for model_id, known in keepers.items()
-        if _turn((rendezvous_rank(model_id, replica), location), known) >= max(1, min_copies.get(model_id, 1))
+        for model_id, known in primaries.items()
+        if _ahead((rendezvous_rank(model_id, replica), location), known) >= max(1, min_copies.get(model_id, 1))
     }
     return mine - spare
 
 
-def _turn(own: tuple[int, str], others: list[tuple[int, str]]) -> int:
-    """How many of the others come before: those of a lower rank, but the second at one location after all firsts."""
+def _ahead(own: tuple[int, str], others: list[tuple[int, str]]) -> int:
+    """The number of others that rank before: by hash, but the second at a location after all firsts."""
     firsts: dict[str, tuple[int, str]] = {}
-    for keeper in sorted([own, *others]):
-        firsts.setdefault(keeper[1], keeper)
-    return sorted([own, *others], key=lambda keeper: (firsts[keeper[1]] is not keeper, keeper)).index(own)
+    for primary in sorted([own, *others]):
+        firsts.setdefault(primary[1], primary)
+    return sorted([own, *others], key=lambda primary: (firsts[primary[1]] is not primary, primary)).index(own)
 
 
 class PrimaryTracker:
-    """One worker's part: what it says to keep, and what it treats as if there were no other copy.
+    """The primary copies of one worker: what it reports, and which copies it treats as last ones.
 
-    It treats as a duplicate only what it has *reported* not to keep, so that the others know.
+    It treats as duplicates only copies that it has *reported* not to be primary for, so that the others know.
 
     Args:
         replica: the worker.
         location: where it is.
-        min_copies: models of which there must be several.
+        min_copies: models of which there must be several copies.
+
+    Attributes:
+        primary_for: as of the last ``update``.
     """
 
     def __init__(self, replica: str, location: str, min_copies: Mapping[str, int] | None = None) -> None:
@@ -81,17 +84,17 @@ class PrimaryTracker:
         self.primary_for: frozenset[str] = frozenset()
 
     def report(self, held: Collection[str]) -> frozenset[str]:
-        """What the worker says to keep, as it reports; what has just come is kept until the next look."""
+        """The models to report as primary; models that have come since ``update`` are among them."""
         self._reported = self.primary_for.intersection(held) | (frozenset(held) - self._seen)
         return self._reported
 
     def update(self, held: Collection[str], others: Iterable[WorkerReport]) -> frozenset[str]:
-        """Decide anew what to keep; returns what must not be treated as a duplicate."""
+        """Decide again what to be primary for; returns the copies that count as last ones."""
         self._seen = frozenset(held)
         self.primary_for = primaries_at(self._replica, self._location, held, others, self._min_copies)
         return self.primary_for | self._reported.intersection(held)
 
-    def required(self, guarded: Iterable[str]) -> list[str]:
-        """Those of them of which there must be a number of copies; those of which there must be most come first."""
-        named = [model_id for model_id in guarded if self._min_copies.get(model_id, 0) > 0]
+    def required(self, last_copies: Iterable[str]) -> list[str]:
+        """The models among them that need a number of copies, those that need most first."""
+        named = [model_id for model_id in last_copies if self._min_copies.get(model_id, 0) > 0]
         return sorted(named, key=lambda model_id: (-self._min_copies[model_id], model_id))

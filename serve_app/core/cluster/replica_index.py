@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, KeysView
+from collections.abc import Collection, KeysView
 from dataclasses import dataclass, field
 
 from serve_app.core.cluster.reports import WorkerReport
@@ -14,11 +14,12 @@ class ReplicaIndex:
 
     Attributes:
         workers: the last report of every replica; only ``put`` and ``remove`` may write to it.
-        holders_version: changes whenever holders or their willingness to serve may have.
     """
 
     workers: dict[str, WorkerReport] = field(default_factory=dict)
-    holders_version: int = field(default=0, compare=False)
+    #: How often holders, or whether they are leaving, have changed: in all, and at each location.
+    _changes: int = field(default=0, compare=False)
+    _changes_at: dict[str, int] = field(default_factory=dict, compare=False)
     _holders: dict[str, dict[str, None]] = field(default_factory=dict, compare=False)
     _locations: dict[str, dict[str, None]] = field(default_factory=dict, compare=False)
 
@@ -34,7 +35,11 @@ class ReplicaIndex:
         """The replicas of a location."""
         return self._locations.get(location, _NO_REPLICAS).keys()
 
-    def put(self, report: WorkerReport, changed: Iterable[str] | None = None) -> None:
+    def version_elsewhere(self, location: str) -> int:
+        """A number that changes whenever holders at other locations, or whether they are leaving, may have changed."""
+        return self._changes - self._changes_at.get(location, 0)
+
+    def put(self, report: WorkerReport, changed: Collection[str] | None = None) -> None:
         """Replace the last report of a replica.
 
         Args:
@@ -47,11 +52,12 @@ class ReplicaIndex:
         if before is None:
             self._locations.setdefault(report.location, {})[replica] = None
             changed = models
-        elif changed is None:
-            if before.models.keys() == models.keys() and before.leaving == report.leaving:
+        else:
+            if changed is None:
+                changed = before.models.keys() ^ models.keys()
+            if not changed and before.leaving == report.leaving:
                 return
-            changed = before.models.keys() ^ models.keys()
-        self.holders_version += 1
+        self._count_change(report.location)
         for model_id in changed:
             if model_id in models:
                 self._holders.setdefault(model_id, {})[replica] = None
@@ -63,7 +69,7 @@ class ReplicaIndex:
         report = self.workers.pop(replica, None)
         if report is None:
             return None
-        self.holders_version += 1
+        self._count_change(report.location)
         for model_id in report.models:
             self._let_go(model_id, replica)
         replicas = self._locations[report.location]
@@ -71,6 +77,10 @@ class ReplicaIndex:
         if not replicas:
             del self._locations[report.location]
         return report
+
+    def _count_change(self, location: str) -> None:
+        self._changes += 1
+        self._changes_at[location] = self._changes_at.get(location, 0) + 1
 
     def _let_go(self, model_id: str, replica: str) -> None:
         holders = self._holders.get(model_id)

@@ -1,1 +1,1 @@
-"""Coordination: what the coordinator knows, and what it tells whom."""
+"""The coordinator's state machine, and a worker's side of its protocol."""

@@ -1,9 +1,11 @@
-"""Which names have changed since a version."""
+"""What has changed since a version."""
 
 from __future__ import annotations
 
-from collections.abc import KeysView
+from collections.abc import KeysView, Mapping
 from typing import Generic, TypeVar
+
+from serve_app.core.links import Link
 
 _Name = TypeVar("_Name")
 
@@ -47,3 +49,28 @@ class ChangeLog(Generic[_Name]):
         while len(self._versions) > limit:
             forgotten = self._versions.pop(next(iter(self._versions)))
         return forgotten
+
+
+class MeasuredLinks:
+    """The links that routers have measured, and the version at which each has changed last."""
+
+    def __init__(self) -> None:
+        self._links: dict[tuple[str, str], Link] = {}
+        #: By the location where they begin.
+        self._changed: dict[str, ChangeLog[tuple[str, str]]] = {}
+
+    @property
+    def links(self) -> Mapping[tuple[str, str], Link]:
+        """All of them, by the two locations."""
+        return self._links
+
+    def update(self, links: Mapping[tuple[str, str], Link], version: int) -> None:
+        """Replace what was known of these links."""
+        self._links |= links
+        for ends in links:
+            self._changed.setdefault(ends[0], ChangeLog()).add(ends, version)
+
+    def since(self, location: str | None, version: int) -> dict[tuple[str, str], Link]:
+        """The links from a location that have changed after ``version``; none from no location."""
+        changed = None if location is None else self._changed.get(location)
+        return {} if changed is None else {ends: self._links[ends] for ends in changed.since(version)}

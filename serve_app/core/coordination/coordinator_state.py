@@ -8,7 +8,7 @@ from serve_app.core.cluster.commands import Command
 from serve_app.core.cluster.directory import Directory
 from serve_app.core.cluster.popularity import Popularity
 from serve_app.core.cluster.reports import Demand, ViewDelta, WorkerReport
-from serve_app.core.coordination.change_log import ChangeLog
+from serve_app.core.coordination.change_log import ChangeLog, MeasuredLinks
 from serve_app.core.coordination.events import (
     Event,
     LinksMeasured,
@@ -19,16 +19,16 @@ from serve_app.core.coordination.events import (
     WorkerLeft,
     WorkerReported,
 )
+from serve_app.core.coordination.placement_schedule import PlacementSchedule
 from serve_app.core.coordination.rules import CoordinatorRules, DeltaLimits
 from serve_app.core.coordination.subscription import Subscription
 from serve_app.core.links import HERE, Link
-from serve_app.core.placement.controller import Planner
 
 _DEFAULT_LIMITS = DeltaLimits()
 
 
 class CoordinatorState:
-    """The last report of every live worker, the popularity of models at each location, and who has to know what.
+    """The last report of every live worker, the popularity of models at each location, and the readers' subscriptions.
 
     ``handle`` alone changes the state; ``delta`` and ``snapshot`` only read it.
 
@@ -82,18 +82,10 @@ class CoordinatorState:
         self._is_large = False
         #: By location; only in a large cluster.
         self._subscriptions: dict[str | None, Subscription] = {}
-        self._links: dict[tuple[str, str], Link] = {}
-        #: By the location where they begin.
-        self._links_changed: dict[str, ChangeLog[tuple[str, str]]] = {}
+        self._links = MeasuredLinks()
         self._popularity = Popularity(rules.half_life_s) if popularity is None else popularity
         self._forget_s = 0.0
-        self._planner = _planner(rules, None)
-        #: When all workers have had the time to report, and when the last round of placement was.
-        self._all_reported_s: float | None = None
-        self._planned_s: float | None = None
-        #: Commands for the next report of each replica, and those for the report that came last.
-        self._commands: dict[str, list[Command]] = {}
-        self._due_commands: dict[str, tuple[Command, ...]] = {}
+        self._placement = PlacementSchedule(rules)
 
     # Events
 
@@ -109,7 +101,7 @@ class CoordinatorState:
         match event:
             case WorkerReported(report=report, demand=demand):
                 has_changed |= self._record(report, report.demand if demand is None else demand, now, version)
-                self._due_commands[report.replica] = tuple(self._commands.pop(report.replica, ()))
+                self._placement.release(report.replica)
             case ReaderSeen(reader=reader):
                 has_changed |= self._subscribe(reader, now, version)
             case LinksMeasured(links=links):
@@ -154,7 +146,7 @@ class CoordinatorState:
             subscription = self._subscriptions.get(demand.location)
             if subscription is not None:
                 subscription.request(demand.model_id, version)
-        self._place(report, demands, now)
+        self._placement.record(report, demands, workers, now)
         return True
 
     def _subscribe(self, reader: Reader, now: float, version: int) -> bool:
@@ -188,11 +180,8 @@ class CoordinatorState:
     def _update_links(self, links: Mapping[tuple[str, str], Link], version: int) -> bool:
         if not links:
             return False
-        self._links |= links
-        for ends in links:
-            self._links_changed.setdefault(ends[0], ChangeLog()).add(ends, version)
-        if self._planner is not None:
-            self._planner.measured(links)
+        self._links.update(links, version)
+        self._placement.update_links(links)
         return True
 
     def _expire(self, now: float, version: int) -> bool:
@@ -210,10 +199,7 @@ class CoordinatorState:
             return False
         self._directory.deregister(replica)
         del self._reported_s[replica]
-        self._commands.pop(replica, None)
-        self._due_commands.pop(replica, None)
-        if self._planner is not None:
-            self._planner.departed(replica)
+        self._placement.deregister(replica)
         if (subscription := self._subscriptions.get(report.location)) is not None:
             subscription.deregister(replica)
         self._departed.add(replica, version)
@@ -232,56 +218,29 @@ class CoordinatorState:
     def _configure(self, rules: CoordinatorRules, now: float) -> None:
         if rules.issued <= self._rules.issued:
             return
-        before, self._rules = self._rules, rules
+        self._rules = rules
         self._popularity.change(rules.half_life_s, now)
-        if rules.placement != before.placement:
-            self._planner = _planner(rules, self._planner)
-            if self._planner is not None:
-                self._planner.measured(self._links)
-            self._commands.clear()
-
-    # Placement
+        self._placement.configure(rules, self._links.links)
 
     def plan(self, now: float) -> tuple[Command, ...]:
-        """Run a round of placement now; the caller delivers the commands."""
-        return () if self._planner is None else self._planner.plan(self._directory.workers.values(), now)
-
-    def _place(self, report: WorkerReport, demands: tuple[Demand, ...], now: float) -> None:
-        planner = self._planner
-        if planner is None:
-            return
-        planner.hear(report.replica, demands, now)
-        commands: tuple[Command, ...] = ()
-        if report.leaving:
-            commands = planner.hand_over(report, self._directory.workers.values(), now)
-        if self._is_round_due(now):
-            self._planned_s = now
-            commands += self.plan(now)
-        for command in commands:
-            self._commands.setdefault(command.replica, []).append(command)
-
-    def _is_round_due(self, now: float) -> bool:
-        if self._planned_s is not None and self._rules.placement is not None:
-            return now - self._planned_s >= self._rules.placement.every_s
-        if self._all_reported_s is None:
-            # Before all workers have had the time to report, all copies would seem to be missing.
-            self._all_reported_s = now + self._rules.stale_after_s
-        return now >= self._all_reported_s
+        """Run a round of placement now, beside those that reports bring about; the caller delivers the commands."""
+        return self._placement.plan(self._directory.workers, now)
 
     # Reads
 
     def delta(self, reader: Reader, now: float) -> ViewDelta:
-        """What a reader does not know yet; a reader without a subscription is told of all workers.
+        """What a reader does not know yet; a reader without a subscription gets all workers.
 
         Args:
             reader: with the version that it has.
             now: seconds; rates are as of then.
         """
         replica = reader.replica
-        commands = self._due_commands.get(replica, ()) if replica is not None else ()
-        may_leave = (
-            replica is None or self._planner is None or self._planner.may_leave(replica, self._directory.workers, now)
-        )
+        commands: tuple[Command, ...] = ()
+        may_leave = True
+        if replica is not None:
+            commands = self._placement.due(replica)
+            may_leave = self._placement.may_leave(replica, self._directory.workers, now)
         subscription = self._subscriptions.get(reader.location)
         if subscription is not None:
             return self._partial(reader, subscription, commands, may_leave)
@@ -296,7 +255,7 @@ class CoordinatorState:
             ),
             gone=() if full else self._gone(since),
             rates=self._popularity.rates(now),
-            links=self._changed_links(reader.location, since),
+            links=self._links.since(reader.location, since),
             commands=commands,
             may_leave=may_leave,
         )
@@ -331,7 +290,7 @@ class CoordinatorState:
             unsubscribed=() if full else subscription.unsubscribed(since),
             # Workers decide nothing by rates.
             rates=subscription.rates if replica is None and subscription.rates_version > since else None,
-            links=self._changed_links(reader.location, since),
+            links=self._links.since(reader.location, since),
             commands=commands,
             may_leave=may_leave,
         )
@@ -362,19 +321,19 @@ class CoordinatorState:
         return self._directory
 
     def subscription(self, location: str | None) -> Subscription | None:
-        """What the readers of a location are told of; None: of all workers. To be read only."""
+        """The subscription of a location, if there is one; to be read only."""
         return self._subscriptions.get(location)
 
     @property
     def links(self) -> Mapping[tuple[str, str], Link]:
         """Every link that has been measured."""
-        return self._links
+        return self._links.links
 
     def _is_outdated(self, reader: Reader, oldest_version: int) -> bool:
         return reader.epoch != self._epoch or not oldest_version <= reader.version <= self._version
 
     def _rtt_s(self, here: str, there: str) -> float:
-        link = self._links.get((here, there))
+        link = self._links.links.get((here, there))
         if link is None:
             placement = self._rules.placement
             link = HERE if placement is None else placement.routing.link(here, there)
@@ -382,20 +341,3 @@ class CoordinatorState:
 
     def _gone(self, since: int) -> tuple[str, ...]:
         return tuple(reversed(self._departed.since(since)))
-
-    def _changed_links(self, location: str | None, since: int) -> dict[tuple[str, str], Link]:
-        changed = None if location is None else self._links_changed.get(location)
-        return {} if changed is None else {ends: self._links[ends] for ends in changed.since(since)}
-
-
-def _planner(rules: CoordinatorRules, before: Planner | None) -> Planner | None:
-    settings = rules.placement
-    if settings is None:
-        return None
-    return Planner(
-        settings.routing,
-        settings.rules,
-        payload_bytes=settings.payload_bytes,
-        min_copies=settings.min_copies,
-        before=before,
-    )

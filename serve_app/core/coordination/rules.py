@@ -2,30 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from serve_app.core.placement.rules import PlacementRules
-from serve_app.core.routing.rules import RoutingRules
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlacementSettings:
-    """What a coordinator needs in order to place models.
-
-    Attributes:
-        routing: profiles and links.
-        every_s: period of the rounds.
-        payload_bytes: of a typical request.
-        min_copies: models of which there must be several copies.
-        rules: how eager to be.
-    """
-
-    routing: RoutingRules
-    every_s: float
-    payload_bytes: int
-    min_copies: Mapping[str, int] = field(default_factory=dict)
-    rules: PlacementRules = field(default_factory=PlacementRules)
+from serve_app.core.placement.rules import PlacementSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

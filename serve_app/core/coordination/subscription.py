@@ -1,4 +1,4 @@
-"""The part of a large cluster that one location's readers are told of."""
+"""The part of a large cluster that matters to the readers of one location."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _PeerEntries:
 
 
 class Subscription:
-    """The workers of other locations, *peers*, that a location is told of, and when its readers were told.
+    """The workers of other locations, *peers*, that a location follows, and what its readers have read.
 
     | event                            | effect                                                              |
     |----------------------------------|---------------------------------------------------------------------|
@@ -36,7 +36,7 @@ class Subscription:
     In a cluster of no more than ``limits.peers`` workers all are peers. So the size of the deltas of a location, and
     their cost, are bounded by the demand of its users, whatever the number of locations.
 
-    A reader of no location is told of all workers.
+    A reader of no location follows all workers.
 
     Args:
         location: whose readers it serves.

@@ -115,6 +115,8 @@ class WorkerFollower:
             sequence=sequence,
             capacity_bytes=cache.capacity_bytes,
             used_bytes=cache.used_bytes,
+            workspace_bytes=cache.workspace_bytes,
+            unaccounted_bytes=cache.unaccounted_bytes,
             rss_bytes=0,
             models=models,
             exec_slots=exec_slots,
@@ -158,7 +160,7 @@ class WorkerFollower:
         primaries = self._primaries
         before = primaries.primary_for
         last_copies = primaries.update(held, self.view.workers.values())
-        inputs = self.view, self.view.holders_version, self._rules, last_copies
+        inputs = self.view, self.view.version_elsewhere(self.location), self._rules, last_copies
         costs: dict[str, float] | None = None
         if inputs != self._costed:
             self._costed = inputs

@@ -1,1 +1,1 @@
-"""Placement: which models the coordinator has workers load and evict in the background."""
+"""Placement: the models that the coordinator has workers load and evict in the background."""

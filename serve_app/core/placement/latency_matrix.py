@@ -1,4 +1,4 @@
-"""How long the ways between all locations are, as a table that is kept current rather than made anew."""
+"""The latencies between all locations, as a table that is updated rather than built again."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from serve_app.core.links import Link
 
 
 class LatencyMatrix:
-    """Seconds from location to location for one size of payload.
+    """Seconds from location to location for one payload size.
 
     Args:
-        links: as known so far, in either direction; grows by ``measured``.
-        default_link: where nothing is known.
+        links: as known so far, in either direction; grows by ``update``.
+        default_link: between locations without a known link.
         payload_bytes: of a typical request.
     """
 
@@ -26,18 +26,18 @@ class LatencyMatrix:
         self._number: dict[str, int] = {}
         self._seconds = np.zeros((0, 0))
 
-    def measured(self, links: Mapping[tuple[str, str], Link]) -> None:
-        """These ways take so long."""
+    def update(self, links: Mapping[tuple[str, str], Link]) -> None:
+        """Take in measured links."""
         self._links.update(links)
         self._write(links)
 
     @property
-    def furthest_s(self) -> float:
-        """Seconds of the longest way that is known, the default one included."""
+    def longest_s(self) -> float:
+        """The largest known latency, that of the default link included."""
         return max([self._default_s, *(link.seconds(self._payload_bytes) for link in self._links.values())])
 
     def table(self, locations: Sequence[str], columns: Sequence[str]) -> NDArray[np.float64]:
-        """Seconds from every one of ``locations`` (rows) to every one of ``columns``; none within one location."""
+        """Seconds from every one of ``locations`` (rows) to every one of ``columns``; 0 within a location."""
         new = [location for location in dict.fromkeys((*locations, *columns)) if location not in self._number]
         if new:
             self._number |= {location: number for number, location in enumerate(new, len(self._number))}

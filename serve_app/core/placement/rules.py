@@ -1,8 +1,11 @@
-"""How eager placement is."""
+"""Parameters of placement."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from serve_app.core.routing.rules import RoutingRules
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -10,20 +13,20 @@ class PlacementRules:
     """How eager placement is.
 
     Attributes:
-        share_per_round: of a worker's memory, that one round may fill, and that it may empty. For a crowd a larger one
-            may move, alone; then nothing does at this worker until its bytes have been made up for. Required copies
-            have as much to themselves, and end with the one that exceeds it.
-        most_copies: that one round orders in the whole cluster because they are worth it; the others wait for the next.
+        share_per_round: of a worker's memory, that one round may load, and that it may unload. An urgent model of a
+            flash crowd may exceed it, alone; then nothing moves at this worker until the bytes have been made up for.
+            Required copies have a budget of the same size to themselves, and end with the one that exceeds it.
+        most_copies: improvements that one round orders in the whole cluster; the others wait for the next round.
         hysteresis: a copy displaces others only if it is worth so many times what they are.
         payback_s: a copy is worth its load only if it saves as many seconds within this time.
-        patience_s: how long an order counts as carried out though no report confirms it.
-        repeat_s: how long a worker is not told anything else about the same model.
+        patience_s: how long a command counts as carried out though no report confirms it.
+        repeat_s: how long a worker gets no other command for the same model.
         half_life_s: of the popularity that a copy is worth something for.
-        crowd_half_life_s: of the popularity in which crowds are seen.
-        crowd_payback_s: for a crowd, which may leave as it came, a copy must be worth its load within this time.
-        busy_share: of their time that the holders of a model spend with it at most, before there must be more.
-        withdraw_after_s: after a crowd, a copy that is not worth its load goes when it was not used for so long.
-        hand_over_share: of a worker's memory that may be filled and emptied with the models of one that leaves.
+        flash_crowd_half_life_s: of the popularity in which flash crowds are seen.
+        flash_crowd_payback_s: in a flash crowd, which may leave as it came, a copy must pay for its load in this time.
+        busy_share: of their time that the holders of a model may spend with it before more copies are required.
+        withdraw_after_s: after a flash crowd, a copy that is not worth its load goes when it was unused for so long.
+        hand_over_share: of a worker's memory that may be loaded and unloaded with the models of one that leaves.
     """
 
     share_per_round: float = 0.1
@@ -33,8 +36,8 @@ class PlacementRules:
     patience_s: float = 10.0
     repeat_s: float = 120.0
     half_life_s: float = 1800.0
-    crowd_half_life_s: float = 2.0
-    crowd_payback_s: float = 10.0
+    flash_crowd_half_life_s: float = 2.0
+    flash_crowd_payback_s: float = 10.0
     busy_share: float = 0.7
     withdraw_after_s: float = 60.0
     hand_over_share: float = 0.5
@@ -46,8 +49,27 @@ class PlacementRules:
         if not self.hysteresis >= 1:
             raise ValueError(f"hysteresis must be at least 1, not {self.hysteresis}")
         for name in (
-            "most_copies", "payback_s", "patience_s", "repeat_s", "half_life_s", "crowd_half_life_s", "crowd_payback_s",
-            "withdraw_after_s",
+            "most_copies", "payback_s", "patience_s", "repeat_s", "half_life_s", "flash_crowd_half_life_s",
+            "flash_crowd_payback_s", "withdraw_after_s",
         ):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementSettings:
+    """All that placement is configured with.
+
+    Attributes:
+        routing: profiles and links.
+        every_s: period of the rounds.
+        payload_bytes: of a typical request, which makes a link slow beside its round trip.
+        min_copies: models of which there must be several copies, whether or not they are asked for.
+        rules: how eager it is.
+    """
+
+    routing: RoutingRules
+    every_s: float
+    payload_bytes: int
+    min_copies: Mapping[str, int] = field(default_factory=dict)
+    rules: PlacementRules = field(default_factory=PlacementRules)

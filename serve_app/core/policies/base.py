@@ -1,60 +1,77 @@
-"""What an eviction policy is: what it is told, and the one number by which it ranks."""
+"""What an eviction policy is: the hooks that a cache calls, and the one number by which the policy ranks."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass
 
 from serve_app.core.catalog import ModelProfile
+
+
+@dataclass(frozen=True, slots=True)
+class PreloadVerdict:
+    """What a cache has made of a candidate: whether it loads, and what must leave, or would have had to."""
+
+    accepted: bool
+    victims: tuple[ModelProfile, ...]
+
+
+#: Yields absent models; is sent the verdict on each, or None where the model cannot be loaded now.
+PreloadCandidates = Generator[ModelProfile, PreloadVerdict | None, None]
 
 
 class EvictionPolicy(ABC):
     """The hooks that a policy may use; every one but ``utility`` may stay empty. All times are seconds."""
 
+    #: Whether, of several victims, only the largest that suffice leave ("Many Models at the Edge", ACSOS 2021). Without
+    #: it they leave strictly in the order of their utilities, as the classical policies are defined.
+    trim_victims: bool = False
+
+    #: When time alone gives ``preload_candidates`` something new to say.
+    next_review_s: float = math.inf
+
+    def on_start(self, *, preloads: bool) -> None:
+        """A cache begins to use this policy; ``preloads``: it asks for ``preload_candidates``."""
+
     def on_request(self, model: ModelProfile, now: float) -> None:
-        """``model`` was asked for, whether or not it is resident."""
+        """A request asked for ``model``, whether or not it is resident."""
 
     def on_load(self, model: ModelProfile, now: float) -> None:
-        """``model`` takes up memory from now on."""
+        """``model`` takes memory from now on."""
 
     def on_evict(self, model: ModelProfile, now: float) -> None:
-        """``model`` was displaced by another one and no longer takes up memory."""
+        """``model`` was displaced by another one and no longer takes memory."""
 
     def on_unload(self, model: ModelProfile, now: float) -> None:
-        """``model`` no longer takes up memory for any other reason: its load failed, or it was unloaded by hand."""
+        """``model`` no longer takes memory for any other reason: its load failed, or it was unloaded."""
 
     def on_forward_costs(self, forward_s: Mapping[str, float]) -> None:
         """Models that other locations hold, and the extra seconds that a request forwarded there takes."""
 
     def on_catalog(self, models: Iterable[ModelProfile], now: float) -> None:
-        """These models can be asked for."""
-
-    #: Whether, of several victims, only the largest that suffice go ("Many Models at the Edge", ACSOS 2021). Without it
-    #: they go strictly in the order of their utilities, as the classical policies are defined.
-    spares_small: bool = False
+        """Requests may ask for these models."""
 
     @abstractmethod
     def utility(self, model: ModelProfile, now: float) -> float:
         """What keeping ``model`` is worth; only the order of the numbers matters."""
 
-    def fallen(self, now: float) -> Iterable[str]:
-        """Resident models whose utility may have fallen since this was last asked, however it came about.
+    def lowered(self, now: float) -> Iterable[str]:
+        """Resident models whose utility may have fallen since the last call, for whatever reason.
 
-        Rises need not be told. A model that is not named here keeps its place or rises.
+        Rises need not be named. A model that is not named here keeps its place or rises.
         """
         return ()
 
-    #: Whether the cache loads what this policy wishes for.
-    preloading: bool = True
+    def preload_candidates(self, now: float, free_bytes: int) -> PreloadCandidates:
+        """Yield absent models that should perhaps be loaded before any request, the most useful per byte first.
 
-    #: When time alone gives ``wishes`` something new to say.
-    review_s: float = math.inf
+        For each, the cache looks for victims. If it finds them, it asks ``accept_preload`` and sends the verdict back.
+        After an accepted candidate it asks for no more.
+        """
+        yield from ()
 
-    def wishes(self, now: float, free_bytes: int) -> Iterable[ModelProfile]:
-        """Absent models that should perhaps be loaded before anybody asks, the most worthwhile first."""
-        return ()
-
-    def worthwhile(self, model: ModelProfile, victims: Sequence[ModelProfile], now: float) -> bool:
-        """Whether a wish is worth its load and the absence of ``victims``."""
+    def accept_preload(self, model: ModelProfile, victims: Iterable[ModelProfile], now: float) -> bool:
+        """Whether a candidate is worth its load and the absence of ``victims``; changes nothing."""
         return False

@@ -76,11 +76,11 @@ class ModelMesh(Lru):
         guard = 2.0**52 if model.model_id in self._guarded else 0.0
         return guard + super().utility(model, now)
 
-    def fallen(self, now: float) -> Iterable[str]:
-        grown_up = []
+    def lowered(self, now: float) -> Iterable[str]:
+        lowered = []
         while self._guarded and next(iter(self._guarded.values())) <= now:
-            grown_up.append(self._guarded.popitem(last=False)[0])
-        return grown_up
+            lowered.append(self._guarded.popitem(last=False)[0])
+        return lowered
 
 
 class Lfu(EvictionPolicy):
@@ -176,7 +176,7 @@ class LoadTime(EvictionPolicy):
 class BeladyAmOnline(EvictionPolicy):
     """The online form of "Many Models at the Edge" (ACSOS 2021): share of all requests x load time / size."""
 
-    spares_small = True
+    trim_victims = True
 
     def __init__(self, _rng: random.Random) -> None:
         self._requests: Counter[str] = Counter()

@@ -35,7 +35,7 @@ _NOTICEABLE = 0.5
 _AGES_PASSED_OVER = 4
 
 
-class History:
+class RequestHistory:
     """What is remembered of one model."""
 
     __slots__ = (
@@ -97,7 +97,7 @@ class RateForecast:
         #: all the same, as it could not be fetched again.
         self.age_weight = 1.0
 
-    def request(self, known: History, now: float) -> None:
+    def request(self, known: RequestHistory, now: float) -> None:
         """The model was asked for."""
         if now > known.counted_s:
             self._count(known, now)
@@ -109,7 +109,7 @@ class RateForecast:
         known.last_s = now
         known.age = 0
 
-    def rate(self, known: History, lead_s: float, now: float) -> float:
+    def rate(self, known: RequestHistory, lead_s: float, now: float) -> float:
         """The highest rate, in requests per second, between now and ``lead_s`` seconds from now."""
         if now > known.counted_s:
             self._count(known, now)
@@ -134,7 +134,7 @@ class RateForecast:
         trust = 1.0 if gain > 30.0 else 1 / (1 + exp(-gain)) if gain > -30.0 else 0.0
         return rate * (1 + (highest - 1) * self.age_weight * trust)
 
-    def next_fall_s(self, known: History, now: float) -> float:
+    def next_fall_s(self, known: RequestHistory, now: float) -> float:
         """When ``rate`` may fall noticeably below what it was last, if no request comes."""
         if not known.requests:
             # It falls as the endless memory gets longer, and by half while that doubles.
@@ -149,7 +149,7 @@ class RateForecast:
             last += 1
         return max(known.last_s + AGE_EDGES_S[last + 1], now + self.STEP_S)
 
-    def next_rise_s(self, known: History, now: float) -> float:
+    def next_rise_s(self, known: RequestHistory, now: float) -> float:
         """When ``rate`` will rise above what it was last though no request comes; infinite if never."""
         highest = known.highest
         for age, factor in enumerate(known.factor[known.ahead :], known.ahead):
@@ -158,7 +158,7 @@ class RateForecast:
                 return max(known.last_s + AGE_EDGES_S[age] - known.lead_s, now + self.STEP_S)
         return math.inf
 
-    def _learn(self, known: History, now: float) -> None:
+    def _learn(self, known: RequestHistory, now: float) -> None:
         weights, requests = self._weights, known.requests
         fast = weights[0] * self._fast_decay * known.fast * known.fast_left
         slow = weights[1] * self._slow_decay * known.slow * known.slow_left
@@ -175,7 +175,7 @@ class RateForecast:
             known.seen[age] = seen = known.seen[age] + 1
             known.factor[age] = (seen + _FACTOR_PRIOR) / (known.expected[age] + _FACTOR_PRIOR)
 
-    def _count(self, known: History, now: float) -> None:
+    def _count(self, known: RequestHistory, now: float) -> None:
         """Account for the time since ``counted_s``, age by age, in which no request came."""
         since_s, known.counted_s = known.counted_s, now
         promised = self._promised

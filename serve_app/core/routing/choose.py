@@ -11,7 +11,7 @@ from serve_app.core.catalog import ModelProfile
 from serve_app.core.cluster.primaries import rendezvous_rank
 from serve_app.core.cluster.reports import WorkerReport
 from serve_app.core.links import Topology
-from serve_app.core.routing.eviction_cost import exec_s, load_s, victims_loss_s
+from serve_app.core.routing.eviction_cost import exec_s, load_s
 from serve_app.core.routing.neighbors import Neighbor
 from serve_app.core.routing.router_view import RouterView
 from serve_app.core.routing.rules import RoutingRules
@@ -29,7 +29,7 @@ class Route(NamedTuple):
     should load the model in the background meanwhile.
     """
 
-    # A tuple, because every request makes one: that takes half as long as a frozen dataclass.
+    # A tuple, because every request makes one: a tuple takes half as long as a frozen dataclass.
     outcome: Outcome
     location: str
     replica: str | None
@@ -53,7 +53,7 @@ class RoutingRequest(NamedTuple):
     avoid: Collection[str] = ()
 
 
-def choose(errand: RoutingRequest, known: RouterView, rules: RoutingRules, ways: Topology | None = None) -> Route:
+def choose(request: RoutingRequest, view: RouterView, rules: RoutingRules, links: Topology | None = None) -> Route:
     """The best way to serve one request.
 
     | option                 | expected latency                | costs later requests                     |
@@ -73,16 +73,16 @@ def choose(errand: RoutingRequest, known: RouterView, rules: RoutingRules, ways:
     location: Serve may have a replica that has not reported yet, or will have one soon.
 
     Args:
-        errand: the request.
-        known: the cluster.
+        request: the request.
+        view: the cluster as the router knows it.
         rules: for the choice.
-        ways: what is known of the ways; as configured by default.
+        links: between locations, as measured; as configured by default.
     """
-    return _Choice(errand, known, rules, ways or rules).best()
+    return _Choice(request, view, rules, links or rules).best()
 
 
 class _Option:
-    """A plan in the making."""
+    """A route in the making."""
 
     __slots__ = ("cost_s", "expected_s", "only_if_resident", "outcome", "report", "wait_s")
 
@@ -102,8 +102,8 @@ class _Option:
         self.cost_s = cost_s
         self.only_if_resident = only_if_resident
 
-    def plan(self, preload: str | None = None) -> Route:
-        """As it is carried out."""
+    def route(self, preload: str | None = None) -> Route:
+        """The route that carries the option out."""
         report, wait_s, expected_s, cost_s = self.report, self.wait_s, self.expected_s, self.cost_s
         return Route(
             self.outcome, report.location, report.replica, wait_s, expected_s, cost_s, self.only_if_resident, preload
@@ -113,195 +113,221 @@ class _Option:
 class _Choice:
     """One choice, with what every option of it needs.
 
-    Every request of every user comes by here: what several options share is looked up once, and of those that cannot
-    be the best no more is worked out than shows it.
+    Every request passes here: what several options share is looked up once, and of an option that cannot be the best
+    no more is computed than shows it.
     """
 
-    #: Of the workers of other locations so many are considered: the nearest holders; and of those that would have to
-    #: load the model, where there are more than ``MANY``, others for each model.
-    LOOKED_AT = 4
+    #: So many workers of other locations are considered: the nearest holders; and of those that would have to load the
+    #: model, where there are more than ``MANY``, others for each model.
+    CONSIDERED = 4
     MANY = 8
 
     __slots__ = (
-        "_errand", "_known", "_local", "_model", "_nearby", "_others_s", "_queue_s", "_rate", "_rules", "_run_s",
-        "_seen", "_way_s", "_ways",
+        "_exec_s", "_external_wait_s", "_link_s", "_links", "_local", "_model", "_neighbors", "_observed", "_queue_s",
+        "_rate", "_request", "_rules", "_view",
     )  # fmt: skip
 
-    def __init__(self, errand: RoutingRequest, known: RouterView, rules: RoutingRules, ways: Topology) -> None:
-        self._errand = errand
-        self._model = errand.model
-        self._known = known
+    def __init__(self, request: RoutingRequest, view: RouterView, rules: RoutingRules, links: Topology) -> None:
+        self._request = request
+        self._model = request.model
+        self._view = view
         self._rules = rules
-        self._ways = ways
-        self._nearby = known.nearby(errand.here, ways)
-        #: What is newer than the reports about this model.
-        self._seen = known.seen(errand.model.model_id)
-        #: The best that this location offers, and of what its latency is made up: the way, the queue, the execution.
-        #: ``_others_s`` is what others cause.
-        self._way_s = self._queue_s = self._run_s = self._others_s = 0.0
-        self._local = self._best_here()
+        self._links = links
+        self._neighbors = view.neighbors(request.here, links)
+        self._observed = view.observed(request.model.model_id)
+        #: The latency of the best local option, in parts: the link, the queue, the execution. ``_external_wait_s`` is
+        #: the part that other requests cause: the queue, and loads that come first.
+        self._link_s = self._queue_s = self._exec_s = self._external_wait_s = 0.0
+        self._local = self._best_local()
 
     def best(self) -> Route:
-        local, errand = self._local, self._errand
+        """The route with the least cost."""
+        local, request = self._local, self._request
         if local is None:
-            there = self._best_elsewhere()
-            return _plan_blindly(errand) if there is None else there.plan()
-        if errand.forwarding is Forwarding.NEVER or (
-            local.outcome is Outcome.HIT and local.wait_s - self._way_s <= self._rules.staleness_s
+            remote = self._best_remote()
+            return _blind_route(request) if remote is None else remote.route()
+        if request.forwarding is Forwarding.NEVER or (
+            local.outcome is Outcome.HIT and local.wait_s - self._link_s <= self._rules.staleness_s
         ):
-            return local.plan()
-        there = self._best_elsewhere()
-        if there is None:
-            return local.plan()
-        prefer = errand.forwarding is Forwarding.PREFER and local.outcome is Outcome.LOAD
-        if prefer or there.cost_s < local.cost_s:
-            return there.plan()
-        return self._in_background(local, there) if local.outcome is Outcome.LOAD else local.plan()
+            return local.route()
+        remote = self._best_remote()
+        if remote is None:
+            return local.route()
+        prefers_remote = request.forwarding is Forwarding.PREFER and local.outcome is Outcome.LOAD
+        if prefers_remote or remote.cost_s < local.cost_s:
+            return remote.route()
+        return self._load_in_background(local, remote) if local.outcome is Outcome.LOAD else local.route()
 
-    def _best_here(self) -> _Option | None:
-        errand, known, model = self._errand, self._known, self._model
-        here = self._nearby.own
-        if errand.avoid:
-            here = [report for report in here if report.replica not in errand.avoid]
-        if not here:
+    # This location
+
+    def _best_local(self) -> _Option | None:
+        request, view, model = self._request, self._view, self._model
+        reports = self._neighbors.own
+        if request.avoid:
+            reports = [report for report in reports if report.replica not in request.avoid]
+        if not reports:
             return None
-        way_s = self._way_s = self._nearby.own_link.seconds(errand.payload_bytes)
-        run_s = self._run_s = max([exec_s(model, report) for report in here])
+        link_s = self._link_s = self._neighbors.own_link.seconds(request.payload_bytes)
+        run_s = self._exec_s = max([exec_s(model, report) for report in reports])
         best: _Option | None = None
-        for report in here:
+        for report in reports:
             state = self._state(report)
-            queue_s, load_wait_s, loss_s, turns_s = known.queue_s(report), 0.0, 0.0, 0.0
+            queue_s, load_wait_s, displacement_s, earlier_loads_s = view.queue_s(report), 0.0, 0.0, 0.0
             if state is ModelState.LOADING:
                 load_wait_s = self._rest_of_load_s(report)
             elif state is None:
-                alone_s = load_s(model, report)
-                load_wait_s = alone_s * self._turns(report)
-                turns_s = load_wait_s - alone_s
-                loss_s = victims_loss_s(model, report, known, self._rules, self._ways)
-            wait_s = way_s + queue_s + load_wait_s
+                unqueued_load_s = load_s(model, report)
+                load_wait_s = unqueued_load_s * self._load_waves(report)
+                earlier_loads_s = load_wait_s - unqueued_load_s
+                displacement_s = view.displacement_cost_s(model, report, self._rules, self._links)
+            wait_s = link_s + queue_s + load_wait_s
             expected_s = wait_s + run_s
-            if best is None or expected_s + loss_s < best.cost_s:
-                best = _Option(_OUTCOMES_HERE[state], report, wait_s, expected_s, expected_s + loss_s)
-                self._queue_s, self._others_s = queue_s, queue_s + turns_s
+            if best is None or expected_s + displacement_s < best.cost_s:
+                best = _Option(_OUTCOMES_HERE[state], report, wait_s, expected_s, expected_s + displacement_s)
+                self._queue_s, self._external_wait_s = queue_s, queue_s + earlier_loads_s
         return best
 
-    def _best_elsewhere(self) -> _Option | None:
+    # Other locations
+
+    def _best_remote(self) -> _Option | None:
         """The best that other locations offer: those that hold the model, then those that would have to load it.
 
-        Of these, all are as good whose difference may be older than the news: if every router took the one that looked
-        best, all would take the same. Instead each model has an order of its own.
+        Of the latter, all are equally good whose difference may be older than the view: if every router took the one
+        that looked best, all would take the same. Instead each model has an order of its own.
         """
-        errand, known, model_id = self._errand, self._known, self._model.model_id
-        if errand.forwarding is Forwarding.NEVER:
+        request, view, model_id = self._request, self._view, self._model.model_id
+        if request.forwarding is Forwarding.NEVER:
             return None
-        self._rate = known.view.rate(errand.here, model_id)
+        self._rate = view.cluster.rate(request.here, model_id)
         holder: _Option | None = None
-        replicas = known.maybe_holding(model_id)
+        replicas = view.possible_holders(model_id)
         if replicas:
-            there = self._nearby.nearest(replicas, self.LOOKED_AT)
-            found = self._there(there, math.inf, held=True)
+            nearest = self._neighbors.nearest(replicas, self.CONSIDERED)
+            options = self._score_remote(nearest, math.inf, held=True)
             # Each is better than those before it.
-            holder = found[-1] if found else None
+            holder = options[-1] if options else None
         if not self._may_load_elsewhere():
             return holder
-        there = self._others()
-        found = self._there(there, math.inf if holder is None else holder.cost_s, held=False)
-        best_s = min([option.cost_s for option in found], default=math.inf)
-        if not found or (holder is not None and holder.cost_s <= best_s):
+        neighbors, is_sample = self._loaders()
+        most_s = math.inf if holder is None else holder.cost_s
+        options = self._score_remote(neighbors, most_s, held=False, is_sample=is_sample)
+        best_s = min([option.cost_s for option in options], default=math.inf)
+        if not options or (holder is not None and holder.cost_s <= best_s):
             return holder
-        if len(found) == 1:
-            return found[0]
-        alike = [option for option in found if option.cost_s <= best_s + self._rules.staleness_s]
-        return min(alike, key=lambda option: rendezvous_rank(model_id, option.report.replica))
+        if len(options) == 1:
+            return options[0]
+        equals = [option for option in options if option.cost_s <= best_s + self._rules.staleness_s]
+        return min(equals, key=lambda option: rendezvous_rank(model_id, option.report.replica))
 
     def _may_load_elsewhere(self) -> bool:
-        """Whether it is an option to have the model loaded elsewhere: only to be rid of a long queue here."""
+        """Whether another location may load the model: only if none here can, or to avoid a long queue here."""
         local = self._local
         if local is None or local.cost_s == math.inf:
             return True
-        return self._others_s > self._rules.staleness_s and self._errand.forwarding is Forwarding.AUTO
+        return self._external_wait_s > self._rules.staleness_s and self._request.forwarding is Forwarding.AUTO
 
-    def _others(self) -> Sequence[Neighbor]:
-        """Workers of other locations where the model could be loaded; all of them if it cannot be loaded here."""
-        others, count = self._nearby.others, self.LOOKED_AT
+    def _loaders(self) -> tuple[Sequence[Neighbor], bool]:
+        """Workers of other locations where the model could be loaded, and whether they are only a sample of these."""
+        others, count = self._neighbors.others, self.CONSIDERED
         if len(others) <= self.MANY or self._local is None or self._local.cost_s == math.inf:
-            return others
-        first = crc32(f"{self._model.model_id} {self._errand.here}".encode()) % len(others)
+            return others, False
+        first = crc32(f"{self._model.model_id} {self._request.here}".encode()) % len(others)
         chosen = others[first : first + count]
-        return chosen if len(chosen) == count else chosen + others[: count - len(chosen)]
+        return (chosen if len(chosen) == count else chosen + others[: count - len(chosen)]), True
 
-    def _there(self, neighbours: Sequence[Neighbor], most_s: float, *, held: bool) -> list[_Option]:
-        """What those of these workers offer that hold the model, or those that do not, as far as it may be the best.
+    def _score_remote(
+        self, neighbors: Sequence[Neighbor], most_s: float, *, held: bool, is_sample: bool = False
+    ) -> list[_Option]:
+        """What ``neighbors`` offer that hold the model, or those that do not, as far as it may be the best.
 
-        What costs more than ``most_s`` is of no use. What is known from afar is better than what is here only if it is
-        so by a clear margin: otherwise all routers would send everything to whichever location looked best half a
-        second ago.
+        Args:
+            neighbors: workers of other locations.
+            most_s: an option that costs more is of no use.
+            held: consider those that hold the model, else those that do not.
+            is_sample: the first option that is as good as any may be is good enough.
         """
-        known, model, rules, seen, avoid = self._known, self._model, self._rules, self._seen, self._errand.avoid
-        model_id, payload_bytes, way_here_s = model.model_id, self._errand.payload_bytes, self._way_s
-        queue_here_s, run_here_s, shorter_s, faster_s = 0.0, model.exec_s, math.inf, math.inf
+        model, avoid, own_link_s, later_requests = (
+            self._model,
+            self._request.avoid,
+            self._link_s,
+            self._later_requests(),
+        )
+        model_id, payload_bytes, own_exec_s = model.model_id, self._request.payload_bytes, model.exec_s
+        much_faster_s = math.inf
         if self._local is not None:
-            queue_here_s, run_here_s = self._queue_s, self._run_s
-            shorter_s = queue_here_s - rules.staleness_s
             # Execution times are noisy: only twice as fast is faster, and only if it was measured.
-            faster_s = run_here_s / 2
-        later = 0.0
-        if self._local is None or self._local.outcome is Outcome.LOAD:
-            later = rules.horizon_s * self._rate
-        margin_s = 0.0 if held else rules.staleness_s
-        # Of some that were taken at random, the first that is as good as any may be is good enough.
-        any_s = -math.inf if held or neighbours is self._nearby.others else margin_s
+            own_exec_s, much_faster_s = self._exec_s, self._exec_s / 2
+        margin_s = 0.0 if held else self._rules.staleness_s
+        enough_s = margin_s if is_sample else -math.inf
         options: list[_Option] = []
-        for report, link in neighbours:
-            way_s = link.rtt_s + payload_bytes / link.bytes_per_s
-            run_s = report.exec_s.get(model_id, run_here_s)
-            if faster_s <= run_s < run_here_s:
-                run_s = run_here_s
-            later_s = later * (way_s - way_here_s) if way_s > way_here_s else 0.0
-            alone_s = 0.0 if held else report.load_s.get(model_id, model.load_s)
-            # Most need not be looked at any further: those that are no nearer than an idle one.
-            least_s = way_s + alone_s + run_s + later_s
+        for report, link in neighbors:
+            link_s = link.rtt_s + payload_bytes / link.bytes_per_s
+            run_s = report.exec_s.get(model_id, own_exec_s)
+            if much_faster_s <= run_s < own_exec_s:
+                run_s = own_exec_s
+            forwarding_cost_s = later_requests * (link_s - own_link_s) if link_s > own_link_s else 0.0
+            unqueued_load_s = 0.0 if held else report.load_s.get(model_id, model.load_s)
+            # Most need not be considered any further: those that are no nearer than an idle one.
+            least_s = link_s + unqueued_load_s + run_s + forwarding_cost_s
             if least_s > most_s or (held and least_s == most_s) or report.replica in avoid:
                 continue
-            if seen:
-                state = self._state(report)
-            else:
-                resident = report.models.get(model_id)
-                state = None if resident is None else resident.state
+            state = self._state(report)
             if (state is not None) is not held:
                 continue
-            queue_s, load_wait_s, loss_s = known.queue_s(report), 0.0, 0.0
-            if shorter_s <= queue_s < queue_here_s:
-                queue_s = queue_here_s
-            if state is ModelState.LOADING:
-                load_wait_s = self._rest_of_load_s(report)
-            elif state is None:
-                load_wait_s = alone_s * self._turns(report)
-                loss_s = victims_loss_s(model, report, known, rules, rules)
-            wait_s = way_s + queue_s + load_wait_s
+            wait_s, displacement_s = self._remote_wait_s(report, state, link_s, unqueued_load_s)
             expected_s = wait_s + run_s
-            cost_s = expected_s + loss_s + later_s
+            cost_s = expected_s + displacement_s + forwarding_cost_s
             if cost_s < most_s or (cost_s == most_s and not held):
                 most_s = min(most_s, cost_s + margin_s)
                 options.append(_Option(Outcome.FORWARD, report, wait_s, expected_s, cost_s, held))
-                if cost_s - alone_s - run_s <= any_s:
+                if cost_s - unqueued_load_s - run_s <= enough_s:
                     break
         return options
 
-    def _in_background(self, local: _Option, there: _Option) -> Route:
+    def _remote_wait_s(
+        self, report: WorkerReport, state: ModelState | None, link_s: float, unqueued_load_s: float
+    ) -> tuple[float, float]:
+        """Seconds on the link, in the queue and for a load; and what later requests lose by that load."""
+        wait_s = link_s + self._remote_queue_s(report)
+        if state is ModelState.LOADING:
+            return wait_s + self._rest_of_load_s(report), 0.0
+        if state is ModelState.READY:
+            return wait_s, 0.0
+        displacement_s = self._view.displacement_cost_s(self._model, report, self._rules, self._rules)
+        return wait_s + unqueued_load_s * self._load_waves(report), displacement_s
+
+    def _later_requests(self) -> float:
+        """How many requests of this location pay for forwarding within the horizon, if this one is not served here."""
+        if self._local is None or self._local.outcome is Outcome.LOAD:
+            return self._rules.horizon_s * self._rate
+        return 0.0
+
+    def _remote_queue_s(self, report: WorkerReport) -> float:
+        """The queue at another location; a shorter one than here counts only if it is shorter by a clear margin.
+
+        Otherwise all routers would send everything to whichever location had the shortest queue half a second ago.
+        """
+        queue_s = self._view.queue_s(report)
+        if self._local is not None and self._queue_s - self._rules.staleness_s <= queue_s < self._queue_s:
+            return self._queue_s
+        return queue_s
+
+    def _load_in_background(self, local: _Option, remote: _Option) -> Route:
         """``local``, a load worth its time; in the background if this request is answered sooner by a holder."""
         # Requests that come before the load has ended are forwarded as well.
-        meanwhile_s = self._rate * load_s(self._model, local.report) * (there.expected_s - self._run_s)
-        if not there.only_if_resident or there.expected_s + meanwhile_s >= local.expected_s:
-            return local.plan()
-        there.cost_s = local.cost_s - local.expected_s + there.expected_s
-        return there.plan(preload=local.report.replica)
+        meanwhile_s = self._rate * load_s(self._model, local.report) * (remote.expected_s - self._exec_s)
+        if not remote.only_if_resident or remote.expected_s + meanwhile_s >= local.expected_s:
+            return local.route()
+        remote.cost_s = local.cost_s - local.expected_s + remote.expected_s
+        return remote.route(preload=local.report.replica)
+
+    # Any worker
 
     def _state(self, report: WorkerReport) -> ModelState | None:
-        """As ``RouterView.state`` says, but what is newer than reports has been looked up already."""
-        sighting = self._seen.get(report.replica)
-        if sighting is not None:
-            return sighting.state
+        """As ``RouterView.state`` says, but the observations of the model have been looked up already."""
+        observation = self._observed.get(report.replica)
+        if observation is not None:
+            return observation.state
         resident = report.models.get(self._model.model_id)
         return None if resident is None else resident.state
 
@@ -309,18 +335,19 @@ class _Choice:
         # A load seen under way is half done, on average.
         return load_s(self._model, report) / 2
 
-    def _turns(self, report: WorkerReport) -> int:
-        """How many loads, one after the other, it takes until a model that would be loaded there now has come."""
-        return 1 + self._known.loading(report) // report.load_slots
+    def _load_waves(self, report: WorkerReport) -> int:
+        """How many loads, one after the other, it takes until a model that would be loaded at a worker now is ready."""
+        return 1 + self._view.loading(report) // report.load_slots
 
 
-def _plan_blindly(errand: RoutingRequest) -> Route:
-    wait_s = errand.model.load_s
+def _blind_route(request: RoutingRequest) -> Route:
+    """The route where no worker is known."""
+    wait_s = request.model.load_s
     return Route(
         outcome=Outcome.LOAD,
-        location=errand.here,
+        location=request.here,
         replica=None,
         wait_s=wait_s,
-        expected_s=wait_s + errand.model.exec_s,
+        expected_s=wait_s + request.model.exec_s,
         cost_s=math.inf,
     )

@@ -1,4 +1,4 @@
-"""What is around a location: worked out four times a second, and looked up by every choice."""
+"""The workers around a location: sorted four times a second, and looked up by every choice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import islice
 from serve_app.core.cluster.reports import WorkerReport
 from serve_app.core.links import Link, Topology
 
-#: A worker, and the way to it.
+#: A worker, and the link to it.
 Neighbor = tuple[WorkerReport, Link]
 
 
@@ -18,45 +18,48 @@ class NeighborIndex:
 
     Args:
         here: the location.
-        ways: how far it is to the others.
+        links: from the location to the others.
         workers: all that may be sent to.
     """
 
-    #: Of more than so many replicas, the nearest are found sooner by going through all neighbours.
+    #: Of more replicas than this, the nearest are found sooner by a pass over all neighbors.
     _FEW = 16
 
-    __slots__ = ("_names", "_nearest", "_place", "others", "own", "own_link", "ways")
+    __slots__ = ("_distance_rank", "_nearest", "_replicas", "links", "others", "own", "own_link")
 
-    def __init__(self, here: str, ways: Topology, workers: Iterable[WorkerReport]) -> None:
-        self.ways = ways
+    def __init__(self, here: str, links: Topology, workers: Iterable[WorkerReport]) -> None:
+        self.links = links
         self.own: list[WorkerReport] = []
-        self.own_link = ways.link(here, here)
-        #: In the order in which they were given; and in that of their round trips.
+        self.own_link = links.link(here, here)
+        #: Workers of other locations, in the order in which they were given.
         self.others: list[Neighbor] = []
         for report in workers:
             if report.location == here:
                 self.own.append(report)
             else:
-                self.others.append((report, ways.link(here, report.location)))
+                self.others.append((report, links.link(here, report.location)))
         self._nearest = sorted(self.others, key=_rtt_s)
-        self._names = [report.replica for report, _ in self._nearest]
-        self._place = {replica: place for place, replica in enumerate(self._names)}
+        self._replicas = [report.replica for report, _ in self._nearest]
+        self._distance_rank = {replica: rank for rank, replica in enumerate(self._replicas)}
 
     def nearest(self, replicas: Collection[str], count: int) -> Sequence[Neighbor]:
         """The nearest ``count`` of those of ``replicas`` that are at other locations, the very nearest first."""
         if len(replicas) <= self._FEW:
-            places = [place for place in map(self._place.get, replicas) if place is not None]
-            places.sort()
+            ranks = self._ranks(replicas)
+            ranks.sort()
         else:
-            found = (number for number, replica in enumerate(self._names) if replica in replicas)
-            places = list(islice(found, count))
-        return [self._nearest[number] for number in places[:count]]
+            found = (rank for rank, replica in enumerate(self._replicas) if replica in replicas)
+            ranks = list(islice(found, count))
+        return [self._nearest[rank] for rank in ranks[:count]]
 
     def rtt_s(self, replicas: Iterable[str]) -> float:
-        """Seconds to and from the nearest of ``replicas`` at other locations; without end where there is none."""
-        places = [place for place in map(self._place.get, replicas) if place is not None]
-        return _rtt_s(self._nearest[min(places)]) if places else math.inf
+        """Seconds to and from the nearest of ``replicas`` at other locations; ``inf`` where there is none."""
+        ranks = self._ranks(replicas)
+        return _rtt_s(self._nearest[min(ranks)]) if ranks else math.inf
+
+    def _ranks(self, replicas: Iterable[str]) -> list[int]:
+        return [rank for rank in map(self._distance_rank.get, replicas) if rank is not None]
 
 
-def _rtt_s(neighbour: Neighbor) -> float:
-    return neighbour[1].rtt_s
+def _rtt_s(neighbor: Neighbor) -> float:
+    return neighbor[1].rtt_s

@@ -13,9 +13,13 @@ from serve_app.core.links import HERE, Link
 class RoutingRules:
     """What the choice depends on besides the state of the cluster.
 
-    ``links`` are as configured, in either direction. ``horizon_s``: how far ahead today's popularity is trusted when a
-    load is weighed against forwarding every time. ``staleness_s``: how old what is known of other locations may be; a
-    shorter queue there counts only if it is shorter by more than that.
+    Attributes:
+        profiles: of all models, by id.
+        links: as configured, in either direction.
+        default_link: between all other pairs of locations.
+        horizon_s: how far ahead today's popularity is trusted when a load is weighed against forwarding every time.
+        staleness_s: how old a view of other locations may be; a shorter queue there counts only if it is shorter by
+            more than that.
     """
 
     profiles: Mapping[str, ModelProfile]
@@ -25,11 +29,11 @@ class RoutingRules:
     staleness_s: float = 0.0
 
     def link(self, here: str, there: str) -> Link:
-        """The link between two locations, in either direction; nothing within one."""
+        """Return the link between two locations, in either direction; ``HERE`` within one."""
         if here == there:
             return HERE
         return self.links.get((here, there)) or self.links.get((there, here)) or self.default_link
 
     def with_links(self, measured: Mapping[tuple[str, str], Link]) -> RoutingRules:
-        """These rules with links as they were measured, where they were."""
+        """Return these rules with measured links in place of configured ones."""
         return replace(self, links={**self.links, **measured})

@@ -29,7 +29,7 @@ class MonitoringEndpoints:
         router = self._router
         return JsonResponse(
             cluster_status(
-                await router.whole_view(),
+                await router.cluster_view(),
                 router.locations,
                 coordinator_up=router.coordinator_up,
                 view_age_s=router.view_age_s(),

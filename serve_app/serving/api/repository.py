@@ -8,7 +8,6 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from serve_app import __version__
-from serve_app.core.vocabulary import ModelState
 from serve_app.serving import oip
 from serve_app.serving.api.error_responses import JsonResponse
 from serve_app.serving.api.request_reader import RequestReader
@@ -39,8 +38,7 @@ class RepositoryEndpoints:
     async def ready(self, request: Request) -> Response:
         """Open Inference Protocol: whether a worker of the location is there to serve."""
         location = self._reader.location(request)
-        workers = [report for report in self._router.known.workers() if report.location == location]
-        is_ready = bool(workers) and len(self._router.catalog) > 0
+        is_ready = self._router.is_ready(location)
         return JsonResponse({"ready": is_ready}, _ready_status(is_ready))
 
     async def model(self, request: Request) -> Response:
@@ -49,21 +47,13 @@ class RepositoryEndpoints:
 
     async def model_ready(self, request: Request) -> Response:
         """Open Inference Protocol: whether a model can be served, from memory or after a load."""
-        models = self._reader.models(request)
-        workers = self._router.known.workers()
-        is_ready = any(report.can_hold(model.profile) for model in models for report in workers)
+        is_ready = self._router.can_serve(self._reader.models(request))
         return JsonResponse({"name": request.path_params["model"], "ready": is_ready}, _ready_status(is_ready))
 
     async def repository_index(self, request: Request) -> Response:
         """Model repository extension: every model, and whether this location holds it."""
         location = self._reader.location(request)
-        ready = {
-            model.model_id
-            for report in self._router.known.workers()
-            if report.location == location
-            for model in report.models.values()
-            if model.state is ModelState.READY
-        }
+        ready = self._router.ready_models(location)
         index = [
             {
                 "name": model.model_id,

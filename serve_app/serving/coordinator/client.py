@@ -84,7 +84,7 @@ class CoordinatorClient:
             try:
                 await asyncio.wait_for(self._actor.deregister.remote(replica), _CALL_TIMEOUT_S)
             except (ray.exceptions.RayError, TimeoutError):
-                logger.info("the coordinator was not told that %s leaves", replica)
+                logger.info("the coordinator did not learn that %s leaves", replica)
 
     def _connect(self, rules: CoordinatorRules) -> Any:
         actor = (

@@ -1,4 +1,4 @@
-"""A request as a router takes it, and its response."""
+"""A request of a user to a router, and its response."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class InferenceRequest:
 
     @property
     def payload_bytes(self) -> int:
-        """What has to go to the worker."""
+        """Bytes that go to the worker."""
         return len(self.payload) if isinstance(self.payload, bytes) else self.payload.nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceResponse:
-    """The answer to a query: which model ran where, how, and the seconds that each part took."""
+    """The answer to a request: which model ran where, how, and the seconds that each part took."""
 
     model: PublishedModel
     location: str

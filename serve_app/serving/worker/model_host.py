@@ -9,15 +9,37 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
-from serve_app.core.cache.decisions import Answer, Grant, Hit, Join, Load, Reject, RejectReason, Shed, Wait
+from serve_app.core.cache.decisions import (
+    Action,
+    Answer,
+    Evict,
+    EvictionReason,
+    Grant,
+    Hit,
+    Join,
+    Load,
+    Reject,
+    RejectReason,
+    StartLoad,
+    Wait,
+)
+from serve_app.core.cache.events import (
+    TICK,
+    Event,
+    LoadEnded,
+    LoadFailed,
+    LoadImpossible,
+    PreloadSuggested,
+    RetryAllowed,
+    WaitCancelled,
+)
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.policies.base import EvictionPolicy
 from serve_app.core.vocabulary import ModelState, Outcome
 from serve_app.errors import DoesNotFit, EdgeServeError, StoreError, Unavailable
 from serve_app.serving.transport.messages import FloatArray
@@ -45,16 +67,11 @@ class ModelBackend(Protocol):
         """Load one model; called in a thread, for several models at a time."""
 
 
-#: What made a model leave: room for a request's load, room for a background load, an order by hand, an order of
-#: placement, that nobody asked for it, another configuration, or that the process has grown by something else.
-EvictionReason = Literal["capacity", "preload", "unload", "placement", "idle", "reconfigure", "memory"]
-
-
 class HostObserver(Protocol):
     """Is told what happened, for metrics."""
 
-    def preloading(self) -> None:
-        """A load that nobody asked for begins."""
+    def preload_started(self) -> None:
+        """A load that no request has asked for begins."""
 
     def loaded(self, model_id: str, seconds: float) -> None:
         """A load has ended well."""
@@ -97,11 +114,12 @@ class ModelHost:
     """The models of one worker.
 
     Args:
-        cache: the books; nobody else may change them.
+        cache: decides; only this host changes it.
         backend: loads models.
         loaders: threads for loads that requests wait for, at least as many as the cache's ``max_loads``.
-        preloaders: threads for background loads, as many as the cache's ``max_preloads``. One that was given up for a
-            request holds its thread, and memory beyond the books, until it ends; more threads would be more of those.
+        preloaders: threads for background loads, as many as the cache's ``max_preloads``. A load that was evicted for a
+            request holds its thread, and memory beyond the accounting, until it ends; more threads would be more of
+            those.
         clock: monotonic seconds.
         call_at: calls a function at a time of ``clock``; an event loop's own.
         observer: is told of loads and evictions.
@@ -127,8 +145,8 @@ class ModelHost:
         self._observer = observer
         self._runnables: dict[str, RunnableModel] = {}
         self._loads: dict[str, _Loading] = {}
-        #: Background loads that gave way to a request and whose threads still run.
-        self._given_up: dict[str, _Loading] = {}
+        #: Background loads that were evicted for a request and whose threads still run.
+        self._abandoned: dict[str, _Loading] = {}
         #: Models whose last load failed, which has been logged.
         self._broken: set[str] = set()
         self._timer: Timer | None = None
@@ -136,15 +154,9 @@ class ModelHost:
         self._is_closed = False
         self._waiters: dict[int, asyncio.Future[Answer]] = {}
 
-    def know(self, models: Iterable[ModelProfile]) -> None:
-        """These models can be asked for, and preloaded."""
-        self.cache.know(models, self._clock())
-        self._set_timer()
-
-    def forward_costs(self, forward_s: Mapping[str, float]) -> None:
-        """What a forward to the next holder of a model costs; see ``ModelCache.forward_costs``."""
-        self.cache.forward_costs(forward_s)
-        self._set_timer()
+    def handle(self, event: Event) -> None:
+        """Let the cache take in an event, and carry out what it decides; raises what ``ModelCache.handle`` raises."""
+        self._apply(self.cache.handle(event, self._clock()))
 
     async def acquire(self, model: ModelProfile) -> Lease:
         """Bring a user's model into memory and pin it.
@@ -159,63 +171,26 @@ class ModelHost:
 
     async def load(self, model: ModelProfile) -> None:
         """Bring a model into memory by hand, whatever failed before; counts as a request; raises like ``acquire``."""
-        self.cache.forget_failure(model.model_id)
+        self.handle(RetryAllowed(model.model_id))
         self.release(await self.acquire(model))
 
     async def preload(self, model: ModelProfile) -> None:
-        """Bring a model into memory that nobody has asked for; raises like ``acquire``."""
+        """Bring a model into memory by a required preload, and wait until it is there.
+
+        Raises:
+            Unavailable: it cannot be loaded in the background now.
+            StoreError: it cannot be loaded.
+        """
         self._check(model.model_id)
-        self.release(await self._lease(model, self.cache.preload(model, self._clock())))
+        self.handle(PreloadSuggested(model, required=True))
+        loading = self._loads.get(model.model_id)
+        if loading is None:
+            raise Unavailable(f"there is no room now to preload model {model.model_id} of {model.size_bytes} bytes")
+        await asyncio.shield(loading.task)
 
     def release(self, lease: Lease) -> None:
         """The request no longer uses the model."""
         self._finish(lease.model_id)
-
-    def unload(self, model_id: str) -> None:
-        """Take a model out of memory by hand; raises ``NotFound`` or ``Conflict``."""
-        grants = self.cache.unload(model_id, self._clock())
-        self._drop(model_id, "unload")
-        self._carry_out(grants)
-
-    def advise(self, model: ModelProfile, *, insist: bool = False) -> None:
-        """Bring a model in when the background has time for it, and it is worth it; see ``ModelCache.advise``."""
-        self.cache.advise(model, self._clock(), insist=insist)
-        self._review()
-
-    def withdraw(self, model_id: str) -> bool:
-        """Take a model out on the advice of placement; whether that was possible now."""
-        grants = self.cache.withdraw(model_id, self._clock())
-        if grants is None:
-            return False
-        self._drop(model_id, "placement")
-        self._carry_out(grants)
-        return True
-
-    def withdraw_unused(self, unused_s: float) -> None:
-        """Take out every model that nobody has asked for in so many seconds."""
-        now = self._clock()
-        self._shed(self.cache.withdraw_unused(now - unused_s, now), "idle")
-
-    def protect(self, model_ids: Sequence[str]) -> None:
-        """Pin the copies that the cluster cannot spare; see ``ModelCache.keep``."""
-        self.cache.protect(model_ids, self._clock())
-
-    def resize(self, capacity_bytes: int) -> None:
-        """Give the models more memory, or less; raises ``ValueError`` if the pinned ones need more."""
-        self._shed(self.cache.resize(capacity_bytes, self._clock()), "reconfigure")
-
-    def reserve(self, reserved_bytes: int) -> None:
-        """Leave so much of the memory to what is no model; see ``ModelCache.reserve``."""
-        self._shed(self.cache.reserve(reserved_bytes, self._clock()), "memory")
-
-    def use(self, policy: EvictionPolicy) -> None:
-        """Rank by another policy from now on."""
-        self.cache.use(policy, self._clock())
-        self._set_timer()
-
-    def offer(self, models: Iterable[ModelProfile], pinned: Collection[str]) -> None:
-        """The catalogue is now this one; what it no longer has leaves when it is idle."""
-        self._shed(self.cache.offer(models, pinned, self._clock()), "reconfigure")
 
     def close(self) -> None:
         """Unload everything that is not being loaded for a request, and preload no more."""
@@ -224,7 +199,7 @@ class ModelHost:
             self._timer.cancel()
         for model in self.cache.models():
             if model.state is ModelState.LOADING and not model.uses:
-                self._give_up(model.model_id)
+                self._cancel_load(model.model_id)
         for model_id in list(self._runnables):
             self._runnables.pop(model_id).unload()
 
@@ -234,15 +209,15 @@ class ModelHost:
             try:
                 self._backend.check(model_id)
             except StoreError as error:
-                self.cache.cannot_load(model_id, str(error), self._clock())
+                self.handle(LoadImpossible(model_id, str(error)))
 
     async def _lease(self, model: ModelProfile, answer: Answer | Wait) -> Lease:
         asked_s = self._clock()
-        self._set_timer()
         if isinstance(answer, Wait):
+            self._set_timer()
             answer = await self._wait(model.model_id, answer.ticket)
-        elif isinstance(answer, Load):
-            self._start(model.model_id, answer.victims, "capacity")
+        else:
+            self._apply(answer.actions(model) if isinstance(answer, Load) else ())
         began_s = self._clock()
         match answer:
             case Hit():
@@ -275,9 +250,9 @@ class ModelHost:
             return await waiter
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled():
-                self._abandon(model_id, waiter.result())
+                self._give_back(model_id, waiter.result())
             else:
-                self._carry_out(self.cache.give_up(ticket, self._clock()))
+                self.handle(WaitCancelled(ticket))
             raise
         finally:
             self._waiters.pop(ticket, None)
@@ -299,34 +274,29 @@ class ModelHost:
         task.add_done_callback(finish)
 
     def _finish(self, model_id: str) -> None:
-        self._carry_out(self.cache.finish(model_id, self._clock()))
-        if self.cache.must_shed:
-            self._shed_rest()
+        self._apply(self.cache.finish(model_id, self._clock()))
 
-    def _shed_rest(self) -> None:
-        """What was in use when its memory was taken away may be idle now."""
-        self._shed(self.cache.shed(self._clock()), "memory" if self.cache.reserved_bytes else "reconfigure")
-
-    def _shed(self, shed: Shed, reason: EvictionReason) -> None:
-        for victim in shed.victims:
-            self._drop(victim, reason)
-        self._carry_out(shed.grants)
-
-    def _carry_out(self, grants: Iterable[Grant]) -> None:
-        """Act on the answers of those who waited, and wake them."""
-        for grant in grants:
-            if isinstance(grant.answer, Load):
-                self._start(grant.model_id, grant.answer.victims, "capacity")
-        for grant in grants:
-            waiter = self._waiters.get(grant.ticket)
-            if waiter is None or waiter.done():
-                self._abandon(grant.model_id, grant.answer)
-            else:
-                waiter.set_result(grant.answer)
+    def _apply(self, actions: tuple[Action, ...]) -> None:
+        """Carry out what the cache has decided, in order, and wake the requests that it answers."""
+        unclaimed = []
+        for action in actions:
+            match action:
+                case Evict(model_id, reason):
+                    self._evict(model_id, reason)
+                case StartLoad(model, background):
+                    self._start_load(model.model_id, background)
+                case Grant(ticket, model_id, answer):
+                    waiter = self._waiters.get(ticket)
+                    if waiter is None or waiter.done():
+                        unclaimed.append((model_id, answer))
+                    else:
+                        waiter.set_result(answer)
+        for model_id, answer in unclaimed:
+            self._give_back(model_id, answer)
         self._set_timer()
 
-    def _abandon(self, model_id: str, answer: Answer) -> None:
-        """Nobody wants this answer any more: give its pin back."""
+    def _give_back(self, model_id: str, answer: Answer) -> None:
+        """Give back the pin of a request that was cancelled before its answer came."""
         match answer:
             case Hit():
                 self._finish(model_id)
@@ -336,44 +306,41 @@ class ModelHost:
                 pass
 
     def _set_timer(self) -> None:
-        """Have ``_review`` called when it is due. A timer that goes off too early is left: it sets itself anew."""
-        due_s = self.cache.review_s
+        """Have ``_tick`` called when it is due. A timer that goes off too early is left: it sets itself again."""
+        due_s = self.cache.next_tick_s
         if due_s < self._timer_s and not self._is_closed:
             if self._timer is not None:
                 self._timer.cancel()
-            self._timer, self._timer_s = self._call_at(due_s, self._review), due_s
+            self._timer, self._timer_s = self._call_at(due_s, self._tick), due_s
 
-    def _review(self) -> None:
-        """Begin the background loads that the cache now wants."""
+    def _tick(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._timer, self._timer_s = None, math.inf
-        now = self._clock()
-        if self.cache.review_s <= now and not self._is_closed:
-            while (preload := self.cache.next_preload(now)) is not None:
-                self._observer.preloading()
-                self._start(preload.model.model_id, preload.victims, "preload")
-        self._set_timer()
-
-    def _start(self, model_id: str, victims: Iterable[str], reason: EvictionReason) -> None:
-        for victim in victims:
-            self._drop(victim, reason)
-        # A load of this model that was given up and still runs will do: the backend must not run two at a time.
-        if model_id in self._given_up:
-            self._loads[model_id] = self._given_up.pop(model_id)
+        if self.cache.next_tick_s <= self._clock() and not self._is_closed:
+            self.handle(TICK)
         else:
-            self._loads[model_id] = self._begin(model_id, background=reason == "preload")
+            self._set_timer()
+
+    def _start_load(self, model_id: str, background: bool) -> None:
+        if background:
+            self._observer.preload_started()
+        # An abandoned load of this model that still runs will do: the backend must not run two at a time.
+        if model_id in self._abandoned:
+            self._loads[model_id] = self._abandoned.pop(model_id)
+        else:
+            self._loads[model_id] = self._begin(model_id, background=background)
 
     def _begin(self, model_id: str, *, background: bool) -> _Loading:
         job: Future[RunnableModel]
         try:
             job = (self._preloaders if background else self._loaders).submit(self._backend.load, model_id)
         except RuntimeError as error:
-            # No thread could be started. The model is in the books, so this must come out where failed loads do.
+            # No thread could be started. The cache counts on this load, so this must come out where failed loads do.
             job = Future()
             job.set_exception(error)
         task = asyncio.get_running_loop().create_task(self._load(model_id, job, background), name=f"load {model_id}")
-        # Nobody may be waiting for it, and then nobody but us looks at its failure.
+        # No request may wait for it, and then nothing else looks at its failure.
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
         return _Loading(job, task)
 
@@ -385,47 +352,44 @@ class ModelHost:
             raise self._failed(model_id, error, background) from error
         self._broken.discard(model_id)
         self._observer.loaded(model_id, self._clock() - began_s)
-        if self._given_up.pop(model_id, None) is not None:
+        if self._abandoned.pop(model_id, None) is not None:
             _unload(model_id, runnable)
             return
         self._runnables[model_id] = runnable
-        self._carry_out(self.cache.loaded(model_id, self._clock()))
-        if self.cache.must_shed:
-            # Whoever has asked for it uses it already, so only a load that nobody asked for may have come in vain.
-            self._shed_rest()
+        self.handle(LoadEnded(model_id))
 
     def _failed(self, model_id: str, error: Exception, background: bool) -> StoreError:
         detail = str(error) if isinstance(error, EdgeServeError) else f"{type(error).__name__}: {error}"
         if not background or model_id not in self._broken:
-            # The policy may wish for the same model again and again: one line says it all.
+            # The policy may preload the same model again and again: one line says it all.
             logger.error("loading %s failed", model_id, exc_info=error)
         self._broken.add(model_id)
         self._observer.load_failed(model_id)
-        if self._given_up.pop(model_id, None) is None:
-            self._carry_out(self.cache.failed(model_id, detail, self._clock()))
+        if self._abandoned.pop(model_id, None) is None:
+            self.handle(LoadFailed(model_id, detail))
         return StoreError(f"model {model_id} cannot be loaded: {detail}")
 
-    def _drop(self, model_id: str, reason: EvictionReason) -> None:
+    def _evict(self, model_id: str, reason: EvictionReason) -> None:
         runnable = self._runnables.pop(model_id, None)
         if runnable is None:
-            self._give_up(model_id)
+            self._cancel_load(model_id)
         else:
             del self._loads[model_id]
             _unload(model_id, runnable)
         self._observer.evicted(model_id, reason)
 
-    def _give_up(self, model_id: str) -> None:
-        """Let a background load that nobody has joined run out, and what it brings in be dropped."""
+    def _cancel_load(self, model_id: str) -> None:
+        """Cancel a background load that no request has joined; one that runs already is unloaded when it ends."""
         loading = self._loads.pop(model_id)
         if not loading.job.cancel():
-            self._given_up[model_id] = loading
+            self._abandoned[model_id] = loading
 
 
 def _unload(model_id: str, runnable: RunnableModel) -> None:
     try:
         runnable.unload()
     except Exception:
-        # It is out of the books already, and the load or the requests that need its place must go on.
+        # The cache counts it no more, and the load or the requests that need its place must go on.
         logger.exception("unloading %s failed", model_id)
 
 

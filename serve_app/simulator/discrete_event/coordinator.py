@@ -12,7 +12,8 @@ from serve_app.core.cluster.popularity import DecayedRate, Popularity
 from serve_app.core.cluster.reports import ViewDelta
 from serve_app.core.coordination.coordinator_state import CoordinatorState
 from serve_app.core.coordination.events import Reader, WorkerReported
-from serve_app.core.coordination.rules import CoordinatorRules, DeltaLimits, PlacementSettings
+from serve_app.core.coordination.rules import CoordinatorRules, DeltaLimits
+from serve_app.core.placement.rules import PlacementSettings
 from serve_app.simulator.discrete_event.event_queue import EventQueue
 from serve_app.simulator.discrete_event.worker import Worker
 

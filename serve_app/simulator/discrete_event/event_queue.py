@@ -1,4 +1,4 @@
-"""What happens when: the events of a simulation in the order of their time."""
+"""The events of a simulation, in the order of their time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _Subject = TypeVar("_Subject")
 
 
 class EventQueue:
-    """Events in virtual time; of those at the same moment, the one that was entered first happens first."""
+    """Events in virtual time; events at the same moment happen in the order in which they were added."""
 
     __slots__ = ("_heap", "_order")
 
@@ -19,19 +19,19 @@ class EventQueue:
         self._order = 0
 
     def at(self, at_s: float, act: Callable[[_Subject, float], None], subject: _Subject) -> None:
-        """Let ``act(subject, at_s)`` happen at ``at_s``."""
+        """Add an event: a call of ``act(subject, at_s)`` at ``at_s``."""
         self._order += 1
         heapq.heappush(self._heap, (at_s, self._order, act, subject))
 
     def run_until(self, now: float) -> None:
-        """Let everything happen that is due by ``now``."""
+        """Run the events that are due by ``now``."""
         heap, pop = self._heap, heapq.heappop
         while heap and heap[0][0] <= now:
             at_s, _, act, subject = pop(heap)
             act(subject, at_s)
 
     def step(self) -> bool:
-        """Let the next event happen; False if there is none."""
+        """Run the next event; returns False if there is none."""
         if not self._heap:
             return False
         at_s, _, act, subject = heapq.heappop(self._heap)

@@ -1,4 +1,4 @@
-"""What came of a simulation."""
+"""The results of a simulation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 class DiscreteEventResults:
     """Counts, seconds and latencies of all locations together; hits, misses, joins and forwards add up to requests.
 
-    A request that is answered by another location counts as a forward, whatever became of it there. A rejected one
-    counts among the misses, and is charged a load and an execution after its refusal, as if it were served from
-    elsewhere: refusing must not make the figures look better.
+    A request answered by another location counts as a forward, whatever its outcome there. A rejected request counts
+    among the misses, and is charged a load and an execution after its rejection, as if it were served from elsewhere:
+    rejecting must not make the figures look better.
     """
 
     requests: int = 0
@@ -28,15 +28,15 @@ class DiscreteEventResults:
     preloads: int = 0
     wasted_preloads: int = 0
     evictions: int = 0
-    #: Models that were unloaded because placement said so; not among the evictions.
+    #: Models that were unloaded by commands of placement; not among the evictions.
     unloads: int = 0
-    #: Seconds that requests waited for loads, wherever; that they waited in line for memory or for an execution
-    #: slot; that they and their answers were on the way; and that executions take.
+    #: Seconds that requests waited for loads; that they queued for memory or for an execution slot; that they and
+    #: their answers were on links; and that executions take.
     load_s: float = 0.0
     queue_s: float = 0.0
     link_s: float = 0.0
     exec_s: float = 0.0
-    #: Seconds and bytes of loads that nobody had asked for.
+    #: Seconds and bytes of loads without a request.
     preload_s: float = 0.0
     preload_bytes: int = 0
     #: Of every request, in the order of the trace.
@@ -53,5 +53,5 @@ class DiscreteEventResults:
         return float(np.mean(self.latencies)) if self.latencies else 0.0
 
     def latency_s(self, quantile: float) -> float:
-        """The latency that this share of the requests does not exceed."""
+        """The given quantile of the latencies."""
         return float(np.quantile(self.latencies, quantile)) if self.latencies else 0.0

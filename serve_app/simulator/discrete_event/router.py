@@ -1,16 +1,16 @@
-"""A router in virtual time: sends each request where ``choose`` says, and elsewhere if that fails."""
+"""A router in virtual time: sends each request where its ``Dispatch`` says."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 
-from serve_app.core.cache.decisions import RejectReason
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.routing.choose import RoutingRequest, choose
+from serve_app.core.routing.choose import RoutingRequest
+from serve_app.core.routing.dispatch import Absent, Dispatch, Fail, Finished
 from serve_app.core.routing.router_view import RouterView
 from serve_app.core.routing.rules import RoutingRules
-from serve_app.core.vocabulary import ModelState, Outcome
+from serve_app.core.vocabulary import Outcome
 from serve_app.simulator.discrete_event.coordinator import SimulatedCoordinator
 from serve_app.simulator.discrete_event.event_queue import EventQueue
 from serve_app.simulator.discrete_event.results import DiscreteEventResults
@@ -18,16 +18,17 @@ from serve_app.simulator.discrete_event.worker import Job, Worker
 
 
 class Router:
-    """The router of one location; as ``serving/router.py``, without deadlines and lost workers.
+    """The router of one location; as ``serving/router/router.py``, without deadlines and lost workers.
 
     Args:
         worker: of its own location.
         workers: of all locations, by replica.
-        news: of the coordinator; None where the locations have nothing to do with each other.
+        coordinator: None where locations do not cooperate.
         rules: for the choice.
         payload_bytes: of every request.
-        agenda: of the simulation.
-        tally: of the simulation.
+        event_queue: of the simulation.
+        results: of the simulation.
+        request_time_s: the deadline of every request; none by default.
     """
 
     def __init__(
@@ -35,68 +36,64 @@ class Router:
         *,
         worker: Worker,
         workers: Mapping[str, Worker],
-        news: SimulatedCoordinator | None,
+        coordinator: SimulatedCoordinator | None,
         rules: RoutingRules,
         payload_bytes: int,
-        agenda: EventQueue,
-        tally: DiscreteEventResults,
+        event_queue: EventQueue,
+        results: DiscreteEventResults,
+        request_time_s: float = math.inf,
     ) -> None:
         self.name = worker.location
-        self.known = RouterView()
+        self.view = RouterView()
         self._worker = worker
         self._workers = workers
-        self._news = news
+        self._coordinator = coordinator
         self._rules = rules
         self._payload_bytes = payload_bytes
-        self._agenda = agenda
-        self._tally = tally
+        self._event_queue = event_queue
+        self._results = results
+        self._request_time_s = request_time_s
         self._tick = -1
         self._read = -1
 
     def catch_up(self, now: float) -> None:
-        """Like ``refresh``, for those who do not look at rates: does nothing while nothing has been reported."""
-        if self._news is not None and self._news.sent != self._read:
+        """Like ``refresh`` for callers that do not look at rates: does nothing until there is another report."""
+        if self._coordinator is not None and self._coordinator.sent != self._read:
             self.refresh(now)
 
     def refresh(self, now: float) -> None:
-        """Catch up with the last news that have come; tells the worker what losing a model costs now."""
-        news = self._news
-        if news is None or (tick := news.tick(now)) == self._tick:
+        """Apply the last view that has come; tells the worker what losing a model costs now."""
+        coordinator = self._coordinator
+        if coordinator is None or (tick := coordinator.tick(now)) == self._tick:
             return
         self._tick = tick
-        view = self.known.view
-        delta = news.view(view.epoch, view.version, tick)
-        self._read = news.read
-        self.known.apply(delta, now)
+        view = self.view.cluster
+        delta = coordinator.view(view.epoch, view.version, tick)
+        self._read = coordinator.read
+        self.view.apply(delta, now)
         self._worker.catch_up(now)
 
     def request(self, number: int, model: ModelProfile, now: float) -> None:
-        """A user's request comes in."""
-        self._send(Job(number, model, self, now), now)
+        """Take in a user's request."""
+        if self._coordinator is None:
+            self._worker.take(Job(number, model, self, now), now)
+            return
+        request = RoutingRequest(model=model, here=self.name, payload_bytes=self._payload_bytes)
+        dispatch = Dispatch(request, self.view, self._rules, deadline_s=now + self._request_time_s)
+        self._send(Job(number, model, self, now, dispatch), now)
 
     def _send(self, job: Job, now: float) -> None:
-        if self._news is None:
-            self._worker.take(job, now)
-            return
+        assert job.dispatch is not None
         self.refresh(now)
-        job.attempts_left -= 1
-        model, known = job.model, self.known
-        plan = choose(
-            RoutingRequest(model=model, here=self.name, payload_bytes=self._payload_bytes, avoid=job.avoid),
-            known,
-            self._rules,
-        )
-        if job.refusal is not None and plan.replica is None:
+        step = job.dispatch.next(now)
+        if isinstance(step, Fail):
             self._reject(job, now)
             return
-        worker = job.there = self._worker if plan.replica is None else self._workers[plan.replica]
-        job.only_if_resident = plan.only_if_resident and job.hints_left > 0
-        if plan.preload is not None:
-            known.expect_load(plan.preload, model.model_id)
-            self._workers[plan.preload].fetch(model, now)
-        known.sent(worker.replica, model.exec_s)
-        if plan.outcome is Outcome.LOAD or (plan.outcome is Outcome.FORWARD and not plan.only_if_resident):
-            known.expect_load(worker.replica, model.model_id)
+        route = step.route
+        worker = job.there = self._worker if route.replica is None else self._workers[route.replica]
+        job.only_if_resident = step.only_if_resident
+        if route.preload is not None:
+            self._workers[route.preload].fetch(job.model, now)
         if worker is self._worker:
             job.back_s = 0.0
             worker.take(job, now)
@@ -104,59 +101,48 @@ class Router:
         link = self._rules.link(self.name, worker.location)
         job.back_s = link.rtt_s / 2
         away_s = link.seconds(self._payload_bytes)
-        self._tally.link_s += away_s
-        self._agenda.at(now + away_s - job.back_s, self._arrives, job)
+        self._results.link_s += away_s
+        self._event_queue.at(now + away_s - job.back_s, self._arrives, job)
 
     def _arrives(self, job: Job, now: float) -> None:
         assert job.there is not None
         job.there.take(job, now)
 
-    def answered(self, job: Job, now: float) -> None:
-        """The job is done, and the answer has come."""
-        if job.there is not None:
-            known, replica = self.known, job.there.replica
-            known.returned(replica, job.model.exec_s)
-            known.see(replica, job.model.model_id, ModelState.READY, job.sequence)
-            for victim in job.victims:
-                known.see(replica, victim, None, job.sequence)
-        tally = self._tally
-        if job.there is not None and job.there is not self._worker:
-            tally.forwards += 1
-        elif job.outcome is Outcome.HIT:
-            tally.hits += 1
-        elif job.outcome is Outcome.JOIN:
-            tally.joins += 1
-        else:
-            tally.misses += 1
-        self._close(job, now - job.arrived_s)
-
-    def not_held(self, job: Job, now: float) -> None:
-        """The worker has not taken the job, because the model is not there."""
-        assert job.there is not None
-        self._tally.stale_retries += 1
-        self.known.returned(job.there.replica, job.model.exec_s)
-        self.known.see(job.there.replica, job.model.model_id, None, job.sequence)
-        job.hints_left -= 1
-        self._send(job, now)
-
-    def refused(self, job: Job, now: float) -> None:
-        """The worker has not taken the job; one that is overrun is avoided, for another may do better."""
-        if job.there is not None:
-            self.known.returned(job.there.replica, job.model.exec_s)
-        if job.there is None or job.refusal is not RejectReason.QUEUE_FULL or not job.attempts_left:
+    def replied(self, job: Job, now: float) -> None:
+        """The result of the last attempt has come: count the request, or send it elsewhere."""
+        result, dispatch = job.result, job.dispatch
+        assert result is not None
+        if dispatch is not None:
+            dispatch.replied(result)
+        if isinstance(result, Finished):
+            self._count(job)
+            self._close(job, now - job.arrived_s)
+        elif dispatch is None:
             self._reject(job, now)
-            return
-        job.avoid.add(job.there.replica)
-        self._send(job, now)
+        else:
+            if isinstance(result, Absent):
+                self._results.stale_retries += 1
+            self._send(job, now)
+
+    def _count(self, job: Job) -> None:
+        results = self._results
+        if job.there is not None and job.there is not self._worker:
+            results.forwards += 1
+        elif job.outcome is Outcome.HIT:
+            results.hits += 1
+        elif job.outcome is Outcome.JOIN:
+            results.joins += 1
+        else:
+            results.misses += 1
 
     def _reject(self, job: Job, now: float) -> None:
-        self._tally.misses += 1
-        self._tally.rejected += 1
-        self._tally.load_s += job.model.load_s
+        self._results.misses += 1
+        self._results.rejected += 1
+        self._results.load_s += job.model.load_s
         self._close(job, now - job.arrived_s + job.model.load_s + job.model.exec_s)
 
     def _close(self, job: Job, latency_s: float) -> None:
-        assert math.isnan(self._tally.latencies[job.number]), f"request {job.number} was answered twice"
-        self._tally.latencies[job.number] = latency_s
-        self._tally.exec_s += job.model.exec_s
-        self._tally.requests += 1
+        assert math.isnan(self._results.latencies[job.number]), f"request {job.number} was answered twice"
+        self._results.latencies[job.number] = latency_s
+        self._results.exec_s += job.model.exec_s
+        self._results.requests += 1

@@ -1,4 +1,4 @@
-"""What a simulation depends on besides the trace."""
+"""The parameters of a simulation besides its trace."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.links import Link
 from serve_app.core.placement.rules import PlacementRules
 
-#: ``none``: caches that know nothing of each other; ``forwarding``: with reports, views and forwards; ``full``: and
-#: with placement.
+#: ``none``: independent caches; ``forwarding``: reports, views and forwards as well; ``full``: placement as well.
 Coordination = Literal["none", "forwarding", "full"]
 
 _COORDINATOR, _WORKER = CoordinatorSettings(), WorkerSettings()
-#: A float image of 224 x 224 pixels and three colours.
+#: A float image of 224 x 224 pixels and three colors.
 IMAGE_BYTES = 4 * 3 * 224 * 224
 GIGABIT_BYTES_PER_S = 125e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiscreteEventOptions:
-    """How the locations are made and tied together; what the live system is configured with is as there by default.
+    """The locations and what connects them; defaults are those of the live system's configuration.
 
     Attributes:
-        make_cache: a fresh cache for the location of that number; brings its policy, its chance and its memory along.
-        coordination: how much the locations have to do with each other.
+        make_cache: a fresh cache for the location of that number, with its policy, randomness and capacity.
+        coordination: how far the locations cooperate.
         exec_slots: executions at the same time, per location.
         links: between locations, by their names, in either direction.
         default_link: between all others.

@@ -4,58 +4,79 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
-from serve_app.core.cache.decisions import Answer, Grant, Hit, Join, Load, Reject, RejectReason, Wait
+from serve_app.core.cache.decisions import (
+    Action,
+    Answer,
+    Evict,
+    Grant,
+    Hit,
+    Join,
+    Load,
+    Reject,
+    RejectReason,
+    StartLoad,
+    Wait,
+)
+from serve_app.core.cache.events import (
+    TICK,
+    ForwardCostsChanged,
+    LoadEnded,
+    PreloadSuggested,
+    WithdrawSuggested,
+)
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
 from serve_app.core.cluster.reports import Demand, WorkerReport
 from serve_app.core.coordination.worker_follower import WorkerFollower
 from serve_app.core.queue_estimate import QueueEstimate
+from serve_app.core.routing.dispatch import Absent, AttemptResult, Dispatch, Finished, Rejected
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ModelState, Outcome, ResidentModel
+from serve_app.errors import DoesNotFit, StoreError, Unavailable
 from serve_app.simulator.discrete_event.event_queue import EventQueue
 from serve_app.simulator.discrete_event.results import DiscreteEventResults
 
+#: Rejections as the router takes them: what counts is the class of the error, as in ``serving/worker/model_host.py``.
+_REJECTED = {
+    RejectReason.TOO_LARGE: Rejected(DoesNotFit("the model is larger than the memory")),
+    RejectReason.QUEUE_FULL: Rejected(Unavailable("too many requests wait for memory")),
+    RejectReason.LOAD_FAILED: Rejected(StoreError("the model cannot be loaded")),
+}
+
 
 class Sender(Protocol):
-    """Who sent a job, and is told when it is back."""
+    """The router that sends a job, and takes in its result."""
 
     name: str
 
-    def answered(self, job: Job, now: float) -> None:
-        """The job is done, and the answer has come."""
-
-    def not_held(self, job: Job, now: float) -> None:
-        """The worker has not taken the job, because the model is not there."""
-
-    def refused(self, job: Job, now: float) -> None:
-        """The worker has not taken the job, for ``job.refusal``."""
+    def replied(self, job: Job, now: float) -> None:
+        """``job.result`` has come."""
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One request on its way: what is asked, and what has become of it so far."""
+    """One request under way: what is asked, and what has become of it so far."""
 
     number: int
     model: ModelProfile
     sender: Sender
     arrived_s: float
-    attempts_left: int = 5
-    hints_left: int = 1
-    avoid: set[str] = field(default_factory=set)
+    #: None where locations do not forward.
+    dispatch: Dispatch | None = None
     #: Where it was sent last, whether it may be loaded there, and how long the answer takes to come back.
     there: Worker | None = None
     only_if_resident: bool = False
     back_s: float = 0.0
     asked_s: float = 0.0
-    sequence: int = 0
-    refusal: RejectReason | None = None
     outcome: Outcome = Outcome.HIT
     victims: tuple[str, ...] = ()
+    #: What came of the last attempt.
+    result: AttemptResult | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -63,16 +84,16 @@ class _LoadUnderWay:
     model: ModelProfile
     ends_s: float
     jobs: list[Job]
-    #: For a router that has forwarded the request that asked for it.
-    fetched: bool
+    #: Routers that have ordered it for a request that they forwarded: each pins the model until it is loaded.
+    orders: int = 0
 
 
-#: A model's two lines in the reports, made once: as it loads, and as it stands ready.
-Lines = Mapping[str, Mapping[ModelState, ResidentModel]]
+#: A model's two rows in the reports, made once: while it loads, and when it is ready.
+ReportRows = Mapping[str, Mapping[ModelState, ResidentModel]]
 
 
-def lines(profiles: Iterable[ModelProfile]) -> Lines:
-    """What reports say of each model. How many requests use it decides nothing, and is left out."""
+def report_rows(profiles: Iterable[ModelProfile]) -> ReportRows:
+    """The rows of each model. The number of requests that use it decides nothing, and is left out."""
     return {
         model.model_id: {
             state: ResidentModel(
@@ -89,17 +110,17 @@ class Worker:
 
     Args:
         location: its name.
-        cache: its books.
-        lines: of all models.
+        cache: of the worker.
+        report_rows: of all models.
         rules: for the cost of a forward.
         exec_slots: executions at the same time.
-        agenda: of the simulation.
-        tally: of the simulation.
-        changed: is told when there is something new to report.
+        event_queue: of the simulation.
+        results: of the simulation.
+        changed: is called when there is something new to report.
 
     Attributes:
-        follower: builds its reports, and says what deltas mean for it.
-        before: is called before a request of another location, or a review, to catch up with the coordinator.
+        follower: builds its reports, and turns views into instructions.
+        before: is called before a request of another location, or a tick, to catch up with the coordinator.
     """
 
     def __init__(
@@ -107,20 +128,20 @@ class Worker:
         *,
         location: str,
         cache: ModelCache,
-        lines: Lines,
+        report_rows: ReportRows,
         rules: RoutingRules,
         exec_slots: int,
-        agenda: EventQueue,
-        tally: DiscreteEventResults,
+        event_queue: EventQueue,
+        results: DiscreteEventResults,
         changed: Callable[[Worker, float], None],
     ) -> None:
         self.location = location
         self.replica = f"{location}#0"
         self.cache = cache
-        self._lines = lines
+        self._report_rows = report_rows
         self._exec_slots = exec_slots
-        self._agenda = agenda
-        self._tally = tally
+        self._event_queue = event_queue
+        self._results = results
         self._changed = changed
         self.before: Callable[[float], None] = _nothing
         self.follower = WorkerFollower(replica=self.replica, location=location, rules=rules)
@@ -128,37 +149,39 @@ class Worker:
         #: When the executions under way end; no more than there are slots.
         self._slot_ends_s: list[float] = []
         self._loads: dict[str, _LoadUnderWay] = {}
-        self._waiting: dict[int, Job] = {}
-        self._review_s = math.inf
+        #: Requests, and models that a router has ordered, in the wait queue of the cache.
+        self._waiting: dict[int, Job | ModelProfile] = {}
+        self._next_tick_s = math.inf
         self._demand = self.follower.demand
-        self._books: dict[str, ResidentModel] = {}
-        self._books_lent = False
+        self._residents: dict[str, ResidentModel] = {}
+        self._residents_lent = False
         self._silent = False
         self._reported_queue_s = 0.0
 
     # Requests
 
     def take(self, job: Job, now: float) -> None:
-        """A request comes in."""
+        """Take in a request."""
         model = job.model
         if job.back_s:
             self.before(now)
         if job.only_if_resident and self.cache.state(model.model_id) is None:
-            job.sequence = self.follower.next_sequence
-            self._reply(job, job.sender.not_held, now)
+            self._reply(job, Absent(self.replica, self.follower.next_sequence), now)
             return
         self._demand[job.sender.name, model.model_id] += 1
-        self._news(now)
+        self._note_change(now)
         job.asked_s = now
         answer = self.cache.request(model, now)
         if isinstance(answer, Wait):
             self._waiting[answer.ticket] = job
         else:
+            if isinstance(answer, Load):
+                self._apply(answer.actions(model), now)
             self._go_on(job, answer, now)
-        self.look_ahead(now)
+        self.start_preloads(now)
 
     def _go_on(self, job: Job, answer: Answer, now: float) -> None:
-        self._tally.queue_s += now - job.asked_s
+        self._results.queue_s += now - job.asked_s
         match answer:
             case Hit():
                 job.outcome = Outcome.HIT
@@ -167,14 +190,13 @@ class Worker:
                 job.outcome = Outcome.JOIN
                 load = self._loads[job.model.model_id]
                 load.jobs.append(job)
-                self._tally.load_s += load.ends_s - now
+                self._results.load_s += load.ends_s - now
             case Load(victims=victims):
                 job.outcome, job.victims = Outcome.LOAD, victims
-                self._start_load(job.model, victims, [job], now)
-                self._tally.load_s += job.model.load_s
+                self._loads[job.model.model_id].jobs.append(job)
+                self._results.load_s += job.model.load_s
             case Reject(reason=reason):
-                job.refusal = reason
-                self._reply(job, job.sender.refused, now)
+                self._reply(job, _REJECTED[reason], now)
 
     def _execute(self, job: Job, now: float) -> None:
         ends, exec_s = self._slot_ends_s, job.model.exec_s
@@ -185,132 +207,146 @@ class Worker:
             end_s = now + exec_s
             heapq.heappush(ends, end_s)
         else:
-            self._tally.queue_s += ends[0] - now
+            self._results.queue_s += ends[0] - now
             end_s = ends[0] + exec_s
             heapq.heapreplace(ends, end_s)
         self._queue.add(exec_s)
-        self._agenda.at(end_s, self._executed, job)
+        self._event_queue.at(end_s, self._executed, job)
 
     def _executed(self, job: Job, now: float) -> None:
         self._queue.remove(job.model.exec_s)
         if self._reported_queue_s:
-            self._news(now)
-        grants = self.cache.finish(job.model.model_id, now)
-        job.sequence = self.follower.next_sequence
-        self._reply(job, job.sender.answered, now)
-        if grants:
-            self._carry_out(grants, now)
-        self.look_ahead(now)
+            self._note_change(now)
+        actions = self.cache.finish(job.model.model_id, now)
+        self._reply(job, Finished(self.replica, self.follower.next_sequence, job.victims), now)
+        self._apply(actions, now)
+        self.start_preloads(now)
 
-    def _reply(self, job: Job, tell: Callable[[Job, float], None], now: float) -> None:
+    def _reply(self, job: Job, result: AttemptResult, now: float) -> None:
+        job.result = result
         if job.back_s:
-            self._agenda.at(now + job.back_s, tell, job)
+            self._event_queue.at(now + job.back_s, job.sender.replied, job)
         else:
-            tell(job, now)
+            job.sender.replied(job, now)
 
-    def _carry_out(self, grants: Sequence[Grant], now: float) -> None:
-        # A grant may join a load that a later one starts.
-        jobs = {grant.ticket: self._waiting.pop(grant.ticket) for grant in grants}
-        for grant in sorted(grants, key=lambda grant: not isinstance(grant.answer, Load)):
-            self._go_on(jobs[grant.ticket], grant.answer, now)
+    def _apply(self, actions: tuple[Action, ...], now: float) -> None:
+        """Carry out what the cache has decided, in order."""
+        for action in actions:
+            match action:
+                case Evict():
+                    del self._own_residents()[action.model_id]
+                    self._loads.pop(action.model_id, None)
+                    self._note_change(now)
+                case StartLoad():
+                    self._start_load(action.model, action.background, now)
+                case Grant():
+                    waiter = self._waiting.pop(action.ticket)
+                    if isinstance(waiter, Job):
+                        self._go_on(waiter, action.answer, now)
+                    else:
+                        self._go_on_fetching(waiter, action.answer, now)
 
     # Loads
 
     def fetch(self, model: ModelProfile, now: float) -> None:
-        """Load a model whose request was forwarded, for those that will come."""
+        """Load a model whose request was forwarded, for later requests; as ``Worker.preload`` of the live system.
+
+        The cache counts a request, which it was, and the model waits for memory as a request does.
+        """
         answer = self.cache.request(model, now)
+        if isinstance(answer, Wait):
+            self._waiting[answer.ticket] = model
+            self._note_change(now)
+        else:
+            if isinstance(answer, Load):
+                self._apply(answer.actions(model), now)
+            self._go_on_fetching(model, answer, now)
+        self.start_preloads(now)
+
+    def _go_on_fetching(self, model: ModelProfile, answer: Answer, now: float) -> None:
         match answer:
-            case Load(victims=victims):
-                self._tally.preload_s += model.load_s
-                self._tally.preload_bytes += model.size_bytes
-                self._start_load(model, victims, [], now, fetched=True)
-            case Hit() | Join():
-                self._carry_out(self.cache.finish(model.model_id, now), now)
-            case Wait(ticket=ticket):
-                self._carry_out(self.cache.give_up(ticket, now), now)
+            case Hit():
+                self._apply(self.cache.finish(model.model_id, now), now)
+            case Join():
+                self._loads[model.model_id].orders += 1
+            case Load():
+                self._results.preload_s += model.load_s
+                self._results.preload_bytes += model.size_bytes
+                self._loads[model.model_id].orders += 1
             case Reject():
                 pass
 
-    def _start_load(
-        self, model: ModelProfile, victims: Sequence[str], jobs: list[Job], now: float, *, fetched: bool = False
-    ) -> None:
-        books = self._own_books()
-        for victim in victims:
-            del books[victim]
-            self._loads.pop(victim, None)
-        load = _LoadUnderWay(model, now + model.load_s, jobs, fetched)
-        books[model.model_id] = self._lines[model.model_id][ModelState.LOADING]
+    def _start_load(self, model: ModelProfile, background: bool, now: float) -> None:
+        if background:
+            self._results.preload_s += model.load_s
+            self._results.preload_bytes += model.size_bytes
+        load = _LoadUnderWay(model, now + model.load_s, [])
+        self._own_residents()[model.model_id] = self._report_rows[model.model_id][ModelState.LOADING]
         self._loads[model.model_id] = load
-        self._news(now)
-        self._agenda.at(load.ends_s, self._loaded, load)
+        self._note_change(now)
+        self._event_queue.at(load.ends_s, self._loaded, load)
 
     def _loaded(self, load: _LoadUnderWay, now: float) -> None:
         model_id = load.model.model_id
         if self._loads.get(model_id) is not load:
-            # It was a preload that nobody had joined, and had to make room for a request.
+            # It was a preload that was evicted for a request.
             return
         del self._loads[model_id]
-        self._own_books()[model_id] = self._lines[model_id][ModelState.READY]
-        self._news(now)
-        grants = self.cache.loaded(model_id, now)
+        self._own_residents()[model_id] = self._report_rows[model_id][ModelState.READY]
+        self._note_change(now)
+        actions = self.cache.handle(LoadEnded(model_id), now)
         for job in load.jobs:
             self._execute(job, now)
-        self._carry_out(grants, now)
-        if load.fetched:
-            self._carry_out(self.cache.finish(model_id, now), now)
-        self.look_ahead(now)
+        self._apply(actions, now)
+        for _ in range(load.orders):
+            self._apply(self.cache.finish(model_id, now), now)
+        self.start_preloads(now)
 
-    def look_ahead(self, now: float) -> None:
-        """Load in the background what the policy wishes, or placement advises."""
-        cache = self.cache
-        while (preload := cache.next_preload(now)) is not None:
-            self._preload(preload.model, preload.victims, now)
-        # One that is due already waits for something to end, which is an event of its own.
-        if now < cache.review_s < self._review_s:
-            self._review_s = cache.review_s
-            self._agenda.at(cache.review_s, Worker._review, self)
+    def start_preloads(self, now: float) -> None:
+        """Load in the background what the policy wants and placement suggests."""
+        self._apply(self.cache.handle(TICK, now), now)
+        self._set_timer(now)
 
-    def _review(self, now: float) -> None:
-        if now >= self._review_s:
-            self._review_s = math.inf
+    def _set_timer(self, now: float) -> None:
+        # A tick that is due already waits for something to end, which is an event of its own.
+        if now < self.cache.next_tick_s < self._next_tick_s:
+            self._next_tick_s = self.cache.next_tick_s
+            self._event_queue.at(self._next_tick_s, Worker._tick_due, self)
+
+    def _tick_due(self, now: float) -> None:
+        if now >= self._next_tick_s:
+            self._next_tick_s = math.inf
             self.before(now)
-            self.look_ahead(now)
+            self.start_preloads(now)
 
-    def _preload(self, model: ModelProfile, victims: Sequence[str], now: float) -> None:
-        self._tally.preload_s += model.load_s
-        self._tally.preload_bytes += model.size_bytes
-        self._start_load(model, victims, [], now)
-
-    def follow(self, command: Command, model: ModelProfile, now: float) -> None:
-        """Do what placement says, as far as no request is in the way."""
+    def carry_out(self, command: Command, model: ModelProfile, now: float) -> None:
+        """Follow placement as far as no request is in the way."""
         match command:
             case EvictAt(model_id=model_id):
-                grants = self.cache.withdraw(model_id, now)
-                if grants is None:
-                    return
-                del self._own_books()[model_id]
-                self._news(now)
-                self._carry_out(grants, now)
+                actions = self.cache.handle(WithdrawSuggested(model_id), now)
+                if actions:
+                    self._apply(actions, now)
+                    self.start_preloads(now)
             case PreloadAt(required=required):
-                self.cache.advise(model, now, insist=required)
-        self.look_ahead(now)
+                self._apply(self.cache.handle(PreloadSuggested(model, required), now), now)
+                self._set_timer(now)
 
     def catch_up(self, now: float) -> None:
         """Act on what the view says now; commands come apart from it."""
-        instructions = self.follower.review(self._books)
+        instructions = self.follower.review(self._residents)
         if instructions.forward_costs is not None:
-            self.cache.forward_costs(instructions.forward_costs)
+            self._apply(self.cache.handle(ForwardCostsChanged(instructions.forward_costs), now), now)
         if instructions.primaries_changed:
-            self._news(now)
+            self._note_change(now)
 
     # Reports
 
-    def _own_books(self) -> dict[str, ResidentModel]:
-        if self._books_lent:
-            self._books, self._books_lent = dict(self._books), False
-        return self._books
+    def _own_residents(self) -> dict[str, ResidentModel]:
+        if self._residents_lent:
+            self._residents, self._residents_lent = dict(self._residents), False
+        return self._residents
 
-    def _news(self, now: float) -> None:
+    def _note_change(self, now: float) -> None:
         if self._silent:
             self._silent = False
             self._changed(self, now)
@@ -320,11 +356,11 @@ class Worker:
 
         Everything takes what the profile says, so there is nothing to measure.
         """
-        self._books_lent = self._silent = True
+        self._residents_lent = self._silent = True
         self._reported_queue_s = self._queue.wait_s(self._exec_slots)
         report = self.follower.report(
             cache=self.cache,
-            models=self._books,
+            models=self._residents,
             loading=len(self._loads) + len(self._waiting),
             exec_slots=self._exec_slots,
             queue_s=self._reported_queue_s,
@@ -334,4 +370,4 @@ class Worker:
 
 
 def _nothing(now: float) -> None:
-    """There are no news to catch up with."""
+    """There is no coordinator to catch up with."""

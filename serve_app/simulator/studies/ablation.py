@@ -22,7 +22,7 @@ from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.policies.base import EvictionPolicy
 from serve_app.core.policies.edgeserve import EdgeServe
-from serve_app.core.policies.rate_forecast import History, RateForecast
+from serve_app.core.policies.rate_forecast import RateForecast, RequestHistory
 from serve_app.simulator.load_delay import replay
 from serve_app.simulator.oracles import BeladyAm, next_uses
 from serve_app.simulator.result_table import figures_table
@@ -38,7 +38,7 @@ class _FixedMemories(RateForecast):
 
     weights: ClassVar[tuple[float, float, float]]
 
-    def request(self, known: History, now: float) -> None:
+    def request(self, known: RequestHistory, now: float) -> None:
         super().request(known, now)
         self._weights = self.weights
 
@@ -56,22 +56,22 @@ class _Variant(EdgeServe):
 
     predictor: ClassVar[type[RateForecast]] = RateForecast
 
-    def _predictor(self, now: float) -> RateForecast:
-        if self._next_use is None:
-            self._next_use = self.predictor(short_s=self._short_s, long_s=self._long_s, now=now)
-        return self._next_use
+    def _make_forecast(self, now: float) -> RateForecast:
+        if self._forecast is None:
+            self._forecast = self.predictor(short_s=self._short_s, long_s=self._long_s, now=now)
+        return self._forecast
 
 
 class _Trusting(_Variant):
     """Relies on preloads however busy the background is."""
 
-    def _see_how_busy(self, now: float) -> None:
+    def _weigh_ages(self, now: float) -> None:
         pass
 
 
 class _NoAges(_Trusting):
-    def _predictor(self, now: float) -> RateForecast:
-        predictor = super()._predictor(now)
+    def _make_forecast(self, now: float) -> RateForecast:
+        predictor = super()._make_forecast(now)
         predictor.age_weight = 0.0
         return predictor
 
@@ -90,7 +90,7 @@ class _NoCatalog(_Variant):
 
 
 class _NoSparing(_Variant):
-    spares_small = False
+    trim_victims = False
 
 
 class _NoLead(_Variant):

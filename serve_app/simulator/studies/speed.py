@@ -19,7 +19,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from serve_app.core.cache.decisions import Hit, Load
+from serve_app.core.cache.decisions import Hit, Load, StartLoad
+from serve_app.core.cache.events import TICK, LoadEnded
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.simulator.result_table import figures_table
@@ -153,16 +154,17 @@ def _play(cache: ModelCache, workload: Workload, positions: range) -> None:
 
 def _request(cache: ModelCache, profile: ModelProfile, now: float) -> bool:
     """Serve one request, after the preloads that are due; return whether it was a load."""
-    if now >= cache.review_s:
-        while (preload := cache.next_preload(now)) is not None:
-            cache.loaded(preload.model.model_id, now)
+    while now >= cache.next_tick_s:
+        for action in cache.handle(TICK, now):
+            if isinstance(action, StartLoad):
+                cache.handle(LoadEnded(action.model.model_id), now)
     answer = cache.request(profile, now)
     match answer:
         case Hit():
             cache.finish(profile.model_id, now)
             return False
         case Load():
-            cache.loaded(profile.model_id, now)
+            cache.handle(LoadEnded(profile.model_id), now)
             cache.finish(profile.model_id, now)
             return True
         case _:

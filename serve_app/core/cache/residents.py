@@ -1,0 +1,237 @@
+"""The models in memory of one cache: how they enter and leave, and which of them must not be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from serve_app.core.cache.accounting import CacheAccounting, CacheEntry
+from serve_app.core.cache.decisions import Reject, RejectReason
+from serve_app.core.catalog import ModelProfile
+from serve_app.core.lazy_heap import HeapEntry
+from serve_app.core.policies.base import EvictionPolicy
+from serve_app.core.vocabulary import ModelState
+
+
+@dataclass(slots=True)
+class CacheCounters:
+    """What has happened since the cache was made."""
+
+    requests: int = 0
+    #: Loads that requests have started.
+    loads: int = 0
+    load_failures: int = 0
+    #: Displaced by another model, or by less memory.
+    evictions: int = 0
+    #: Gone for any other reason: an operator, placement, no use for long, or another catalog.
+    unloads: int = 0
+    #: Loads that no request has started (not in ``loads``), and those of them that left before any request came.
+    preloads: int = 0
+    wasted_preloads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    detail: str
+    until_s: float
+
+
+class Residents:
+    """Enters models into the accounting and removes them; every change reaches the policy and the counters.
+
+    Args:
+        model_capacity_bytes: what all models may take together.
+        policy: ranks the models.
+        pinned: models that are never victims.
+        failure_memory_s: how long a failed load is remembered.
+    """
+
+    def __init__(
+        self, model_capacity_bytes: int, policy: EvictionPolicy, pinned: Collection[str], failure_memory_s: float
+    ) -> None:
+        self.counters = CacheCounters()
+        self.accounting = CacheAccounting(model_capacity_bytes, policy)
+        self.entries = self.accounting.entries
+        self.policy = policy
+        #: Loads under way that requests have started, and those that no request has.
+        self.loading = 0
+        self.preloading = 0
+        self._pinned = frozenset(pinned)
+        self._failure_memory_s = failure_memory_s
+        self._failures: dict[str, _Failure] = {}
+        #: Only a request brings these back.
+        self._unloaded_by_operator: set[str] = set()
+        #: Only a request or a required preload brings these back.
+        self._withdrawn: set[str] = set()
+        #: Models that requests may ask for, and those that they no longer may.
+        self.catalog: dict[str, ModelProfile] = {}
+        self._not_in_catalog: set[str] = set()
+
+    # What may be loaded
+
+    def rejection(self, model: ModelProfile, now: float) -> Reject | None:
+        """Why no request for an absent model can be served now."""
+        failure = self._failures.get(model.model_id)
+        if failure is not None and now < failure.until_s:
+            return Reject(RejectReason.LOAD_FAILED, failure.detail, failure.until_s - now)
+        accounting = self.accounting
+        free_bytes = accounting.model_capacity_bytes - accounting.pinned_bytes
+        if model.size_bytes > free_bytes:
+            return Reject(
+                RejectReason.TOO_LARGE,
+                f"model {model.model_id} needs {model.size_bytes} bytes, but only "
+                f"{free_bytes} of {accounting.model_capacity_bytes} can be made free",
+            )
+        return None
+
+    def may_preload(self, model_id: str, *, required: bool, now: float) -> bool:
+        """Whether a model may be loaded in the background."""
+        if (
+            model_id in self.entries
+            or model_id in self._unloaded_by_operator
+            or model_id in self._not_in_catalog
+            or (model_id in self._withdrawn and not required)
+        ):
+            return False
+        failure = self._failures.get(model_id)
+        return failure is None or now >= failure.until_s
+
+    def is_pinned(self, model_id: str) -> bool:
+        """Whether the configuration pins a model, resident or not."""
+        return model_id in self._pinned
+
+    def remember_failure(self, model_id: str, detail: str, now: float) -> None:
+        """Reject requests for a model, and preload it no more, for a while."""
+        self._failures[model_id] = _Failure(detail, now + self._failure_memory_s)
+
+    def forget_failure(self, model_id: str) -> None:
+        """Let the next request for a model try to load it."""
+        self._failures.pop(model_id, None)
+
+    def add_known(self, models: Sequence[ModelProfile]) -> None:
+        """Take in that the catalog has these models too."""
+        self.catalog |= {model.model_id: model for model in models}
+        self._not_in_catalog -= self.catalog.keys()
+
+    def set_catalog(self, models: Sequence[ModelProfile], pinned: Collection[str], now: float) -> None:
+        """Take in that the catalog has these models and no others."""
+        offered = {model.model_id: model for model in models}
+        self._not_in_catalog = (self._not_in_catalog | self.catalog.keys() | self.entries.keys()) - offered.keys()
+        self.catalog = offered
+        self._pinned = frozenset(pinned)
+        for model_id, entry in self.entries.items():
+            self.accounting.pin(entry, model_id in self._pinned, now)
+
+    @property
+    def removed(self) -> list[CacheEntry]:
+        """Models in memory that the catalog no longer has."""
+        if not self._not_in_catalog:
+            return []
+        return [entry for model_id, entry in self.entries.items() if model_id in self._not_in_catalog]
+
+    @property
+    def owes_evictions(self) -> bool:
+        """Whether a resident model is to leave as soon as it is idle."""
+        return self.accounting.excess_bytes > 0 or not self._not_in_catalog.isdisjoint(self.entries)
+
+    @property
+    def may_owe_evictions(self) -> bool:
+        """Whether a model that becomes idle may have to leave at once; False is certain."""
+        accounting = self.accounting
+        return accounting.unaccounted_bytes > 0 or accounting.excess_bytes > 0 or bool(self._not_in_catalog)
+
+    # Entering and leaving
+
+    def admit(
+        self, model: ModelProfile, victims: Sequence[HeapEntry], now: float, *, uses: int, preload: bool
+    ) -> tuple[str, ...]:
+        """Begin a load of ``model`` in the place of ``victims``; returns their names."""
+        model_id = model.model_id
+        self.evict(victims, now)
+        if preload:
+            self.preloading += 1
+            self.counters.preloads += 1
+        else:
+            self.loading += 1
+            self.counters.loads += 1
+        self._failures.pop(model_id, None)
+        self._unloaded_by_operator.discard(model_id)
+        self._withdrawn.discard(model_id)
+        self.policy.on_load(model, now)
+        entry = CacheEntry(
+            model=model,
+            state=ModelState.LOADING,
+            uses=uses,
+            used_s=now,
+            pinned=model_id in self._pinned,
+            preload=preload,
+            speculative=preload,
+        )
+        self.accounting.add(entry, now)
+        return tuple(victim.model.model_id for victim in victims)
+
+    def load_ended(self, model_id: str) -> None:
+        """Make a loaded model ready.
+
+        Raises:
+            ValueError: it is not loading.
+        """
+        entry = self._loading_entry(model_id)
+        entry.state = ModelState.READY
+        self._free_load_slot(entry)
+
+    def load_failed(self, model_id: str, detail: str, now: float) -> None:
+        """Remove a model whose load has failed.
+
+        Raises:
+            ValueError: it is not loading.
+        """
+        entry = self._loading_entry(model_id)
+        self._free_load_slot(entry)
+        self.counters.load_failures += 1
+        self.remember_failure(model_id, detail, now)
+        self._remove(entry)
+        self.policy.on_unload(entry.model, now)
+
+    def evict(self, victims: Iterable[HeapEntry], now: float) -> None:
+        """Remove models that were displaced."""
+        for victim in victims:
+            self.counters.evictions += 1
+            entry = self.entries[victim.model.model_id]
+            if entry.state is ModelState.LOADING:
+                self._free_load_slot(entry)
+            self._remove(entry)
+            self.policy.on_evict(victim.model, now)
+
+    def unload(self, entry: CacheEntry, now: float) -> None:
+        """Remove a model for any other reason."""
+        self.counters.unloads += 1
+        self._remove(entry)
+        self.policy.on_unload(entry.model, now)
+
+    def unload_by_operator(self, entry: CacheEntry, now: float) -> None:
+        """Remove a model that only a request brings back."""
+        self._unloaded_by_operator.add(entry.model.model_id)
+        self.unload(entry, now)
+
+    def withdraw(self, entry: CacheEntry, now: float) -> None:
+        """Remove a model that only a request or a required preload brings back."""
+        self._withdrawn.add(entry.model.model_id)
+        self.unload(entry, now)
+
+    def _free_load_slot(self, entry: CacheEntry) -> None:
+        if entry.preload:
+            self.preloading -= 1
+        else:
+            self.loading -= 1
+
+    def _remove(self, entry: CacheEntry) -> None:
+        if entry.speculative:
+            self.counters.wasted_preloads += 1
+        self.accounting.remove(entry)
+
+    def _loading_entry(self, model_id: str) -> CacheEntry:
+        entry = self.entries.get(model_id)
+        if entry is None or entry.state is not ModelState.LOADING:
+            raise ValueError(f"{model_id} is not loading")
+        return entry
