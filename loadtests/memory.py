@@ -127,8 +127,8 @@ async def churn(made: Bench, seconds: float, rate: float) -> dict[str, Any]:
         beyond = memory.rss_bytes - memory.base_bytes
         looks += 1
         peak, unaccounted = max(peak, beyond), max(unaccounted, memory.unaccounted_bytes)
-        over += beyond > cache.capacity_bytes + memory.workspace_bytes
-        over_counted |= cache.used_bytes > cache.capacity_bytes
+        over += beyond > cache.capacity_bytes
+        over_counted |= cache.used_bytes > cache.model_capacity_bytes
         await asyncio.sleep(0.25 / rate)
     await asyncio.gather(*under_way)
     took_s = loop.time() - began_s
@@ -139,7 +139,7 @@ async def churn(made: Bench, seconds: float, rate: float) -> dict[str, Any]:
         "runs_per_s": done / took_s,
         "failed": failed,
         "seconds": took_s,
-        "capacity": cache.capacity_bytes + memory.workspace_bytes,
+        "capacity": cache.capacity_bytes,
         "base": memory.base_bytes,
         "peak": peak,
         "over_share": over / looks,
@@ -208,7 +208,7 @@ def _as_part(part: str, memory: str, cycles: int, seconds: float, rate: float) -
         async with bench(memory, preloads=2 if part == "churn" else 0, release_page_cache=part == "evictions") as made:
             budget = {
                 "base": made.memory.base_bytes,
-                "capacity": made.host.cache.capacity_bytes + made.memory.workspace_bytes,
+                "capacity": made.host.cache.capacity_bytes,
             }
             click.echo(json.dumps(budget))
             await asyncio.to_thread(sys.stdin.readline)

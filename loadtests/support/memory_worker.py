@@ -90,14 +90,15 @@ async def bench(memory: str, *, preloads: int, release_page_cache: bool) -> Asyn
     models = tuple(
         model
         for model in catalog.models
-        if model.profile.size_bytes <= budget.models_bytes and model.workspace_bytes <= budget.workspace_bytes
+        if model.profile.size_bytes <= budget.model_capacity_bytes and model.workspace_bytes <= budget.workspace_bytes
     )
     if not models:
         raise StoreError("no model is published that fits; run edgeserve publish, or give more memory")
     metrics = WorkerMetrics("here", "here-1")
     host = ModelHost(
         cache=ModelCache(
-            capacity_bytes=budget.models_bytes,
+            capacity_bytes=budget.capacity_bytes,
+            workspace_bytes=budget.workspace_bytes,
             policy=make_policy(settings.policy.name, random.Random(0), **settings.policy.parameters),
             max_loads=settings.worker.parallel_loads,
             max_preloads=preloads,

@@ -1,4 +1,7 @@
-"""How a worker divides its memory: into models, workspace of executions, and what the kernel sees beyond both."""
+"""How a worker divides its memory: models, workspace of executions, and unaccounted bytes.
+
+``docs/numbers.md`` says where each of these numbers is shown.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,20 @@ _WORKSPACE_SHARE = 0.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBudget:
-    """What a worker may take beyond its base: so much for models, so much for executions."""
+    """What a worker may take beyond its base.
 
-    models_bytes: int
+    Attributes:
+        capacity_bytes: for models and executions.
+        workspace_bytes: what of it is set aside for executions.
+    """
+
+    capacity_bytes: int
     workspace_bytes: int
+
+    @property
+    def model_capacity_bytes(self) -> int:
+        """What all models may take together."""
+        return self.capacity_bytes - self.workspace_bytes
 
 
 def divide(memory_bytes: int, models: Iterable[PublishedModel], exec_slots: int) -> MemoryBudget:
@@ -31,7 +44,7 @@ def divide(memory_bytes: int, models: Iterable[PublishedModel], exec_slots: int)
     shared_bytes = min(exec_slots * largest_bytes, int(memory_bytes * _WORKSPACE_SHARE))
     # A model of no weights at all may need everything for itself; a cache of nothing does not exist.
     workspace_bytes = min(max(largest_bytes, shared_bytes), memory_bytes - 1)
-    return MemoryBudget(models_bytes=memory_bytes - workspace_bytes, workspace_bytes=workspace_bytes)
+    return MemoryBudget(capacity_bytes=memory_bytes, workspace_bytes=workspace_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,18 +61,19 @@ class ProcessMemory:
 
 
 class MemoryGuard:
-    """Finds what a process takes beyond what its books say, and how much to hold back for it.
+    """Finds what a process takes beyond base, models and workspace, and how much of that models must leave room for.
 
-    Heap that the allocator keeps, code that runs for the first time, caches of libraries: nobody counts them, but they
-    take memory. Pages of its own that are more than the workspace cannot be models, which are mapped files. Models
-    that are mapped and not touched yet make the process smaller than its books, and hide what it has grown by; so both
-    sums are looked at, and the larger difference counts.
+    Heap that the allocator keeps, code that runs for the first time, caches of libraries: no accounting covers them,
+    but they take memory. Pages of the process's own beyond the workspace cannot be models, which are mapped files.
+    Models that are mapped and not touched yet make the process smaller than the accounting says, and hide what it has
+    grown by. The guard compares both sums and takes the larger difference.
 
-    What is held back follows the difference with a delay, faster up than down, in steps: a moment's peak moves nothing.
+    ``unaccounted_bytes`` follows the difference with a delay, faster up than down, in steps: a short peak moves
+    nothing.
 
     Args:
         base: the process before its first model.
-        step_bytes: least change of what is held back.
+        step_bytes: least change of ``unaccounted_bytes``.
     """
 
     RISE_S = 1.0
@@ -69,24 +83,24 @@ class MemoryGuard:
         if step_bytes < 1:
             raise ValueError(f"step_bytes must be at least 1, not {step_bytes}")
         self.base = base
-        self.held_back_bytes = 0
+        self.unaccounted_bytes = 0
         self._step_bytes = step_bytes
         self._smoothed_bytes = 0.0
-        self._looked_s: float | None = None
+        self._updated_s: float | None = None
 
     def beyond_bytes(self, memory: ProcessMemory, budget: MemoryBudget, used_bytes: int) -> int:
-        """By how much the process exceeds its base and what is counted: models of ``used_bytes``, and workspace."""
+        """By how much the process exceeds its base, workspace, and models of ``used_bytes``."""
         private_bytes = memory.anonymous_bytes - self.base.anonymous_bytes - budget.workspace_bytes
         all_bytes = memory.rss_bytes - self.base.rss_bytes - budget.workspace_bytes - used_bytes
         return max(private_bytes, all_bytes, 0)
 
-    def look(self, beyond_bytes: int, now: float) -> int:
-        """Take in what is beyond the books now; returns what to hold back from now on."""
-        elapsed_s = 0.0 if self._looked_s is None else now - self._looked_s
-        self._looked_s = now
+    def update(self, beyond_bytes: int, now: float) -> int:
+        """Take in by how much the process exceeds the accounting now; returns ``unaccounted_bytes``."""
+        elapsed_s = 0.0 if self._updated_s is None else now - self._updated_s
+        self._updated_s = now
         delay_s = self.RISE_S if beyond_bytes > self._smoothed_bytes else self.FALL_S
         self._smoothed_bytes += (beyond_bytes - self._smoothed_bytes) * -math.expm1(-elapsed_s / delay_s)
-        steps, held = self._smoothed_bytes / self._step_bytes, self.held_back_bytes // self._step_bytes
+        steps, held = self._smoothed_bytes / self._step_bytes, self.unaccounted_bytes // self._step_bytes
         # To begin takes half a step, to end a quarter; in between a whole step and a quarter, down only.
         if steps > held and (held or steps >= 0.5):
             held = math.ceil(steps)
@@ -94,5 +108,5 @@ class MemoryGuard:
             held = 0
         elif steps < held - 1.25:
             held = math.ceil(steps)
-        self.held_back_bytes = held * self._step_bytes
-        return self.held_back_bytes
+        self.unaccounted_bytes = held * self._step_bytes
+        return self.unaccounted_bytes

@@ -251,7 +251,8 @@ def _make_loader(settings: EdgeSettings) -> Any:
 def _make_cache(config: ReplicaConfig, catalog: Catalog, budget: MemoryBudget, replica: str) -> ModelCache:
     worker = config.settings.worker
     return ModelCache(
-        capacity_bytes=budget.models_bytes,
+        capacity_bytes=budget.capacity_bytes,
+        workspace_bytes=budget.workspace_bytes,
         policy=config.eviction_policy(replica),
         max_loads=worker.parallel_loads,
         max_preloads=worker.parallel_preloads,

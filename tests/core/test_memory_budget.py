@@ -15,7 +15,7 @@ from serve_app.core.catalog import ImageInput, PublishedModel
 from serve_app.core.memory_budget import MemoryBudget, MemoryGuard, ProcessMemory, divide
 
 BASE = ProcessMemory(anonymous_bytes=300, file_bytes=100)
-BUDGET = MemoryBudget(models_bytes=900, workspace_bytes=100)
+BUDGET = MemoryBudget(capacity_bytes=1000, workspace_bytes=100)
 
 
 def model(name: str, weights: int, workspace: int) -> PublishedModel:
@@ -46,7 +46,7 @@ def grown(anonymous: int = 0, files: int = 0) -> ProcessMemory:
 
 def test_every_slot_has_room_for_the_largest_workspace() -> None:
     assert divide(1000, [model("a", 500, 100), model("b", 10, 40)], exec_slots=2) == MemoryBudget(
-        models_bytes=800, workspace_bytes=200
+        capacity_bytes=1000, workspace_bytes=200
     )
 
 
@@ -65,16 +65,19 @@ def test_a_model_that_can_never_run_takes_no_room_from_others() -> None:
 def test_whatever_fits_into_both_parts_fits_into_the_whole() -> None:
     models = [model("a", 900, 30), model("b", 960, 50), model("c", 100, 20)]
     budget = divide(1000, models, exec_slots=1)
-    fitting = [m for m in models if m.weights_bytes <= budget.models_bytes and m.workspace_bytes <= 30]
+    fitting = [m for m in models if m.weights_bytes <= budget.model_capacity_bytes and m.workspace_bytes <= 30]
     assert all(m.weights_bytes + m.workspace_bytes <= 1000 for m in fitting)
 
 
 def test_memory_without_models_is_for_models() -> None:
-    assert divide(1000, [], exec_slots=2) == MemoryBudget(models_bytes=1000, workspace_bytes=0)
+    assert divide(1000, [], exec_slots=2) == MemoryBudget(capacity_bytes=1000, workspace_bytes=0)
 
 
 def test_models_get_something_whatever_one_execution_wants() -> None:
-    assert divide(1000, [dataclasses.replace(model("a", 1, 1000), weights_bytes=0)], exec_slots=1).models_bytes == 1
+    assert (
+        divide(1000, [dataclasses.replace(model("a", 1, 1000), weights_bytes=0)], exec_slots=1).model_capacity_bytes
+        == 1
+    )
 
 
 # Looking
@@ -99,7 +102,7 @@ def test_what_is_beyond_the_books(now: ProcessMemory, used: int, beyond: int) ->
 
 
 def looked(guard: MemoryGuard, beyond: int, since: float, until: float) -> list[int]:
-    return [guard.look(beyond, since + 0.25 * turn) for turn in range(int((until - since) * 4))]
+    return [guard.update(beyond, since + 0.25 * turn) for turn in range(int((until - since) * 4))]
 
 
 def test_growth_that_stays_is_held_back_whole_and_smoothly() -> None:
@@ -121,14 +124,14 @@ def test_what_is_gone_is_given_back_whole() -> None:
 def test_a_moments_peak_moves_nothing() -> None:
     guard = MemoryGuard(BASE, step_bytes=100)
     looked(guard, 0, 0, 5)
-    assert guard.look(150, 5.0) == 0
+    assert guard.update(150, 5.0) == 0
     assert looked(guard, 0, 5.25, 10) == [0] * 19
 
 
 def test_noise_around_a_level_changes_nothing() -> None:
     guard = MemoryGuard(BASE, step_bytes=10)
     looked(guard, 95, 0, 10)
-    assert {guard.look(95 + (-1) ** turn * 5, 10 + 0.25 * turn) for turn in range(400)} == {100}
+    assert {guard.update(95 + (-1) ** turn * 5, 10 + 0.25 * turn) for turn in range(400)} == {100}
 
 
 def test_growth_below_half_a_step_is_none() -> None:

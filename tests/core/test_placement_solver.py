@@ -76,7 +76,7 @@ class Case:
         return WorkerState(
             location=location,
             replica=replica,
-            capacity_bytes=capacity,
+            model_capacity_bytes=capacity,
             used_bytes=used,
             exec_slots=1,
             held=held,

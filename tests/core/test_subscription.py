@@ -225,6 +225,18 @@ def test_noise_of_distant_workers_is_published_only_now_and_then() -> None:
     )
 
 
+def test_a_delta_says_at_once_how_a_distant_worker_divides_its_memory_now() -> None:
+    cluster, view = Cluster(), ClusterView()
+    for place in PLACES[:3]:
+        cluster.report(place, "a", asks="a")
+    cluster.read(view, "oslo")
+    cluster.report("paris", "a", workspace_bytes=40)
+    delta = read(cluster.state, view.epoch, view.version, cluster.now, "oslo")
+    assert [change.workspace_bytes for change in delta.changes] == [40]
+    view.apply(delta, cluster.now)
+    assert view.workers["paris-1"].model_capacity_bytes == view.workers["paris-1"].capacity_bytes - 40
+
+
 def test_few_workers_become_many_and_few_again() -> None:
     cluster, view = Cluster(dataclasses.replace(LIMITS, small_cluster=3)), ClusterView()
     for place in PLACES:

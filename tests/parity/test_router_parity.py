@@ -166,11 +166,11 @@ def simulated(scene: Scene) -> Course:
     router = SimulatedRouter(
         worker=workers["paris-1"],
         workers=workers,
-        news=news,
+        coordinator=news,
         rules=RULES,
         payload_bytes=len(PAYLOAD),
-        agenda=events,
-        tally=tally,
+        event_queue=events,
+        results=tally,
         request_time_s=REQUEST_TIME_S,
     )
     scene.tell(router.view)

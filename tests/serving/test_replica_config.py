@@ -38,7 +38,7 @@ def test_a_configuration_survives_the_way_to_its_replica(location: str | None) -
 def test_the_memory_of_a_worker_is_that_of_its_location() -> None:
     for location, memory_bytes in (("paris", 8 * MIB), ("tokyo", 4 * MIB)):
         budget = config(location).memory_budget(CATALOG)
-        assert budget.models_bytes + budget.workspace_bytes == memory_bytes
+        assert budget.capacity_bytes == memory_bytes
 
 
 def test_the_gateway_has_neither_memory_nor_models() -> None:

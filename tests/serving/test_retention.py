@@ -10,7 +10,7 @@ import dataclasses
 import random
 
 import pytest
-from fakes import FakeLink, ManualClock, published, report, view
+from fakes import FakeLink, FakeMetrics, ManualClock, published, report, view
 from test_worker import FakeBackend, running, work
 
 from serve_app.core.catalog import Catalog
@@ -133,6 +133,28 @@ async def test_a_copy_that_must_be_there_is_pinned_only_while_it_is_needed() -> 
                 await asyncio.sleep(0)
 
 
+class CountedPreloads(FakeMetrics):
+    def __init__(self) -> None:
+        self.preloads = 0
+
+    def preload_started(self) -> None:
+        self.preloads += 1
+
+
+async def test_metric_and_report_count_the_same_preloads() -> None:
+    """Pinned models and what placement orders are preloads; what a router orders for a forwarded request is a load."""
+    metrics = CountedPreloads()
+    async with running(FakeBackend(), CommandLink(preload("c")), capacity=300, metrics=metrics, pinned="b") as worker:
+        await worker.preload_pinned()
+        await worker.preload("a")
+        await worker.preload("a")
+        worker.start(3600)
+        await until_held(worker, "a", "b", "c")
+        report = worker.report()
+        assert (report.preloads, report.loads) == (2, 1)
+        assert metrics.preloads == report.preloads
+
+
 # Leaving
 
 
@@ -186,7 +208,7 @@ async def test_a_worker_goes_on_by_another_configuration_without_losing_a_reques
         catalog = Catalog((published("a"), published("d")))
         worker.reconfigure(
             catalog=catalog,
-            budget=MemoryBudget(models_bytes=150, workspace_bytes=30),
+            budget=MemoryBudget(capacity_bytes=180, workspace_bytes=30),
             policy=make_policy("gdsf", random.Random(0)),
             rules=RoutingRules(
                 profiles=catalog.profiles(), links={}, default_link=Link(rtt_s=1.0, bytes_per_s=1e9), horizon_s=10
@@ -199,7 +221,8 @@ async def test_a_worker_goes_on_by_another_configuration_without_losing_a_reques
         assert isinstance(await busy, InferenceResult)
         await until_held(worker)
         assert isinstance(await worker.infer(work("d")), InferenceResult)
-        assert worker.report().capacity_bytes == 150
+        assert worker.report().capacity_bytes == 180
+        assert worker.report().model_capacity_bytes == 150
         assert worker.report().workspace_bytes == 30
         assert link.configured == [COORDINATION]
 
@@ -211,7 +234,7 @@ async def test_a_configuration_that_cannot_be_is_refused_whole() -> None:
         with pytest.raises(ValueError, match="pinned"):
             worker.reconfigure(
                 catalog=Catalog((pinned,)),
-                budget=MemoryBudget(models_bytes=50, workspace_bytes=0),
+                budget=MemoryBudget(capacity_bytes=50, workspace_bytes=0),
                 policy=None,
                 rules=RoutingRules(profiles={}, links={}, default_link=Link(rtt_s=1.0, bytes_per_s=1e9), horizon_s=10),
                 holding=RetentionRules(),

@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ from serve_app.serving.worker.settings import RetentionRules, WorkerIdentity
 from serve_app.serving.worker.worker import Worker
 
 BASE = ProcessMemory(anonymous_bytes=5, file_bytes=2)
-BUDGET = MemoryBudget(models_bytes=250, workspace_bytes=0)
+BUDGET = MemoryBudget(capacity_bytes=250, workspace_bytes=0)
 BATCH = np.zeros((2, 3, 8, 8), np.float32)
 
 
@@ -109,14 +110,22 @@ async def running(
     holding: RetentionRules | None = None,
     clock: Callable[[], float] | None = None,
     memory: ProcessBudget | None = None,
+    metrics: Any = None,
+    pinned: str = "",
     others: Sequence[PublishedModel] = (),
 ) -> AsyncIterator[Worker]:
     """A worker with memory for two of its models; at the end every pin must be back and the bytes add up."""
-    catalog = Catalog((*map(published, "abc"), published("huge", size_bytes=9999), *others))
+    models = [dataclasses.replace(published(name), pinned=name in pinned) for name in "abc"]
+    catalog = Catalog((*models, published("huge", size_bytes=9999), *others))
+    memory = memory or ProcessBudget(BUDGET, read=lambda: BASE)
     cache = ModelCache(
-        capacity_bytes=capacity, policy=policy or make_policy("lru", random.Random(0)), failure_memory_s=60
+        capacity_bytes=capacity + memory.workspace_bytes,
+        workspace_bytes=memory.workspace_bytes,
+        policy=policy or make_policy("lru", random.Random(0)),
+        failure_memory_s=60,
+        pinned=pinned,
     )
-    metrics = FakeMetrics()
+    metrics = metrics or FakeMetrics()
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(2) as loaders:
         worker = Worker(
@@ -137,7 +146,7 @@ async def running(
                 profiles=catalog.profiles(), links={}, default_link=Link(rtt_s=0.001, bytes_per_s=1e9), horizon_s=10
             ),
             metrics=metrics,
-            memory=memory or ProcessBudget(BUDGET, read=lambda: BASE),
+            memory=memory,
             max_pixels=10_000,
             holding=holding or RetentionRules(),
             clock=clock or loop.time,
@@ -347,7 +356,7 @@ async def test_an_inference_for_which_no_thread_starts_gives_its_model_back() ->
 
 async def test_a_report_says_what_is_counted_and_what_the_kernel_says() -> None:
     kernel = [BASE]
-    memory = ProcessBudget(MemoryBudget(models_bytes=250, workspace_bytes=30), read=lambda: kernel[-1])
+    memory = ProcessBudget(MemoryBudget(capacity_bytes=280, workspace_bytes=30), read=lambda: kernel[-1])
     async with running(FakeBackend(), memory=memory) as worker:
         await worker.infer(work())
         kernel.append(ProcessMemory(anonymous_bytes=40, file_bytes=90))
@@ -420,7 +429,7 @@ async def test_free_heap_is_given_back_before_models_go_for_it() -> None:
 
 
 async def test_a_model_that_there_is_never_workspace_for_is_refused() -> None:
-    memory = ProcessBudget(MemoryBudget(models_bytes=250, workspace_bytes=10), read=lambda: BASE)
+    memory = ProcessBudget(MemoryBudget(capacity_bytes=260, workspace_bytes=10), read=lambda: BASE)
     large = dataclasses.replace(published("large"), workspace_bytes=11)
     backend = FakeBackend()
     async with running(backend, memory=memory, others=(large,)) as worker:
@@ -431,7 +440,7 @@ async def test_a_model_that_there_is_never_workspace_for_is_refused() -> None:
 
 
 def test_executions_that_need_more_workspace_than_there_is_run_one_after_another() -> None:
-    memory = ProcessBudget(MemoryBudget(models_bytes=100, workspace_bytes=10), read=lambda: BASE)
+    memory = ProcessBudget(MemoryBudget(capacity_bytes=110, workspace_bytes=10), read=lambda: BASE)
     gate, began = threading.Event(), threading.Semaphore(0)
     running_now, most = 0, 0
 
@@ -455,7 +464,7 @@ def test_executions_that_need_more_workspace_than_there_is_run_one_after_another
 
 
 def test_more_workspace_lets_those_run_that_wait_for_it() -> None:
-    memory = ProcessBudget(MemoryBudget(models_bytes=100, workspace_bytes=10), read=lambda: BASE)
+    memory = ProcessBudget(MemoryBudget(capacity_bytes=110, workspace_bytes=10), read=lambda: BASE)
     with ThreadPoolExecutor(1) as threads, memory.workspace(10):
 
         def run() -> str:
@@ -463,7 +472,7 @@ def test_more_workspace_lets_those_run_that_wait_for_it() -> None:
                 return "ran"
 
         job = threads.submit(run)
-        memory.divide(MemoryBudget(models_bytes=90, workspace_bytes=20))
+        memory.divide(MemoryBudget(capacity_bytes=110, workspace_bytes=20))
         assert job.result(10) == "ran"
 
 

@@ -68,8 +68,8 @@ class DenseRound:
         self._overdue = _marked(row, [worker.overdue for worker in workers])
         self._primary = _marked(row, [worker.primary_for for worker in workers])
         self._idle = self._held & _marked(row, [goals.withdraw.intersection(worker.idle) for worker in workers])
-        self._free = np.array([float(worker.capacity_bytes - worker.used_bytes) for worker in workers])
-        capacity = np.array([float(worker.capacity_bytes) for worker in workers])
+        self._free = np.array([float(worker.model_capacity_bytes - worker.used_bytes) for worker in workers])
+        capacity = np.array([float(worker.model_capacity_bytes) for worker in workers])
         self._fits = self._size[:, None] <= capacity
         self._may_load &= self._fits
         self._load_budget = np.array([worker.load_budget_bytes for worker in workers])

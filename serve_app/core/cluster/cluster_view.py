@@ -102,6 +102,7 @@ def _changed(report: WorkerReport, change: WorkerChange) -> WorkerReport:
         sequence=change.sequence,
         capacity_bytes=change.capacity_bytes,
         used_bytes=change.used_bytes,
+        workspace_bytes=change.workspace_bytes,
         unaccounted_bytes=change.unaccounted_bytes,
         loading=change.loading,
         queue_s=change.queue_s,

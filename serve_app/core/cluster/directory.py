@@ -154,6 +154,7 @@ class DirectoryEntry:
             sequence=published.sequence,
             capacity_bytes=published.capacity_bytes,
             used_bytes=published.used_bytes,
+            workspace_bytes=published.workspace_bytes,
             unaccounted_bytes=published.unaccounted_bytes,
             loading=published.loading,
             queue_s=published.queue_s,
@@ -205,6 +206,7 @@ class DirectoryEntry:
             or report.loading // report.load_slots != published.loading // published.load_slots
             or report.leaving != published.leaving
             or report.capacity_bytes != published.capacity_bytes
+            or report.workspace_bytes != published.workspace_bytes
         )
 
 

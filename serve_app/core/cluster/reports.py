@@ -50,9 +50,9 @@ class WorkerReport:
     sent the requests: those of other locations are forwards. ``primary_for`` are the models whose last copy the worker
     answers for (``primaries.py``). A worker that is ``leaving`` still serves, but others should be preferred.
 
-    ``capacity_bytes`` and ``used_bytes`` are of models. Beside them the worker sets ``workspace_bytes`` aside for
-    executions. It holds ``unaccounted_bytes`` of the capacity back for what the kernel sees of the process
-    (``rss_bytes``) beyond models, workspace, and ``base_bytes``, which it took before its first model.
+    ``capacity_bytes`` is what the worker may take beyond ``base_bytes``, which the process took before its first model.
+    ``workspace_bytes`` of the capacity are set aside for executions; models take ``used_bytes`` of the rest, and leave
+    ``unaccounted_bytes`` to what the kernel sees of the process (``rss_bytes``) beyond base, models and workspace.
     """
 
     location: str
@@ -82,6 +82,11 @@ class WorkerReport:
     primary_for: frozenset[str] = frozenset()
     leaving: bool = False
 
+    @property
+    def model_capacity_bytes(self) -> int:
+        """What all models may take together."""
+        return self.capacity_bytes - self.workspace_bytes
+
     def can_hold(self, model: ModelProfile, *, beside_protected: bool = False) -> bool:
         """Whether the model fits once everything that may go for a request has gone, or all of it but what is kept."""
         pinned_bytes = sum(
@@ -89,7 +94,7 @@ class WorkerReport:
             for other in self.models.values()
             if other.unevictable and (beside_protected or not other.protected) and other.model_id != model.model_id
         )
-        return model.size_bytes <= self.capacity_bytes - pinned_bytes
+        return model.size_bytes <= self.model_capacity_bytes - pinned_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +116,7 @@ class WorkerChange:
     sequence: int
     capacity_bytes: int
     used_bytes: int
+    workspace_bytes: int = 0
     unaccounted_bytes: int = 0
     loading: int
     queue_s: float

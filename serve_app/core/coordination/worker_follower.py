@@ -115,6 +115,8 @@ class WorkerFollower:
             sequence=sequence,
             capacity_bytes=cache.capacity_bytes,
             used_bytes=cache.used_bytes,
+            workspace_bytes=cache.workspace_bytes,
+            unaccounted_bytes=cache.unaccounted_bytes,
             rss_bytes=0,
             models=models,
             exec_slots=exec_slots,

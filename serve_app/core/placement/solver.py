@@ -60,7 +60,7 @@ class PlacementRound:
         self._idle: list[tuple[int, int]] = []
         for number, worker in enumerate(workers):
             self._enter(number, worker, goals)
-        self._free: Floats = np.array([float(worker.capacity_bytes - worker.used_bytes) for worker in workers])
+        self._free: Floats = np.array([float(worker.model_capacity_bytes - worker.used_bytes) for worker in workers])
         self._load_budget: Floats = np.array([worker.load_budget_bytes for worker in workers])
         self._evict_budget: Floats = np.array([worker.evict_budget_bytes for worker in workers])
         #: Required copies may exceed what earlier rounds have used up, but not without bounds.

@@ -76,7 +76,7 @@ class PlacementTables:
         self.size: Floats = np.array([float(profiles[model_id].size_bytes) for model_id in self.models])
         self.latency_s: Floats = latencies.table(locations, [worker.location for worker in workers])
         self.nearest_s: Floats = self.latency_s.min(axis=1)
-        self.capacity: Floats = np.array([float(worker.capacity_bytes) for worker in workers])
+        self.capacity: Floats = np.array([float(worker.model_capacity_bytes) for worker in workers])
         self._smallest, self._largest = float(self.capacity.min()), float(self.capacity.max())
         self.names = [worker.location for worker in workers]
         self.locations = _numbered(self.names)

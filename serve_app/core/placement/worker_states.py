@@ -19,7 +19,7 @@ class WorkerState:
     Attributes:
         location: of the worker.
         replica: the worker.
-        capacity_bytes: for models.
+        model_capacity_bytes: for models.
         used_bytes: once its commands have been carried out.
         exec_slots: executions at the same time.
         held: the models that it will hold then.
@@ -36,7 +36,7 @@ class WorkerState:
 
     location: str
     replica: str
-    capacity_bytes: int
+    model_capacity_bytes: int
     used_bytes: int
     exec_slots: int
     held: Collection[str]
@@ -107,7 +107,7 @@ class WorkerTracker:
         repeat_s = self._rules.repeat_s
         self._orders = {key: order for key, order in self._orders.items() if now - order.issued_s <= repeat_s}
         staying = sorted(
-            (report for report in reports if not report.leaving and report.capacity_bytes > 0),
+            (report for report in reports if not report.leaving and report.model_capacity_bytes > 0),
             key=lambda report: report.replica,
         )
         replicas = {report.replica for report in staying}
@@ -124,8 +124,8 @@ class WorkerTracker:
 
     def _budget(self, report: WorkerReport, share: float | None) -> _ChurnBudget:
         if share is not None:
-            return _ChurnBudget(report.capacity_bytes * share, report.capacity_bytes * share)
-        share_bytes = report.capacity_bytes * self._rules.share_per_round
+            return _ChurnBudget(report.model_capacity_bytes * share, report.model_capacity_bytes * share)
+        share_bytes = report.model_capacity_bytes * self._rules.share_per_round
         left = self._budgets.get(report.replica, _ChurnBudget(share_bytes, share_bytes))
         return _ChurnBudget(
             min(share_bytes, left.load_bytes + share_bytes), min(share_bytes, left.evict_bytes + share_bytes)
@@ -146,7 +146,7 @@ class WorkerTracker:
         return WorkerState(
             location=report.location,
             replica=report.replica,
-            capacity_bytes=report.capacity_bytes,
+            model_capacity_bytes=report.model_capacity_bytes,
             used_bytes=used_bytes,
             exec_slots=report.exec_slots,
             held=held,

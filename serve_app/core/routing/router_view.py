@@ -209,13 +209,13 @@ class RouterView:
             rules: for the choice.
             links: from the location of the worker.
         """
-        missing_bytes = report.used_bytes + report.unaccounted_bytes + model.size_bytes - report.capacity_bytes
+        missing_bytes = report.used_bytes + report.unaccounted_bytes + model.size_bytes - report.model_capacity_bytes
         if missing_bytes <= 0:
             return 0.0
         unevictable_bytes = self._unevictable(report)
         if unevictable_bytes and (resident := report.models.get(model.model_id)) is not None and resident.unevictable:
             unevictable_bytes -= resident.size_bytes
-        if model.size_bytes > report.capacity_bytes - unevictable_bytes:
+        if model.size_bytes > report.model_capacity_bytes - unevictable_bytes:
             return math.inf
         if not self.cluster.rates.get(report.location):
             return 0.0

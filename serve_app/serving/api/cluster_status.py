@@ -33,7 +33,7 @@ def _location(view: ClusterView, name: str, counts: OutcomeCounts) -> dict[str, 
     return {
         "name": name,
         "replicas": len(reports),
-        "capacity_bytes": sum(report.capacity_bytes + report.workspace_bytes for report in reports),
+        "capacity_bytes": sum(report.capacity_bytes for report in reports),
         "used_bytes": sum(report.used_bytes for report in reports),
         "workspace_bytes": sum(report.workspace_bytes for report in reports),
         "unaccounted_bytes": sum(report.unaccounted_bytes for report in reports),

@@ -1,4 +1,4 @@
-"""The memory of a worker's process: workspace for executions, and what the kernel says against what is counted."""
+"""The memory of a worker's process: workspace for executions, and the kernel's figures against the accounting."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from serve_app.serving.worker.model_host import ModelHost
 
 logger = logging.getLogger(__name__)
 
-#: What is held back changes by this share of the memory at least.
+#: Unaccounted bytes change by this share of the capacity at least.
 _STEP_SHARE = 1 / 64
 
-#: How often free heap is given back because something was unloaded. What executes next has to fault it in again, and
-#: where models come and go all the time that would be every miss.
+#: How often free heap is given back after an unload. The next execution has to fault it in again; where models come and
+#: go all the time that would be every miss.
 _GIVE_BACK_EVERY_S = 10.0
 
 
 class ProcessBudget:
-    """Keeps a worker to its budget, by what it counts and by what the kernel says.
+    """Keeps a worker to its budget, by the accounting and by the kernel's figures.
 
     Args:
         budget: for models and for executions.
-        read: what the kernel says of this process; the first time before any model is loaded.
+        read: the kernel's figures of this process; first called before any model is loaded.
         give_back: gives free heap back to the kernel; called in a thread, because it takes milliseconds.
     """
 
@@ -39,35 +39,34 @@ class ProcessBudget:
     ) -> None:
         self._read = read
         self._give_back = give_back
-        # Building modules leaves a lot of free heap behind, which is no part of what the process needs.
+        # Building modules leaves a lot of free heap behind, which the process does not need.
         give_back()
-        memory_bytes = budget.models_bytes + budget.workspace_bytes
-        self._guard = MemoryGuard(read(), max(1, int(memory_bytes * _STEP_SHARE)))
+        self._guard = MemoryGuard(read(), max(1, int(budget.capacity_bytes * _STEP_SHARE)))
         self._budget = budget
-        self._gone = 0
+        self._unloaded = 0
         self._given_back_s = -math.inf
         self._running_bytes = 0
         self._ended = threading.Condition()
 
     @property
     def base_bytes(self) -> int:
-        """What the process took before its first model."""
+        """Resident memory of the process before its first model."""
         return self._guard.base.rss_bytes
 
     @property
     def rss_bytes(self) -> int:
-        """What it takes now."""
+        """Resident memory of the process now."""
         return self._read().rss_bytes
 
     @property
     def workspace_bytes(self) -> int:
-        """What is set aside for executions."""
+        """What of the capacity is set aside for executions."""
         return self._budget.workspace_bytes
 
     @property
     def unaccounted_bytes(self) -> int:
-        """What is held back for what nobody counts."""
-        return self._guard.held_back_bytes
+        """What of the capacity models leave to what no accounting covers."""
+        return self._guard.unaccounted_bytes
 
     def divide(self, budget: MemoryBudget) -> None:
         """Go on with another budget."""
@@ -98,29 +97,29 @@ class ProcessBudget:
                 self._running_bytes -= needed_bytes
                 self._ended.notify_all()
 
-    async def look(self, host: ModelHost, now: float) -> None:
-        """Compare what the kernel says with the books, and have models leave room for the difference.
+    async def update(self, host: ModelHost, now: float) -> None:
+        """Compare the kernel's figures with the accounting, and have models leave room for the difference.
 
-        Free heap is given back first where the difference would grow, or something was unloaded, if it was not just
-        before: the allocator keeps what executions have freed.
+        Free heap is given back first where the difference would grow, or after an unload, but not too often: the
+        allocator keeps what executions have freed.
         """
         counters = host.cache.counters
-        gone, beyond_bytes = counters.evictions + counters.unloads, self._beyond_bytes(host)
-        is_due = gone != self._gone and now - self._given_back_s >= _GIVE_BACK_EVERY_S
-        if is_due or beyond_bytes > self._guard.held_back_bytes:
-            self._gone, self._given_back_s = gone, now
+        unloaded, beyond_bytes = counters.evictions + counters.unloads, self._beyond_bytes(host)
+        is_due = unloaded != self._unloaded and now - self._given_back_s >= _GIVE_BACK_EVERY_S
+        if is_due or beyond_bytes > self._guard.unaccounted_bytes:
+            self._unloaded, self._given_back_s = unloaded, now
             await asyncio.to_thread(self._give_back)
             beyond_bytes = self._beyond_bytes(host)
-        before_bytes = self._guard.held_back_bytes
-        held_back_bytes = self._guard.look(beyond_bytes, now)
-        if held_back_bytes != before_bytes:
+        before_bytes = self._guard.unaccounted_bytes
+        unaccounted_bytes = self._guard.update(beyond_bytes, now)
+        if unaccounted_bytes != before_bytes:
             logger.info(
                 "%d MiB are held back from models (before: %d MiB): the process takes %d MiB more than its base of %d "
                 "MiB, models of %d MiB and workspace of %d MiB",
                 *(
                     amount >> 20
                     for amount in (
-                        held_back_bytes,
+                        unaccounted_bytes,
                         before_bytes,
                         beyond_bytes,
                         self.base_bytes,
@@ -129,7 +128,7 @@ class ProcessBudget:
                     )
                 ),
             )
-            host.handle(UnaccountedChanged(held_back_bytes))
+            host.handle(UnaccountedChanged(unaccounted_bytes))
 
     def _beyond_bytes(self, host: ModelHost) -> int:
         return self._guard.beyond_bytes(self._read(), self._budget, host.cache.used_bytes)

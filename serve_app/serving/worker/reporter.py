@@ -159,7 +159,7 @@ class WorkerReporter:
         """Unload idle models, update the memory that models may take, and exchange a report for instructions."""
         if self._retention.idle_unload_s is not None:
             self._host.handle(IdleChecked(self._clock() - self._retention.idle_unload_s))
-        await self._budget.look(self._host, self._clock())
+        await self._budget.update(self._host, self._clock())
         await self._exchange()
 
     async def leave(self) -> None:
@@ -188,8 +188,6 @@ class WorkerReporter:
             report,
             rss_bytes=self._budget.rss_bytes,
             base_bytes=self._budget.base_bytes,
-            workspace_bytes=self._budget.workspace_bytes,
-            unaccounted_bytes=self._budget.unaccounted_bytes,
             exec_s=dict(measured.exec_s.seconds),
             # The noise of executions may make the difference for a short load negative.
             load_s={model_id: max(0.0, seconds) for model_id, seconds in measured.load_s.seconds.items()},
@@ -242,7 +240,7 @@ class WorkerReporter:
     def _set_gauges(self, report: WorkerReport) -> None:
         metrics = self._metrics
         metrics.used_bytes.set(report.used_bytes)
-        metrics.capacity_bytes.set(report.capacity_bytes + report.workspace_bytes)
+        metrics.capacity_bytes.set(report.capacity_bytes)
         metrics.workspace_bytes.set(report.workspace_bytes)
         metrics.unaccounted_bytes.set(report.unaccounted_bytes)
         metrics.base_bytes.set(report.base_bytes)

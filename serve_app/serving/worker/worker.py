@@ -165,12 +165,12 @@ class Worker:
         """
         pinned = [model for model in catalog.models if model.pinned]
         held = {model.model_id: model.size_bytes for model in self._host.cache.models()}
-        if sum(held.get(model.model_id, 0) for model in pinned) > budget.models_bytes:
-            raise ValueError(f"{budget.models_bytes} bytes for models are less than what the pinned ones need")
+        if sum(held.get(model.model_id, 0) for model in pinned) > budget.model_capacity_bytes:
+            raise ValueError(f"{budget.model_capacity_bytes} bytes for models are less than what the pinned ones need")
         self._catalog = catalog
         self._reporter.reconfigure(catalog, rules, holding)
         self._host.handle(CatalogChanged(tuple(catalog.profiles().values()), [model.model_id for model in pinned]))
-        self._host.handle(CapacityChanged(budget.models_bytes))
+        self._host.handle(CapacityChanged(budget.capacity_bytes, budget.workspace_bytes))
         self._budget.divide(budget)
         if policy is not None:
             self._host.handle(PolicyChanged(policy))
@@ -179,7 +179,7 @@ class Worker:
         self._coordinator.configure(coordination)
 
     def _preload_listed(self) -> None:
-        free_bytes = self._host.cache.capacity_bytes - self._host.cache.used_bytes
+        free_bytes = self._host.cache.model_capacity_bytes - self._host.cache.used_bytes
         for model_id in self._preload_at_start:
             if model_id not in self._catalog:
                 logger.error("model %s is to be preloaded, but not in the store", model_id)
