@@ -1,11 +1,11 @@
-"""What decisions cost as the cluster grows: ``python -m loadtests.scale``.
+"""The cost of decisions as the cluster grows: ``python -m loadtests.scale``.
 
 A made-up cluster (``scale_world.py``) of 10, 100 and 1,000 locations and 10,000 models reports through the state
 machines that serve: one ``CoordinatorState``, and the ``RouterView`` of some routers, which decide with ``choose``
-while their views change. No Ray, no network: what is measured are our own decisions. Bytes are those of pickled
+while their views change. No Ray, no network: the benchmark measures decisions alone. Bytes are those of pickled
 ``ViewDelta``s to the worker and to the router of a location, each four times a second. Memory is resident memory. Times
-are processor time, so that others on the machine count less. Every size has a process for its coordinator and one for
-its routers (``scale_routers.py``); the last column is what the largest cluster costs over the smallest.
+are processor time, so that other processes count less. Every size has a process for its coordinator and one for its
+routers (``scale_routers.py``); the last column is the cost of the largest cluster over that of the smallest.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from serve_app.core.placement.rules import PlacementRules, PlacementSettings
 from serve_app.core.routing.router_view import RouterView
 from serve_app.core.vocabulary import Outcome
 
-#: Routers that are told of news, and decide; the others' views are not kept.
+#: Routers that read deltas and decide; other views are not kept.
 _ROUTERS = 8
-#: No measurement takes much longer, however slow what it measures.
+#: A measurement takes not much longer, however slow its subject is.
 _LIMIT_S = 8.0
 _PAYLOAD_BYTES = 100_000
 _WARM_TICKS = 8
 
-#: What is measured, and what it should be with 1,000 locations and 10,000 models.
+#: The figures, and their aims with 1,000 locations and 10,000 models.
 AIMS = {
     **{f"decision p99, {outcome.value} (us)": 20.0 for outcome in Outcome},
     "decision p99, all (us)": 20.0,
@@ -49,7 +49,7 @@ AIMS = {
     "reports a second, taken in": 20_000.0,
     "placement round, first (s)": 1.0,
     "placement round (s)": 1.0,
-    "news (kB/s a location)": 64.0,
+    "deltas (kB/s a location)": 64.0,
 }
 _MORE_IS_BETTER = {"reports a second, answered", "reports a second, taken in"}
 
@@ -69,15 +69,15 @@ class _Bench:
         self._figures = Figures(locations, models)
         self._now = 100.0
         self._routers = {location: RouterView() for location in world.locations[:_ROUTERS]}
-        #: What each worker has read.
+        #: The epoch and version that each worker has.
         self._read: dict[str, tuple[str, int]] = dict.fromkeys(world.locations, ("", 0))
 
     def run(self) -> tuple[Figures, list[dict[str, bytes]]]:
-        """What was measured, and what routers were told."""
+        """The figures, and the deltas of the routers."""
         values = self._figures.values
         history = list(self._world.history())
         reports = [list(self._world.tick()) for _ in range(2)]
-        ways = [self._world.ways(location) for location in self._world.locations]
+        links = [self._world.links(location) for location in self._world.locations]
         before_bytes = _resident_bytes()
         self._state = state = CoordinatorState(
             epoch="first",
@@ -89,30 +89,30 @@ class _Bench:
                 ),
             ),
         )
-        for measured in ways:
+        for measured in links:
             state.handle(LinksMeasured(links=measured), self._now)
         for report in history:
-            # One location after the other: all at once they would be a crowd.
+            # One location after the other: all at once they would be a flash crowd.
             self._now += TICK_S
             state.handle(WorkerReported(report), self._now)
         for tick in reports:
-            self._hear(tick)
-        del history, reports, ways
+            self._report(tick)
+        del history, reports, links
         values["coordinator (MB)"] = (_resident_bytes() - before_bytes) / 1e6
-        self._resynchronise()
+        self._resynchronize()
         self._settle()
         values["reports a second, answered"] = self._reports_per_s(self._answer)
-        self._news()
+        self._measure_deltas()
         announced = self._announce()
         self._place()
-        # Last: nobody reads meanwhile, and there would be more news and more to place than in service.
+        # Last: without readers meanwhile, later deltas and rounds of placement would be larger than in service.
         values["reports a second, taken in"] = self._reports_per_s(
             lambda report: state.handle(WorkerReported(report), self._now)
         )
         return self._figures, announced
 
-    def _hear(self, tick: Sequence[WorkerReport]) -> None:
-        """Every worker reports, and nobody listens."""
+    def _report(self, tick: Sequence[WorkerReport]) -> None:
+        """Every worker reports; no delta is read."""
         self._now += TICK_S
         for report in tick:
             self._state.handle(WorkerReported(report), self._now)
@@ -125,8 +125,8 @@ class _Bench:
         self._state.handle(ReaderSeen(reader), self._now)
         return self._state.delta(reader, self._now)
 
-    def _resynchronise(self) -> None:
-        """Everybody reads everything: what a coordinator that starts anew is asked for."""
+    def _resynchronize(self) -> None:
+        """All readers read everything, as after a restart of the coordinator."""
         values = self._figures.values
         sizes: list[int] = []
         began_s = time.thread_time()
@@ -143,7 +143,7 @@ class _Bench:
         values["router (MB)"] = (_resident_bytes() - before_bytes) / 1e6 / len(self._routers)
 
     def _settle(self) -> None:
-        """Some time passes in which everybody reports and reads, as far as there is time."""
+        """Let all workers report and read for some ticks, as far as there is time."""
         began_s = time.perf_counter()
         for _ in range(_WARM_TICKS):
             self._now += TICK_S
@@ -170,8 +170,8 @@ class _Bench:
             self._now += TICK_S
             gc.collect()
             for sent in tick:
-                # Each has just been unpickled when it is taken in, as in service: a list of all that this tick brings
-                # would be in nobody's cache.
+                # Each report is unpickled just before it is taken in, as in service: a list of a whole tick would have
+                # left the processor's cache.
                 report: WorkerReport = pickle.loads(sent)
                 before_s = time.thread_time()
                 act(report)
@@ -182,8 +182,8 @@ class _Bench:
             self._refresh()
         return count / spent_s
 
-    def _news(self) -> None:
-        """Bytes of the news that a worker and a router get, mean of those of some locations."""
+    def _measure_deltas(self) -> None:
+        """Bytes of the deltas to a worker and a router, mean over some locations."""
         per_s: list[float] = []
         began_s = time.perf_counter()
         for _ in range(12):
@@ -201,21 +201,21 @@ class _Bench:
             per_s.extend(size / TICK_S for size in sizes.values())
             if time.perf_counter() - began_s > 3 * _LIMIT_S:
                 break
-        self._figures.values["news (kB/s a location)"] = statistics.mean(per_s) / 1e3
+        self._figures.values["deltas (kB/s a location)"] = statistics.mean(per_s) / 1e3
 
     def _announce(self) -> list[dict[str, bytes]]:
-        """What routers are told in turn: everything, then what is new, for as many decisions as there is time for."""
+        """The deltas of the routers: everything, then what is new, for as many decisions as there is time for."""
         announced: list[dict[str, bytes]] = []
         read = dict.fromkeys(self._routers, ("", 0))
         began_s = time.perf_counter()
         while len(announced) <= DECISIONS // REQUESTS // len(read) and time.perf_counter() - began_s < 4 * _LIMIT_S:
-            self._hear(list(self._world.tick()))
-            news: dict[str, bytes] = {}
+            self._report(list(self._world.tick()))
+            deltas: dict[str, bytes] = {}
             for location, (epoch, version) in read.items():
                 delta = self._read_delta(Reader(location, None, epoch, version))
                 read[location] = delta.epoch, delta.version
-                news[location] = pickle.dumps(delta, pickle.HIGHEST_PROTOCOL)
-            announced.append(news)
+                deltas[location] = pickle.dumps(delta, pickle.HIGHEST_PROTOCOL)
+            announced.append(deltas)
         return announced
 
     def _place(self) -> None:
@@ -231,8 +231,8 @@ class _Bench:
             if sum(seconds for seconds, _ in rounds) > 3 * _LIMIT_S:
                 break
             for _ in range(4):
-                self._hear(list(self._world.tick()))
-        values["placement round, first (s)"], values["orders of the first round"] = rounds[0]
+                self._report(list(self._world.tick()))
+        values["placement round, first (s)"], values["commands of the first round"] = rounds[0]
         values["placement round (s)"] = statistics.median(seconds for seconds, _ in rounds)
 
 
@@ -242,13 +242,13 @@ def _resident_bytes() -> int:
 
 
 def measure(locations: int, models: int, seed: int) -> tuple[Figures, list[dict[str, bytes]]]:
-    """What a coordinator of one size does, measured in this process, and what it tells some routers."""
+    """Measure the coordinator of one size in this process; returns the deltas of some routers, too."""
     return _Bench(locations, models, seed).run()
 
 
 @click.command(help=__doc__)
 @click.option("--locations", default="10,100,1000", show_default=True, help="Sizes of the cluster.")
-@click.option("--models", default=10_000, show_default=True, type=click.IntRange(300), help="In the catalogue.")
+@click.option("--models", default=10_000, show_default=True, type=click.IntRange(300), help="In the catalog.")
 @click.option("--seed", default=0, show_default=True, help="Of everything.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def main(locations: str, models: int, seed: int, as_json: bool) -> None:

@@ -1,8 +1,8 @@
-"""A cluster of any size for ``loadtests.scale``: who holds what, who asks for what, and the reports of it.
+"""A cluster of any size for ``loadtests.scale``: copies, demand and the reports of both.
 
-Reports are what workers would send, and go through ``pickle`` as they do on the way. Every location has one worker. It
-holds ``HELD`` models and is asked for ``ASKED`` ones by Zipf's law: the most popular everywhere, and some that are only
-its own. Locations lie on a plane; each has measured the ways to the nearest and to some others.
+Reports are those that workers would send, and go through ``pickle`` as between processes. Every location has one
+worker. It holds ``HELD`` models, and ``ASKED`` ones are requested by Zipf's law: the most popular ones everywhere, and
+some that are only its own. Locations lie on a plane; each has measured the links to the nearest and to some others.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ ASKED = 250
 #: Of every location's users, and how often its worker loads a model in the place of another.
 REQUESTS_PER_S = 10.0
 SWAPS_PER_S = 1.0
-_WAYS = 48
+_LINKS = 48
 _MB = 1 << 20
 
 
 class World:
-    """What is there.
+    """The cluster.
 
     Args:
         locations: how many, with one worker each.
-        models: how many there are in the catalogue.
+        models: how many there are in the catalog.
         seed: of everything.
     """
 
@@ -67,15 +67,15 @@ class World:
         self._weights = [1.0 / (rank + 1) for rank in range(ASKED)]
         self.workers = {location: self._worker(location) for location in self.locations}
 
-    def ways(self, location: str) -> dict[tuple[str, str], Link]:
-        """What a location has told of the ways that it has measured."""
+    def links(self, location: str) -> dict[tuple[str, str], Link]:
+        """The links that a location has measured."""
         others = [other for other in self.locations if other != location]
-        near = sorted(others, key=lambda other: self._distance(location, other))[: _WAYS // 3]
-        far = self._rng.sample(others, min(len(others), _WAYS - len(near)))
+        near = sorted(others, key=lambda other: self._distance(location, other))[: _LINKS // 3]
+        far = self._rng.sample(others, min(len(others), _LINKS - len(near)))
         return {(location, other): self.link(location, other) for other in (*near, *far)}
 
     def link(self, here: str, there: str) -> Link:
-        """The way from one location to another, as it is."""
+        """The link from one location to another."""
         return Link(rtt_s=0.001 + 0.08 * self._distance(here, there), bytes_per_s=12.5e6)
 
     def tick(self) -> Iterator[WorkerReport]:
@@ -86,7 +86,7 @@ class World:
             yield sent
 
     def history(self) -> Iterator[WorkerReport]:
-        """Reports that tell of everything that users of a location ask for, so that it is known for long."""
+        """Reports of all demand of every location's users, so that it is known for long."""
         for location, worker in self.workers.items():
             demand = tuple(Demand(location=location, model_id=name, count=1) for name in self.asked[location])
             self.workers[location] = dataclasses.replace(worker, sequence=worker.sequence + 1)

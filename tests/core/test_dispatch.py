@@ -1,4 +1,4 @@
-"""The life of one request, row by row of the table in ``Dispatch``: where it goes, and what the view is told.
+"""The life of one request, row by row of the table in ``Dispatch``: where it goes, and what the view records.
 
 The model ``m`` takes 10 bytes, 1 s to load and 0.1 s to run; users are in Paris; a forward costs 0.02 s.
 """
@@ -27,26 +27,26 @@ NO_ROOM = Rejected(Unavailable("too many requests wait for memory"))
 
 
 class RecordedView(RouterView):
-    """Writes down what it is told of requests."""
+    """Records what a dispatch calls."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[tuple[Any, ...]] = []
+        self.calls: list[tuple[Any, ...]] = []
 
     def sent(self, replica: str, exec_s: float) -> None:
-        self.told.append(("sent", replica))
+        self.calls.append(("sent", replica))
         super().sent(replica, exec_s)
 
     def returned(self, replica: str, exec_s: float) -> None:
-        self.told.append(("returned", replica))
+        self.calls.append(("returned", replica))
         super().returned(replica, exec_s)
 
     def observe(self, replica: str, model_id: str, state: ModelState | None, sequence: int) -> None:
-        self.told.append(("observe", replica, model_id, state))
+        self.calls.append(("observe", replica, model_id, state))
         super().observe(replica, model_id, state, sequence)
 
     def suspect(self, replica: str) -> None:
-        self.told.append(("suspect", replica))
+        self.calls.append(("suspect", replica))
         super().suspect(replica)
 
 
@@ -81,7 +81,7 @@ def test_a_hit_is_counted_while_it_is_under_way_and_its_model_is_ready_afterward
     request = dispatch(known)
     assert not sent(request).only_if_resident
     request.replied(Finished("paris-1", 2))
-    assert known.told == [("sent", "paris-1"), ("returned", "paris-1"), ("observe", "paris-1", "m", ModelState.READY)]
+    assert known.calls == [("sent", "paris-1"), ("returned", "paris-1"), ("observe", "paris-1", "m", ModelState.READY)]
 
 
 def test_a_load_is_expected_of_its_worker_and_its_victims_are_absent_afterwards() -> None:
@@ -89,7 +89,7 @@ def test_a_load_is_expected_of_its_worker_and_its_victims_are_absent_afterwards(
     request = dispatch(known)
     sent(request)
     request.replied(Finished("paris-1", 2, ("v",)))
-    assert [told[1:] for told in known.told if told[0] == "observe"] == [
+    assert [call[1:] for call in known.calls if call[0] == "observe"] == [
         ("paris-1", "m", ModelState.LOADING),
         ("paris-1", "m", ModelState.READY),
         ("paris-1", "v", None),
@@ -101,7 +101,7 @@ def test_a_background_load_is_expected_of_the_worker_here() -> None:
     known = view(*workers, rates={"paris": {"m": 10.0}})
     step = sent(dispatch(known))
     assert (step.route.replica, step.route.preload) == ("tokyo-1", "paris-1")
-    assert known.told == [("observe", "paris-1", "m", ModelState.LOADING), ("sent", "tokyo-1")]
+    assert known.calls == [("observe", "paris-1", "m", ModelState.LOADING), ("sent", "tokyo-1")]
 
 
 def test_only_one_attempt_asks_a_worker_that_may_not_load_the_model() -> None:
@@ -110,7 +110,7 @@ def test_only_one_attempt_asks_a_worker_that_may_not_load_the_model() -> None:
     first = sent(request)
     assert first.only_if_resident
     request.replied(Absent(str(first.route.replica), 2))
-    assert known.told[-1] == ("observe", first.route.replica, "m", None)
+    assert known.calls[-1] == ("observe", first.route.replica, "m", None)
     second = sent(request)
     assert second.route.only_if_resident
     assert not second.only_if_resident
@@ -135,13 +135,13 @@ def test_a_request_fails_with_the_last_rejection_once_every_worker_has_rejected_
     last = Unavailable("full as well")
     assert replicas(request, NO_ROOM, Rejected(last)) == ["paris-1", "tokyo-1"]
     assert request.next(0.0) == Fail(FailReason.REJECTED, last)
-    assert [told[0] for told in known.told if told[0] != "observe"] == ["sent", "returned"] * 2
+    assert [call[0] for call in known.calls if call[0] != "observe"] == ["sent", "returned"] * 2
 
 
 def test_a_lost_worker_is_suspected_and_avoided() -> None:
     known = view(report("paris", models=HOLDS), report("tokyo"))
     assert replicas(dispatch(known), Lost(), Finished("tokyo-1", 2)) == ["paris-1", "tokyo-1"]
-    assert known.told[:3] == [("sent", "paris-1"), ("returned", "paris-1"), ("suspect", "paris-1")]
+    assert known.calls[:3] == [("sent", "paris-1"), ("returned", "paris-1"), ("suspect", "paris-1")]
 
 
 def test_a_request_without_a_known_worker_goes_to_any_of_its_location_and_fails_with_what_that_says() -> None:
@@ -149,13 +149,13 @@ def test_a_request_without_a_known_worker_goes_to_any_of_its_location_and_fails_
     request = dispatch(known)
     assert replicas(request, Lost(), NO_ROOM) == [None, None]
     assert request.next(0.0) == Fail(FailReason.REJECTED, NO_ROOM.error)
-    assert not known.told
+    assert not known.calls
 
 
 def test_a_worker_that_answers_without_being_known_holds_the_model() -> None:
     known = view()
     assert replicas(dispatch(known), Finished("paris-7", 2)) == [None]
-    assert known.told == [("observe", "paris-7", "m", ModelState.READY)]
+    assert known.calls == [("observe", "paris-7", "m", ModelState.READY)]
 
 
 def test_five_lost_workers_are_enough() -> None:
@@ -176,7 +176,7 @@ def test_no_attempt_begins_at_the_deadline_or_later() -> None:
     sent(request, 0.9)
     request.replied(Lost())
     assert request.next(1.0) == Fail(FailReason.DEADLINE)
-    assert known.told[-1] == ("suspect", "paris-1")
+    assert known.calls[-1] == ("suspect", "paris-1")
 
 
 def test_a_rejection_counts_for_more_than_the_deadline() -> None:
@@ -198,5 +198,5 @@ def test_a_request_that_is_closed_is_no_longer_under_way_and_is_returned_once() 
     sent(request)
     request.close()
     request.close()
-    assert known.told == [("sent", "paris-1"), ("returned", "paris-1")]
+    assert known.calls == [("sent", "paris-1"), ("returned", "paris-1")]
     assert known.queue_s(known.cluster.workers["paris-1"]) == 0.0

@@ -33,7 +33,7 @@ def test_the_nearest_come_first_and_equals_in_the_order_in_which_they_were_given
 
 
 def test_unknown_and_own_workers_are_not_among_the_others() -> None:
-    assert near("paris-1", "nobody", "oslo-1") == ["oslo-1"]
+    assert near("paris-1", "unknown", "oslo-1") == ["oslo-1"]
     index = NeighborIndex("paris", RULES, WORKERS)
     assert [worker.replica for worker in index.own] == ["paris-1"]
     assert [worker.replica for worker, _ in index.others] == ["tokyo-1", "oslo-1", "lima-1", "rome-1"]
@@ -41,7 +41,7 @@ def test_unknown_and_own_workers_are_not_among_the_others() -> None:
 
 @pytest.mark.parametrize("unknown", [0, 50])
 def test_no_more_than_the_nearest_are_returned(unknown: int) -> None:
-    several = ["tokyo-1", "lima-1", "rome-1", "oslo-1", *(f"nobody-{number}" for number in range(unknown))]
+    several = ["tokyo-1", "lima-1", "rome-1", "oslo-1", *(f"unknown-{number}" for number in range(unknown))]
     assert near(*several, count=2) == ["rome-1", "oslo-1"]
     assert near(*several) == ["rome-1", "oslo-1", "lima-1", "tokyo-1"]
 
@@ -49,7 +49,7 @@ def test_no_more_than_the_nearest_are_returned(unknown: int) -> None:
 def test_the_round_trip_to_the_nearest_of_several_is_infinite_where_there_is_none() -> None:
     index = NeighborIndex("paris", RULES, WORKERS)
     assert index.rtt_s({"tokyo-1", "oslo-1", "paris-1"}) == 0.03
-    assert index.rtt_s({"paris-1", "nobody"}) == math.inf
+    assert index.rtt_s({"paris-1", "unknown"}) == math.inf
 
 
 def test_links_that_have_changed_count_after_the_next_precomputation() -> None:

@@ -140,9 +140,9 @@ def test_the_reply_to_an_expected_load_replaces_the_expectation() -> None:
 
 def test_nothing_is_expected_of_an_unknown_replica() -> None:
     known = view_of(report("paris"))
-    known.expect_load("nobody", "a")
-    known.apply(delta(report("paris", "nobody", sequence=1), version=2), 1.0)
-    assert state(known, "nobody", "a") is None
+    known.expect_load("unknown", "a")
+    known.apply(delta(report("paris", "unknown", sequence=1), version=2), 1.0)
+    assert state(known, "unknown", "a") is None
 
 
 def test_observations_of_a_replica_go_with_it() -> None:
@@ -191,7 +191,7 @@ def test_a_suspect_that_has_left_may_come_back_unsuspected() -> None:
 
 def test_an_unknown_replica_cannot_be_suspected() -> None:
     known = view_of(report("paris"))
-    known.suspect("nobody")
+    known.suspect("unknown")
     assert replicas(known) == ["paris-1"]
 
 
@@ -230,7 +230,7 @@ def test_no_backlog_is_left_when_everything_came_back() -> None:
     assert known.queue_s(worker) == 0.0
 
 
-def anew(*workers: WorkerReport, version: int = 1, full: bool = True) -> ViewDelta:
+def of_next_epoch(*workers: WorkerReport, version: int = 1, full: bool = True) -> ViewDelta:
     """A delta of a coordinator that has started after the one before."""
     return ViewDelta(epoch="next", version=version, full=full, workers=workers, gone=(), rates={})
 
@@ -238,19 +238,19 @@ def anew(*workers: WorkerReport, version: int = 1, full: bool = True) -> ViewDel
 def test_the_view_of_the_last_coordinator_counts_until_all_workers_have_reported_to_the_new_one() -> None:
     view = ClusterView()
     view.apply(delta(report("paris"), report("tokyo")), 0.0)
-    assert view.apply(anew(report("tokyo", sequence=9)), 10.0) == ()
+    assert view.apply(of_next_epoch(report("tokyo", sequence=9)), 10.0) == ()
     assert set(view.workers) == {"paris-1", "tokyo-1"}
     assert view.workers["tokyo-1"].sequence == 9
-    assert view.apply(anew(report("paris"), version=2, full=False), 10.5) == ()
-    assert view.apply(anew(version=3, full=False), 99.0) == ()
+    assert view.apply(of_next_epoch(report("paris"), version=2, full=False), 10.5) == ()
+    assert view.apply(of_next_epoch(version=3, full=False), 99.0) == ()
     assert set(view.workers) == {"paris-1", "tokyo-1"}
 
 
 def test_a_worker_that_does_not_report_to_the_new_coordinator_is_gone() -> None:
     view = ClusterView()
     view.apply(delta(report("paris"), report("tokyo")), 0.0)
-    view.apply(anew(report("tokyo")), 10.0)
-    assert view.apply(anew(version=2, full=False), 10.0 + ClusterView.CARRY_S) == ("paris-1",)
+    view.apply(of_next_epoch(report("tokyo")), 10.0)
+    assert view.apply(of_next_epoch(version=2, full=False), 10.0 + ClusterView.CARRY_S) == ("paris-1",)
     assert set(view.workers) == {"tokyo-1"}
 
 

@@ -166,11 +166,11 @@ def simulated(scene: Scene) -> Course:
     router = SimulatedRouter(
         worker=workers["paris-1"],
         workers=workers,
-        news=news,
+        coordinator=news,
         rules=RULES,
         payload_bytes=len(PAYLOAD),
-        agenda=events,
-        tally=tally,
+        event_queue=events,
+        results=tally,
         request_time_s=REQUEST_TIME_S,
     )
     scene.tell(router.view)
@@ -199,7 +199,7 @@ SCENES = {
     "rejected for good": Scene(workers=(report("paris"), HOLDING), script=[("too large", 0.0)]),
     "deadline at the worker": Scene(workers=(report("paris"), HOLDING), script=[("deadline", 5.0)]),
     "deadline between two attempts": Scene(workers=(report("paris"), HOLDING), script=[(LOST, 6.0)]),
-    "nobody known": Scene(workers=(), script=[(LOST, 0.0), (DONE, 0.0)]),
+    "no worker known": Scene(workers=(), script=[(LOST, 0.0), (DONE, 0.0)]),
 }
 
 

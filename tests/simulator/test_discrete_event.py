@@ -28,7 +28,7 @@ from serve_app.simulator.discrete_event.event_queue import EventQueue
 from serve_app.simulator.discrete_event.results import DiscreteEventResults
 from serve_app.simulator.discrete_event.settings import DiscreteEventOptions, geographic_links
 from serve_app.simulator.discrete_event.simulation import simulate_discrete_event
-from serve_app.simulator.discrete_event.worker import Job, Worker, lines
+from serve_app.simulator.discrete_event.worker import Job, Worker, report_rows
 from serve_app.simulator.load_delay import replay
 from serve_app.workload.locations import split
 from serve_app.workload.spec import parse_trace
@@ -260,11 +260,11 @@ def lone_worker(*models: ModelProfile, capacity: int) -> tuple[Worker, EventQueu
     worker = Worker(
         location="here",
         cache=Caches(capacity)(0),
-        lines=lines(models),
+        report_rows=report_rows(models),
         rules=RoutingRules(profiles={}, links={}, default_link=NEAR, horizon_s=0.0),
         exec_slots=1,
-        agenda=events,
-        tally=results,
+        event_queue=events,
+        results=results,
         changed=lambda worker, now: None,
     )
     return worker, events, results

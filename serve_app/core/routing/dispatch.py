@@ -73,7 +73,7 @@ class Dispatch:
     The router alternates between ``next``, which says where to send the request, and ``replied``, which takes in what
     came back, until the request is FINISHED or ``next`` says ``Fail``.
 
-    | state  | event                            | next     | the view is told                                     |
+    | state  | event                            | next     | calls on the view                                    |
     |--------|----------------------------------|----------|------------------------------------------------------|
     | OPEN   | ``next`` -> ``Send``             | SENT     | ``sent``; ``expect_load`` where a load will begin    |
     | OPEN   | ``next`` -> ``Fail``: no attempt | FAILED   | nothing                                              |
@@ -90,8 +90,8 @@ class Dispatch:
     | SENT   | ``close``: the user has left     | OPEN     | ``returned``                                         |
     | FAILED | ``next`` -> ``Fail``             | FAILED   | nothing                                              |
 
-    A route without a replica goes to any worker of the location: the view cannot be told of such a worker before it
-    has replied, and a rejection by it, or its loss, makes the request avoid nothing.
+    A route without a replica goes to any worker of the location: the view does not know that worker before it has
+    replied, its rejection is final, and its loss makes the request avoid nothing.
 
     Args:
         request: what is asked.

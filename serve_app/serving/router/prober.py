@@ -19,7 +19,7 @@ class Prober:
 
     Args:
         pool: the workers.
-        view: what the router knows; it is told which locations cannot be reached.
+        view: of the cluster; takes in which locations cannot be reached.
         links: takes the measurements.
         give_up: ends the calls under way to replicas that are cut off.
         own_location: of the router; never cut off, because the reports of its workers say more. None: it has none.

@@ -23,11 +23,11 @@ class Router:
     Args:
         worker: of its own location.
         workers: of all locations, by replica.
-        news: of the coordinator; None where the locations have nothing to do with each other.
+        coordinator: None where locations do not cooperate.
         rules: for the choice.
         payload_bytes: of every request.
-        agenda: of the simulation.
-        tally: of the simulation.
+        event_queue: of the simulation.
+        results: of the simulation.
         request_time_s: the deadline of every request; none by default.
     """
 
@@ -36,46 +36,46 @@ class Router:
         *,
         worker: Worker,
         workers: Mapping[str, Worker],
-        news: SimulatedCoordinator | None,
+        coordinator: SimulatedCoordinator | None,
         rules: RoutingRules,
         payload_bytes: int,
-        agenda: EventQueue,
-        tally: DiscreteEventResults,
+        event_queue: EventQueue,
+        results: DiscreteEventResults,
         request_time_s: float = math.inf,
     ) -> None:
         self.name = worker.location
         self.view = RouterView()
         self._worker = worker
         self._workers = workers
-        self._news = news
+        self._coordinator = coordinator
         self._rules = rules
         self._payload_bytes = payload_bytes
-        self._agenda = agenda
-        self._tally = tally
+        self._event_queue = event_queue
+        self._results = results
         self._request_time_s = request_time_s
         self._tick = -1
         self._read = -1
 
     def catch_up(self, now: float) -> None:
-        """Like ``refresh``, for those who do not look at rates: does nothing while nothing has been reported."""
-        if self._news is not None and self._news.sent != self._read:
+        """Like ``refresh`` for callers that do not look at rates: does nothing until there is another report."""
+        if self._coordinator is not None and self._coordinator.sent != self._read:
             self.refresh(now)
 
     def refresh(self, now: float) -> None:
-        """Catch up with the last news that have come; tells the worker what losing a model costs now."""
-        news = self._news
-        if news is None or (tick := news.tick(now)) == self._tick:
+        """Apply the last view that has come; tells the worker what losing a model costs now."""
+        coordinator = self._coordinator
+        if coordinator is None or (tick := coordinator.tick(now)) == self._tick:
             return
         self._tick = tick
         view = self.view.cluster
-        delta = news.view(view.epoch, view.version, tick)
-        self._read = news.read
+        delta = coordinator.view(view.epoch, view.version, tick)
+        self._read = coordinator.read
         self.view.apply(delta, now)
         self._worker.catch_up(now)
 
     def request(self, number: int, model: ModelProfile, now: float) -> None:
-        """A user's request comes in."""
-        if self._news is None:
+        """Take in a user's request."""
+        if self._coordinator is None:
             self._worker.take(Job(number, model, self, now), now)
             return
         request = RoutingRequest(model=model, here=self.name, payload_bytes=self._payload_bytes)
@@ -101,8 +101,8 @@ class Router:
         link = self._rules.link(self.name, worker.location)
         job.back_s = link.rtt_s / 2
         away_s = link.seconds(self._payload_bytes)
-        self._tally.link_s += away_s
-        self._agenda.at(now + away_s - job.back_s, self._arrives, job)
+        self._results.link_s += away_s
+        self._event_queue.at(now + away_s - job.back_s, self._arrives, job)
 
     def _arrives(self, job: Job, now: float) -> None:
         assert job.there is not None
@@ -121,28 +121,28 @@ class Router:
             self._reject(job, now)
         else:
             if isinstance(result, Absent):
-                self._tally.stale_retries += 1
+                self._results.stale_retries += 1
             self._send(job, now)
 
     def _count(self, job: Job) -> None:
-        tally = self._tally
+        results = self._results
         if job.there is not None and job.there is not self._worker:
-            tally.forwards += 1
+            results.forwards += 1
         elif job.outcome is Outcome.HIT:
-            tally.hits += 1
+            results.hits += 1
         elif job.outcome is Outcome.JOIN:
-            tally.joins += 1
+            results.joins += 1
         else:
-            tally.misses += 1
+            results.misses += 1
 
     def _reject(self, job: Job, now: float) -> None:
-        self._tally.misses += 1
-        self._tally.rejected += 1
-        self._tally.load_s += job.model.load_s
+        self._results.misses += 1
+        self._results.rejected += 1
+        self._results.load_s += job.model.load_s
         self._close(job, now - job.arrived_s + job.model.load_s + job.model.exec_s)
 
     def _close(self, job: Job, latency_s: float) -> None:
-        assert math.isnan(self._tally.latencies[job.number]), f"request {job.number} was answered twice"
-        self._tally.latencies[job.number] = latency_s
-        self._tally.exec_s += job.model.exec_s
-        self._tally.requests += 1
+        assert math.isnan(self._results.latencies[job.number]), f"request {job.number} was answered twice"
+        self._results.latencies[job.number] = latency_s
+        self._results.exec_s += job.model.exec_s
+        self._results.requests += 1

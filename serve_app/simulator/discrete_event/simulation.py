@@ -15,7 +15,7 @@ from serve_app.simulator.discrete_event.event_queue import EventQueue
 from serve_app.simulator.discrete_event.results import DiscreteEventResults
 from serve_app.simulator.discrete_event.router import Router
 from serve_app.simulator.discrete_event.settings import DiscreteEventOptions
-from serve_app.simulator.discrete_event.worker import Worker, lines
+from serve_app.simulator.discrete_event.worker import Worker, report_rows
 from serve_app.workload.trace import Trace
 
 #: How many requests pass between two reports of progress.
@@ -28,13 +28,13 @@ def simulate_discrete_event(
     options: DiscreteEventOptions,
     progress: Callable[[int], None] = lambda _: None,
 ) -> DiscreteEventResults:
-    """Send a trace through its locations; the same arguments give the same tally.
+    """Send a trace through its locations; the same arguments give the same results.
 
     Args:
         trace: the requests; each location of it gets a router and a worker.
         profiles: of ``trace.models``, in their order.
-        options: what the locations are like.
-        progress: is told now and then how many more requests are done.
+        options: of the locations.
+        progress: is called now and then with the number of requests done since.
     """
     simulation = _Simulation(trace, profiles, options)
     simulation.run(progress)
@@ -44,8 +44,8 @@ def simulate_discrete_event(
 class _Simulation:
     def __init__(self, trace: Trace, profiles: Sequence[ModelProfile], options: DiscreteEventOptions) -> None:
         self._trace, self._profiles = trace, profiles
-        self._agenda = EventQueue()
-        self._tally = DiscreteEventResults(latencies=array("d", [math.nan]) * len(trace))
+        self._event_queue = EventQueue()
+        self._results = DiscreteEventResults(latencies=array("d", [math.nan]) * len(trace))
         rules = RoutingRules(
             profiles={profile.model_id: profile for profile in profiles},
             links=options.links,
@@ -53,8 +53,8 @@ class _Simulation:
             horizon_s=options.horizon_s,
             staleness_s=options.staleness_s,
         )
-        news = SimulatedCoordinator(
-            event_queue=self._agenda,
+        coordinator = SimulatedCoordinator(
+            event_queue=self._event_queue,
             report_every_s=options.report_every_s,
             delay_s=options.coordinator_delay_s,
             half_life_s=options.half_life_s,
@@ -69,105 +69,116 @@ class _Simulation:
                 else None
             ),
         )
-        alone = options.coordination == "none"
-        said = lines(profiles)
-        self._workers: dict[str, Worker] = {}
-        for number, location in enumerate(trace.locations):
-            worker = Worker(
-                location=location,
-                cache=options.make_cache(number),
-                lines=said,
-                rules=rules,
-                exec_slots=options.exec_slots,
-                agenda=self._agenda,
-                tally=self._tally,
-                changed=_nobody if alone else news.changed,
-            )
-            self._workers[worker.replica] = worker
-        self._routers = [
-            Router(
-                worker=worker,
-                workers=self._workers,
-                news=None if alone else news,
-                rules=rules,
-                payload_bytes=options.payload_bytes,
-                agenda=self._agenda,
-                tally=self._tally,
-            )
-            for worker in self._workers.values()
-        ]
+        self._alone = options.coordination == "none"
+        self._workers = self._make_workers(coordinator, rules, options)
+        self._routers = self._make_routers(coordinator, rules, options)
         for worker, router in zip(self._workers.values(), self._routers, strict=True):
             worker.before = router.catch_up
             worker.follower.view = router.view.cluster
             worker.cache.handle(ModelsKnown(profiles), 0.0)
-            worker.look_ahead(0.0)
-            if not alone:
-                news.report(worker, 0.0)
+            worker.start_preloads(0.0)
+            if not self._alone:
+                coordinator.report(worker, 0.0)
         if options.coordination == "full":
-            _Placer(news, self._workers, rules.profiles, self._agenda, options)
+            _PlacementTimer(coordinator, self._workers, rules.profiles, self._event_queue, options)
+
+    def _make_workers(
+        self, coordinator: SimulatedCoordinator, rules: RoutingRules, options: DiscreteEventOptions
+    ) -> Mapping[str, Worker]:
+        rows = report_rows(self._profiles)
+        workers = [
+            Worker(
+                location=location,
+                cache=options.make_cache(number),
+                report_rows=rows,
+                rules=rules,
+                exec_slots=options.exec_slots,
+                event_queue=self._event_queue,
+                results=self._results,
+                changed=_ignore if self._alone else coordinator.changed,
+            )
+            for number, location in enumerate(self._trace.locations)
+        ]
+        return {worker.replica: worker for worker in workers}
+
+    def _make_routers(
+        self, coordinator: SimulatedCoordinator, rules: RoutingRules, options: DiscreteEventOptions
+    ) -> Sequence[Router]:
+        return [
+            Router(
+                worker=worker,
+                workers=self._workers,
+                coordinator=None if self._alone else coordinator,
+                rules=rules,
+                payload_bytes=options.payload_bytes,
+                event_queue=self._event_queue,
+                results=self._results,
+            )
+            for worker in self._workers.values()
+        ]
 
     def run(self, progress: Callable[[int], None]) -> None:
-        trace, profiles, routers, run_until = self._trace, self._profiles, self._routers, self._agenda.run_until
+        trace, profiles, routers, run_until = self._trace, self._profiles, self._routers, self._event_queue.run_until
         origins = trace.location if trace.location is not None else array("I", [0]) * len(trace)
         for number, (now, model, origin) in enumerate(zip(trace.arrival_s, trace.model, origins, strict=True)):
             run_until(now)
             routers[origin].request(number, profiles[model], now)
             if number % _STRIDE == _STRIDE - 1:
                 progress(_STRIDE)
-        # Reviews and rounds of placement never end by themselves.
-        while self._tally.requests < len(trace):
-            assert self._agenda.step(), "requests wait for something that never happens"
+        # Ticks and rounds of placement never end by themselves.
+        while self._results.requests < len(trace):
+            assert self._event_queue.step(), "requests wait for something that never happens"
         progress(len(trace) % _STRIDE)
 
     def close(self) -> DiscreteEventResults:
-        tally = self._tally
+        results = self._results
         for worker in self._workers.values():
             counters = worker.cache.counters
-            tally.preloads += counters.preloads
-            tally.wasted_preloads += counters.wasted_preloads
-            tally.evictions += counters.evictions
-            tally.unloads += counters.unloads
-        return tally
+            results.preloads += counters.preloads
+            results.wasted_preloads += counters.wasted_preloads
+            results.evictions += counters.evictions
+            results.unloads += counters.unloads
+        return results
 
 
-class _Placer:
-    """Places models every so often, with what the coordinator knows then."""
+class _PlacementTimer:
+    """Runs rounds of placement at the moments of views, with what the coordinator knows then."""
 
     def __init__(
         self,
-        news: SimulatedCoordinator,
+        coordinator: SimulatedCoordinator,
         workers: Mapping[str, Worker],
         profiles: Mapping[str, ModelProfile],
-        agenda: EventQueue,
+        event_queue: EventQueue,
         options: DiscreteEventOptions,
     ) -> None:
-        self._news = news
+        self._coordinator = coordinator
         self._workers = workers
         self._profiles = profiles
-        self._agenda = agenda
-        #: How many reports there were when there was nothing left to do, and until when time alone changes nothing.
+        self._event_queue = event_queue
+        #: Number of reports after which a round changed nothing, and until when time alone changes nothing.
         self._settled_at = -1
         self._settled_until_s = 0.0
-        self._look_again_s = options.placement.withdraw_after_s
-        # A round at the moment of a view, so that nobody sees more of the coordinator's future than the others.
+        self._repeat_after_s = options.placement.withdraw_after_s
+        # At the moments of views, as no reader may see more of the coordinator's future than others.
         self._every_ticks = max(1, round(options.placement_every_s / options.report_every_s))
         self._plan_next(0)
 
     def _plan_next(self, tick: int) -> None:
         next_tick = (tick // self._every_ticks + 1) * self._every_ticks
-        self._agenda.at(self._news.received_s(next_tick), self._round, next_tick)
+        self._event_queue.at(self._coordinator.received_s(next_tick), self._round, next_tick)
 
     def _round(self, tick: int, now: float) -> None:
-        news = self._news
-        # Where nothing was reported since a round that changed nothing, rates have only fallen, and seldom unevenly.
-        if news.sent != self._settled_at or now >= self._settled_until_s:
-            commands = news.plan(tick)
-            self._settled_at = -1 if commands else news.read
-            self._settled_until_s = now + self._look_again_s
+        coordinator = self._coordinator
+        # Without a report since a round that changed nothing, rates have only fallen, and seldom unevenly.
+        if coordinator.sent != self._settled_at or now >= self._settled_until_s:
+            commands = coordinator.plan(tick)
+            self._settled_at = -1 if commands else coordinator.read
+            self._settled_until_s = now + self._repeat_after_s
             for command in commands:
-                self._workers[command.replica].follow(command, self._profiles[command.model_id], now)
+                self._workers[command.replica].carry_out(command, self._profiles[command.model_id], now)
         self._plan_next(tick)
 
 
-def _nobody(worker: Worker, now: float) -> None:
-    """Nobody is told."""
+def _ignore(worker: Worker, now: float) -> None:
+    """No coordinator takes reports."""

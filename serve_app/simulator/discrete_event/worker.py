@@ -88,12 +88,12 @@ class _LoadUnderWay:
     orders: int = 0
 
 
-#: A model's two lines in the reports, made once: as it loads, and as it stands ready.
-Lines = Mapping[str, Mapping[ModelState, ResidentModel]]
+#: A model's two rows in the reports, made once: while it loads, and when it is ready.
+ReportRows = Mapping[str, Mapping[ModelState, ResidentModel]]
 
 
-def lines(profiles: Iterable[ModelProfile]) -> Lines:
-    """What reports say of each model. How many requests use it decides nothing, and is left out."""
+def report_rows(profiles: Iterable[ModelProfile]) -> ReportRows:
+    """The rows of each model. The number of requests that use it decides nothing, and is left out."""
     return {
         model.model_id: {
             state: ResidentModel(
@@ -110,17 +110,17 @@ class Worker:
 
     Args:
         location: its name.
-        cache: its books.
-        lines: of all models.
+        cache: of the worker.
+        report_rows: of all models.
         rules: for the cost of a forward.
         exec_slots: executions at the same time.
-        agenda: of the simulation.
-        tally: of the simulation.
-        changed: is told when there is something new to report.
+        event_queue: of the simulation.
+        results: of the simulation.
+        changed: is called when there is something new to report.
 
     Attributes:
-        follower: builds its reports, and says what deltas mean for it.
-        before: is called before a request of another location, or a review, to catch up with the coordinator.
+        follower: builds its reports, and turns views into instructions.
+        before: is called before a request of another location, or a tick, to catch up with the coordinator.
     """
 
     def __init__(
@@ -128,20 +128,20 @@ class Worker:
         *,
         location: str,
         cache: ModelCache,
-        lines: Lines,
+        report_rows: ReportRows,
         rules: RoutingRules,
         exec_slots: int,
-        agenda: EventQueue,
-        tally: DiscreteEventResults,
+        event_queue: EventQueue,
+        results: DiscreteEventResults,
         changed: Callable[[Worker, float], None],
     ) -> None:
         self.location = location
         self.replica = f"{location}#0"
         self.cache = cache
-        self._lines = lines
+        self._report_rows = report_rows
         self._exec_slots = exec_slots
-        self._agenda = agenda
-        self._tally = tally
+        self._event_queue = event_queue
+        self._results = results
         self._changed = changed
         self.before: Callable[[float], None] = _nothing
         self.follower = WorkerFollower(replica=self.replica, location=location, rules=rules)
@@ -151,17 +151,17 @@ class Worker:
         self._loads: dict[str, _LoadUnderWay] = {}
         #: Requests, and models that a router has ordered, in the wait queue of the cache.
         self._waiting: dict[int, Job | ModelProfile] = {}
-        self._review_s = math.inf
+        self._next_tick_s = math.inf
         self._demand = self.follower.demand
-        self._books: dict[str, ResidentModel] = {}
-        self._books_lent = False
+        self._residents: dict[str, ResidentModel] = {}
+        self._residents_lent = False
         self._silent = False
         self._reported_queue_s = 0.0
 
     # Requests
 
     def take(self, job: Job, now: float) -> None:
-        """A request comes in."""
+        """Take in a request."""
         model = job.model
         if job.back_s:
             self.before(now)
@@ -169,7 +169,7 @@ class Worker:
             self._reply(job, Absent(self.replica, self.follower.next_sequence), now)
             return
         self._demand[job.sender.name, model.model_id] += 1
-        self._news(now)
+        self._note_change(now)
         job.asked_s = now
         answer = self.cache.request(model, now)
         if isinstance(answer, Wait):
@@ -178,10 +178,10 @@ class Worker:
             if isinstance(answer, Load):
                 self._apply(answer.actions(model), now)
             self._go_on(job, answer, now)
-        self.look_ahead(now)
+        self.start_preloads(now)
 
     def _go_on(self, job: Job, answer: Answer, now: float) -> None:
-        self._tally.queue_s += now - job.asked_s
+        self._results.queue_s += now - job.asked_s
         match answer:
             case Hit():
                 job.outcome = Outcome.HIT
@@ -190,11 +190,11 @@ class Worker:
                 job.outcome = Outcome.JOIN
                 load = self._loads[job.model.model_id]
                 load.jobs.append(job)
-                self._tally.load_s += load.ends_s - now
+                self._results.load_s += load.ends_s - now
             case Load(victims=victims):
                 job.outcome, job.victims = Outcome.LOAD, victims
                 self._loads[job.model.model_id].jobs.append(job)
-                self._tally.load_s += job.model.load_s
+                self._results.load_s += job.model.load_s
             case Reject(reason=reason):
                 self._reply(job, _REJECTED[reason], now)
 
@@ -207,25 +207,25 @@ class Worker:
             end_s = now + exec_s
             heapq.heappush(ends, end_s)
         else:
-            self._tally.queue_s += ends[0] - now
+            self._results.queue_s += ends[0] - now
             end_s = ends[0] + exec_s
             heapq.heapreplace(ends, end_s)
         self._queue.add(exec_s)
-        self._agenda.at(end_s, self._executed, job)
+        self._event_queue.at(end_s, self._executed, job)
 
     def _executed(self, job: Job, now: float) -> None:
         self._queue.remove(job.model.exec_s)
         if self._reported_queue_s:
-            self._news(now)
+            self._note_change(now)
         actions = self.cache.finish(job.model.model_id, now)
         self._reply(job, Finished(self.replica, self.follower.next_sequence, job.victims), now)
         self._apply(actions, now)
-        self.look_ahead(now)
+        self.start_preloads(now)
 
     def _reply(self, job: Job, result: AttemptResult, now: float) -> None:
         job.result = result
         if job.back_s:
-            self._agenda.at(now + job.back_s, job.sender.replied, job)
+            self._event_queue.at(now + job.back_s, job.sender.replied, job)
         else:
             job.sender.replied(job, now)
 
@@ -234,9 +234,9 @@ class Worker:
         for action in actions:
             match action:
                 case Evict():
-                    del self._own_books()[action.model_id]
+                    del self._own_residents()[action.model_id]
                     self._loads.pop(action.model_id, None)
-                    self._news(now)
+                    self._note_change(now)
                 case StartLoad():
                     self._start_load(action.model, action.background, now)
                 case Grant():
@@ -256,12 +256,12 @@ class Worker:
         answer = self.cache.request(model, now)
         if isinstance(answer, Wait):
             self._waiting[answer.ticket] = model
-            self._news(now)
+            self._note_change(now)
         else:
             if isinstance(answer, Load):
                 self._apply(answer.actions(model), now)
             self._go_on_fetching(model, answer, now)
-        self.look_ahead(now)
+        self.start_preloads(now)
 
     def _go_on_fetching(self, model: ModelProfile, answer: Answer, now: float) -> None:
         match answer:
@@ -270,21 +270,21 @@ class Worker:
             case Join():
                 self._loads[model.model_id].orders += 1
             case Load():
-                self._tally.preload_s += model.load_s
-                self._tally.preload_bytes += model.size_bytes
+                self._results.preload_s += model.load_s
+                self._results.preload_bytes += model.size_bytes
                 self._loads[model.model_id].orders += 1
             case Reject():
                 pass
 
     def _start_load(self, model: ModelProfile, background: bool, now: float) -> None:
         if background:
-            self._tally.preload_s += model.load_s
-            self._tally.preload_bytes += model.size_bytes
+            self._results.preload_s += model.load_s
+            self._results.preload_bytes += model.size_bytes
         load = _LoadUnderWay(model, now + model.load_s, [])
-        self._own_books()[model.model_id] = self._lines[model.model_id][ModelState.LOADING]
+        self._own_residents()[model.model_id] = self._report_rows[model.model_id][ModelState.LOADING]
         self._loads[model.model_id] = load
-        self._news(now)
-        self._agenda.at(load.ends_s, self._loaded, load)
+        self._note_change(now)
+        self._event_queue.at(load.ends_s, self._loaded, load)
 
     def _loaded(self, load: _LoadUnderWay, now: float) -> None:
         model_id = load.model.model_id
@@ -292,61 +292,61 @@ class Worker:
             # It was a preload that was evicted for a request.
             return
         del self._loads[model_id]
-        self._own_books()[model_id] = self._lines[model_id][ModelState.READY]
-        self._news(now)
+        self._own_residents()[model_id] = self._report_rows[model_id][ModelState.READY]
+        self._note_change(now)
         actions = self.cache.handle(LoadEnded(model_id), now)
         for job in load.jobs:
             self._execute(job, now)
         self._apply(actions, now)
         for _ in range(load.orders):
             self._apply(self.cache.finish(model_id, now), now)
-        self.look_ahead(now)
+        self.start_preloads(now)
 
-    def look_ahead(self, now: float) -> None:
-        """Load in the background what the policy wishes, or placement advises."""
+    def start_preloads(self, now: float) -> None:
+        """Load in the background what the policy wants and placement suggests."""
         self._apply(self.cache.handle(TICK, now), now)
         self._set_timer(now)
 
     def _set_timer(self, now: float) -> None:
         # A tick that is due already waits for something to end, which is an event of its own.
-        if now < self.cache.next_tick_s < self._review_s:
-            self._review_s = self.cache.next_tick_s
-            self._agenda.at(self._review_s, Worker._review, self)
+        if now < self.cache.next_tick_s < self._next_tick_s:
+            self._next_tick_s = self.cache.next_tick_s
+            self._event_queue.at(self._next_tick_s, Worker._tick_due, self)
 
-    def _review(self, now: float) -> None:
-        if now >= self._review_s:
-            self._review_s = math.inf
+    def _tick_due(self, now: float) -> None:
+        if now >= self._next_tick_s:
+            self._next_tick_s = math.inf
             self.before(now)
-            self.look_ahead(now)
+            self.start_preloads(now)
 
-    def follow(self, command: Command, model: ModelProfile, now: float) -> None:
-        """Do what placement says, as far as no request is in the way."""
+    def carry_out(self, command: Command, model: ModelProfile, now: float) -> None:
+        """Follow placement as far as no request is in the way."""
         match command:
             case EvictAt(model_id=model_id):
                 actions = self.cache.handle(WithdrawSuggested(model_id), now)
                 if actions:
                     self._apply(actions, now)
-                    self.look_ahead(now)
+                    self.start_preloads(now)
             case PreloadAt(required=required):
                 self._apply(self.cache.handle(PreloadSuggested(model, required), now), now)
                 self._set_timer(now)
 
     def catch_up(self, now: float) -> None:
         """Act on what the view says now; commands come apart from it."""
-        instructions = self.follower.review(self._books)
+        instructions = self.follower.review(self._residents)
         if instructions.forward_costs is not None:
             self._apply(self.cache.handle(ForwardCostsChanged(instructions.forward_costs), now), now)
         if instructions.primaries_changed:
-            self._news(now)
+            self._note_change(now)
 
     # Reports
 
-    def _own_books(self) -> dict[str, ResidentModel]:
-        if self._books_lent:
-            self._books, self._books_lent = dict(self._books), False
-        return self._books
+    def _own_residents(self) -> dict[str, ResidentModel]:
+        if self._residents_lent:
+            self._residents, self._residents_lent = dict(self._residents), False
+        return self._residents
 
-    def _news(self, now: float) -> None:
+    def _note_change(self, now: float) -> None:
         if self._silent:
             self._silent = False
             self._changed(self, now)
@@ -356,11 +356,11 @@ class Worker:
 
         Everything takes what the profile says, so there is nothing to measure.
         """
-        self._books_lent = self._silent = True
+        self._residents_lent = self._silent = True
         self._reported_queue_s = self._queue.wait_s(self._exec_slots)
         report = self.follower.report(
             cache=self.cache,
-            models=self._books,
+            models=self._residents,
             loading=len(self._loads) + len(self._waiting),
             exec_slots=self._exec_slots,
             queue_s=self._reported_queue_s,
@@ -370,4 +370,4 @@ class Worker:
 
 
 def _nothing(now: float) -> None:
-    """There are no news to catch up with."""
+    """There is no coordinator to catch up with."""
