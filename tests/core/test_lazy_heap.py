@@ -14,14 +14,14 @@ NOW = 0.0
 
 
 class Keys(dict[str, float]):
-    """The keys of models, and a ranking by them."""
+    """The keys of models, and a heap of them."""
 
     def __init__(self, **keys: float) -> None:
         super().__init__(keys)
         self.asked = 0
-        self.ranking = LazyHeap(self.of)
+        self.heap = LazyHeap(self.of)
         for model_id in keys:
-            self.ranking.push(profile(model_id), NOW)
+            self.heap.push(profile(model_id), NOW)
 
     def of(self, model: ModelProfile, now: float) -> float:
         self.asked += 1
@@ -30,7 +30,7 @@ class Keys(dict[str, float]):
     def order(self) -> str:
         """Take all out, the smallest key first."""
         taken = []
-        while (ranked := self.ranking.pop(NOW)) is not None:
+        while (ranked := self.heap.pop(NOW)) is not None:
             taken.append(ranked.model.model_id)
         return "".join(taken)
 
@@ -44,75 +44,75 @@ def test_of_equals_the_one_that_was_added_first_comes_first() -> None:
     assert keys.order() == "bac"
 
 
-def test_a_model_keeps_its_turn_among_equals_when_its_key_moves_and_when_it_is_put_back() -> None:
+def test_a_model_keeps_its_turn_among_equals_when_its_key_moves_and_when_it_is_pushed_back() -> None:
     keys = Keys(a=1, b=1, c=5)
-    first = keys.ranking.pop(NOW)
+    first = keys.heap.pop(NOW)
     assert first is not None
-    keys.ranking.push_back(first)
+    keys.heap.push_back(first)
     keys["c"] = 1
-    keys.ranking.decrease_key("c", NOW)
+    keys.heap.decrease_key("c", NOW)
     assert keys.order() == "abc"
 
 
 def test_a_model_that_is_added_again_goes_behind_its_equals() -> None:
     keys = Keys(a=1, b=1)
-    assert keys.ranking.remove("a") is not None
-    keys.ranking.push(profile("a"), NOW)
+    assert keys.heap.remove("a") is not None
+    keys.heap.push(profile("a"), NOW)
     assert keys.order() == "ba"
 
 
-def test_a_key_that_grows_need_not_be_told() -> None:
+def test_a_key_that_grows_need_not_be_announced() -> None:
     keys = Keys(a=1, b=2, c=3)
     keys["a"] = 9
     assert keys.order() == "bca"
 
 
-def test_a_key_that_shrinks_is_seen_when_it_is_told() -> None:
+def test_a_key_that_shrinks_is_seen_when_it_is_announced() -> None:
     keys = Keys(a=1, b=2, c=3)
     keys["c"] = 0
-    keys.ranking.decrease_key("c", NOW)
+    keys.heap.decrease_key("c", NOW)
     assert keys.order() == "cab"
 
 
-def test_to_be_told_of_a_key_that_has_not_shrunk_or_of_a_stranger_changes_nothing() -> None:
+def test_announcing_a_key_that_has_not_shrunk_or_an_unknown_model_changes_nothing() -> None:
     keys = Keys(a=1, b=2)
     keys["a"] = 3
     for model_id in ("a", "b", "stranger"):
-        keys.ranking.decrease_key(model_id, NOW)
-    assert len(keys.ranking) == 2
+        keys.heap.decrease_key(model_id, NOW)
+    assert len(keys.heap) == 2
     assert keys.order() == "ba"
 
 
 def test_what_was_taken_out_by_name_is_gone() -> None:
     keys = Keys(a=1, b=2)
-    taken = keys.ranking.remove("a")
+    taken = keys.heap.remove("a")
     assert taken is not None
     assert taken.model.model_id == "a"
-    assert "a" not in keys.ranking
-    assert keys.ranking.remove("a") is None
+    assert "a" not in keys.heap
+    assert keys.heap.remove("a") is None
     assert keys.order() == "b"
 
 
-def test_nothing_comes_of_an_empty_ranking() -> None:
-    assert Keys().ranking.pop(NOW) is None
+def test_nothing_comes_of_an_empty_heap() -> None:
+    assert Keys().heap.pop(NOW) is None
 
 
 def test_a_model_comes_out_once_however_often_it_went_back() -> None:
     keys = Keys(a=1, b=2)
     for _ in range(5):
-        ranked = keys.ranking.pop(NOW)
+        ranked = keys.heap.pop(NOW)
         assert ranked is not None
-        keys.ranking.push_back(ranked)
-        again = keys.ranking.remove("a")
+        keys.heap.push_back(ranked)
+        again = keys.heap.remove("a")
         assert again is not None
-        keys.ranking.push_back(again)
+        keys.heap.push_back(again)
     assert keys.order() == "ab"
 
 
 def test_finding_the_smallest_does_not_look_at_every_model() -> None:
     keys = Keys(**{f"m{number}": float(number) for number in range(1000)})
     keys.asked = 0
-    assert keys.ranking.pop(NOW) is not None
+    assert keys.heap.pop(NOW) is not None
     assert keys.asked == 1
 
 
@@ -120,8 +120,8 @@ def test_the_heap_stays_in_proportion_to_the_models_however_often_keys_shrink() 
     keys = Keys(a=0, b=0, c=0)
     for step in range(10_000):
         keys["abc"[step % 3]] = -step
-        keys.ranking.decrease_key("abc"[step % 3], NOW)
-    assert len(keys.ranking._heap) <= 2 * 3 + LazyHeap.SLACK + 1
+        keys.heap.decrease_key("abc"[step % 3], NOW)
+    assert len(keys.heap._heap) <= 2 * 3 + LazyHeap.SLACK + 1
     assert keys.order() == "acb"
 
 
@@ -141,22 +141,22 @@ def test_it_tells_the_same_as_a_sorted_list(models: int, seed: int) -> None:
         match rng.choice(["add", "grow", "shrink", "take", "pop", "put back"]):
             case "add" if name not in order and all(ranked.model is not model for ranked in out):
                 keys[name] = rng.randrange(6)
-                keys.ranking.push(model, NOW)
+                keys.heap.push(model, NOW)
                 added += 1
                 order[name] = added
             case "grow" if name in order:
                 keys[name] += rng.randrange(3)
             case "shrink" if name in order:
                 keys[name] -= rng.randrange(3)
-                keys.ranking.decrease_key(name, NOW)
+                keys.heap.decrease_key(name, NOW)
             case "take":
-                taken = keys.ranking.remove(name)
+                taken = keys.heap.remove(name)
                 assert (taken is not None) == (name in order)
                 if taken is not None:
                     del order[name]
                     out.append(taken)
             case "pop":
-                popped = keys.ranking.pop(NOW)
+                popped = keys.heap.pop(NOW)
                 least = min(order, key=lambda name: (keys[name], order[name]), default=None)
                 assert (popped and popped.model.model_id) == least
                 if popped is not None:
@@ -164,7 +164,7 @@ def test_it_tells_the_same_as_a_sorted_list(models: int, seed: int) -> None:
                     out.append(popped)
             case "put back" if out:
                 back = out.pop(rng.randrange(len(out)))
-                keys.ranking.push_back(back)
+                keys.heap.push_back(back)
                 order[back.model.model_id] = back.order
-        assert len(keys.ranking) == len(order)
-        assert all((model.model_id in keys.ranking) == (model.model_id in order) for model in known[:3])
+        assert len(keys.heap) == len(order)
+        assert all((model.model_id in keys.heap) == (model.model_id in order) for model in known[:3])

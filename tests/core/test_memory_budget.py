@@ -1,4 +1,4 @@
-"""How a worker's memory is divided, and what it holds back when the process is larger than its books say."""
+"""How a worker's memory is divided, and what models leave to bytes that no accounting covers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 
 import pytest
-from core_support import Ranked, assert_books_balance, decided, finish, load_ended, profile, suggest, tick
+from core_support import Ranked, assert_accounting_adds_up, decided, finish, load_ended, profile, suggest, tick
 
 from serve_app.core.cache.decisions import Hit, Load, Reject, Wait
 from serve_app.core.cache.events import ProtectedChanged, UnaccountedChanged
@@ -97,7 +97,7 @@ def test_models_get_something_whatever_one_execution_wants() -> None:
         (grown(anonymous=-50, files=-50), 0, 0),
     ],
 )
-def test_what_is_beyond_the_books(now: ProcessMemory, used: int, beyond: int) -> None:
+def test_what_is_beyond_the_accounting(now: ProcessMemory, used: int, beyond: int) -> None:
     assert MemoryGuard(BASE, step_bytes=10).beyond_bytes(now, BUDGET, used) == beyond
 
 
@@ -105,7 +105,7 @@ def looked(guard: MemoryGuard, beyond: int, since: float, until: float) -> list[
     return [guard.update(beyond, since + 0.25 * turn) for turn in range(int((until - since) * 4))]
 
 
-def test_growth_that_stays_is_held_back_whole_and_smoothly() -> None:
+def test_growth_that_stays_is_unaccounted_whole_and_smoothly() -> None:
     held = looked(MemoryGuard(BASE, step_bytes=10), 95, 0, 10)
     assert held[0] == 0
     assert held == sorted(held)
@@ -143,7 +143,7 @@ def test_steps_of_nothing_are_refused() -> None:
         MemoryGuard(BASE, step_bytes=0)
 
 
-# Holding back
+# Unaccounted bytes
 
 
 def holding(*names: str, capacity: int = 100, size: int = 30) -> ModelCache:
@@ -155,15 +155,15 @@ def holding(*names: str, capacity: int = 100, size: int = 30) -> ModelCache:
     return cache
 
 
-def test_models_leave_room_for_what_is_reserved() -> None:
+def test_models_leave_room_for_unaccounted_bytes() -> None:
     cache = holding("a", "b", "c")
     assert decided(cache.handle(UnaccountedChanged(10), 1.0)).evicted == ()
     assert decided(cache.handle(UnaccountedChanged(40), 1.0)).evicted == ("a",)
     assert cache.used_bytes + cache.unaccounted_bytes == 100
-    assert_books_balance(cache)
+    assert_accounting_adds_up(cache)
 
 
-def test_nothing_that_is_loaded_later_takes_what_is_reserved() -> None:
+def test_nothing_that_is_loaded_later_takes_unaccounted_bytes() -> None:
     cache = holding("a", "b")
     cache.handle(UnaccountedChanged(20), 1.0)
     answer = cache.request(profile("c", 30), 1.0)
@@ -190,7 +190,7 @@ def test_what_is_given_back_can_be_used_again() -> None:
     assert answer.victims == ()
 
 
-def test_no_request_is_refused_for_what_is_reserved() -> None:
+def test_no_request_is_rejected_for_unaccounted_bytes() -> None:
     cache = holding("a", "b")
     cache.handle(UnaccountedChanged(50), 1.0)
     answer = cache.request(profile("large", 90), 1.0)
@@ -201,7 +201,7 @@ def test_no_request_is_refused_for_what_is_reserved() -> None:
     assert decided(cache.finish("large", 1.0)).evicted == ("large",)
 
 
-def test_those_who_wait_get_their_turn_though_everything_is_reserved() -> None:
+def test_waiting_requests_get_their_turn_though_everything_is_unaccounted() -> None:
     cache = ModelCache(capacity_bytes=100, policy=Ranked())
     cache.handle(UnaccountedChanged(100), 0.0)
     assert isinstance(cache.request(profile("a", 30), 0.0), Load)
@@ -212,7 +212,7 @@ def test_those_who_wait_get_their_turn_though_everything_is_reserved() -> None:
     assert isinstance(grant.answer, Load)
 
 
-def test_a_guess_gets_nothing_of_what_is_reserved() -> None:
+def test_a_preload_takes_no_unaccounted_bytes() -> None:
     policy = Ranked(large=9)
     policy.wanted = [profile("large", 90)]
     cache = ModelCache(capacity_bytes=100, policy=policy)
@@ -220,7 +220,7 @@ def test_a_guess_gets_nothing_of_what_is_reserved() -> None:
     assert tick(cache, 0.0) is None
 
 
-def test_what_is_pinned_stays_whatever_is_reserved() -> None:
+def test_what_is_pinned_stays_whatever_is_unaccounted() -> None:
     cache = ModelCache(capacity_bytes=100, policy=Ranked(), pinned=["a"])
     suggest(cache, profile("a", 80), 0.0, required=True)
     load_ended(cache, "a", 0.0)
@@ -228,7 +228,7 @@ def test_what_is_pinned_stays_whatever_is_reserved() -> None:
     assert isinstance(cache.request(profile("b", 20), 1.0), Load)
 
 
-def test_what_is_kept_does_not_stand_in_the_way_of_requests() -> None:
+def test_what_is_protected_does_not_stand_in_the_way_of_requests() -> None:
     cache = holding("a")
     cache.handle(ProtectedChanged(["a"]), 1.0)
     cache.handle(UnaccountedChanged(60), 1.0)
@@ -241,6 +241,6 @@ def test_what_can_never_fit_is_refused_as_ever() -> None:
     assert isinstance(cache.request(profile("huge", 101), 1.0), Reject)
 
 
-def test_less_than_nothing_cannot_be_reserved() -> None:
+def test_unaccounted_bytes_are_not_negative() -> None:
     with pytest.raises(ValueError, match="unaccounted_bytes"):
         holding("a").handle(UnaccountedChanged(-1), 1.0)

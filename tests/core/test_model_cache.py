@@ -11,7 +11,7 @@ from core_support import (
     Preload,
     Ranked,
     Trimming,
-    assert_books_balance,
+    assert_accounting_adds_up,
     cancel_wait,
     decided,
     finish,
@@ -37,7 +37,7 @@ BOTH = pytest.mark.parametrize("policy", [Ranked, Trimming])
 
 @pytest.fixture
 def make_cache() -> Iterator[MakeCache]:
-    """Makes caches whose books must balance when the test ends."""
+    """Makes caches whose accounting must add up when the test ends."""
     made: list[ModelCache] = []
 
     def make(**changed: Any) -> ModelCache:
@@ -47,7 +47,7 @@ def make_cache() -> Iterator[MakeCache]:
 
     yield make
     for cache in made:
-        assert_books_balance(cache)
+        assert_accounting_adds_up(cache)
 
 
 class Silent(Ranked):
@@ -149,7 +149,7 @@ def test_a_required_preload_is_no_demand_and_no_use(make_cache: MakeCache) -> No
     assert policy.told == [("load", "a")]
 
 
-def test_the_books_list_every_model(make_cache: MakeCache) -> None:
+def test_every_model_that_takes_memory_is_listed(make_cache: MakeCache) -> None:
     cache = make_cache(pinned=["p"])
     hold(cache, "p", 10)
     cache.request(profile("a", 20), 0.0)
@@ -277,7 +277,7 @@ def test_pinned_models_count_as_taken_for_ever(make_cache: MakeCache) -> None:
     assert cache.request(profile("fits", 60), 1.0) == Load(())
 
 
-def test_the_policy_is_told_of_every_request_and_every_change(make_cache: MakeCache) -> None:
+def test_the_policy_learns_of_every_request_and_every_change(make_cache: MakeCache) -> None:
     policy = Ranked()
     cache = make_cache(policy=policy)
     hold(cache, "a", 60)
@@ -294,7 +294,7 @@ def test_forward_costs_reach_the_policy(make_cache: MakeCache) -> None:
     assert policy.forward_s == {"a": 0.25}
 
 
-def test_a_worth_that_has_grown_is_seen_without_being_told(make_cache: MakeCache) -> None:
+def test_a_utility_that_has_grown_is_seen_without_an_announcement(make_cache: MakeCache) -> None:
     policy = Silent(a=1, b=2)
     cache = make_cache(policy=policy)
     for model_id in "ab":
@@ -303,7 +303,7 @@ def test_a_worth_that_has_grown_is_seen_without_being_told(make_cache: MakeCache
     assert cache.request(profile("new", 50), 1.0) == Load(("b",))
 
 
-def test_a_worth_that_has_fallen_is_seen_when_it_is_told(make_cache: MakeCache) -> None:
+def test_a_utility_that_has_fallen_is_seen_when_it_is_announced(make_cache: MakeCache) -> None:
     policy = Ranked(a=1, b=2)
     cache = make_cache(policy=policy)
     for model_id in "ab":
@@ -312,7 +312,7 @@ def test_a_worth_that_has_fallen_is_seen_when_it_is_told(make_cache: MakeCache) 
     assert cache.request(profile("new", 50), 1.0) == Load(("b",))
 
 
-def test_a_worth_that_falls_while_its_model_makes_way_is_not_forgotten(make_cache: MakeCache) -> None:
+def test_a_utility_that_falls_while_its_model_is_drained_is_not_forgotten(make_cache: MakeCache) -> None:
     policy = Silent(a=10, b=5)
     cache = make_cache(policy=policy)
     for model_id in "ab":
@@ -378,7 +378,7 @@ def test_a_failed_load_is_no_eviction_to_the_policy(make_cache: MakeCache) -> No
     assert cache.counters.evictions == 0
 
 
-def test_those_in_line_for_a_model_that_fails_are_told(make_cache: MakeCache) -> None:
+def test_requests_that_wait_for_a_model_learn_once_that_it_fails(make_cache: MakeCache) -> None:
     """Two requests for one model wait for a load slot; when its load fails, both hear of it exactly once."""
     cache = make_cache(max_loads=1)
     cache.request(profile("first"), 0.0)
@@ -390,7 +390,7 @@ def test_those_in_line_for_a_model_that_fails_are_told(make_cache: MakeCache) ->
     assert isinstance(cache.request(profile("bad"), 2.0), Reject)
 
 
-def test_one_in_line_whose_model_failed_meanwhile_is_rejected(make_cache: MakeCache) -> None:
+def test_a_waiting_request_whose_model_failed_meanwhile_is_rejected(make_cache: MakeCache) -> None:
     cache = make_cache()
     hold(cache, "a", 100, in_use=True)
     large = ticket_of(cache.request(profile("large", 100), 0.0))
@@ -421,13 +421,13 @@ def test_a_request_that_waits_for_a_load_slot_turns_no_hit_away(make_cache: Make
     cache.request(profile("slow", 40), 0.0)
     ticket = ticket_of(cache.request(profile("new", 50), 0.0))
     assert cache.request(profile("popular", 60), 0.0) == Hit()
-    # The slot is free, but not the memory: from now on the first in line comes first.
+    # The slot is free, but not the memory: from now on the head of the queue comes first.
     assert load_ended(cache, "slow", 1.0) == ()
     assert isinstance(cache.request(profile("popular", 60), 1.0), Wait)
     assert finish(cache, "popular", 2.0)[0] == Grant(ticket, "new", Load(("popular",)))
 
 
-def test_the_line_is_bounded(make_cache: MakeCache) -> None:
+def test_the_wait_queue_is_bounded(make_cache: MakeCache) -> None:
     cache = make_cache(max_waiting=1)
     hold(cache, "a", 100, in_use=True)
     cache.request(profile("b", 50), 0.0)
@@ -438,16 +438,16 @@ def test_the_line_is_bounded(make_cache: MakeCache) -> None:
     assert cache.waiting == 1
 
 
-def test_the_line_may_be_closed(make_cache: MakeCache) -> None:
+def test_the_wait_queue_may_be_closed(make_cache: MakeCache) -> None:
     cache = make_cache(max_waiting=0)
     hold(cache, "a", 100, in_use=True)
     assert isinstance(cache.request(profile("b", 50), 0.0), Reject)
 
 
-# The line
+# The wait queue
 
 
-def test_requests_in_line_are_answered_in_order_of_arrival(make_cache: MakeCache) -> None:
+def test_waiting_requests_are_answered_in_order_of_arrival(make_cache: MakeCache) -> None:
     cache = make_cache()
     hold(cache, "a", 100, in_use=True)
     tickets = [ticket_of(cache.request(profile(model_id, 30), 0.0)) for model_id in "bcd"]
@@ -455,7 +455,7 @@ def test_requests_in_line_are_answered_in_order_of_arrival(make_cache: MakeCache
     assert resident(cache) == {"b", "c", "d"}
 
 
-def test_nobody_overtakes_the_first_in_line(make_cache: MakeCache) -> None:
+def test_no_request_overtakes_the_head_of_the_queue(make_cache: MakeCache) -> None:
     cache = make_cache()
     hold(cache, "a", 90, in_use=True)
     large = ticket_of(cache.request(profile("large", 50), 0.0))
@@ -464,7 +464,7 @@ def test_nobody_overtakes_the_first_in_line(make_cache: MakeCache) -> None:
     assert [grant.ticket for grant in finish(cache, "a", 1.0)] == [large, small]
 
 
-def test_a_hit_need_not_stand_in_line(make_cache: MakeCache) -> None:
+def test_a_hit_need_not_wait(make_cache: MakeCache) -> None:
     cache = make_cache(policy=Ranked(a=1, b=2))
     hold(cache, "a", 50, in_use=True)
     hold(cache, "b", 50, in_use=True)
@@ -472,7 +472,7 @@ def test_a_hit_need_not_stand_in_line(make_cache: MakeCache) -> None:
     assert cache.request(profile("b", 50), 0.0) == Hit()
 
 
-def test_a_join_need_not_stand_in_line(make_cache: MakeCache) -> None:
+def test_a_join_need_not_wait(make_cache: MakeCache) -> None:
     cache = make_cache()
     hold(cache, "a", 50, in_use=True)
     cache.request(profile("b", 50), 0.0)
@@ -480,7 +480,7 @@ def test_a_join_need_not_stand_in_line(make_cache: MakeCache) -> None:
     assert cache.request(profile("b", 50), 0.0) == Join()
 
 
-def test_those_in_line_for_the_same_model_load_it_once(make_cache: MakeCache) -> None:
+def test_requests_that_wait_for_the_same_model_load_it_once(make_cache: MakeCache) -> None:
     cache = make_cache()
     hold(cache, "a", 100, in_use=True)
     tickets = [ticket_of(cache.request(profile("b", 50), 0.0)) for _ in range(3)]
@@ -490,14 +490,14 @@ def test_those_in_line_for_the_same_model_load_it_once(make_cache: MakeCache) ->
     assert uses(cache, "b") == 3
 
 
-def test_one_further_back_does_not_wait_for_the_first_if_its_model_stays(make_cache: MakeCache) -> None:
+def test_a_request_further_back_does_not_wait_for_the_head_if_its_model_stays(make_cache: MakeCache) -> None:
     cache = make_cache(policy=Ranked(a=1, b=2))
     hold(cache, "a", 50, in_use=True)
     hold(cache, "b", 50, in_use=True)
     first = ticket_of(cache.request(profile("large", 100), 0.0))
     second = ticket_of(cache.request(profile("c", 50), 0.0))
     third = ticket_of(cache.request(profile("b", 50), 0.0))
-    # Only a must make way for c.
+    # Only a is drained for c.
     assert cancel_wait(cache, first, 1.0) == (Grant(third, "b", Hit()),)
     assert finish(cache, "a", 2.0) == (Grant(second, "c", Load(("a",))),)
 
@@ -518,7 +518,7 @@ def test_a_large_model_does_not_starve(make_cache: MakeCache) -> None:
     assert resident(cache) == {"a", "b"}
 
 
-def test_only_what_must_make_way_does(make_cache: MakeCache) -> None:
+def test_only_what_must_leave_is_drained(make_cache: MakeCache) -> None:
     cache = make_cache(policy=Ranked(a=1, b=2, c=3))
     for model_id, size in (("a", 30), ("b", 30), ("c", 40)):
         hold(cache, model_id, size, in_use=True)
@@ -535,9 +535,7 @@ def test_only_what_must_make_way_does(make_cache: MakeCache) -> None:
         Ranked,
     ],
 )
-def test_models_that_need_not_make_way_any_more_take_requests_again(
-    make_cache: MakeCache, policy: type[Ranked]
-) -> None:
+def test_models_that_are_no_longer_drained_take_requests_again(make_cache: MakeCache, policy: type[Ranked]) -> None:
     cache = make_cache(policy=policy(a=1, b=2))
     hold(cache, "a", 40, in_use=True)
     hold(cache, "b", 30, in_use=True)
@@ -550,7 +548,7 @@ def test_models_that_need_not_make_way_any_more_take_requests_again(
     assert isinstance(cache.request(profile("a", 40), 1.0), Wait)
 
 
-def test_of_those_who_made_way_only_those_go_that_are_still_needed(make_cache: MakeCache) -> None:
+def test_of_the_drained_models_only_those_leave_that_still_must(make_cache: MakeCache) -> None:
     cache = make_cache(policy=Ranked(a=1, b=2))
     hold(cache, "a", 40, in_use=True)
     hold(cache, "b", 30, in_use=True)
@@ -562,9 +560,7 @@ def test_of_those_who_made_way_only_those_go_that_are_still_needed(make_cache: M
 
 
 @BOTH
-def test_what_was_emptied_to_make_way_goes_whatever_it_is_worth_by_then(
-    make_cache: MakeCache, policy: type[Ranked]
-) -> None:
+def test_a_drained_model_leaves_whatever_it_is_worth_by_then(make_cache: MakeCache, policy: type[Ranked]) -> None:
     ranked = policy(x=1, d=2, b=3)
     cache = make_cache(capacity_bytes=140, policy=ranked)
     for model_id, size in (("x", 60), ("d", 40), ("b", 40)):
@@ -576,7 +572,7 @@ def test_what_was_emptied_to_make_way_goes_whatever_it_is_worth_by_then(
     assert finish(cache, "x", 2.0) == (Grant(ticket, "new", Load(("x", "d"))),)
 
 
-def test_when_the_first_gives_up_those_it_displaced_are_served_again(make_cache: MakeCache) -> None:
+def test_when_the_head_gives_up_the_models_drained_for_it_are_used_again(make_cache: MakeCache) -> None:
     cache = make_cache()
     hold(cache, "a", 100, in_use=True)
     first = ticket_of(cache.request(profile("new", 50), 0.0))
@@ -585,7 +581,7 @@ def test_when_the_first_gives_up_those_it_displaced_are_served_again(make_cache:
     assert uses(cache, "a") == 2
 
 
-def test_when_one_gives_up_the_next_may_go(make_cache: MakeCache) -> None:
+def test_when_the_head_gives_up_the_next_request_may_load(make_cache: MakeCache) -> None:
     cache = make_cache()
     hold(cache, "a", 90, in_use=True)
     large = ticket_of(cache.request(profile("large", 50), 0.0))
@@ -593,7 +589,7 @@ def test_when_one_gives_up_the_next_may_go(make_cache: MakeCache) -> None:
     assert cancel_wait(cache, large, 1.0) == (Grant(small, "small", Load(())),)
 
 
-def test_giving_up_twice_or_too_late_does_nothing(make_cache: MakeCache) -> None:
+def test_cancelling_a_wait_twice_or_too_late_does_nothing(make_cache: MakeCache) -> None:
     cache = make_cache()
     hold(cache, "a", 100, in_use=True)
     ticket = ticket_of(cache.request(profile("b", 50), 0.0))
@@ -604,7 +600,7 @@ def test_giving_up_twice_or_too_late_does_nothing(make_cache: MakeCache) -> None
     assert uses(cache, "b") == 1
 
 
-def test_one_in_line_that_has_become_too_large_is_refused(make_cache: MakeCache) -> None:
+def test_a_waiting_request_that_has_become_too_large_is_rejected(make_cache: MakeCache) -> None:
     cache = make_cache(pinned=["p"], max_loads=1)
     cache.request(profile("p", 40), 0.0)
     load_failed(cache, "p", "checksum", 0.0)
@@ -632,7 +628,7 @@ def test_unloading_by_hand_frees_the_bytes(make_cache: MakeCache) -> None:
     assert policy.told[-1] == ("unload", "a")
 
 
-def test_unloading_by_hand_does_not_disturb_the_line(make_cache: MakeCache) -> None:
+def test_unloading_by_hand_does_not_disturb_the_wait_queue(make_cache: MakeCache) -> None:
     cache = make_cache()
     hold(cache, "idle", 40)
     hold(cache, "busy", 60, in_use=True)
@@ -658,31 +654,31 @@ def test_models_in_use_loading_or_pinned_cannot_be_unloaded(make_cache: MakeCach
     assert resident(cache) == {"pinned", "used", "loading"}
 
 
-# Preloads on the policy's initiative
+# Preloads that the policy chooses
 
 
-def wishing(*wanted: ModelProfile, **worth: float) -> Ranked:
+def wanting(*wanted: ModelProfile, **worth: float) -> Ranked:
     policy = Ranked(**worth)
     policy.wanted = list(wanted)
     return policy
 
 
 def preloading(cache: ModelCache, model: ModelProfile) -> None:
-    """Begin a preload that nobody has joined."""
+    """Begin a preload that no request has joined."""
     assert suggest(cache, model, 0.0, required=True) is not None
 
 
 NEW = profile("new", 50)
 
 
-def test_what_the_policy_knows_it_is_told(make_cache: MakeCache) -> None:
+def test_the_policy_learns_what_can_be_requested(make_cache: MakeCache) -> None:
     policy = Ranked()
     make_cache(policy=policy).handle(ModelsKnown([profile("a"), profile("b")]), 0.0)
     assert policy.told == [("know", "a"), ("know", "b")]
 
 
-def test_a_worthwhile_wish_is_loaded_and_is_no_request(make_cache: MakeCache) -> None:
-    policy = wishing(NEW, old=1, new=2)
+def test_an_accepted_candidate_is_loaded_and_is_no_request(make_cache: MakeCache) -> None:
+    policy = wanting(NEW, old=1, new=2)
     cache = make_cache(policy=policy)
     hold(cache, "old", 100)
     policy.told.clear()
@@ -695,8 +691,8 @@ def test_a_worthwhile_wish_is_loaded_and_is_no_request(make_cache: MakeCache) ->
     assert cache.request(NEW, 3.0) == Hit()
 
 
-def test_a_wish_that_is_not_worth_its_victims_changes_nothing(make_cache: MakeCache) -> None:
-    policy = wishing(NEW, old=2, new=1)
+def test_a_candidate_that_is_not_worth_its_victims_changes_nothing(make_cache: MakeCache) -> None:
+    policy = wanting(NEW, old=2, new=1)
     cache = make_cache(policy=policy)
     hold(cache, "old", 100)
     assert tick(cache, 1.0) is None
@@ -705,10 +701,10 @@ def test_a_wish_that_is_not_worth_its_victims_changes_nothing(make_cache: MakeCa
     assert tick(cache, 1.0) == Preload(NEW, ("old",))
 
 
-def test_wishes_that_cannot_be_granted_now_are_passed_over(make_cache: MakeCache) -> None:
+def test_candidates_that_cannot_be_loaded_now_are_passed_over(make_cache: MakeCache) -> None:
     """One is here, one has just failed, one can never fit, one would have to displace what is in use."""
     here, failed, huge, large = profile("here", 40), profile("failed"), profile("huge", 101), profile("large", 80)
-    policy = wishing(here, failed, huge, large, profile("small"), small=1, large=1, huge=1, failed=1)
+    policy = wanting(here, failed, huge, large, profile("small"), small=1, large=1, huge=1, failed=1)
     cache = make_cache(policy=policy)
     hold(cache, "here", 40, in_use=True)
     cache.request(failed, 0.0)
@@ -720,7 +716,7 @@ def test_wishes_that_cannot_be_granted_now_are_passed_over(make_cache: MakeCache
 
 def test_no_more_preloads_than_allowed_are_under_way_and_they_take_no_slot_of_others(make_cache: MakeCache) -> None:
     wanted = [profile(model_id) for model_id in "abc"]
-    cache = make_cache(policy=wishing(*wanted, a=3, b=2, c=1), max_loads=1, max_preloads=2)
+    cache = make_cache(policy=wanting(*wanted, a=3, b=2, c=1), max_loads=1, max_preloads=2)
     both = decided(cache.handle(TICK, 0.0))
     assert both.preloads == (Preload(wanted[0], ()), Preload(wanted[1], ()))
     assert tick(cache, 0.0) is None
@@ -731,7 +727,7 @@ def test_no_more_preloads_than_allowed_are_under_way_and_they_take_no_slot_of_ot
 
 
 def test_without_preloads_none_is_made(make_cache: MakeCache) -> None:
-    cache = make_cache(policy=wishing(NEW, new=1), max_preloads=0)
+    cache = make_cache(policy=wanting(NEW, new=1), max_preloads=0)
     assert tick(cache, 0.0) is None
     assert suggest(cache, NEW, 0.0) is None
     assert cache.next_tick_s == math.inf
@@ -749,7 +745,7 @@ def test_a_request_joins_a_preload_under_way_and_holds_it(make_cache: MakeCache)
 
 
 def test_the_join_of_a_preload_frees_its_slot_only_when_it_has_ended(make_cache: MakeCache) -> None:
-    cache = make_cache(policy=wishing(profile("other"), new=1, other=1))
+    cache = make_cache(policy=wanting(profile("other"), new=1, other=1))
     preloading(cache, NEW)
     cache.request(NEW, 0.5)
     assert tick(cache, 0.5) is None
@@ -757,8 +753,8 @@ def test_the_join_of_a_preload_frees_its_slot_only_when_it_has_ended(make_cache:
     assert tick(cache, 1.0) == Preload(profile("other"), ())
 
 
-def test_a_preload_that_nobody_has_joined_may_go_while_it_loads(make_cache: MakeCache) -> None:
-    policy = wishing(profile("next"), new=1, next=1)
+def test_a_preload_that_no_request_has_joined_may_leave_while_it_loads(make_cache: MakeCache) -> None:
+    policy = wanting(profile("next"), new=1, next=1)
     cache = make_cache(policy=policy)
     preloading(cache, NEW)
     assert cache.request(profile("large", 90), 1.0) == Load(("new",))
@@ -771,7 +767,7 @@ def test_a_preload_that_nobody_has_joined_may_go_while_it_loads(make_cache: Make
     assert tick(cache, 1.0) == Preload(profile("next"), ())
 
 
-def test_a_preload_that_goes_before_anybody_asked_was_in_vain(make_cache: MakeCache) -> None:
+def test_a_preload_that_leaves_before_any_request_was_wasted(make_cache: MakeCache) -> None:
     cache = make_cache(policy=Ranked(new=1, bad=1))
     preloading(cache, NEW)
     load_ended(cache, "new", 1.0)
@@ -781,8 +777,8 @@ def test_a_preload_that_goes_before_anybody_asked_was_in_vain(make_cache: MakeCa
     assert (cache.counters.preloads, cache.counters.wasted_preloads) == (2, 2)
 
 
-def test_what_was_unloaded_by_hand_stays_away_until_somebody_asks_for_it(make_cache: MakeCache) -> None:
-    cache = make_cache(policy=wishing(NEW, new=1))
+def test_what_an_operator_unloaded_stays_away_until_a_request_comes_for_it(make_cache: MakeCache) -> None:
+    cache = make_cache(policy=wanting(NEW, new=1))
     hold(cache, "new", 50)
     unload(cache, "new", 1.0)
     assert tick(cache, 2.0) is None
@@ -792,7 +788,7 @@ def test_what_was_unloaded_by_hand_stays_away_until_somebody_asks_for_it(make_ca
     assert tick(cache, 60.0) == Preload(NEW, ())
 
 
-def test_a_preload_that_was_asked_for_was_not_in_vain(make_cache: MakeCache) -> None:
+def test_a_preload_that_was_requested_was_not_wasted(make_cache: MakeCache) -> None:
     cache = make_cache(policy=Ranked(new=1))
     preloading(cache, NEW)
     load_ended(cache, "new", 1.0)
@@ -803,7 +799,7 @@ def test_a_preload_that_was_asked_for_was_not_in_vain(make_cache: MakeCache) -> 
 
 
 def test_nothing_is_preloaded_while_requests_wait(make_cache: MakeCache) -> None:
-    cache = make_cache(policy=wishing(profile("tiny", 1), tiny=1))
+    cache = make_cache(policy=wanting(profile("tiny", 1), tiny=1))
     hold(cache, "a", 90, in_use=True)
     ticket = ticket_of(cache.request(profile("large", 60), 0.0))
     assert tick(cache, 0.0) is None
@@ -813,7 +809,7 @@ def test_nothing_is_preloaded_while_requests_wait(make_cache: MakeCache) -> None
     assert tick(cache, 1.0) == Preload(profile("tiny", 1), ())
 
 
-def test_a_preload_that_must_make_way_takes_no_requests_meanwhile(make_cache: MakeCache) -> None:
+def test_a_drained_preload_takes_no_requests(make_cache: MakeCache) -> None:
     cache = make_cache(policy=Ranked(new=1, busy=2))
     preloading(cache, NEW)
     hold(cache, "busy", 50, in_use=True)
@@ -823,7 +819,7 @@ def test_a_preload_that_must_make_way_takes_no_requests_meanwhile(make_cache: Ma
 
 
 def test_a_pinned_model_that_was_preloaded_stays(make_cache: MakeCache) -> None:
-    cache = make_cache(policy=wishing(NEW, new=1), pinned=["new"])
+    cache = make_cache(policy=wanting(NEW, new=1), pinned=["new"])
     assert tick(cache, 0.0) == Preload(NEW, ())
     assert isinstance(cache.request(profile("large", 60), 0.0), Reject)
     load_ended(cache, "new", 1.0)
@@ -842,10 +838,10 @@ def test_when_to_ask_again_is_what_the_policy_says_while_a_preload_may_begin(mak
     assert cache.next_tick_s == 42.0
 
 
-# Preloads on the advice of others
+# Suggested preloads
 
 
-def test_advice_is_taken_where_it_displaces_only_what_is_worth_less(make_cache: MakeCache) -> None:
+def test_a_suggestion_is_followed_where_it_displaces_only_what_is_worth_less(make_cache: MakeCache) -> None:
     policy = Ranked(old=1, new=2)
     cache = make_cache(policy=policy)
     hold(cache, "old", 100)
@@ -855,16 +851,16 @@ def test_advice_is_taken_where_it_displaces_only_what_is_worth_less(make_cache: 
 
 
 @pytest.mark.parametrize("worth", [1, 2])
-def test_advice_displaces_nothing_that_is_worth_as_much(make_cache: MakeCache, worth: int) -> None:
+def test_a_suggestion_displaces_nothing_that_is_worth_as_much(make_cache: MakeCache, worth: int) -> None:
     cache = make_cache(policy=Ranked(old=worth, new=1))
     hold(cache, "old", 100)
     assert suggest(cache, NEW, 1.0) is None
     assert resident(cache) == {"old"}
-    # And that has kept its place in the ranking.
+    # The resident model has kept its rank.
     assert cache.request(NEW, 1.0) == Load(("old",))
 
 
-def test_advice_that_cannot_be_followed_changes_nothing(make_cache: MakeCache) -> None:
+def test_a_suggestion_that_cannot_be_followed_changes_nothing(make_cache: MakeCache) -> None:
     cache = make_cache(policy=Ranked(new=9, failed=9, huge=9), failure_memory_s=5.0)
     hold(cache, "busy", 60, in_use=True)
     cache.request(profile("failed"), 0.0)

@@ -1,4 +1,4 @@
-"""A cache that is changed while it serves: more or less memory, another policy, another catalogue, pins, advice."""
+"""A cache that is changed while it serves: more or less memory, another policy, another catalog, pins, suggestions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from core_support import (
     Decided,
     Preload,
     Ranked,
-    assert_books_balance,
+    assert_accounting_adds_up,
     decided,
     finish,
     load_ended,
@@ -62,10 +62,10 @@ def test_less_memory_evicts_the_least_useful_at_once() -> None:
     cache = holding(*"abcd", a=4, b=1, c=3, d=2)
     assert decided(cache.handle(CapacityChanged(20), 9.0)) == Decided(("b", "d"))
     assert names(cache) == "ac"
-    assert_books_balance(cache)
+    assert_accounting_adds_up(cache)
 
 
-def test_what_is_in_use_goes_when_it_is_idle_and_takes_nobody_new() -> None:
+def test_what_is_in_use_leaves_when_it_is_idle_and_takes_no_new_request() -> None:
     cache = holding(*"ab", capacity=20, in_use="ab", a=1, b=2)
     assert decided(cache.handle(CapacityChanged(10), 9.0)) == Decided()
     assert cache.used_bytes == 20
@@ -77,47 +77,47 @@ def test_what_is_in_use_goes_when_it_is_idle_and_takes_nobody_new() -> None:
     assert decided(cache.finish("b", 10.0)) == Decided(("b",), (Grant(ticket.ticket, "a", Hit()),))
     finish(cache, "a", 10.0)
     finish(cache, "a", 10.0)
-    assert_books_balance(cache)
+    assert_accounting_adds_up(cache)
 
 
-def test_what_makes_way_for_less_memory_is_used_again_once_there_is_more() -> None:
+def test_what_is_drained_for_less_memory_is_used_again_once_there_is_more() -> None:
     cache = holding(*"ab", capacity=20, in_use="ab", a=1, b=2)
     cache.handle(CapacityChanged(10), 9.0)
     cache.handle(CapacityChanged(20), 10.0)
     assert cache.request(profile("a"), 11.0) == Hit()
-    assert_books_balance(cache)
+    assert_accounting_adds_up(cache)
 
 
-def test_who_waits_for_a_model_that_need_not_go_after_all_gets_it() -> None:
+def test_a_request_that_waits_for_a_model_that_need_not_leave_after_all_gets_it() -> None:
     cache = holding(*"ab", capacity=20, in_use="ab", a=1, b=2)
     cache.handle(CapacityChanged(10), 9.0)
     waiting = cache.request(profile("a"), 9.0)
     assert isinstance(waiting, Wait)
     assert decided(cache.finish("b", 10.0)) == Decided(("b",), (Grant(waiting.ticket, "a", Hit()),))
-    assert_books_balance(cache)
+    assert_accounting_adds_up(cache)
 
 
-def test_a_model_that_made_way_for_a_load_that_has_failed_is_used_again() -> None:
+def test_a_model_drained_for_a_load_that_has_failed_is_used_again() -> None:
     cache = holding("a", capacity=20, in_use="a")
     assert cache.request(profile("b"), 8.0) == Load(())
     cache.handle(CapacityChanged(10), 9.0)
     load_failed(cache, "b", "corrupt", 10.0)
     finish(cache, "a", 11.0)
     assert cache.request(profile("a"), 12.0) == Hit()
-    assert_books_balance(cache)
+    assert_accounting_adds_up(cache)
 
 
-def test_who_waits_for_what_can_never_fit_any_more_is_told_so() -> None:
+def test_a_waiting_request_that_can_never_be_served_any_more_is_rejected() -> None:
     cache = holding("a", in_use="a", capacity=40)
     waiting = cache.request(profile("large", 35), 1.0)
     assert isinstance(waiting, Wait)
     (grant,) = decided(cache.handle(CapacityChanged(20), 2.0)).grants
     assert isinstance(grant.answer, Reject)
     assert (grant.ticket, grant.answer.reason) == (waiting.ticket, RejectReason.TOO_LARGE)
-    assert_books_balance(cache)
+    assert_accounting_adds_up(cache)
 
 
-def test_more_memory_serves_who_waits() -> None:
+def test_more_memory_serves_waiting_requests() -> None:
     cache = holding("a", in_use="a", capacity=10)
     waiting = cache.request(profile("b"), 1.0)
     assert isinstance(waiting, Wait)
@@ -132,7 +132,7 @@ def test_pinned_models_need_their_memory() -> None:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_whatever_happens_while_memory_changes_nobody_is_forgotten(seed: int) -> None:
+def test_whatever_happens_while_memory_changes_no_request_is_forgotten(seed: int) -> None:
     rng = random.Random(seed)
     cache = ModelCache(capacity_bytes=60, policy=make_policy("lru", random.Random(0)), max_loads=2)
     models = {name: profile(name, rng.choice([5, 10, 20])) for name in "abcdef"}
@@ -178,7 +178,7 @@ def test_whatever_happens_while_memory_changes_nobody_is_forgotten(seed: int) ->
     while using or loading:
         settle_one()
     assert not waiting
-    assert_books_balance(cache)
+    assert_accounting_adds_up(cache)
 
 
 # Another policy
@@ -193,10 +193,10 @@ def test_any_policy_can_take_over(name: str) -> None:
     answer = cache.request(profile("e"), 10.0)
     assert isinstance(answer, Load)
     assert len(answer.victims) == 1
-    assert_books_balance(cache)
+    assert_accounting_adds_up(cache)
 
 
-def test_a_new_policy_is_told_of_everything_in_the_order_of_its_use() -> None:
+def test_a_new_policy_learns_everything_in_the_order_of_last_use() -> None:
     cache = holding(*"abc")
     cache.handle(ModelsKnown([profile(model) for model in "abcd"]), 9.0)
     cache.handle(ForwardCostsChanged({"a": 0.1}), 0.0)
@@ -208,10 +208,10 @@ def test_a_new_policy_is_told_of_everything_in_the_order_of_its_use() -> None:
     assert policy.forward_s == {"a": 0.1}
 
 
-# Another catalogue
+# Another catalog
 
 
-def test_what_the_catalogue_no_longer_has_goes_when_it_is_idle() -> None:
+def test_what_the_catalog_no_longer_has_goes_when_it_is_idle() -> None:
     cache = holding(*"abc", in_use="b")
     assert decided(cache.handle(CatalogChanged([profile("c"), profile("d")], ()), 9.0)) == Decided(("a",))
     assert decided(cache.finish("b", 10.0)) == Decided(("b",))
@@ -219,10 +219,10 @@ def test_what_the_catalogue_no_longer_has_goes_when_it_is_idle() -> None:
     assert suggest(cache, profile("a"), 11.0) is None
     cache.handle(CatalogChanged([profile("a"), profile("c")], ()), 12.0)
     assert suggest(cache, profile("a"), 13.0) == Preload(profile("a"), ())
-    assert_books_balance(cache)
+    assert_accounting_adds_up(cache)
 
 
-def test_pins_change_with_the_catalogue() -> None:
+def test_pins_change_with_the_catalog() -> None:
     cache = holding(*"ab", capacity=20, pinned="a", a=1, b=2)
     cache.handle(CatalogChanged([profile(name) for name in "abc"], "b"), 9.0)
     assert {model.model_id for model in cache.models() if model.unevictable} == {"b"}
@@ -233,7 +233,7 @@ def test_pins_change_with_the_catalogue() -> None:
 # Copies that the cluster cannot spare
 
 
-def test_what_is_kept_is_no_victim_and_not_unloaded() -> None:
+def test_a_protected_model_is_no_victim_and_not_unloaded() -> None:
     cache = holding(*"abcd", a=1, b=2, c=3, d=4)
     cache.handle(ProtectedChanged(["a"]), 9.0)
     assert [model.model_id for model in cache.models() if model.unevictable] == ["a"]
@@ -243,16 +243,16 @@ def test_what_is_kept_is_no_victim_and_not_unloaded() -> None:
     assert decided(cache.handle(IdleChecked(9.0), 9.0)).evicted == ("b", "c", "d")
     cache.handle(ProtectedChanged([]), 10.0)
     assert withdraw(cache, "a", 11.0) == ()
-    assert_books_balance(cache)
+    assert_accounting_adds_up(cache)
 
 
-def test_no_more_than_half_is_kept() -> None:
+def test_no_more_than_half_is_protected() -> None:
     cache = holding(*"abcd")
     cache.handle(ProtectedChanged(list("dcba")), 9.0)
     assert {model.model_id for model in cache.models() if model.unevictable} == {"c", "d"}
 
 
-def test_a_model_larger_than_half_is_kept_too_and_nothing_after_it() -> None:
+def test_a_model_larger_than_half_is_protected_too_and_nothing_after_it() -> None:
     cache = ModelCache(capacity_bytes=40, policy=Ranked())
     for name, size in (("large", 25), ("small", 10)):
         cache.request(profile(name, size), 0.0)
@@ -263,19 +263,19 @@ def test_a_model_larger_than_half_is_kept_too_and_nothing_after_it() -> None:
     cache.handle(ProtectedChanged(["small", "large"]), 4.0)
     assert [model.model_id for model in cache.models() if model.protected] == ["large", "small"]
     assert cache.request(profile("other", 20), 5.0) == Load(("large",))
-    assert_books_balance(cache)
+    assert_accounting_adds_up(cache)
 
 
-def test_what_is_kept_lets_go_for_a_request_that_could_never_be_served_otherwise() -> None:
+def test_a_protected_model_yields_to_a_request_that_could_never_be_served_otherwise() -> None:
     cache = holding(*"abcd")
     cache.handle(ProtectedChanged(list("ab")), 9.0)
     answer = cache.request(profile("large", 30), 10.0)
     assert isinstance(answer, Load)
     assert sum(model.unevictable for model in cache.models()) == 1
-    assert_books_balance(cache)
+    assert_accounting_adds_up(cache)
 
 
-def test_what_makes_way_is_not_kept() -> None:
+def test_a_drained_model_is_not_protected() -> None:
     cache = holding(*"abc", capacity=30, in_use="abc", a=1, b=2, c=3)
     waiting = cache.request(profile("large", 20), 9.0)
     assert isinstance(waiting, Wait)
@@ -284,13 +284,13 @@ def test_what_makes_way_is_not_kept() -> None:
     finish(cache, "a", 10.0)
     (grant,) = finish(cache, "b", 10.0)
     assert isinstance(grant.answer, Load)
-    assert_books_balance(cache)
+    assert_accounting_adds_up(cache)
 
 
-# Out on advice, or because nobody asks
+# Withdrawn by placement, or because no request comes
 
 
-def test_what_was_withdrawn_comes_back_only_when_asked_for_or_insisted_on() -> None:
+def test_what_was_withdrawn_comes_back_only_when_requested_or_required() -> None:
     cache = holding(*"ab", a=5, b=5)
     assert withdraw(cache, "a", 9.0) == ()
     assert suggest(cache, profile("a"), 9.0) is None
@@ -308,17 +308,17 @@ def test_only_what_is_idle_for_long_is_withdrawn() -> None:
     finish(cache, "a", 55.0)
     assert decided(cache.handle(IdleChecked(54.0), 60.0)) == Decided()
     assert decided(cache.handle(IdleChecked(55.0), 60.0)) == Decided(("a",))
-    assert_books_balance(cache)
+    assert_accounting_adds_up(cache)
 
 
-# Advice
+# Suggestions
 
 
-def test_advice_waits_for_the_background_and_orders_go_first() -> None:
+def test_suggestions_wait_for_the_background_and_required_ones_go_first() -> None:
     cache = holding("a", a=1)
     assert suggest(cache, profile("x"), 1.0) is not None
-    for name, insist in (("b", False), ("c", True)):
-        suggest(cache, profile(name), 1.0, required=insist)
+    for name, required in (("b", False), ("c", True)):
+        suggest(cache, profile(name), 1.0, required=required)
     assert tick(cache, 1.0) is None
     load_ended(cache, "x", 2.0)
     assert cache.next_tick_s <= 2.0
@@ -328,15 +328,15 @@ def test_advice_waits_for_the_background_and_orders_go_first() -> None:
     assert tick(cache, 3.0) is None
 
 
-def test_who_insists_displaces_what_is_worth_more_but_not_what_is_in_use() -> None:
+def test_a_required_preload_displaces_what_is_worth_more_but_not_what_is_in_use() -> None:
     cache = holding(*"ab", capacity=20, in_use="b", a=9, b=1)
     assert suggest(cache, profile("c"), 9.0) is None
     assert tick(cache, 9.0) is None
     assert suggest(cache, profile("c"), 9.0, required=True) == Preload(profile("c"), ("a",))
 
 
-def test_a_required_copy_of_what_is_no_longer_in_the_catalogue_goes_too() -> None:
+def test_a_required_copy_of_what_is_no_longer_in_the_catalog_goes_too() -> None:
     cache = holding(*"ab")
     cache.handle(ProtectedChanged(["a"]), 9.0)
     assert decided(cache.handle(CatalogChanged([profile("b")], ()), 10.0)) == Decided(("a",))
-    assert_books_balance(cache)
+    assert_accounting_adds_up(cache)

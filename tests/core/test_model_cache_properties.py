@@ -1,6 +1,6 @@
 """Whatever happens to a cache, in whatever order: its promises hold after every single step.
 
-The machine keeps its own books, by the words of the docstrings and not by the code, and compares.
+The machine keeps its own accounts, by the words of the docstrings and not by the code, and compares.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 import pytest
-from core_support import assert_books_balance, cancel_wait, decided, finish, load_ended, load_failed, unload
+from core_support import assert_accounting_adds_up, cancel_wait, decided, finish, load_ended, load_failed, unload
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -77,15 +77,15 @@ class CacheMachine(RuleBasedStateMachine):
         self.loading: set[str] = set()
         #: Those of the loading models that the policy or others wanted.
         self.preloading: set[str] = set()
-        #: Models that nobody has asked for since their preload began.
+        #: Models without a request since their preload began.
         self.guessed: set[str] = set()
         #: Models whose required preload has not begun.
         self.required: set[str] = set()
         self.ready: set[str] = set()
         self.uses: Counter[str] = Counter()
         self.waiting: dict[int, str] = {}
-        #: Whether somebody has been in line: then those who made way may go although they are not needed any more.
-        self.anyone_made_way = False
+        #: Whether a request has waited: then drained models may leave although they need not any more.
+        self.any_was_drained = False
         self.tickets: set[int] = set()
         self.failed_until: dict[str, float] = {}
         self.requests = self.loads = self.failures = self.evictions = self.unloads = self.preloads = self.wasted = 0
@@ -155,7 +155,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.waiting)
     @rule(choice=st.randoms(use_true_random=False))
-    def give_up(self, choice: random.Random) -> None:
+    def cancel(self, choice: random.Random) -> None:
         ticket = choice.choice(sorted(self.waiting))
         del self.waiting[ticket]
         self.granted(cancel_wait(self.cache, ticket, self.now))
@@ -193,22 +193,24 @@ class CacheMachine(RuleBasedStateMachine):
             assert answer.ticket not in self.tickets, "a ticket is used twice"
             assert model_id not in self.loading - self.guessed, "a load under way can be joined at once"
             if model_id in self.ready | self.loading:
-                assert self.waiting, "a hit or join is turned away only in favour of one who came before"
+                assert self.waiting, "a hit or join is turned away only in favor of an earlier request"
                 assert self.slots_taken() < self.max_loads, "and only if that one waits for nothing but memory"
             assert len(self.waiting) < self.max_waiting
             self.tickets.add(answer.ticket)
             self.waiting[answer.ticket] = model_id
-            self.anyone_made_way = True
+            self.any_was_drained = True
             return
         if isinstance(answer, Load):
-            assert not self.waiting, "nobody in line is overtaken by a load"
+            assert not self.waiting, "no waiting request is overtaken by a load"
         self.answered(model_id, answer)
 
     def granted(self, grants: Iterable[Grant]) -> None:
         for grant in grants:
             assert self.waiting.pop(grant.ticket) == grant.model_id, "answered twice, or after giving up"
             if isinstance(grant.answer, Load):
-                assert all(ticket > grant.ticket for ticket in self.waiting), "nobody in line is overtaken by a load"
+                assert all(ticket > grant.ticket for ticket in self.waiting), (
+                    "no waiting request is overtaken by a load"
+                )
             self.answered(grant.model_id, grant.answer)
 
     def answered(self, model_id: str, answer: Answer) -> None:
@@ -258,7 +260,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert all(sum(freed) - size < missing for size in freed), "and not one goes in vain"
         else:
             assert not freed or sum(freed[:-1]) < missing, "and they go one by one only until there is room"
-        if self.policy_name in STEADY and victims and not self.anyone_made_way:
+        if self.policy_name in STEADY and victims and not self.any_was_drained:
             others = {other for other in self.ready | self.guessed if not self.uses[other]} - self.pinned - set(victims)
             dearest = max(self.worth[victim] for victim in victims)
             assert all(self.worth[other] >= dearest for other in others), "the least useful go"
@@ -305,8 +307,8 @@ class CacheMachine(RuleBasedStateMachine):
         return sum(MODELS[model_id].size_bytes for model_id in (self.ready | self.loading) & self.pinned)
 
     @invariant()
-    def books_agree(self) -> None:
-        assert_books_balance(self.cache)
+    def accounts_agree(self) -> None:
+        assert_accounting_adds_up(self.cache)
         assert self.cache.used_bytes == self.used_bytes()
         assert {model.model_id: (model.state, model.uses, model.unevictable) for model in self.cache.models()} == {
             model_id: (
@@ -341,16 +343,16 @@ class CacheMachine(RuleBasedStateMachine):
         )  # fmt: skip
 
     @invariant()
-    def nobody_waits_for_nothing(self) -> None:
+    def no_request_waits_for_nothing(self) -> None:
         if self.loading <= self.guessed and not self.uses.total():
             assert not self.waiting, "least of all for a guess"
 
     def teardown(self) -> None:
         if hasattr(self, "cache"):
-            self.first_in_line_is_served()
-            self.all_in_line_are_answered()
+            self.head_is_served()
+            self.all_waiting_are_answered()
 
-    def first_in_line_is_served(self) -> None:
+    def head_is_served(self) -> None:
         """Although every model in use is asked for again before each of its requests ends, it has its turn."""
         first = min(self.waiting, default=None)
         for _ in range(MAX_STEPS):
@@ -362,10 +364,10 @@ class CacheMachine(RuleBasedStateMachine):
             for model_id in sorted(set(self.uses.elements())):
                 self.request(model_id)
                 self.end_use(model_id)
-        raise AssertionError("the first in line starves")
+        raise AssertionError("the head of the queue starves")
 
-    def all_in_line_are_answered(self) -> None:
-        """When all that is under way ends, nobody is left."""
+    def all_waiting_are_answered(self) -> None:
+        """When all that is under way ends, no request is left."""
         for _ in range(MAX_STEPS):
             if self.loading:
                 self.end_load(min(self.loading))
@@ -373,9 +375,9 @@ class CacheMachine(RuleBasedStateMachine):
                 self.end_use(min(self.uses.elements()))
             else:
                 break
-        self.books_agree()
+        self.accounts_agree()
         assert not self.loading
-        assert not self.waiting, "somebody is left in line for ever"
+        assert not self.waiting, "a request waits for ever"
 
 
 @pytest.mark.parametrize("policy_name", POLICIES)
@@ -388,7 +390,7 @@ def test_a_cache_keeps_its_promises_whatever_happens(policy_name: str) -> None:
             stateful_step_count=50,
             deadline=None,
             derandomize=True,
-            # A failure is told at once, in up to 50 steps. With Phase.shrink it has a few, minutes later.
+            # A failure shows at once, in up to 50 steps. With Phase.shrink it has a few, minutes later.
             phases=(Phase.generate,),
         ),
     )

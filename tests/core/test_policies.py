@@ -44,7 +44,7 @@ def play(policy: EvictionPolicy, events: int, seed: int = 1) -> list[float]:
         if now >= policy.next_review_s:
             ask_for_preloads(policy, held, now)
         if len(held) > 4:
-            # What has fallen is told to nobody but him who asks.
+            # A lowered utility is named when the cache asks.
             assert set(policy.lowered(now)) <= {m.model_id for m in MODELS}
             ranked = {m.model_id: policy.utility(m, now) for m in MODELS if m.model_id in held}
             named += ranked.values()
@@ -108,7 +108,7 @@ def test_the_questions_may_come_first(name: str) -> None:
     policy = fresh(name)
     policy.on_catalog(MODELS, 0.0)
     policy.on_catalog([], 0.0)
-    assert {wish.model_id for wish in policy.preload_candidates(0.0, 100)} <= {model.model_id for model in MODELS}
+    assert {model.model_id for model in policy.preload_candidates(0.0, 100)} <= {model.model_id for model in MODELS}
 
 
 @pytest.mark.parametrize(
@@ -118,25 +118,25 @@ def test_the_questions_may_come_first(name: str) -> None:
         "edgeserve",
     ],
 )
-def test_what_nobody_knows_is_not_worthwhile_where_there_is_room(name: str) -> None:
+def test_an_unknown_model_is_not_accepted_where_there_is_room(name: str) -> None:
     """Nothing has to go for it, and nothing is gained."""
     assert not fresh(name).accept_preload(A, [], 1.0)
 
 
 @EVERY_POLICY
-def test_only_a_policy_that_wishes_asks_for_reviews(name: str) -> None:
+def test_only_a_policy_with_candidates_asks_for_reviews(name: str) -> None:
     policy = fresh(name)
     policy.on_catalog(MODELS, 0.0)
     play(policy, 200)
     absent = profile("absent")
     policy.on_request(absent, 1000.0)
-    wished = bool(list(policy.preload_candidates(1001.0, 1000)))
-    assert wished == (policy.next_review_s < math.inf) == (name == "edgeserve")
+    has_candidates = bool(list(policy.preload_candidates(1001.0, 1000)))
+    assert has_candidates == (policy.next_review_s < math.inf) == (name == "edgeserve")
 
 
 @EVERY_POLICY
-def test_a_worth_that_falls_is_told(name: str) -> None:
-    """Whoever lets only those sink that are named sees the same order as whoever looks at all of them."""
+def test_a_utility_that_falls_is_announced(name: str) -> None:
+    """To compute only the announced utilities again gives the same order as to compute all."""
     policy, rng = fresh(name), random.Random(5)
     held: dict[str, float] = {}
     by_name = {model.model_id: model for model in MODELS}
@@ -437,7 +437,9 @@ def victims_of_random(seed: int, sizes: dict[str, int], new: int, *, in_use: str
         (10, "", "a", ["b", "c", "d"]),
     ],
 )
-def test_random_gives_all_who_may_go_the_same_chance(new: int, in_use: str, pinned: str, outcomes: list[str]) -> None:
+def test_random_gives_all_evictable_models_the_same_chance(
+    new: int, in_use: str, pinned: str, outcomes: list[str]
+) -> None:
     seeds = 8000
     sizes = dict.fromkeys("abcd", 10)
     lots = Counter(victims_of_random(seed, sizes, new, in_use=in_use, pinned=pinned) for seed in range(seeds))
@@ -461,11 +463,11 @@ def test_random_gives_a_model_that_has_just_come_the_chance_of_the_old_ones() ->
 
     seeds = 6000
     lots = Counter(victim(seed) for seed in range(seeds))
-    # Of the three that are left when h comes, g came last: whoever it is, it goes once in three times.
+    # Of the three that are left when h comes, g came last; it leaves once in three times.
     assert abs(lots["g"] - seeds / 3) < 5 * math.sqrt(seeds / 3)
 
 
-def test_random_spares_nobody_for_ever_who_was_in_use_when_its_time_came() -> None:
+def test_random_spares_no_model_for_ever_that_was_in_use_when_its_time_came() -> None:
     cache = ModelCache(capacity_bytes=40, policy=fresh("random", 1))
     for model_id in "abcd":
         cache.request(profile(model_id), 0.0)
@@ -530,7 +532,7 @@ def test_edgeserve_expects_a_timer_when_it_is_due() -> None:
 
 
 def test_edgeserve_fetches_a_timer_before_it_is_due_and_not_just_after_it_was() -> None:
-    """A timer and a model that is asked for now and then share memory for one; the timer is nobody's choice midway."""
+    """A timer and a model that is asked for now and then share memory for one; the timer is no candidate midway."""
     rng = random.Random(2)
     timer, other = profile("timer", load_s=2.0), profile("other", load_s=2.0)
     cache = ModelCache(capacity_bytes=10, policy=fresh("edgeserve"))
@@ -559,9 +561,9 @@ def test_edgeserve_tells_that_the_time_of_a_timer_has_passed() -> None:
     policy.on_load(A, last_s)
     list(policy.lowered(last_s))
     worth = policy.utility(A, last_s + 598.0)
-    told = [later_s for later_s in range(700, 3000, 50) if "a" in policy.lowered(last_s + later_s)]
-    assert told
-    assert policy.utility(A, last_s + told[-1]) < worth / 2
+    announced = [later_s for later_s in range(700, 3000, 50) if "a" in policy.lowered(last_s + later_s)]
+    assert announced
+    assert policy.utility(A, last_s + announced[-1]) < worth / 2
 
 
 def test_edgeserve_knows_that_a_burst_has_ended() -> None:
@@ -571,11 +573,11 @@ def test_edgeserve_knows_that_a_burst_has_ended() -> None:
             policy.on_request(A, 3600.0 * hour + second)
     end_s = 3600.0 * 19 + 9
     during, after = policy.utility(A, end_s + 1.0), policy.utility(A, end_s + 120.0)
-    # The short memory alone would have fallen by half.
+    # The short-term rate alone would have fallen by half.
     assert after < during / 20
 
 
-def test_edgeserve_ranks_by_what_is_true_now_though_nobody_has_asked_for_long() -> None:
+def test_edgeserve_ranks_by_what_is_true_now_though_no_request_has_come_for_long() -> None:
     policy = fresh("edgeserve")
     for second in range(10):
         policy.on_request(A, float(second))
@@ -594,7 +596,7 @@ def preloads(cache: ModelCache, now: float) -> str:
     return "".join(loaded)
 
 
-def test_edgeserve_fills_free_memory_with_models_that_nobody_has_asked_for_the_most_useful_first() -> None:
+def test_edgeserve_fills_free_memory_with_models_without_a_request_the_most_useful_first() -> None:
     cache = ModelCache(capacity_bytes=80, policy=fresh("edgeserve"))
     cache.handle(ModelsKnown([A, B, C]), 0.0)
     # 0.1, 0.2 and 0.02 seconds per request and byte.
@@ -656,7 +658,7 @@ def test_edgeserve_looks_again_when_there_is_more_room() -> None:
     assert loaded == "a"
 
 
-def test_edgeserve_reviews_no_more_often_than_it_is_told() -> None:
+def test_edgeserve_reviews_no_more_often_than_configured() -> None:
     policy = fresh("edgeserve", review_every_s=7.0)
     policy.on_catalog(MODELS, 0.0)
     rng, now = random.Random(0), 0.0
@@ -708,7 +710,7 @@ def test_edgeserve_loses_at_most_the_forward_to_the_next_holder() -> None:
     assert policy.utility(A, 1.0) == pytest.approx(alone, rel=0.1)
 
 
-def test_edgeserve_heeds_forward_costs_that_it_was_told_before_it_met_the_model() -> None:
+def test_edgeserve_heeds_forward_costs_that_came_before_it_met_the_model() -> None:
     early, late = fresh("edgeserve"), fresh("edgeserve")
     early.on_forward_costs({"a": 0.25})
     for policy in (early, late):

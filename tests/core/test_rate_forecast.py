@@ -70,7 +70,7 @@ def test_what_is_asked_for_more_often_has_the_higher_rate() -> None:
     assert rare < middling < frequent
 
 
-def test_a_model_that_nobody_has_asked_for_has_a_small_rate_that_falls_with_time() -> None:
+def test_a_model_without_a_request_has_a_small_rate_that_falls_with_time() -> None:
     predictor, cold = fresh(), RequestHistory(0.0)
     known, now = timer(predictor, 300.0)
     rates = [predictor.rate(cold, LEAD_S, now + later_s) for later_s in (0.0, 3600.0, 86400.0)]
@@ -79,7 +79,7 @@ def test_a_model_that_nobody_has_asked_for_has_a_small_rate_that_falls_with_time
     assert rates[0] < predictor.rate(known, LEAD_S, now) / 5
 
 
-def test_all_models_that_nobody_has_asked_for_have_the_same_rate_whenever_they_were_met() -> None:
+def test_all_models_without_a_request_have_the_same_rate_whenever_they_were_met() -> None:
     predictor = fresh()
     early, late = RequestHistory(0.0), RequestHistory(5000.0)
     assert predictor.rate(early, LEAD_S, 9000.0) == pytest.approx(predictor.rate(late, LEAD_S, 9000.0))
@@ -123,14 +123,14 @@ def test_a_long_load_sees_a_timer_coming() -> None:
 
 
 def test_a_burst_that_has_ended_is_known_to_have_ended() -> None:
-    """Ten requests, a second apart, at the top of every hour: two minutes later nobody expects one."""
+    """Ten requests, a second apart, at the top of every hour: two minutes later none is expected."""
     predictor = fresh()
     known = asked(predictor, (hour * 3600.0 + second for hour in range(20) for second in range(10)))
     last_s = 19 * 3600.0 + 9
     during = predictor.rate(known, LEAD_S, last_s + 1.0)
     after = predictor.rate(known, LEAD_S, last_s + 120.0)
     before_the_next = predictor.rate(known, LEAD_S, last_s + 3591.0)
-    # The short memory alone would have fallen by half.
+    # The short-term rate alone would have fallen by half.
     assert after < during / 20
     assert before_the_next > after
 
@@ -173,7 +173,7 @@ def test_without_requests_the_rate_rises_only_when_it_was_announced(past: str, l
 def test_a_rise_that_was_announced_comes(past: str) -> None:
     predictor = fresh()
     known = asked(predictor, PASTS[past])
-    # Well after the last request, so that the memories have little left to forget.
+    # Well after the last request, so that the rates have little left to decay.
     now = known.last_s + 20.0
     predictor.rate(known, LEAD_S, now)
     rise_s = predictor.next_rise_s(known, now)
@@ -183,7 +183,7 @@ def test_a_rise_that_was_announced_comes(past: str) -> None:
 
 
 @pytest.mark.parametrize("past", ["timer", "fast timer", "bursts", "two periods"])
-def test_until_a_fall_is_announced_the_rate_falls_hardly_faster_than_the_memories_forget(past: str) -> None:
+def test_until_a_fall_is_announced_the_rate_falls_hardly_faster_than_the_rates_decay(past: str) -> None:
     predictor = fresh()
     known = asked(predictor, PASTS[past])
     now = known.last_s
@@ -271,7 +271,7 @@ def test_while_time_stands_still_nothing_changes() -> None:
 
 @pytest.mark.parametrize("cuts", [(1.0,), (3.0, 3.5, 200.0), tuple(range(10, 5000, 10)), (4.0, 8.0, 64.0)])
 def test_to_ask_on_the_way_changes_nothing(cuts: tuple[float, ...]) -> None:
-    """Time may be accounted for in as many pieces as anybody likes."""
+    """Time may be accounted for in any number of pieces."""
     apart, at_once = fresh(), fresh()
     often, once = (asked(predictor, PASTS["bursts"]) for predictor in (apart, at_once))
     for cut in cuts:
@@ -282,7 +282,7 @@ def test_to_ask_on_the_way_changes_nothing(cuts: tuple[float, ...]) -> None:
     assert apart.rate(often, LEAD_S, 1e5) == pytest.approx(at_once.rate(once, LEAD_S, 1e5), rel=3e-2)
 
 
-def test_each_predictor_begins_when_it_is_told_to() -> None:
+def test_each_forecast_begins_at_its_own_time() -> None:
     """Only differences of times count."""
     shift_s = 1e6
     early, late = fresh(), fresh(now=shift_s)

@@ -296,7 +296,7 @@ async def test_a_worker_decides_as_its_simulation_does(choice: str, stream: str,
 
 
 async def test_the_streams_leave_nothing_out() -> None:
-    """Background loads are joined, give way to requests, and are taken back, or it would mean little to agree."""
+    """Background loads are joined, evicted for requests, and taken back, or it would mean little to agree."""
     kinds: set[type] = set()
     taken_back = wasted = 0
     for seed in (3, 4, 5, 6):

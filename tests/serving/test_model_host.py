@@ -1,4 +1,4 @@
-"""``ModelHost`` carries out what the cache decides: one load per model, no pin lost, nobody forgotten.
+"""``ModelHost`` carries out what the cache decides: one load per model, no pin lost, no request forgotten.
 
 The backend's loads end when the test says so; between two steps of a test the event loop runs until nothing moves.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from core_support import Ranked, assert_books_balance, profile
+from core_support import Ranked, assert_accounting_adds_up, profile
 
 from serve_app.core.cache.events import ForwardCostsChanged, ModelsKnown, UnloadRequested
 from serve_app.core.cache.model_cache import ModelCache
@@ -119,8 +119,8 @@ class Preloads(Executor):
                 job.add_done_callback(lambda _: self._go_on())
 
 
-class Wishing(Ranked):
-    """A policy that wishes for each model in ``wanted`` once, whatever must go for it."""
+class Wanting(Ranked):
+    """A policy whose candidates are the models in ``wanted``, each once, whatever must leave for it."""
 
     def on_load(self, model: ModelProfile, now: float) -> None:
         super().on_load(model, now)
@@ -173,7 +173,7 @@ class Bench:
         self.now = 0.0
         self.loads = Loads()
         self.observer = Observer()
-        self.policy = Wishing(a=1, b=2, c=3)
+        self.policy = Wanting(a=1, b=2, c=3)
         self.timers: list[ManualTimer] = []
         self.cache = ModelCache(**{"capacity_bytes": 100, "policy": self.policy, "max_loads": 4} | changed)
         self.host = ModelHost(
@@ -207,8 +207,8 @@ class Bench:
             await self.settle()
         self.now = now
 
-    async def wish(self, *models: ModelProfile) -> None:
-        """Have the policy wish for ``models`` now."""
+    async def want(self, *models: ModelProfile) -> None:
+        """Have the policy name ``models`` as candidates now."""
         self.policy.wanted = list(models)
         self.policy.next_review_s = self.now
         self.host.handle(ModelsKnown(()))
@@ -259,7 +259,7 @@ class Bench:
 
 @pytest_asyncio.fixture
 async def make_bench() -> AsyncIterator[Callable[..., Bench]]:
-    """Makes benches; when the test ends, nothing may be in use, in line, under way or unheard."""
+    """Makes benches; when the test ends, nothing may be in use, waiting, under way or unreported."""
     benches: list[Bench] = []
     loop = asyncio.get_running_loop()
 
@@ -277,10 +277,10 @@ async def make_bench() -> AsyncIterator[Callable[..., Bench]]:
         assert bench.cache.waiting == 0
         assert bench.loads.under_way == []
         assert all(model.state is ModelState.READY for model in bench.cache.models())
-        assert_books_balance(bench.cache)
-        kept = dict(bench.host._runnables)
-        assert kept.keys() == bench.uses().keys(), "what is in memory is what the books say"
-        assert all(runnable.in_memory for runnable in kept.values())
+        assert_accounting_adds_up(bench.cache)
+        held = dict(bench.host._runnables)
+        assert held.keys() == bench.uses().keys(), "what is in memory is what the cache counts"
+        assert all(runnable.in_memory for runnable in held.values())
         assert not bench.host._waiters
         assert not bench.host._abandoned
     assert asyncio.all_tasks() == {asyncio.current_task()}, "a task is pending"
@@ -306,7 +306,7 @@ async def test_twenty_requests_at_once_cause_one_load(bench: Bench) -> None:
     bench.release(*requests)
 
 
-async def test_a_hit_is_served_without_giving_way_to_anyone(bench: Bench) -> None:
+async def test_a_hit_is_served_without_a_suspension(bench: Bench) -> None:
     runnable = await bench.hold(A)
     acquiring = bench.host.acquire(A)
     # No suspension: the first step of the coroutine is the last.
@@ -365,7 +365,7 @@ async def test_a_model_in_use_stays_in_memory(bench: Bench) -> None:
     bench.release(using, other)
 
 
-async def test_a_preloaded_model_is_in_memory_and_in_nobodys_use(bench: Bench) -> None:
+async def test_a_preloaded_model_is_in_memory_and_not_in_use(bench: Bench) -> None:
     preload = await bench.start(bench.host.preload(A))
     await bench.end(A)
     assert preload.done()
@@ -375,13 +375,15 @@ async def test_a_preloaded_model_is_in_memory_and_in_nobodys_use(bench: Bench) -
     bench.release(request)
 
 
-async def test_a_model_that_cannot_fit_is_refused_with_advice(bench: Bench) -> None:
+async def test_a_model_that_cannot_fit_is_rejected_with_a_remedy(bench: Bench) -> None:
     request = await bench.acquire(profile("huge", 101))
     with pytest.raises(DoesNotFit, match=r"huge needs 101 bytes.*more memory"):
         request.result()
 
 
-async def test_a_full_line_is_refused_with_the_time_to_come_back(make_bench: Callable[..., Bench]) -> None:
+async def test_a_full_wait_queue_rejects_with_the_time_to_come_back(
+    make_bench: Callable[..., Bench],
+) -> None:
     bench = make_bench(max_waiting=0)
     using = await bench.acquire(LARGE)
     await bench.end(LARGE)
@@ -396,7 +398,7 @@ async def test_a_full_line_is_refused_with_the_time_to_come_back(make_bench: Cal
 
 
 async def test_a_model_is_preloaded_in_the_background_and_a_later_request_hits(bench: Bench) -> None:
-    await bench.wish(A)
+    await bench.want(A)
     assert bench.loads.events == ["preload a"]
     assert bench.uses() == {"a": 0}
     bench.now = 2.0
@@ -409,7 +411,7 @@ async def test_a_model_is_preloaded_in_the_background_and_a_later_request_hits(b
 
 
 async def test_a_request_joins_a_preload_under_way(bench: Bench) -> None:
-    await bench.wish(A)
+    await bench.want(A)
     bench.now = 1.0
     request = await bench.acquire(A)
     bench.now = 3.0
@@ -422,14 +424,14 @@ async def test_a_request_joins_a_preload_under_way(bench: Bench) -> None:
 async def test_what_goes_for_a_preload_is_out_of_memory_before_and_counted_as_such(bench: Bench) -> None:
     await bench.hold(A)
     await bench.hold(B)
-    await bench.wish(C)
+    await bench.want(C)
     assert bench.loads.events[-2:] == ["unload a", "preload c"]
     assert ("evicted", "a", "preload") in bench.observer.seen
     await bench.end(C)
 
 
 async def test_a_request_takes_the_place_of_an_unjoined_preload_and_does_not_wait_for_it(bench: Bench) -> None:
-    await bench.wish(LARGE)
+    await bench.want(LARGE)
     request = await bench.acquire(A)
     assert bench.loads.under_way == ["large", "a"]
     await bench.end(A)
@@ -442,8 +444,8 @@ async def test_a_request_takes_the_place_of_an_unjoined_preload_and_does_not_wai
     assert (bench.cache.counters.preloads, bench.cache.counters.wasted_preloads) == (1, 1)
 
 
-async def test_a_request_for_a_model_whose_preload_was_given_up_takes_that_load_back(bench: Bench) -> None:
-    await bench.wish(LARGE)
+async def test_a_request_for_a_model_whose_preload_was_abandoned_takes_that_load_back(bench: Bench) -> None:
+    await bench.want(LARGE)
     displacing = await bench.acquire(A)
     await bench.end(A)
     bench.release(displacing)
@@ -456,8 +458,8 @@ async def test_a_request_for_a_model_whose_preload_was_given_up_takes_that_load_
     bench.release(request)
 
 
-async def test_a_load_that_was_taken_back_fails_whoever_asked(bench: Bench) -> None:
-    await bench.wish(LARGE)
+async def test_a_load_that_was_taken_back_fails_its_requests(bench: Bench) -> None:
+    await bench.want(LARGE)
     displacing = await bench.acquire(A)
     await bench.end(A)
     bench.release(displacing)
@@ -468,8 +470,8 @@ async def test_a_load_that_was_taken_back_fails_whoever_asked(bench: Bench) -> N
 
 
 @pytest.mark.parametrize("rounds", range(6))
-async def test_a_preload_given_up_in_the_moment_it_ends_leaves_nothing(bench: Bench, rounds: int) -> None:
-    await bench.wish(LARGE)
+async def test_a_preload_abandoned_in_the_moment_it_ends_leaves_nothing(bench: Bench, rounds: int) -> None:
+    await bench.want(LARGE)
     runnable = bench.loads.end("large")
     for _ in range(rounds):
         await asyncio.sleep(0)
@@ -480,8 +482,8 @@ async def test_a_preload_given_up_in_the_moment_it_ends_leaves_nothing(bench: Be
     assert bench.uses() == {"a": 0}
 
 
-async def test_a_preload_that_was_given_up_may_fail_unseen(bench: Bench) -> None:
-    await bench.wish(LARGE)
+async def test_a_preload_that_was_abandoned_may_fail_unseen(bench: Bench) -> None:
+    await bench.want(LARGE)
     request = await bench.acquire(A)
     await bench.end(A)
     bench.release(request)
@@ -492,11 +494,11 @@ async def test_a_preload_that_was_given_up_may_fail_unseen(bench: Bench) -> None
     bench.release(again)
 
 
-async def test_a_preload_behind_one_that_was_given_up_does_not_begin_once_it_is_given_up_too(bench: Bench) -> None:
-    await bench.wish(LARGE)
+async def test_a_preload_behind_one_that_was_abandoned_does_not_begin_once_it_is_abandoned_too(bench: Bench) -> None:
+    await bench.want(LARGE)
     first = await bench.acquire(A)
     await bench.end(A)
-    await bench.wish(B)
+    await bench.want(B)
     assert bench.loads.under_way == ["large"]
     second = await bench.acquire(C)
     await bench.end(C)
@@ -507,11 +509,11 @@ async def test_a_preload_behind_one_that_was_given_up_does_not_begin_once_it_is_
     bench.release(first, second)
 
 
-async def test_a_request_does_not_wait_behind_a_preload_that_was_given_up_before_it_began(bench: Bench) -> None:
-    await bench.wish(LARGE)
+async def test_a_request_does_not_wait_behind_a_preload_that_was_abandoned_before_it_began(bench: Bench) -> None:
+    await bench.want(LARGE)
     first = await bench.acquire(A)
     await bench.end(A)
-    await bench.wish(B)
+    await bench.want(B)
     second = await bench.acquire(C)
     await bench.end(C)
     bench.release(first, second)
@@ -524,7 +526,7 @@ async def test_a_request_does_not_wait_behind_a_preload_that_was_given_up_before
 
 async def test_preloads_leave_all_loaders_to_requests(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench(max_loads=2, capacity_bytes=150)
-    await bench.wish(A)
+    await bench.want(A)
     requests = [await bench.acquire(B), await bench.acquire(C)]
     assert bench.loads.events == ["preload a", "load b", "load c"]
     for model in (A, B, C):
@@ -535,9 +537,9 @@ async def test_preloads_leave_all_loaders_to_requests(make_bench: Callable[..., 
 async def test_a_failed_preload_is_logged_once_and_remembered(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR):
         for _ in range(3):
-            await bench.wish(A)
+            await bench.want(A)
             await bench.fail(A, OSError("disk gone"))
-            await bench.wish(A)
+            await bench.want(A)
             assert bench.loads.under_way == [], "it is not tried at once again"
             bench.now += 5.0
     assert [record.getMessage() for record in caplog.records] == ["loading a failed"]
@@ -550,7 +552,7 @@ async def test_a_failed_preload_is_logged_once_and_remembered(bench: Bench, capl
 
 
 async def test_a_failed_preload_fails_the_requests_that_joined_it(bench: Bench) -> None:
-    await bench.wish(A)
+    await bench.want(A)
     request = await bench.acquire(A)
     await bench.fail(A, OSError("disk gone"))
     with pytest.raises(StoreError, match="disk gone"):
@@ -564,13 +566,13 @@ async def test_a_preload_for_which_no_thread_starts_is_a_failed_one(
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(Preloads, "submit", submit)
-    await bench.wish(A)
+    await bench.want(A)
     assert bench.uses() == {}
     assert bench.observer.seen == [("preload started",), ("failed", "a")]
 
 
 async def test_the_next_preload_begins_when_one_has_ended(bench: Bench) -> None:
-    await bench.wish(A, B)
+    await bench.want(A, B)
     assert bench.loads.under_way == ["a"]
     await bench.end(A)
     await bench.until(bench.now)
@@ -640,7 +642,7 @@ async def test_a_timer_that_goes_off_too_early_asks_nothing_and_is_set_anew(benc
 
 async def test_no_timer_is_set_where_nothing_may_be_preloaded(make_bench: Callable[..., Bench]) -> None:
     bench = make_bench(max_preloads=0)
-    await bench.wish(A)
+    await bench.want(A)
     assert bench.timers == []
     assert bench.loads.events == []
 
@@ -649,7 +651,7 @@ async def test_no_timer_is_set_where_nothing_may_be_preloaded(make_bench: Callab
 
 
 @pytest.mark.parametrize("error", [OSError("disk gone"), MemoryError("no memory"), StoreError("checksum")])
-async def test_a_failed_load_reaches_everyone_who_waits_for_it(bench: Bench, error: Exception) -> None:
+async def test_a_failed_load_reaches_every_request_that_waits_for_it(bench: Bench, error: Exception) -> None:
     requests = [await bench.acquire(A) for _ in range(5)]
     await bench.fail(A, error)
     for request in requests:
@@ -681,7 +683,7 @@ async def test_a_load_by_hand_is_tried_at_once_whatever_failed_before(bench: Ben
     assert by_hand.exception() is None
 
 
-async def test_a_failed_load_lets_the_next_in_line_in(bench: Bench) -> None:
+async def test_a_failed_load_lets_the_next_waiting_request_in(bench: Bench) -> None:
     failing = await bench.acquire(LARGE)
     waiting = await bench.acquire(A)
     await bench.fail(LARGE, OSError("disk gone"))
@@ -707,10 +709,10 @@ async def test_a_model_that_cannot_be_unloaded_cleanly_does_not_stop_the_load(be
     bench.release(request)
 
 
-# The line
+# The wait queue
 
 
-async def test_requests_in_line_are_served_in_order_of_arrival(bench: Bench) -> None:
+async def test_waiting_requests_are_served_in_order_of_arrival(bench: Bench) -> None:
     using = await bench.acquire(LARGE)
     await bench.end(LARGE)
     waiting = [await bench.acquire(model) for model in (B, A, C)]
@@ -728,7 +730,7 @@ async def test_requests_in_line_are_served_in_order_of_arrival(bench: Bench) -> 
     bench.release(*waiting[1:])
 
 
-async def test_those_in_line_for_one_model_share_its_load(bench: Bench) -> None:
+async def test_requests_that_wait_for_one_model_share_its_load(bench: Bench) -> None:
     using = await bench.acquire(LARGE)
     await bench.end(LARGE)
     waiting = [await bench.acquire(A) for _ in range(3)]
@@ -740,7 +742,7 @@ async def test_those_in_line_for_one_model_share_its_load(bench: Bench) -> None:
     bench.release(*waiting)
 
 
-async def test_one_in_line_may_end_up_with_a_hit(bench: Bench) -> None:
+async def test_a_waiting_request_may_end_up_with_a_hit(bench: Bench) -> None:
     using = await bench.acquire(LARGE)
     await bench.end(LARGE)
     first = await bench.acquire(A)
@@ -789,13 +791,13 @@ async def test_a_cancelled_joiner_gives_its_pin_back(bench: Bench) -> None:
     bench.release(loader)
 
 
-async def test_a_load_that_everyone_has_left_may_fail_unseen(bench: Bench) -> None:
+async def test_a_load_without_requests_may_fail_unseen(bench: Bench) -> None:
     requests = [await bench.acquire(A) for _ in range(2)]
     await bench.cancel(*requests)
     await bench.fail(A, OSError("disk gone"))
     bench.now = 100.0
     await bench.hold(A)
-    # Had nobody looked at the failure, asyncio would say so when the task is collected.
+    # If nothing had looked at the failure, asyncio would say so when the task is collected.
     gc.collect()
     assert bench.faults == []
 
@@ -829,7 +831,7 @@ async def test_a_request_cancelled_in_the_moment_its_load_fails_leaves_no_trace(
         assert bench.uses() == {}
 
 
-async def test_a_cancelled_waiter_leaves_the_line(bench: Bench) -> None:
+async def test_a_cancelled_waiter_leaves_the_wait_queue(bench: Bench) -> None:
     using = await bench.acquire(LARGE)
     await bench.end(LARGE)
     first, second = await bench.acquire(A), await bench.acquire(B)
@@ -882,7 +884,7 @@ async def test_a_waiter_cancelled_just_before_its_turn_gives_its_pin_back(bench:
     bench.release(using)
     await bench.settle()
     assert waiter.cancelled()
-    # Its load has begun all the same; it is of use to whoever comes next.
+    # Its load has begun all the same; the next request can use it.
     await bench.end(A)
     assert bench.uses() == {"a": 0}
 
@@ -915,7 +917,7 @@ async def test_unloading_by_hand_gives_the_memory_back(bench: Bench) -> None:
     assert bench.observer.seen[-1] == ("evicted", "a", "unload")
 
 
-async def test_unloading_by_hand_does_not_disturb_the_line(bench: Bench) -> None:
+async def test_unloading_by_hand_does_not_disturb_the_wait_queue(bench: Bench) -> None:
     idle = await bench.hold(A)
     using = await bench.acquire(B)
     await bench.end(B)
@@ -956,7 +958,7 @@ async def test_closing_ends_preloading(fails: bool) -> None:
     bench = Bench()
     idle = await bench.hold(A)
     bench.policy.next_review_s = 5.0
-    await bench.wish(B)
+    await bench.want(B)
     bench.policy.next_review_s = 5.0
     bench.host.close()
     assert not idle.in_memory

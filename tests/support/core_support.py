@@ -249,7 +249,7 @@ def read(state: CoordinatorState, epoch: str, version: int, now: float, location
     return state.delta(reader, now)
 
 
-def assert_books_balance(cache: ModelCache) -> None:
+def assert_accounting_adds_up(cache: ModelCache) -> None:
     """What holds of every cache at every moment, whatever has happened to it."""
     models = cache.models()
     assert cache.used_bytes == sum(model.size_bytes for model in models) <= cache.model_capacity_bytes

@@ -131,7 +131,7 @@ class ModelCache:
         match event:
             case LoadEnded():
                 self._residents.load_ended(event.model_id)
-                return self._settle(now)
+                return self._settle(now) if self._waiting or self._may_owe_evictions else ()
             case Tick():
                 return self._preload_queue.start(now)
             case LoadFailed():
@@ -241,7 +241,7 @@ class ModelCache:
         if entry is None:
             raise NotFound(f"model {model_id} is not loaded here; nothing to unload")
         if entry.pinned:
-            raise Conflict(f"model {model_id} is pinned; unpin it in the catalogue before unloading it")
+            raise Conflict(f"model {model_id} is pinned; unpin it in the catalog before unloading it")
         if entry.protected:
             raise Conflict(f"model {model_id} has no copies to spare; lower its min_copies before unloading it")
         if entry.state is ModelState.LOADING or entry.uses:

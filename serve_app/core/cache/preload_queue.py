@@ -49,7 +49,7 @@ class PreloadQueue:
     def start(self, now: float) -> tuple[Action, ...]:
         """Begin as many background loads as may be under way and are worth it."""
         actions: list[Action] = []
-        while not self._waiting and self._has_slot():
+        while not self._waiting and (self._residents.preloading < self.max_preloads or self._may_load_pinned()):
             started = (
                 (self.required and self._first_possible(self.required, now, required=True))
                 or (self.max_preloads and self._best_candidate(now))
@@ -60,10 +60,8 @@ class PreloadQueue:
             actions += started
         return tuple(actions)
 
-    def _has_slot(self) -> bool:
-        """Whether another load may be under way; a pinned model may load even where nothing else is preloaded."""
-        if self._residents.preloading < self.max_preloads:
-            return True
+    def _may_load_pinned(self) -> bool:
+        """Whether a pinned model is to load where nothing else is preloaded."""
         may_load = self.required and not self.max_preloads and not self._residents.preloading
         return bool(may_load) and self._residents.is_pinned(self.required[0].model.model_id)
 

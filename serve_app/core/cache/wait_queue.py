@@ -1,4 +1,4 @@
-"""Requests and the memory that they wait for: who is answered at once, who waits, who is answered when."""
+"""The order in which requests get memory: which is answered at once, which waits, and what lets it go on."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class WaitQueue:
         self._tickets = 0
 
     def answer_resident(self, model_id: str, now: float) -> Hit | Join | None:
-        """Let a request use its model, if that is in memory and need not make way."""
+        """Let a request use its model, if that is in memory and takes requests."""
         entry = self._entries.get(model_id)
         if entry is None:
             return None

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from serve_app.core.catalog import ModelProfile
 
 
-@dataclass(frozen=True, slots=True)
-class PreloadVerdict:
+class PreloadVerdict(NamedTuple):
     """What a cache has made of a candidate: whether it loads, and what must leave, or would have had to."""
 
     accepted: bool

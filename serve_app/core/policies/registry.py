@@ -1,7 +1,7 @@
 """All eviction policies that can serve, by name.
 
-A policy never owns a cache and never evicts. ``ModelCache`` tells it what happened and asks for ``utility``; the model
-with the lowest utility goes first. To add one: write the class, add a line to ``POLICIES``.
+A policy never owns a cache and never evicts. ``ModelCache`` calls its hooks and asks for ``utility``; the model with
+the lowest utility leaves first. To add one: write the class, add a line to ``POLICIES``.
 """
 
 from __future__ import annotations

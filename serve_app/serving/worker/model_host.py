@@ -68,7 +68,7 @@ class ModelBackend(Protocol):
 
 
 class HostObserver(Protocol):
-    """Is told what happened, for metrics."""
+    """Records what happened, for metrics."""
 
     def preload_started(self) -> None:
         """A load that no request has asked for begins."""
@@ -80,7 +80,7 @@ class HostObserver(Protocol):
         """A load has failed."""
 
     def evicted(self, model_id: str, reason: EvictionReason) -> None:
-        """A model has been unloaded, or its background load given up."""
+        """A model has been unloaded, or its background load cancelled."""
 
 
 class Timer(Protocol):
@@ -122,7 +122,7 @@ class ModelHost:
             those.
         clock: monotonic seconds.
         call_at: calls a function at a time of ``clock``; an event loop's own.
-        observer: is told of loads and evictions.
+        observer: records loads and evictions.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class ModelHost:
         #: Background loads that were evicted for a request and whose threads still run.
         self._abandoned: dict[str, _Loading] = {}
         #: Models whose last load failed, which has been logged.
-        self._broken: set[str] = set()
+        self._failed_last: set[str] = set()
         self._timer: Timer | None = None
         self._timer_s = math.inf
         self._is_closed = False
@@ -350,7 +350,7 @@ class ModelHost:
             runnable = await asyncio.wrap_future(job)
         except Exception as error:
             raise self._failed(model_id, error, background) from error
-        self._broken.discard(model_id)
+        self._failed_last.discard(model_id)
         self._observer.loaded(model_id, self._clock() - began_s)
         if self._abandoned.pop(model_id, None) is not None:
             _unload(model_id, runnable)
@@ -360,10 +360,10 @@ class ModelHost:
 
     def _failed(self, model_id: str, error: Exception, background: bool) -> StoreError:
         detail = str(error) if isinstance(error, EdgeServeError) else f"{type(error).__name__}: {error}"
-        if not background or model_id not in self._broken:
+        if not background or model_id not in self._failed_last:
             # The policy may preload the same model again and again: one line says it all.
             logger.error("loading %s failed", model_id, exc_info=error)
-        self._broken.add(model_id)
+        self._failed_last.add(model_id)
         self._observer.load_failed(model_id)
         if self._abandoned.pop(model_id, None) is None:
             self.handle(LoadFailed(model_id, detail))
