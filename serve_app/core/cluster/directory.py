@@ -244,7 +244,10 @@ class Directory(ReplicaIndex):
             return report.models.keys()
         # The last published report names the same models as the last one: a difference is published at once.
         touched = entry.record(report, version)
-        self.put(report, touched)
+        if touched:
+            self.put(report, touched)
+        else:
+            self.workers[report.replica] = report
         return touched
 
     def deregister(self, replica: str) -> None:

@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import KeysView, Mapping
-from typing import Generic, TypeVar
+from collections.abc import Mapping
+from typing import TypeVar
 
 from serve_app.core.links import Link
 
 _Name = TypeVar("_Name")
 
 
-class ChangeLog(Generic[_Name]):
-    """Names with the version at which each has changed last, oldest first; versions never fall."""
+class ChangeLog(dict[_Name, int]):
+    """Names with the version at which each has changed last, oldest first; versions never fall.
 
-    __slots__ = ("_versions",)
+    A dictionary itself, as every report looks names up.
+    """
 
-    def __init__(self) -> None:
-        self._versions: dict[_Name, int] = {}
-
-    def __contains__(self, name: _Name) -> bool:
-        return name in self._versions
-
-    def keys(self) -> KeysView[_Name]:
-        """All names, oldest change first."""
-        return self._versions.keys()
+    __slots__ = ()
 
     def add(self, name: _Name, version: int) -> None:
         """Enter a change; it replaces an earlier one of the same name."""
-        self._versions.pop(name, None)
-        self._versions[name] = version
-
-    def discard(self, name: _Name) -> None:
-        """Forget a name."""
-        self._versions.pop(name, None)
+        self.pop(name, None)
+        self[name] = version
 
     def since(self, version: int) -> list[_Name]:
         """The names that have changed after ``version``, latest first."""
         found = []
-        for name, changed in reversed(self._versions.items()):
+        for name, changed in reversed(self.items()):
             if changed <= version:
                 break
             found.append(name)
@@ -46,8 +35,8 @@ class ChangeLog(Generic[_Name]):
     def trim(self, limit: int) -> int:
         """Forget the oldest changes beyond ``limit``; returns the version of the latest forgotten one, else 0."""
         forgotten = 0
-        while len(self._versions) > limit:
-            forgotten = self._versions.pop(next(iter(self._versions)))
+        while len(self) > limit:
+            forgotten = self.pop(next(iter(self)))
         return forgotten
 
 

@@ -99,11 +99,10 @@ class CoordinatorState:
         version = self._version + 1
         has_changed = self._expire(now, version)
         match event:
-            case WorkerReported(report=report, demand=demand):
-                has_changed |= self._record(report, report.demand if demand is None else demand, now, version)
-                self._placement.release(report.replica)
-            case ReaderSeen(reader=reader):
-                has_changed |= self._subscribe(reader, now, version)
+            case WorkerReported():
+                has_changed |= self._record(event, now, version)
+            case ReaderSeen():
+                has_changed |= self._subscribe(event.reader, now, version)
             case LinksMeasured(links=links):
                 has_changed |= self._update_links(links, version)
             case WorkerLeft(replica=replica):
@@ -119,22 +118,29 @@ class CoordinatorState:
             self._popularity.forget(now)
 
     def exchange(self, report: WorkerReport, epoch: str, version: int, now: float) -> ViewDelta:
-        """Take in a worker's report and answer it: the events and the read of every report."""
+        """Take in a worker's report and answer it: the event and the read of every report."""
         reader = Reader(report.location, report.replica, epoch, version)
-        self.handle(WorkerReported(report), now)
-        self.handle(ReaderSeen(reader), now)
+        self.handle(WorkerReported(report, None, reader), now)
         return self.delta(reader, now)
 
-    def _record(self, report: WorkerReport, demands: tuple[Demand, ...], now: float, version: int) -> bool:
-        replica, workers = report.replica, self._directory.workers
-        known = workers.get(replica)
-        if known is not None and report.sequence <= known.sequence:
-            return False
+    def _record(self, event: WorkerReported, now: float, version: int) -> bool:
+        report = event.report
+        known = self._directory.workers.get(report.replica)
+        has_changed = known is None or report.sequence > known.sequence
+        if has_changed:
+            self._take_in(report, report.demand if event.demand is None else event.demand, now, version)
+        self._placement.release(report.replica)
+        if event.reader is not None:
+            has_changed |= self._subscribe(event.reader, now, version)
+        return has_changed
+
+    def _take_in(self, report: WorkerReport, demands: tuple[Demand, ...], now: float, version: int) -> None:
+        replica, is_new = report.replica, report.replica not in self._directory.workers
         touched = self._directory.record(report, version)
         self._reported_s.pop(replica, None)
         self._reported_s[replica] = now
-        self._departed.discard(replica)
-        if known is None:
+        self._departed.pop(replica, None)
+        if is_new:
             self._update_mode(version)
         subscription = self._subscriptions.get(report.location)
         if subscription is not None:
@@ -146,8 +152,7 @@ class CoordinatorState:
             subscription = self._subscriptions.get(demand.location)
             if subscription is not None:
                 subscription.request(demand.model_id, version)
-        self._placement.record(report, demands, workers, now)
-        return True
+        self._placement.record(report, demands, self._directory.workers, now)
 
     def _subscribe(self, reader: Reader, now: float, version: int) -> bool:
         if not self._is_large:
@@ -235,12 +240,13 @@ class CoordinatorState:
             reader: with the version that it has.
             now: seconds; rates are as of then.
         """
-        replica = reader.replica
+        replica, workers = reader.replica, self._directory.workers
         commands: tuple[Command, ...] = ()
         may_leave = True
         if replica is not None:
             commands = self._placement.due(replica)
-            may_leave = self._placement.may_leave(replica, self._directory.workers, now)
+            if replica in workers and workers[replica].leaving:
+                may_leave = self._placement.may_leave(replica, workers, now)
         subscription = self._subscriptions.get(reader.location)
         if subscription is not None:
             return self._partial(reader, subscription, commands, may_leave)

@@ -27,10 +27,15 @@ class Reader(NamedTuple):
 
 @dataclass(slots=True)
 class WorkerReported:
-    """A worker's report has come; its demand is ``demand`` if that is not in the report itself."""
+    """A worker's report has come.
+
+    ``demand`` is that of the worker if it is not in the report itself. ``reader`` is the worker if it is about to read:
+    one event for both takes less time than a ``ReaderSeen`` after every report.
+    """
 
     report: WorkerReport
     demand: tuple[Demand, ...] | None = None
+    reader: Reader | None = None
 
 
 @dataclass(slots=True)

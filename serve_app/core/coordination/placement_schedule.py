@@ -71,7 +71,10 @@ class PlacementSchedule:
 
     def release(self, replica: str) -> None:
         """Let the commands that wait for a worker be due with its present report."""
-        self._due[replica] = tuple(self._waiting.pop(replica, ()))
+        if replica in self._waiting:
+            self._due[replica] = tuple(self._waiting.pop(replica))
+        else:
+            self._due.pop(replica, None)
 
     def due(self, replica: str) -> tuple[Command, ...]:
         """The commands for the last report of a worker."""

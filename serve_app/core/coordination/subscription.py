@@ -163,7 +163,7 @@ class Subscription:
             )
         own = [entries[replica] for replica in self._directory.at(location) if replica != reader]
         workers = [entry.without_demand() for entry in own if entry.reported_version > since]
-        names = self.models.keys()
+        names = self.models
         joined = self._joined(since)
         workers += [entries[replica].summary(names) for replica in joined if replica in entries]
         changes: list[WorkerChange] = []
@@ -174,7 +174,7 @@ class Subscription:
             elif not joined or entry.report.replica not in joined:
                 changes.append(entry.change(since))
         # Of models that are new to the location, at peers that are not.
-        for model_id in self.models.since(since):
+        for model_id in names.since(since):
             for replica in self.peers.keys() & self._directory.holders(model_id):
                 entry = entries[replica]
                 if max(self.peers[replica], entry.compacted_version) <= since:
@@ -208,7 +208,7 @@ class Subscription:
         if replicas:
             self.joined_version, self._peer_entries = version, _PeerEntries()
         for replica in replicas:
-            self._unsubscribed.discard(replica)
+            self._unsubscribed.pop(replica, None)
             self.peers[replica] = version
         while len(self.peers) > self._limits.peers:
             last = next((name for name in self.peers if name not in self._nearest and name not in replicas), None)

@@ -119,7 +119,10 @@ class PlacementController:
 
     def may_leave(self, replica: str, reports: Mapping[str, WorkerReport], now: float) -> bool:
         """Whether all that others were told to load because this worker leaves is loaded, or will not be."""
-        issued_s, orders = self._handed_over.get(replica, (now, ()))
+        handed_over = self._handed_over.get(replica)
+        if handed_over is None:
+            return True
+        issued_s, orders = handed_over
         return now - issued_s > self._rules.patience_s or all(_is_settled(order, reports) for order in orders)
 
     def deregister(self, replica: str) -> None:
