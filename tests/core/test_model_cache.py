@@ -870,3 +870,17 @@ def test_a_suggestion_that_cannot_be_followed_changes_nothing(make_cache: MakeCa
     assert resident(cache) == {"busy"}
     assert cache.counters.preloads == 0
     assert suggest(cache, profile("failed"), 5.0) == Preload(profile("failed"), ())
+
+
+def test_pinned_models_are_preloaded_one_at_a_time_even_where_nothing_else_is(make_cache: MakeCache) -> None:
+    cache = make_cache(policy=wanting(profile("other"), other=1), pinned=["new", "next"], max_preloads=0)
+    assert suggest(cache, profile("other"), 0.0, required=True) is None
+    assert suggest(cache, NEW, 0.0, required=True) == Preload(NEW, ())
+    assert suggest(cache, profile("next"), 0.0, required=True) is None
+    assert cache.next_tick_s == math.inf
+    load_ended(cache, "new", 1.0)
+    assert cache.next_tick_s <= 1.0
+    assert tick(cache, 1.0) == Preload(profile("next"), ())
+    load_ended(cache, "next", 2.0)
+    assert tick(cache, 2.0) is None
+    assert cache.next_tick_s == math.inf

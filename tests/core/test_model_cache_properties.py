@@ -327,7 +327,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def reviews_are_announced_only_when_a_preload_may_begin(self) -> None:
-        if self.waiting or len(self.preloading) >= self.max_preloads:
+        if self.waiting or len(self.preloading) >= (self.max_preloads or len(self.required & self.pinned)):
             assert self.cache.next_tick_s == math.inf
 
     @invariant()

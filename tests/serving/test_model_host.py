@@ -375,6 +375,15 @@ async def test_a_preloaded_model_is_in_memory_and_not_in_use(bench: Bench) -> No
     bench.release(request)
 
 
+async def test_a_required_preload_for_which_there_is_no_room_says_so(bench: Bench) -> None:
+    using = await bench.acquire(LARGE)
+    await bench.end(LARGE)
+    preload = await bench.start(bench.host.preload(A))
+    with pytest.raises(Unavailable, match="no room now to preload model a of 50 bytes"):
+        preload.result()
+    bench.release(using)
+
+
 async def test_a_model_that_cannot_fit_is_rejected_with_a_remedy(bench: Bench) -> None:
     request = await bench.acquire(profile("huge", 101))
     with pytest.raises(DoesNotFit, match=r"huge needs 101 bytes.*more memory"):

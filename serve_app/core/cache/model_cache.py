@@ -157,7 +157,7 @@ class ModelCache:
     def next_tick_s(self) -> float:
         """When a ``Tick`` is due though nothing else has happened; it may lie in the past; infinite if never."""
         queue = self._preload_queue
-        if self._residents.preloading >= queue.max_preloads or self._waiting:
+        if self._waiting or (self._residents.preloading >= queue.max_preloads and not queue.may_load_pinned):
             return math.inf
         return -math.inf if queue.required or queue.suggested else self._policy.next_review_s
 

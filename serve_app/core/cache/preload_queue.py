@@ -23,7 +23,8 @@ class _Suggestion:
 class PreloadQueue:
     """Begins background loads: required ones first, then the policy's candidates, then suggestions.
 
-    A preload displaces idle models only, and never while a request waits.
+    A preload displaces idle models only, and never while a request waits. Where ``max_preloads`` is 0, only required
+    preloads of pinned models begin, one at a time.
 
     Args:
         residents: the models in memory.
@@ -42,14 +43,21 @@ class PreloadQueue:
         self.required: deque[_Suggestion] = deque()
         self.suggested: deque[_Suggestion] = deque()
 
+    @property
+    def may_load_pinned(self) -> bool:
+        """Whether a pinned model is to load now though nothing else is ever preloaded."""
+        return not self.max_preloads and bool(self.required) and not self._residents.preloading
+
     def suggest(self, model: ModelProfile, now: float, *, required: bool) -> None:
         """Take a suggestion in, for the next ``start``."""
+        if not self.max_preloads and not (required and self._residents.is_pinned(model.model_id)):
+            return
         (self.required if required else self.suggested).append(_Suggestion(model, now + self.SUGGESTION_S))
 
     def start(self, now: float) -> tuple[Action, ...]:
         """Begin as many background loads as may be under way and are worth it."""
         actions: list[Action] = []
-        while not self._waiting and (self._residents.preloading < self.max_preloads or self._may_load_pinned()):
+        while not self._waiting and (self._residents.preloading < self.max_preloads or self.may_load_pinned):
             started = (
                 (self.required and self._first_possible(self.required, now, required=True))
                 or (self.max_preloads and self._best_candidate(now))
@@ -59,11 +67,6 @@ class PreloadQueue:
                 break
             actions += started
         return tuple(actions)
-
-    def _may_load_pinned(self) -> bool:
-        """Whether a pinned model is to load where nothing else is preloaded."""
-        may_load = self.required and not self.max_preloads and not self._residents.preloading
-        return bool(may_load) and self._residents.is_pinned(self.required[0].model.model_id)
 
     def _first_possible(self, suggestions: deque[_Suggestion], now: float, *, required: bool) -> list[Action]:
         while suggestions:
