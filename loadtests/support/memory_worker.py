@@ -115,7 +115,7 @@ async def bench(memory: str, *, preloads: int, release_page_cache: bool) -> Asyn
         catalog=catalog,
         host=host,
         exec_slots=slots,
-        link=_NoCoordinator(
+        coordinator=_NoCoordinator(
             CoordinatorRules(
                 half_life_s=settings.coordinator.popularity_half_life, stale_after_s=settings.coordinator.stale_after
             )
@@ -127,7 +127,7 @@ async def bench(memory: str, *, preloads: int, release_page_cache: bool) -> Asyn
             horizon_s=settings.coordinator.horizon,
         ),
         metrics=metrics,
-        memory=worker_memory,
+        process_budget=worker_memory,
         max_pixels=settings.limits.image_pixels,
     )
     noise = np.random.default_rng(0)

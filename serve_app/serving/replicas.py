@@ -80,11 +80,11 @@ class WorkerReplica:
             catalog=catalog,
             host=self._make_host(_make_cache(config, catalog, budget, identity.replica), metrics),
             exec_slots=config.settings.worker.parallel_inferences,
-            link=_make_client(config, catalog),
+            coordinator=_make_client(config, catalog),
             rules=config.routing_rules(catalog),
-            holding=config.retention_rules(),
+            retention=config.retention_rules(),
             metrics=metrics,
-            memory=_make_process_budget(budget),
+            process_budget=_make_process_budget(budget),
             max_pixels=config.settings.limits.image_pixels,
         )
 
@@ -120,7 +120,7 @@ class WorkerReplica:
                 budget=config.memory_budget(catalog),
                 policy=config.eviction_policy(self._identity.replica) if is_other_policy else None,
                 rules=config.routing_rules(catalog),
-                holding=config.retention_rules(),
+                retention=config.retention_rules(),
                 coordination=config.coordinator_rules(catalog),
             )
         except ValueError as error:

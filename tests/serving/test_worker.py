@@ -107,7 +107,7 @@ async def running(
     link: FakeLink | None = None,
     capacity: int = 250,
     policy: EvictionPolicy | None = None,
-    holding: RetentionRules | None = None,
+    retention: RetentionRules | None = None,
     clock: Callable[[], float] | None = None,
     memory: ProcessBudget | None = None,
     metrics: Any = None,
@@ -141,14 +141,14 @@ async def running(
                 observer=metrics,
             ),
             exec_slots=1,
-            link=link or FakeLink(),
+            coordinator=link or FakeLink(),
             rules=RoutingRules(
                 profiles=catalog.profiles(), links={}, default_link=Link(rtt_s=0.001, bytes_per_s=1e9), horizon_s=10
             ),
             metrics=metrics,
-            memory=memory,
+            process_budget=memory,
             max_pixels=10_000,
-            holding=holding or RetentionRules(),
+            retention=retention or RetentionRules(),
             clock=clock or loop.time,
         )
         yield worker

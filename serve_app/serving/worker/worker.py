@@ -52,12 +52,12 @@ class Worker:
         catalog: the models that may be requested.
         host: the models in memory.
         exec_slots: inferences that run at the same time, each in a thread.
-        link: the client of the coordinator.
+        coordinator: the client of it.
         rules: for the cost of a forward.
         metrics: of the worker.
-        memory: the memory of this process.
+        process_budget: the memory of this process.
         max_pixels: the largest image that is decoded.
-        holding: what it holds beside what is worth it to its policy.
+        retention: what it holds beside what is worth it to its policy.
         clock: monotonic seconds.
 
     Attributes:
@@ -71,35 +71,35 @@ class Worker:
         catalog: Catalog,
         host: ModelHost,
         exec_slots: int,
-        link: CoordinatorClient,
+        coordinator: CoordinatorClient,
         rules: RoutingRules,
         metrics: WorkerMetrics,
-        memory: ProcessBudget,
+        process_budget: ProcessBudget,
         max_pixels: int,
-        holding: RetentionRules = _NO_RETENTION,
+        retention: RetentionRules = _NO_RETENTION,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._identity = identity
         self._catalog = catalog
         self._host = host
-        self._coordinator = link
+        self._coordinator = coordinator
         self._metrics = metrics
-        self._budget = memory
+        self._budget = process_budget
         self._max_pixels = max_pixels
-        self._preload_at_start = holding.preload
+        self._preload_at_start = retention.preload
         self._clock = clock
         self.executor = InferenceExecutor(
-            slots=exec_slots, budget=memory, release=host.release, name=identity.location, clock=clock
+            slots=exec_slots, budget=process_budget, release=host.release, name=identity.location, clock=clock
         )
         self._reporter = WorkerReporter(
             identity=identity,
             catalog=catalog,
             host=host,
             executor=self.executor,
-            budget=memory,
-            coordinator=link,
+            budget=process_budget,
+            coordinator=coordinator,
             rules=rules,
-            retention=holding,
+            retention=retention,
             metrics=metrics,
             clock=clock,
         )
@@ -148,7 +148,7 @@ class Worker:
         budget: MemoryBudget,
         policy: EvictionPolicy | None,
         rules: RoutingRules,
-        holding: RetentionRules,
+        retention: RetentionRules,
         coordination: CoordinatorRules,
     ) -> None:
         """Go on by another configuration; requests under way are not affected.
@@ -157,7 +157,7 @@ class Worker:
             catalog: the models that may be requested now; others leave when they are idle.
             budget: for models and for executions; what is in use beyond it stays until it is idle.
             policy: a fresh one; None: the present one goes on.
-            rules, holding: as at birth, but ``holding.preload`` has no effect any more.
+            rules, retention: as at birth, but ``retention.preload`` has no effect any more.
             coordination: for the coordinator.
 
         Raises:
@@ -168,7 +168,7 @@ class Worker:
         if sum(held.get(model.model_id, 0) for model in pinned) > budget.model_capacity_bytes:
             raise ValueError(f"{budget.model_capacity_bytes} bytes for models are less than what the pinned ones need")
         self._catalog = catalog
-        self._reporter.reconfigure(catalog, rules, holding)
+        self._reporter.reconfigure(catalog, rules, retention)
         self._host.handle(CatalogChanged(tuple(catalog.profiles().values()), [model.model_id for model in pinned]))
         self._host.handle(CapacityChanged(budget.capacity_bytes, budget.workspace_bytes))
         self._budget.divide(budget)
