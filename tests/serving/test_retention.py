@@ -14,7 +14,7 @@ from fakes import FakeLink, FakeMetrics, ManualClock, published, report, view
 from test_worker import FakeBackend, running, work
 
 from serve_app.core.catalog import Catalog
-from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
+from serve_app.core.cluster.commands import Command, PreloadAt, WithdrawAt
 from serve_app.core.cluster.primaries import rendezvous_rank
 from serve_app.core.cluster.reports import ViewDelta, WorkerReport
 from serve_app.core.coordination.rules import CoordinatorRules
@@ -50,8 +50,8 @@ def preload(model_id: str, *, required: bool = False) -> PreloadAt:
     return PreloadAt(location="paris", replica="paris-1", model_id=model_id, required=required)
 
 
-def evict(model_id: str) -> EvictAt:
-    return EvictAt(location="paris", replica="paris-1", model_id=model_id)
+def withdraw(model_id: str) -> WithdrawAt:
+    return WithdrawAt(location="paris", replica="paris-1", model_id=model_id)
 
 
 def held(worker: Worker) -> set[str]:
@@ -65,7 +65,7 @@ async def until_held(worker: Worker, *model_ids: str) -> None:
 
 
 async def test_commands_are_carried_out() -> None:
-    link = CommandLink(evict("a"), preload("c"), preload("nowhere"))
+    link = CommandLink(withdraw("a"), preload("c"), preload("nowhere"))
     async with running(FakeBackend(), link) as worker:
         await worker.infer(work("a"))
         await worker.infer(work("b"))
@@ -75,7 +75,7 @@ async def test_commands_are_carried_out() -> None:
 
 async def test_a_command_does_not_touch_a_model_in_use() -> None:
     backend = FakeBackend()
-    link = CommandLink(evict("a"), preload("c", required=True))
+    link = CommandLink(withdraw("a"), preload("c", required=True))
     async with running(backend, link, capacity=200) as worker:
         await worker.infer(work("b"))
         backend.gate.clear()
@@ -91,7 +91,7 @@ async def test_a_command_does_not_touch_a_model_in_use() -> None:
 
 async def test_what_is_listed_is_loaded_at_the_start_as_far_as_it_fits() -> None:
     backend = FakeBackend()
-    async with running(backend, holding=RetentionRules(preload=("c", "nowhere", "a", "b"))) as worker:
+    async with running(backend, retention=RetentionRules(preload=("c", "nowhere", "a", "b"))) as worker:
         worker.start(3600)
         await until_held(worker, "a", "c")
         assert backend.loads == ["c", "a"]
@@ -101,8 +101,8 @@ async def test_what_is_listed_is_loaded_at_the_start_as_far_as_it_fits() -> None
 async def test_an_idle_model_is_unloaded_and_the_policy_does_not_bring_it_back() -> None:
     clock = ManualClock()
     backend = FakeBackend()
-    holding = RetentionRules(idle_unload_s=600.0)
-    async with running(backend, CommandLink(), holding=holding, clock=clock) as worker:
+    retention = RetentionRules(idle_unload_s=600.0)
+    async with running(backend, CommandLink(), retention=retention, clock=clock) as worker:
         await worker.infer(work("a"))
         clock.now = 300.0
         await worker.infer(work("b"))
@@ -115,13 +115,13 @@ async def test_an_idle_model_is_unloaded_and_the_policy_does_not_bring_it_back()
 
 
 async def test_a_copy_that_must_be_there_is_pinned_only_while_it_is_needed() -> None:
-    holding = RetentionRules(min_copies={"a": 1})
+    retention = RetentionRules(min_copies={"a": 1})
     other = next(
         f"tokyo-{n}" for n in range(99) if rendezvous_rank("a", f"tokyo-{n}") < rendezvous_rank("a", "paris-1")
     )
     primary = dataclasses.replace(report("tokyo", "a", replica=other), primary_for=frozenset("a"))
     link = CommandLink()
-    async with running(FakeBackend(), link, holding=holding) as worker:
+    async with running(FakeBackend(), link, retention=retention) as worker:
         await worker.infer(work("a"))
         worker.start(0.001)
         async with asyncio.timeout(10):
@@ -180,7 +180,7 @@ async def test_a_leaving_worker_says_so_and_waits_until_it_may() -> None:
 @pytest.mark.parametrize("down", ["before", "meanwhile", "never"])
 async def test_a_leaving_worker_waits_neither_long_nor_for_a_coordinator_that_is_down(down: str) -> None:
     link = CommandLink(may_leave=False)
-    async with running(FakeBackend(), link, holding=RetentionRules(hand_over_s=0.05)) as worker:
+    async with running(FakeBackend(), link, retention=RetentionRules(hand_over_s=0.05)) as worker:
         worker.start(0.001)
         await asyncio.sleep(0)
         if down == "before":
@@ -213,7 +213,7 @@ async def test_a_worker_goes_on_by_another_configuration_without_losing_a_reques
             rules=RoutingRules(
                 profiles=catalog.profiles(), links={}, default_link=Link(rtt_s=1.0, bytes_per_s=1e9), horizon_s=10
             ),
-            holding=RetentionRules(),
+            retention=RetentionRules(),
             coordination=COORDINATION,
         )
         assert held(worker) == {"b"}
@@ -237,7 +237,7 @@ async def test_a_configuration_that_cannot_be_is_refused_whole() -> None:
                 budget=MemoryBudget(capacity_bytes=50, workspace_bytes=0),
                 policy=None,
                 rules=RoutingRules(profiles={}, links={}, default_link=Link(rtt_s=1.0, bytes_per_s=1e9), horizon_s=10),
-                holding=RetentionRules(),
+                retention=RetentionRules(),
                 coordination=COORDINATION,
             )
         assert worker.report().capacity_bytes == 250

@@ -27,7 +27,7 @@ from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ModelState, Outcome
 from serve_app.errors import DeadlineExceeded, DoesNotFit, InvalidRequest, StoreError, Unavailable
 from serve_app.serving.transport.messages import InferenceRejected, InferenceResult, InferenceTask, NotResident
-from serve_app.serving.worker.model_host import ModelHost
+from serve_app.serving.worker.model_manager import ModelManager
 from serve_app.serving.worker.process_budget import ProcessBudget
 from serve_app.serving.worker.settings import RetentionRules, WorkerIdentity
 from serve_app.serving.worker.worker import Worker
@@ -107,7 +107,7 @@ async def running(
     link: FakeLink | None = None,
     capacity: int = 250,
     policy: EvictionPolicy | None = None,
-    holding: RetentionRules | None = None,
+    retention: RetentionRules | None = None,
     clock: Callable[[], float] | None = None,
     memory: ProcessBudget | None = None,
     metrics: Any = None,
@@ -131,7 +131,7 @@ async def running(
         worker = Worker(
             identity=WorkerIdentity(location="paris", replica="paris-1"),
             catalog=catalog,
-            host=ModelHost(
+            manager=ModelManager(
                 cache=cache,
                 backend=backend,
                 loaders=loaders,
@@ -141,14 +141,14 @@ async def running(
                 observer=metrics,
             ),
             exec_slots=1,
-            link=link or FakeLink(),
+            coordinator=link or FakeLink(),
             rules=RoutingRules(
                 profiles=catalog.profiles(), links={}, default_link=Link(rtt_s=0.001, bytes_per_s=1e9), horizon_s=10
             ),
             metrics=metrics,
-            memory=memory,
+            budget=memory,
             max_pixels=10_000,
-            holding=holding or RetentionRules(),
+            retention=retention or RetentionRules(),
             clock=clock or loop.time,
         )
         yield worker

@@ -10,7 +10,7 @@ from serve_app.core.policies.base import EvictionPolicy
 
 
 @dataclass(frozen=True, slots=True)
-class Tick:
+class PreloadTick:
     """``ModelCache.next_tick_s`` has come: preloads may begin."""
 
 
@@ -45,7 +45,7 @@ class RetryAllowed:
 
 
 @dataclass(frozen=True, slots=True)
-class WaitCancelled:
+class WaitCanceled:
     """The request behind a ticket no longer waits; unknown tickets are ignored."""
 
     ticket: int
@@ -153,12 +153,12 @@ class ForwardCostsChanged:
 
 
 Event = (
-    Tick
+    PreloadTick
     | LoadEnded
     | LoadFailed
     | LoadImpossible
     | RetryAllowed
-    | WaitCancelled
+    | WaitCanceled
     | UnloadRequested
     | WithdrawSuggested
     | IdleChecked
@@ -173,4 +173,4 @@ Event = (
 )
 
 #: It carries nothing, so one is enough.
-TICK = Tick()
+TICK = PreloadTick()

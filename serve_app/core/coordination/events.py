@@ -67,8 +67,8 @@ class RulesChanged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tick:
+class TimePassed:
     """Time has passed."""
 
 
-Event = WorkerReported | ReaderSeen | LinksMeasured | WorkerLeft | RulesChanged | Tick
+Event = WorkerReported | ReaderSeen | LinksMeasured | WorkerLeft | RulesChanged | TimePassed

@@ -11,7 +11,7 @@ from serve_app.core.cluster.cluster_view import ClusterView
 from serve_app.core.cluster.commands import Command
 from serve_app.core.cluster.primaries import PrimaryTracker
 from serve_app.core.cluster.reports import Demand, OutcomeCounts, ViewDelta, WorkerReport
-from serve_app.core.routing.eviction_cost import forward_costs
+from serve_app.core.routing.displacement_cost import forward_costs
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ResidentModel
 

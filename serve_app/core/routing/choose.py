@@ -11,7 +11,7 @@ from serve_app.core.catalog import ModelProfile
 from serve_app.core.cluster.primaries import rendezvous_rank
 from serve_app.core.cluster.reports import WorkerReport
 from serve_app.core.links import Topology
-from serve_app.core.routing.eviction_cost import exec_s, load_s
+from serve_app.core.routing.displacement_cost import exec_s, load_s
 from serve_app.core.routing.neighbors import Neighbor
 from serve_app.core.routing.router_view import RouterView
 from serve_app.core.routing.rules import RoutingRules
@@ -145,7 +145,7 @@ class _Choice:
         local, request = self._local, self._request
         if local is None:
             remote = self._best_remote()
-            return _blind_route(request) if remote is None else remote.route()
+            return _route_without_view(request) if remote is None else remote.route()
         if request.forwarding is Forwarding.NEVER or (
             local.outcome is Outcome.HIT and local.wait_s - self._link_s <= self._rules.staleness_s
         ):
@@ -340,7 +340,7 @@ class _Choice:
         return 1 + self._view.loading(report) // report.load_slots
 
 
-def _blind_route(request: RoutingRequest) -> Route:
+def _route_without_view(request: RoutingRequest) -> Route:
     """The route where no worker is known."""
     wait_s = request.model.load_s
     return Route(

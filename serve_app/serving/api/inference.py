@@ -47,7 +47,7 @@ class InferenceEndpoints:
 
     async def _infer(self, request: InferenceHttpRequest) -> Response:
         models = self._reader.models(request)
-        self._router.require_room()
+        self._router.require_capacity()
         check_content_type(request, _CONTENT_TYPES, "application/json or application/octet-stream")
         json_length = oip.parse_json_length(request.headers.get(_JSON_LENGTH))
         body = await self._reader.body(request)

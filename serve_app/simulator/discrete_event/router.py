@@ -14,10 +14,10 @@ from serve_app.core.vocabulary import Outcome
 from serve_app.simulator.discrete_event.coordinator import SimulatedCoordinator
 from serve_app.simulator.discrete_event.event_queue import EventQueue
 from serve_app.simulator.discrete_event.results import DiscreteEventResults
-from serve_app.simulator.discrete_event.worker import Job, Worker
+from serve_app.simulator.discrete_event.worker import Job, SimulatedWorker
 
 
-class Router:
+class SimulatedRouter:
     """The router of one location; as ``serving/router/router.py``, without deadlines and lost workers.
 
     Args:
@@ -34,8 +34,8 @@ class Router:
     def __init__(
         self,
         *,
-        worker: Worker,
-        workers: Mapping[str, Worker],
+        worker: SimulatedWorker,
+        workers: Mapping[str, SimulatedWorker],
         coordinator: SimulatedCoordinator | None,
         rules: RoutingRules,
         payload_bytes: int,
@@ -93,7 +93,7 @@ class Router:
         worker = job.there = self._worker if route.replica is None else self._workers[route.replica]
         job.only_if_resident = step.only_if_resident
         if route.preload is not None:
-            self._workers[route.preload].fetch(job.model, now)
+            self._workers[route.preload].preload(job.model, now)
         if worker is self._worker:
             job.back_s = 0.0
             worker.take(job, now)
