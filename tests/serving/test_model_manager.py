@@ -71,7 +71,7 @@ class Loads(Executor):
         return job
 
     def begin(self, event: str, model_id: str, job: Future[Any]) -> bool:
-        """Run ``job``, unless it was cancelled before."""
+        """Run ``job``, unless it was canceled before."""
         if not job.set_running_or_notify_cancel():
             return False
         assert model_id not in self._under_way, f"{model_id} is loaded twice at a time"
@@ -774,7 +774,7 @@ async def test_loads_beyond_the_limit_wait_for_their_turn(make_bench: Callable[.
 # Cancellation
 
 
-async def test_a_cancelled_loader_gives_its_pin_back_and_the_load_goes_on(bench: Bench) -> None:
+async def test_a_canceled_loader_gives_its_pin_back_and_the_load_goes_on(bench: Bench) -> None:
     request = await bench.acquire(A)
     await bench.cancel(request)
     assert bench.loads.under_way == ["a"]
@@ -782,7 +782,7 @@ async def test_a_cancelled_loader_gives_its_pin_back_and_the_load_goes_on(bench:
     assert bench.uses() == {"a": 0}
 
 
-async def test_the_joiners_of_a_cancelled_loader_get_the_model(bench: Bench) -> None:
+async def test_the_joiners_of_a_canceled_loader_get_the_model(bench: Bench) -> None:
     loader = await bench.acquire(A)
     joiner = await bench.acquire(A)
     await bench.cancel(loader)
@@ -791,7 +791,7 @@ async def test_the_joiners_of_a_cancelled_loader_get_the_model(bench: Bench) -> 
     bench.release(joiner)
 
 
-async def test_a_cancelled_joiner_gives_its_pin_back(bench: Bench) -> None:
+async def test_a_canceled_joiner_gives_its_pin_back(bench: Bench) -> None:
     loader = await bench.acquire(A)
     joiners = [await bench.acquire(A) for _ in range(3)]
     await bench.cancel(*joiners)
@@ -811,7 +811,7 @@ async def test_a_load_without_requests_may_fail_unseen(bench: Bench) -> None:
     assert bench.faults == []
 
 
-async def test_a_request_cancelled_in_the_moment_its_load_ends_gives_its_pin_back(bench: Bench) -> None:
+async def test_a_request_canceled_in_the_moment_its_load_ends_gives_its_pin_back(bench: Bench) -> None:
     """However many rounds of the event loop lie between the end of the load and the cancellation."""
     for rounds in range(8):
         request = await bench.acquire(A)
@@ -827,7 +827,7 @@ async def test_a_request_cancelled_in_the_moment_its_load_ends_gives_its_pin_bac
         bench.manager.handle(UnloadRequested("a"))
 
 
-async def test_a_request_cancelled_in_the_moment_its_load_fails_leaves_no_trace(bench: Bench) -> None:
+async def test_a_request_canceled_in_the_moment_its_load_fails_leaves_no_trace(bench: Bench) -> None:
     for rounds in range(8):
         bench.now += 100.0
         request = await bench.acquire(A)
@@ -840,7 +840,7 @@ async def test_a_request_cancelled_in_the_moment_its_load_fails_leaves_no_trace(
         assert bench.uses() == {}
 
 
-async def test_a_cancelled_waiter_leaves_the_wait_queue(bench: Bench) -> None:
+async def test_a_canceled_waiter_leaves_the_wait_queue(bench: Bench) -> None:
     using = await bench.acquire(LARGE)
     await bench.end(LARGE)
     first, second = await bench.acquire(A), await bench.acquire(B)
@@ -854,7 +854,7 @@ async def test_a_cancelled_waiter_leaves_the_wait_queue(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("rounds", range(6))
-async def test_a_waiter_cancelled_in_the_moment_its_load_begins_gives_its_pin_back(bench: Bench, rounds: int) -> None:
+async def test_a_waiter_canceled_in_the_moment_its_load_begins_gives_its_pin_back(bench: Bench, rounds: int) -> None:
     using = await bench.acquire(LARGE)
     await bench.end(LARGE)
     waiter = await bench.acquire(A)
@@ -869,7 +869,7 @@ async def test_a_waiter_cancelled_in_the_moment_its_load_begins_gives_its_pin_ba
 
 
 @pytest.mark.parametrize("rounds", range(6))
-async def test_a_waiter_cancelled_in_the_moment_of_its_hit_gives_its_pin_back(bench: Bench, rounds: int) -> None:
+async def test_a_waiter_canceled_in_the_moment_of_its_hit_gives_its_pin_back(bench: Bench, rounds: int) -> None:
     using = await bench.acquire(LARGE)
     await bench.end(LARGE)
     first = await bench.acquire(A)
@@ -885,7 +885,7 @@ async def test_a_waiter_cancelled_in_the_moment_of_its_hit_gives_its_pin_back(be
     bench.release(using)
 
 
-async def test_a_waiter_cancelled_just_before_its_turn_gives_its_pin_back(bench: Bench) -> None:
+async def test_a_waiter_canceled_just_before_its_turn_gives_its_pin_back(bench: Bench) -> None:
     using = await bench.acquire(LARGE)
     await bench.end(LARGE)
     waiter = await bench.acquire(A)
@@ -898,7 +898,7 @@ async def test_a_waiter_cancelled_just_before_its_turn_gives_its_pin_back(bench:
     assert bench.uses() == {"a": 0}
 
 
-async def test_when_all_waiters_are_cancelled_at_once_nothing_is_left(bench: Bench) -> None:
+async def test_when_all_waiters_are_canceled_at_once_nothing_is_left(bench: Bench) -> None:
     using = await bench.acquire(LARGE)
     await bench.end(LARGE)
     waiters = [await bench.acquire(model) for model in (A, B, A, C, LARGE, profile("other", 100))]
@@ -908,7 +908,7 @@ async def test_when_all_waiters_are_cancelled_at_once_nothing_is_left(bench: Ben
     bench.release(using)
 
 
-async def test_a_cancelled_preload_leaves_no_pin(bench: Bench) -> None:
+async def test_a_canceled_preload_leaves_no_pin(bench: Bench) -> None:
     preload = await bench.start(bench.manager.preload(A))
     await bench.cancel(preload)
     await bench.end(A)

@@ -138,8 +138,8 @@ class PolicyChanged:
 class ProtectedChanged:
     """The copies that the cluster cannot spare are these, the most important first, and no others.
 
-    Together they take half of the memory that is not pinned, and the one that exceeds it: else a model larger than that
-    would never stay. A protected copy yields to a request that could never be served otherwise.
+    Copies are protected in this order until they fill half of the unpinned memory; the last may exceed that half. A
+    protected copy yields to a request that could never be served otherwise.
     """
 
     model_ids: Sequence[str]

@@ -19,7 +19,7 @@ class Reader(NamedTuple):
 
     #: None: the gateway, which serves all locations.
     location: str | None
-    #: None: a router.
+    #: The worker's replica id; None: a router.
     replica: str | None
     epoch: str
     version: int

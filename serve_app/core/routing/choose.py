@@ -117,9 +117,10 @@ class _Choice:
     no more is computed than shows it.
     """
 
-    #: So many workers of other locations are considered: the nearest holders; and of those that would have to load the
-    #: model, where there are more than ``MANY``, others for each model.
+    #: How many workers of other locations are compared.
     CONSIDERED = 4
+    #: With more workers elsewhere, only a sample of ``CONSIDERED``, chosen per model and location, is compared for
+    #: loading.
     MANY = 8
 
     __slots__ = (

@@ -99,7 +99,7 @@ def parts_s(response: InferenceResponse) -> dict[str, float]:
 
 
 def outcome_headers(response: InferenceResponse) -> dict[str, str]:
-    """Return the HTTP headers that tell how and where an inference ran."""
+    """Return the HTTP headers that say how and where an inference ran."""
     parts = ", ".join(f"{name};dur={part_s * 1000:.3f}" for name, part_s in parts_s(response).items())
     return {
         "X-EdgeServe-Outcome": response.outcome.value,

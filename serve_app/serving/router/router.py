@@ -57,7 +57,7 @@ class Router:
         home: the location that this router stands at, or stands in for.
         rules: for the choice.
         pool: the workers.
-        coordinator: tells what workers report.
+        coordinator: the client of the coordinator.
         metrics: counters.
         request_time_s: the deadline of requests that bring none.
         max_inflight: requests under way; more are rejected.

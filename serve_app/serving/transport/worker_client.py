@@ -73,4 +73,4 @@ async def reply_of(response: Awaitable[_Result]) -> _Result:
         # A replica that is replaced cancels the calls that outlast its time to shut down.
         if error.code() is not grpc.StatusCode.CANCELLED:
             raise
-        raise WorkerLost("the replica has cancelled the call") from error
+        raise WorkerLost("the replica has canceled the call") from error

@@ -95,7 +95,7 @@ class InferenceExecutor:
                 loop.call_soon_threadsafe(end, result)
 
         def end(result: ExecutionResult | BaseException) -> None:
-            # In any case: the thread of a cancelled request runs on, and its model must stay until it is done.
+            # In any case: the thread of a canceled request runs on, and its model must stay until it is done.
             self._ended(lease, expected_s)
             if done.cancelled():
                 return

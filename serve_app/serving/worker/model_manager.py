@@ -214,7 +214,7 @@ class ModelManager:
             self._waiters.pop(ticket, None)
 
     async def _loaded(self, model_id: str) -> None:
-        """Wait for the load under way. A request that is cancelled meanwhile gives its pin back when it ends."""
+        """Wait for the load under way. A request that is canceled meanwhile gives its pin back when it ends."""
         task = self._loads[model_id].task
         try:
             await asyncio.shield(task)
@@ -252,7 +252,7 @@ class ModelManager:
         self._set_timer()
 
     def _release_unclaimed(self, model_id: str, answer: Answer) -> None:
-        """Give back the pin of a request that was cancelled before its answer came."""
+        """Give back the pin of a request that was canceled before its answer came."""
         match answer:
             case Hit():
                 self._finish(model_id)

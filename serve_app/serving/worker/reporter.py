@@ -142,7 +142,7 @@ class WorkerReporter:
         return self._follower.next_sequence
 
     def count_demand(self, origin: str, model_id: str) -> None:
-        """Count a request by users of ``origin``; the next report tells it."""
+        """Count a request by users of ``origin``; the next report includes it."""
         self._follower.demand[origin, model_id] += 1
 
     def start(self, report_every_s: float) -> None:
@@ -223,7 +223,7 @@ class WorkerReporter:
                 logger.warning("placement orders model %s, which is not in the store here", command.model_id)
 
     async def _hand_over(self) -> None:
-        """Report as leaving, and wait until others hold what they were told to, but not for long."""
+        """Report as leaving, and wait until others hold what they were ordered to load, but not for long."""
         self._follower.is_leaving = True
         if self._reporting is None or not self._coordinator.up:
             return

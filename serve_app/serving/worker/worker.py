@@ -129,7 +129,7 @@ class Worker:
     async def stop(self) -> None:
         """Leave, and give all memory back."""
         await self.leave()
-        # A cancelled request may still run in its thread, on weights that must stay until it ends.
+        # A canceled request may still run in its thread, on weights that must stay until it ends.
         await asyncio.to_thread(self.executor.shutdown)
         self._manager.close()
 

@@ -18,7 +18,10 @@ from serve_app.simulator.discrete_event.worker import Job, SimulatedWorker
 
 
 class SimulatedRouter:
-    """The router of one location; as ``serving/router/router.py``, without deadlines and lost workers.
+    """The router of one location.
+
+    Unlike ``serving/router/router.py``: no lost workers, no probes or measured links, no families. Deadlines only where
+    ``request_time_s`` is given, which only parity tests do.
 
     Args:
         worker: of its own location.
@@ -62,7 +65,7 @@ class SimulatedRouter:
             self.refresh(now)
 
     def refresh(self, now: float) -> None:
-        """Apply the last view that has come; tells the worker what losing a model costs now."""
+        """Apply the last view that has come, and update the worker's costs of losing a model."""
         coordinator = self._coordinator
         if coordinator is None or (tick := coordinator.tick(now)) == self._tick:
             return
