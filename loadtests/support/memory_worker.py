@@ -127,7 +127,7 @@ async def bench(memory: str, *, preloads: int, release_page_cache: bool) -> Asyn
             horizon_s=settings.coordinator.horizon,
         ),
         metrics=metrics,
-        budget=worker_memory,
+        process_budget=worker_memory,
         max_pixels=settings.limits.image_pixels,
     )
     noise = np.random.default_rng(0)

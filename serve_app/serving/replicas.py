@@ -84,7 +84,7 @@ class WorkerReplica:
             rules=config.routing_rules(catalog),
             retention=config.retention_rules(),
             metrics=metrics,
-            budget=_make_process_budget(budget),
+            process_budget=_make_process_budget(budget),
             max_pixels=config.settings.limits.image_pixels,
         )
 

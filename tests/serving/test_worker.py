@@ -146,7 +146,7 @@ async def running(
                 profiles=catalog.profiles(), links={}, default_link=Link(rtt_s=0.001, bytes_per_s=1e9), horizon_s=10
             ),
             metrics=metrics,
-            budget=memory,
+            process_budget=memory,
             max_pixels=10_000,
             retention=retention or RetentionRules(),
             clock=clock or loop.time,

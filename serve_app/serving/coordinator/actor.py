@@ -61,7 +61,8 @@ class Coordinator:
         """Take the links that a router has measured; answer with what is new to the router."""
         now, reader = time.monotonic(), Reader(location, None, epoch, version)
         self._measure_if_due(now)
-        self._state.handle(LinksMeasured(links=links), now)
+        if links:
+            self._state.handle(LinksMeasured(links=links), now)
         self._state.handle(ReaderSeen(reader), now)
         return self._state.delta(reader, now)
 

@@ -52,10 +52,10 @@ class Worker:
         catalog: the models that may be requested.
         manager: the models in memory.
         exec_slots: inferences that run at the same time, each in a thread.
-        coordinator: the client of the coordinator.
+        coordinator: the client of it.
         rules: for the cost of a forward.
         metrics: of the worker.
-        budget: the memory of this process.
+        process_budget: the memory of this process.
         max_pixels: the largest image that is decoded.
         retention: what it holds beside what is worth it to its policy.
         clock: monotonic seconds.
@@ -74,7 +74,7 @@ class Worker:
         coordinator: CoordinatorClient,
         rules: RoutingRules,
         metrics: WorkerMetrics,
-        budget: ProcessBudget,
+        process_budget: ProcessBudget,
         max_pixels: int,
         retention: RetentionRules = _NO_RETENTION,
         clock: Callable[[], float] = time.monotonic,
@@ -84,19 +84,19 @@ class Worker:
         self._manager = manager
         self._coordinator = coordinator
         self._metrics = metrics
-        self._budget = budget
+        self._budget = process_budget
         self._max_pixels = max_pixels
         self._preload_at_start = retention.preload
         self._clock = clock
         self.executor = InferenceExecutor(
-            slots=exec_slots, budget=budget, release=manager.release, name=identity.location, clock=clock
+            slots=exec_slots, budget=process_budget, release=manager.release, name=identity.location, clock=clock
         )
         self._reporter = WorkerReporter(
             identity=identity,
             catalog=catalog,
             manager=manager,
             executor=self.executor,
-            budget=budget,
+            budget=process_budget,
             coordinator=coordinator,
             rules=rules,
             retention=retention,
