@@ -1,6 +1,6 @@
 """What loads do to hits on other models: ``python -m loadtests.isolation``.
 
-One location with memory for the whole catalogue. Connections keep asking for four small models that are in memory, each
+One location with memory for the whole catalog. Connections keep asking for four small models that are in memory, each
 at its own pace, or as fast as they are answered (``--period 0``). Windows take turns: nothing else happens; cold
 models are loaded by hand, one after another; cold models are asked for, one after another, so that each is loaded and
 run. A cold model is not in memory, and its weights are not in the kernel's page cache. Printed are the 50th and 99th

@@ -80,7 +80,7 @@ class Deployment:
         self._client = httpx.Client(base_url=url, headers=self.headers, timeout=_TIMEOUT_S, trust_env=False)
 
     def models(self) -> list[str]:
-        """Every model of the catalogue; raises ``httpx.HTTPError``."""
+        """Every model of the catalog; raises ``httpx.HTTPError``."""
         return [model["name"] for model in self._json("POST", "/v2/repository/index")]
 
     def locations(self) -> list[dict[str, Any]]:
@@ -240,7 +240,7 @@ class ZipfUser(FastHttpUser):
 
 
 def make_images(seed: int) -> tuple[bytes, ...]:
-    """A few JPEGs of coloured clouds."""
+    """A few JPEGs of colored clouds."""
     rng, images = random.Random(seed), []
     for _ in range(_IMAGES):
         small = Image.frombytes("RGB", (16, 12), rng.randbytes(16 * 12 * 3))

@@ -93,9 +93,9 @@ async def churn(made: Bench, seconds: float, rate: float) -> dict[str, Any]:
         # Pages that are in memory already count for whoever has read them.
         with made.weights(model).open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    chance = random.Random(0)
+    rng = random.Random(0)
     loop = asyncio.get_running_loop()
-    cache, memory = made.host.cache, made.memory
+    cache, memory = made.manager.cache, made.memory
     under_way: set[asyncio.Task[None]] = set()
     running = done = failed = peak = unaccounted = looks = over = 0
     over_counted = False
@@ -120,7 +120,7 @@ async def churn(made: Bench, seconds: float, rate: float) -> dict[str, Any]:
         # Some wait for models that are in use, some are joined: what counts is loads that have begun.
         behind = cache.counters.loads < rate * (loop.time() - began_s)
         if absent and behind and len(under_way) < _WAITING:
-            (model,) = chance.choices(absent, [1 / model.profile.size_bytes for model in absent])
+            (model,) = rng.choices(absent, [1 / model.profile.size_bytes for model in absent])
             task = asyncio.create_task(ask(model))
             under_way.add(task)
             task.add_done_callback(under_way.discard)
@@ -208,7 +208,7 @@ def _as_part(part: str, memory: str, cycles: int, seconds: float, rate: float) -
         async with bench(memory, preloads=2 if part == "churn" else 0, release_page_cache=part == "evictions") as made:
             budget = {
                 "base": made.memory.base_bytes,
-                "capacity": made.host.cache.capacity_bytes,
+                "capacity": made.manager.cache.capacity_bytes,
             }
             click.echo(json.dumps(budget))
             await asyncio.to_thread(sys.stdin.readline)

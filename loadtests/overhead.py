@@ -32,7 +32,7 @@ _MANY = 16
 _WARM_UP = 50
 
 
-def catalogue() -> dict[str, dict[str, Any]]:
+def catalog() -> dict[str, dict[str, Any]]:
     """The same trivial model for images of either size."""
     return {
         f"tiny{shape[-1]}": {
@@ -123,7 +123,7 @@ def main(rounds: int, count: int, only_ours: bool, file: Path | None) -> None:
                 say.print("starting MLServer and Ray Serve", style="dim")
                 contenders += [stack.enter_context(start((IMAGE, TINY))) for start in (mlserver, default_serve)]
             say.print("starting EdgeServe", style="dim")
-            here = stack.enter_context(edgeserve(catalogue(), {"bench": {"memory": "64MiB"}}))
+            here = stack.enter_context(edgeserve(catalog(), {"bench": {"memory": "64MiB"}}))
             paths = {shape: f"/bench/v2/models/tiny{shape[-1]}" for shape in (IMAGE, TINY)}
             contenders.append(ours(here.port, paths))
             say.print(f"measuring {rounds} rounds", style="dim")

@@ -157,10 +157,10 @@ def test_every_policy_is_documented() -> None:
     assert [name for name in ALL_POLICIES if f"`{name}`" not in page] == []
 
 
-def test_every_room_is_in_the_architecture() -> None:
+def test_every_package_is_in_the_architecture() -> None:
     page = (DOCS / "architecture.md").read_text(encoding="utf-8")
-    rooms = [*(ROOT / "serve_app").iterdir(), *(ROOT / "serve_app" / "core").iterdir()]
-    folders = [room for room in rooms if room.is_dir() and (room / "__init__.py").is_file()]
+    packages = [*(ROOT / "serve_app").iterdir(), *(ROOT / "serve_app" / "core").iterdir()]
+    folders = [package for package in packages if package.is_dir() and (package / "__init__.py").is_file()]
     assert [name_of(folder) for folder in folders if f"`{name_of(folder)}/`" not in page] == []
 
 
@@ -173,11 +173,11 @@ def test_the_table_of_layers_is_the_one_that_holds() -> None:
     assert table == MAY_IMPORT
 
 
-def test_the_rooms_of_core_are_listed_in_their_order() -> None:
-    from test_layers import CORE_ROOMS
+def test_the_packages_of_core_are_listed_in_their_order() -> None:
+    from test_layers import CORE_PACKAGES
 
     page = (DOCS / "architecture.md").read_text(encoding="utf-8")
-    places = [page.index(f"| `serve_app/core/{room}/` |") for room in CORE_ROOMS]
+    places = [page.index(f"| `serve_app/core/{package}/` |") for package in CORE_PACKAGES]
     assert places == sorted(places)
 
 

@@ -27,9 +27,9 @@ MAY_IMPORT = {
 #: The top of the package: these import everything, and nothing below imports them.
 TOP = {"cli", "__main__", "__init__"}
 #: The folders of ``core``, the highest first: each imports those after it and the files beside them.
-CORE_ROOMS = ("coordination", "placement", "routing", "cluster", "cache", "policies")
+CORE_PACKAGES = ("coordination", "placement", "routing", "cluster", "cache", "policies")
 TORCH = {"torch", "torchvision", "timm", "safetensors"}
-#: Reads the clock, the machine or global chance, or brings threads: what ``core`` gets as arguments instead.
+#: Reads the clock, the machine or global randomness, or brings threads: what ``core`` gets as arguments instead.
 IMPURE = {
     "asyncio", "concurrent", "datetime", "io", "logging", "multiprocessing", "os", "pathlib", "queue", "secrets",
     "select", "shutil", "signal", "socket", "subprocess", "sys", "tempfile", "threading", "time", "uuid",
@@ -100,11 +100,11 @@ def test_imports_point_downward_only(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", modules("core"), ids=name_of)
-def test_rooms_of_core_import_lower_rooms_only(path: Path) -> None:
-    room = path.relative_to(PACKAGE / "core").parts[0]
+def test_packages_of_core_import_lower_packages_only(path: Path) -> None:
+    package = path.relative_to(PACKAGE / "core").parts[0]
     imported = {name.split(".")[2] for name in imports(path) if name.startswith("serve_app.core.")}
-    below = CORE_ROOMS[CORE_ROOMS.index(room) :] if room in CORE_ROOMS else ()
-    assert imported & set(CORE_ROOMS) <= set(below)
+    below = CORE_PACKAGES[CORE_PACKAGES.index(package) :] if package in CORE_PACKAGES else ()
+    assert imported & set(CORE_PACKAGES) <= set(below)
 
 
 @pytest.mark.parametrize("package", ["serve_app", "loadtests"])
@@ -140,7 +140,7 @@ def test_core_reads_no_clock_and_no_machine(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", modules("core") + modules("workload"), ids=name_of)
-def test_chance_comes_in_as_an_argument(path: Path) -> None:
+def test_randomness_comes_in_as_an_argument(path: Path) -> None:
     """``random.Random`` may be named, but neither the global generator nor numpy's may be called."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "random":

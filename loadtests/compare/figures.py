@@ -124,7 +124,7 @@ def how_many_times(ours: float | None, theirs: float | None, *, more_is_better: 
 def models_at_once(models: int, share: float) -> int:
     """How many models a server that counts them may hold with memory for a share of their bytes: never fewer.
 
-    Memory over mean size is ``share * models``; it is rounded up, in favour of the server.
+    Memory over mean size is ``share * models``; it is rounded up, in favor of the server.
     """
     if not 0 < share <= 1 or models < 1:
         raise ValueError(f"share must be above 0 and at most 1, and there must be models, not {share} and {models}")

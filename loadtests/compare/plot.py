@@ -68,7 +68,7 @@ def _ratios(axes: Axes, result: Result) -> None:
                     axes.plot([aim.least] * 2, [place - height / 2, place + height / 2], color="black", linewidth=2)
     axes.set_xscale("log")
     axes.set_yticks(range(len(_SHOWN)), [f"{NAMES[figure]},\n{kind} loop" for figure, kind in _SHOWN])
-    axes.axvline(1.0, color="grey", linewidth=1)
+    axes.axvline(1.0, color="gray", linewidth=1)
     axes.invert_yaxis()
     axes.set_xlabel(f"how many times better {OURS} is; black: the aim")
     axes.grid(visible=True, which="both", axis="x", alpha=0.3)

@@ -117,7 +117,7 @@ def run(zoo: Zoo, names: Sequence[str], stream: Stream, load: Load, say: Say) ->
 
 
 def make_image() -> bytes:
-    """A JPEG of coloured clouds, as large as a small photograph."""
+    """A JPEG of colored clouds, as large as a small photograph."""
     noise = np.random.default_rng(0).integers(0, 255, (12, 16, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).resize(_IMAGE_PX, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)

@@ -64,7 +64,7 @@ def edgeserve(
     """EdgeServe from beginning to end.
 
     Args:
-        models: the catalogue.
+        models: the catalog.
         locations: as in ``edge.yaml``.
         edge: more of ``edge.yaml``.
         store: where models are published already; by default they are published into a store of its own.

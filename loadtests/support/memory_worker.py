@@ -29,7 +29,7 @@ from serve_app.models.process_memory import give_back_free_memory, process_memor
 from serve_app.serving.coordinator.client import CoordinatorClient
 from serve_app.serving.metrics import WorkerMetrics
 from serve_app.serving.transport.messages import FloatArray, InferenceRejected, InferenceTask
-from serve_app.serving.worker.model_host import ModelHost
+from serve_app.serving.worker.model_manager import ModelManager
 from serve_app.serving.worker.process_budget import ProcessBudget
 from serve_app.serving.worker.settings import WorkerIdentity
 from serve_app.serving.worker.worker import Worker
@@ -50,7 +50,7 @@ class Bench:
     """A worker, its parts, and the models that fit into its memory."""
 
     worker: Worker
-    host: ModelHost
+    manager: ModelManager
     memory: ProcessBudget
     store: ModelStore
     models: tuple[PublishedModel, ...]
@@ -95,7 +95,7 @@ async def bench(memory: str, *, preloads: int, release_page_cache: bool) -> Asyn
     if not models:
         raise StoreError("no model is published that fits; run edgeserve publish, or give more memory")
     metrics = WorkerMetrics("here", "here-1")
-    host = ModelHost(
+    manager = ModelManager(
         cache=ModelCache(
             capacity_bytes=budget.capacity_bytes,
             workspace_bytes=budget.workspace_bytes,
@@ -113,7 +113,7 @@ async def bench(memory: str, *, preloads: int, release_page_cache: bool) -> Asyn
     worker = Worker(
         identity=WorkerIdentity(location="here", replica="here-1"),
         catalog=catalog,
-        host=host,
+        manager=manager,
         exec_slots=slots,
         coordinator=_NoCoordinator(
             CoordinatorRules(
@@ -136,7 +136,7 @@ async def bench(memory: str, *, preloads: int, release_page_cache: bool) -> Asyn
     try:
         yield Bench(
             worker=worker,
-            host=host,
+            manager=manager,
             memory=worker_memory,
             store=store,
             models=models,

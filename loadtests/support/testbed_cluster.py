@@ -198,7 +198,7 @@ def lab(
 
     Args:
         locations: their names.
-        models: the catalogue.
+        models: the catalog.
         memory: of each worker's cache.
         edge: more of ``edge.yaml``.
         workers: of each location.

@@ -22,5 +22,5 @@ class FirstTen(nn.Module):
 
 
 def first_ten() -> nn.Module:
-    """The model, for a catalogue: ``loadtests.support.tiny:first_ten``."""
+    """The model, for a catalog: ``loadtests.support.tiny:first_ten``."""
     return FirstTen()

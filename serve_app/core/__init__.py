@@ -1,1 +1,1 @@
-"""Decisions only: no input or output, no clock, no thread, no global chance."""
+"""Decisions only: no input or output, no clock, no thread, no global randomness."""

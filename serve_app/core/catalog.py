@@ -1,4 +1,4 @@
-"""What a model is: as the catalogue asks for it, and as the store has published it."""
+"""What a model is: as the catalog asks for it, and as the store has published it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def _require(condition: bool, message: str) -> None:
 class ImageInput:
     """How an image becomes the input tensor of a classifier.
 
-    The shorter side is resized to ``resize_px`` (antialiased), the centre ``crop_px`` square is cut out, values are
-    scaled to 0..1 and normalised per RGB channel: torchvision's ``ImageClassification`` preset.
+    The shorter side is resized to ``resize_px`` (antialiased), the center ``crop_px`` square is cut out, values are
+    scaled to 0..1 and normalized per RGB channel: torchvision's ``ImageClassification`` preset.
     """
 
     resize_px: int = 256
@@ -54,12 +54,12 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEntry:
-    """One line of the catalogue: what to build, from which weights, for which family.
+    """One line of the catalog: what to build, from which weights, for which family.
 
     ``builder`` is ``torchvision:NAME``, ``timm:NAME`` or ``package.module:factory``; ``weights`` is ``pretrained``,
     ``random:SEED`` or ``file:PATH`` (a safetensors file). ``accuracy`` (0..1) and ``input`` may be left to the
     metadata of the weights. Of a model with ``min_copies`` so many workers hold it, at different locations as far as
-    there are so many, whether or not anybody asks for it; a ``pinned`` one is in the memory of every worker.
+    there are so many, whether or not it is requested; a ``pinned`` one is in the memory of every worker.
     """
 
     model_id: str
@@ -114,7 +114,7 @@ class ModelProfile:
 class PublishedModel:
     """A model that the store holds: everything a router needs to know, without torch.
 
-    ``workspace_bytes`` is what one inference needs beside the weights, while it runs; see ``budget.py``.
+    ``workspace_bytes`` is what one inference needs beside the weights, while it runs; see ``memory_budget.py``.
     ``weights_requested`` and ``weights_actual`` differ when pretrained weights could not be fetched.
     """
 
@@ -135,7 +135,7 @@ class PublishedModel:
 
     @property
     def fallback(self) -> bool:
-        """Whether the weights are not the ones that the catalogue asks for."""
+        """Whether the weights are not the ones that the catalog asks for."""
         return self.weights_requested != self.weights_actual
 
 
@@ -162,7 +162,7 @@ class Catalog:
 
     @property
     def models(self) -> tuple[PublishedModel, ...]:
-        """All published models, in catalogue order."""
+        """All published models, in catalog order."""
         return tuple(self._models.values())
 
     @property

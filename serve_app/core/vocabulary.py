@@ -29,7 +29,7 @@ class ResidentModel:
 
 
 class Outcome(enum.StrEnum):
-    """How a request was served, as the user is told."""
+    """How a request was served, as its reply says."""
 
     HIT = "hit"
     JOIN = "join"
@@ -43,5 +43,5 @@ class Forwarding(enum.StrEnum):
     AUTO = "auto"
     #: Only where it was sent.
     NEVER = "never"
-    #: Wherever the model is, if it is anywhere: loaded only if nobody has it.
+    #: Wherever the model is, if it is anywhere: loaded only if no worker has it.
     PREFER = "prefer"

@@ -26,7 +26,7 @@ from serve_app.models.torch_internals import (
     parameter_table,
     storage_address,
 )
-from serve_app.store.manifest import Execution, FoldedNorm
+from serve_app.store.manifest import ExecutionFormat, FoldedNorm
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,9 @@ def named_slots(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
                     yield f"{prefix}.{key}" if prefix else key, table, key
 
 
-def optimize(module: nn.Module, batch: NDArray[np.float32], expected: NDArray[np.float32], name: str) -> Execution:
+def optimize(
+    module: nn.Module, batch: NDArray[np.float32], expected: NDArray[np.float32], name: str
+) -> ExecutionFormat:
     """Apply in place the fastest optimizations with which a module still answers as expected.
 
     Args:
@@ -68,7 +70,7 @@ def optimize(module: nn.Module, batch: NDArray[np.float32], expected: NDArray[np
     """
     folded = foldable_norms(module, name)
     channels_last = any(type(child) is nn.Conv2d for child in module.modules())
-    candidates = [Execution(folded=folded, channels_last=channels_last), Execution(folded=folded)]
+    candidates = [ExecutionFormat(folded=folded, channels_last=channels_last), ExecutionFormat(folded=folded)]
     for execution in dict.fromkeys(candidates):
         undo = fold(module, folded)
         problem = _problem(module, execution, batch, expected)
@@ -77,7 +79,7 @@ def optimize(module: nn.Module, batch: NDArray[np.float32], expected: NDArray[np
         undo()
         what = "channels last in memory" if execution.channels_last else "batch norms folded"
         logger.warning("model %s is not run with %s: %s", name, what, problem)
-    return Execution()
+    return ExecutionFormat()
 
 
 def run(module: nn.Module, images: torch.Tensor, *, channels_last: bool, dtype: torch.dtype) -> torch.Tensor:
@@ -156,7 +158,9 @@ def fold(module: nn.Module, folded: Iterable[FoldedNorm]) -> Callable[[], None]:
     return undo
 
 
-def order_of_use(module: nn.Module, images: torch.Tensor, execution: Execution, dtype: torch.dtype) -> dict[str, int]:
+def order_of_use(
+    module: nn.Module, images: torch.Tensor, execution: ExecutionFormat, dtype: torch.dtype
+) -> dict[str, int]:
     """Return by name the rank in which one inference first uses each parameter and buffer; unused ones come last."""
     recorder = FirstUseRecorder()
     with torch.inference_mode(), recorder:
@@ -175,7 +179,7 @@ def _fits(conv: nn.Module, norm: nn.Module) -> bool:
 
 
 def _problem(
-    module: nn.Module, execution: Execution, batch: NDArray[np.float32], expected: NDArray[np.float32]
+    module: nn.Module, execution: ExecutionFormat, batch: NDArray[np.float32], expected: NDArray[np.float32]
 ) -> str | None:
     try:
         with torch.inference_mode():

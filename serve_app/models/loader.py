@@ -76,7 +76,7 @@ class LoadedModel:
             expected = ("N", *self._input_shape)
             raise InvalidRequest(f"input of {self.model_id!r} must have shape {expected}, not {batch.shape}")
         for reader in self._readers:
-            reader.hurry()
+            reader.prioritize()
         # torch takes neither read-only nor negatively strided arrays without complaint.
         images = torch.from_numpy(np.require(batch, dtype=np.float32, requirements=["C", "W"]))
         channels_last = template.manifest.execution.channels_last

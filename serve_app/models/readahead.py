@@ -54,7 +54,7 @@ class ReadAhead:
         path: of the file.
         size_bytes: of the file.
         patience: pauses while the model does not run, in parts of the time of reading.
-        background: the pool that reads until ``hurry``; by default one of the process.
+        background: the pool that reads until ``prioritize``; by default one of the process.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ReadAhead:
         self._lock = threading.Lock()
         self._job = _submit(background or _background_readers(), self._read)
 
-    def hurry(self) -> None:
+    def prioritize(self) -> None:
         """Read without pauses, and not after files of models that do not run: an inference waits for this file."""
         if self._is_urgent.is_set():
             return

@@ -18,7 +18,7 @@ from serve_app.errors import ConfigError
 from serve_app.serving import code_version, ray_internals
 from serve_app.serving.replica_config import ReplicaConfig
 from serve_app.serving.replicas import RouterReplica, WorkerReplica
-from serve_app.serving.transport.named_replica_router import NamedReplicaRouter
+from serve_app.serving.transport.named_replica_request_router import NamedReplicaRequestRouter
 from serve_app.serving.transport.worker_client import WORKER_DEPLOYMENT
 
 #: Above every limit of ``limits``: Serve's own limit answers without EdgeServe's error format.
@@ -50,7 +50,7 @@ _COMMON: dict[str, Any] = {
 }
 WorkerDeployment = serve.deployment(
     name=WORKER_DEPLOYMENT,
-    request_router_config=RequestRouterConfig(request_router_class=NamedReplicaRouter),
+    request_router_config=RequestRouterConfig(request_router_class=NamedReplicaRequestRouter),
     **_COMMON,
 )(WorkerReplica)
 RouterDeployment = serve.deployment(name="Router", **_COMMON)(serve.ingress()(RouterReplica))

@@ -113,7 +113,7 @@ class RouterMetrics:
 
 
 class WorkerMetrics:
-    """What a worker records; also the observer of its ``ModelHost``."""
+    """What a worker records; also the observer of its ``ModelManager``."""
 
     def __init__(self, location: str, replica: str) -> None:
         self._location = {"location": location}

@@ -18,7 +18,7 @@ async def every(period_s: float, act: Callable[[], Awaitable[None]]) -> None:
         try:
             await act()
         except (Exception, asyncio.CancelledError):
-            # A call through Serve also raises CancelledError when the other end has cancelled the call.
+            # A call through Serve also raises CancelledError when the other end has canceled the call.
             if task is not None and task.cancelling():
                 raise
             logger.exception("a periodic task failed; trying again")

@@ -30,7 +30,7 @@ from serve_app.serving.router.router import Router
 from serve_app.serving.transport.local_rpc import LocalRpcServer
 from serve_app.serving.transport.messages import InferenceRejected, InferenceTask, Reply
 from serve_app.serving.transport.worker_client import ServeWorkerPool
-from serve_app.serving.worker.model_host import ModelHost
+from serve_app.serving.worker.model_manager import ModelManager
 from serve_app.serving.worker.process_budget import ProcessBudget
 from serve_app.serving.worker.settings import WorkerIdentity
 from serve_app.serving.worker.worker import Worker
@@ -78,7 +78,7 @@ class WorkerReplica:
         return Worker(
             identity=identity,
             catalog=catalog,
-            host=self._make_host(_make_cache(config, catalog, budget, identity.replica), metrics),
+            manager=self._make_manager(_make_cache(config, catalog, budget, identity.replica), metrics),
             exec_slots=config.settings.worker.parallel_inferences,
             coordinator=_make_client(config, catalog),
             rules=config.routing_rules(catalog),
@@ -88,9 +88,9 @@ class WorkerReplica:
             max_pixels=config.settings.limits.image_pixels,
         )
 
-    def _make_host(self, cache: ModelCache, metrics: WorkerMetrics) -> ModelHost:
+    def _make_manager(self, cache: ModelCache, metrics: WorkerMetrics) -> ModelManager:
         worker = self._config.settings.worker
-        return ModelHost(
+        return ModelManager(
             cache=cache,
             backend=self._loader,
             loaders=ThreadPoolExecutor(worker.parallel_loads, thread_name_prefix="load"),
@@ -131,14 +131,14 @@ class WorkerReplica:
         logger.info("going on with the new configuration")
 
     async def infer(self, task: InferenceTask, replica: str | None = None) -> Reply:
-        """``Worker.infer``; ``replica`` is for ``NamedReplicaRouter``."""
+        """``Worker.infer``; ``replica`` is for ``NamedReplicaRequestRouter``."""
         return await self._worker.infer(task)
 
     async def ping(self, payload: bytes) -> None:
         """Return at once: the caller measures the round trip."""
 
     async def preload(self, model_id: str, replica: str | None = None) -> None:
-        """``Worker.preload``; ``replica`` is for ``NamedReplicaRouter``."""
+        """``Worker.preload``; ``replica`` is for ``NamedReplicaRequestRouter``."""
         await self._worker.preload(model_id)
 
     async def load(self, model_id: str) -> InferenceRejected | None:
@@ -146,7 +146,7 @@ class WorkerReplica:
         return await self._worker.load(model_id)
 
     async def unload(self, model_id: str, replica: str | None = None) -> InferenceRejected | None:
-        """``Worker.unload``; ``replica`` is for ``NamedReplicaRouter``."""
+        """``Worker.unload``; ``replica`` is for ``NamedReplicaRequestRouter``."""
         return await self._worker.unload(model_id)
 
     async def __del__(self) -> None:

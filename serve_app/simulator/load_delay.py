@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from serve_app.core.cache.decisions import Action, Evict, Grant, Hit, Join, Load, Reject, StartLoad, Wait
-from serve_app.core.cache.events import TICK, LoadEnded, ModelsKnown, WaitCancelled
+from serve_app.core.cache.events import TICK, LoadEnded, ModelsKnown, WaitCanceled
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.vocabulary import ModelState
@@ -142,7 +142,7 @@ class _Location:
                 self._count_rejection(profile)
             case Wait(ticket=ticket):
                 # Only where a joined preload fills the memory; nothing queues in this model of time.
-                self._apply(self.cache.handle(WaitCancelled(ticket), now), now)
+                self._apply(self.cache.handle(WaitCanceled(ticket), now), now)
                 self._count_rejection(profile)
 
     def _count_rejection(self, profile: ModelProfile) -> None:

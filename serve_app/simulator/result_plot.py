@@ -54,7 +54,7 @@ def _lines(axes: Axes, rows: Sequence[ResultRow], oracles: Collection[str]) -> N
         axes.plot(shares, ratios, style, color=color, marker="o", markersize=3, label=_label(policy, oracles))
     compulsory = rows[0].compulsory_load_over_exec or 0.0
     if compulsory > _MIN_COMPULSORY * min(row.load_over_exec or 0.0 for row in rows):
-        axes.axhline(100 * compulsory, color="grey", linestyle=":", label="each model loaded once, on demand")
+        axes.axhline(100 * compulsory, color="gray", linestyle=":", label="each model loaded once, on demand")
     if any((row.load_over_exec or 0.0) > 0 for row in rows):
         axes.set_yscale("log", subs=_LOG_TICKS)
         axes.yaxis.set_minor_formatter(NullFormatter())

@@ -106,7 +106,7 @@ class FoldedNorm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Execution:
+class ExecutionFormat:
     """How the module of a builder is changed to run the stored tensors, and the memory layout of its input.
 
     ``runtime`` names the library that runs it. ``channels_last`` says that images have their channels last in memory.
@@ -127,7 +127,7 @@ class Manifest:
 
     model: PublishedModel
     default_image: ImageInput
-    execution: Execution
+    execution: ExecutionFormat
     tensors: tuple[TensorPlace, ...]
     files: tuple[BlobFile, ...]
     format: int = FORMAT

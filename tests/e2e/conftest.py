@@ -58,7 +58,7 @@ def photo() -> bytes:
 
 @pytest.fixture(scope="session")
 def direct() -> Callable[[str], Any]:
-    """A model as torchvision itself builds it from the seed of the catalogue."""
+    """A model as torchvision itself builds it from the seed of the catalog."""
     import torch
 
     from serve_app.models.torchvision_compat import import_torchvision

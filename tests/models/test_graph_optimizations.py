@@ -16,7 +16,7 @@ from serve_app.models.builders import registry
 from serve_app.models.graph_optimizations import fold, foldable_norms, named_slots, optimize, order_of_use
 from serve_app.models.loader import ModelLoader
 from serve_app.models.publishing.publish_catalog import publish
-from serve_app.store.manifest import Execution, FoldedNorm
+from serve_app.store.manifest import ExecutionFormat, FoldedNorm
 from serve_app.store.model_store import ModelStore
 
 FIRST = FoldedNorm(conv="first", norm="first_norm")
@@ -91,7 +91,7 @@ def test_module_that_fails_with_another_memory_layout_is_run_without(
     store: ModelStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     publish(store, [tiny("m", "NeedsContiguous")], reachable=offline)
-    assert store.manifest("m").execution == Execution(folded=(FIRST, SECOND))
+    assert store.manifest("m").execution == ExecutionFormat(folded=(FIRST, SECOND))
     assert {place.layout for place in store.manifest("m").tensors} == {"row_major"}
     assert "m is not run with channels last in memory: RuntimeError: view size" in caplog.text
 
@@ -99,7 +99,7 @@ def test_module_that_fails_with_another_memory_layout_is_run_without(
 def test_module_whose_answers_would_change_is_left_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     module, batch = built("Convolved"), images(2, 32)
     with caplog.at_level(logging.WARNING):
-        assert optimize(module, batch, logits(module, batch) + 1, "m") == Execution()
+        assert optimize(module, batch, logits(module, batch) + 1, "m") == ExecutionFormat()
     assert isinstance(module.first_norm, torch.nn.BatchNorm2d)
     assert caplog.text.count("its logits would change by") == 2
 
@@ -113,7 +113,7 @@ def test_weights_lie_in_the_order_of_their_use(store: ModelStore) -> None:
 def test_weights_that_only_functions_use_lie_in_order_as_well() -> None:
     """Attention hands its weights to a function; no module is called that owns them."""
     module = registry.build(vision("vit_b_16"), "random:1")
-    order = order_of_use(module, torch.zeros(1, 3, 224, 224), Execution(), torch.float32)
+    order = order_of_use(module, torch.zeros(1, 3, 224, 224), ExecutionFormat(), torch.float32)
     layers = [f"encoder.layers.encoder_layer_{number}.self_attention" for number in range(12)]
     used = [name for layer in layers for name in (f"{layer}.in_proj_weight", f"{layer}.out_proj.weight")]
     assert sorted(used, key=order.__getitem__) == used
@@ -122,7 +122,7 @@ def test_weights_that_only_functions_use_lie_in_order_as_well() -> None:
 
 def test_tensors_that_the_probe_does_not_use_come_last() -> None:
     module = built("LooksAtValues")
-    order = order_of_use(module, torch.full((1, 3, 32, 32), 1e9), Execution(), torch.float32)
+    order = order_of_use(module, torch.full((1, 3, 32, 32), 1e9), ExecutionFormat(), torch.float32)
     first = min(order, key=order.__getitem__)
     assert first == "second_norm.bias"
     assert order["first.weight"] == max(order.values())
@@ -162,7 +162,7 @@ def test_another_dtype_in_the_catalog_is_published_again(store: ModelStore) -> N
 def test_builder_without_the_folded_layers_is_refused(store: ModelStore) -> None:
     publish(store, [tiny("m", "Convolved")], reachable=offline)
     manifest = store.manifest("m")
-    execution = Execution(folded=(FoldedNorm(conv="tenth", norm="tenth_norm"),))
+    execution = ExecutionFormat(folded=(FoldedNorm(conv="tenth", norm="tenth_norm"),))
     store.commit(dataclasses.replace(manifest, execution=execution))
     with pytest.raises(StoreError, match=r"does not have the layers .* publish the model again"):
         ModelLoader(store).prepare("m")

@@ -25,7 +25,7 @@ from serve_app.models.loader import ModelLoader
 from serve_app.models.profiling import measure
 from serve_app.models.publishing.publish_catalog import PublishEvent, publish
 from serve_app.models.torchvision_compat import import_torchvision
-from serve_app.models.weights import Download, DownloadFailed, WeightSource, download_torchvision, url_reachable
+from serve_app.models.weight_sources import Download, DownloadFailed, WeightSource, download_torchvision, url_reachable
 from serve_app.store.model_store import ModelStore
 
 models = import_torchvision().models

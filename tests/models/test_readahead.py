@@ -130,7 +130,7 @@ def test_file_of_a_running_model_is_read_before_those_of_idle_models(wide: Model
     with ThreadPoolExecutor(1) as busy:
         busy.submit(gate.wait)
         reader = ReadAhead(path, path.stat().st_size, background=busy)
-        reader.hurry()
+        reader.prioritize()
         reader.wait()
         assert cached_pages(path) * 4096 >= path.stat().st_size
         gate.set()

@@ -1,6 +1,6 @@
 """What the simulator says is what a worker does: the same requests bring forth the same decisions in both.
 
-``ModelHost`` runs on a real event loop with a clock and a backend of the test; ``replay`` plays the same stream. In
+``ModelManager`` runs on a real event loop with a clock and a backend of the test; ``replay`` plays the same stream. In
 both, a load for a request is over at once, and a background load ends ``load_s`` after it began.
 """
 
@@ -25,7 +25,7 @@ from serve_app.core.catalog import ModelProfile
 from serve_app.core.policies.registry import POLICIES, make_policy
 from serve_app.core.vocabulary import ModelState
 from serve_app.serving.transport.messages import FloatArray
-from serve_app.serving.worker.model_host import Lease, ModelHost
+from serve_app.serving.worker.model_manager import Lease, ModelManager
 from serve_app.simulator.load_delay import replay
 from serve_app.workload.spec import parse_trace
 from serve_app.workload.trace import Trace
@@ -152,7 +152,7 @@ class ManualTimer:
 
 @dataclass(slots=True)
 class Bench(Executor):
-    """Backend, clock and timer of a host; as an executor it runs loads for requests, which are over at once."""
+    """Backend, clock and timer of a manager; as an executor it runs loads for requests, which are over at once."""
 
     load_s: dict[str, float]
     now: float = 0.0
@@ -208,13 +208,13 @@ class Background(Executor):
 
 
 class Live:
-    """A host whose requests come, load and end as those of a replay do."""
+    """A manager whose requests come, load and end as those of a replay do."""
 
     def __init__(self, cache: Recorded, profiles: Sequence[ModelProfile]) -> None:
         self.cache = cache
         self.profiles = profiles
         self.bench = Bench({profile.model_id: profile.load_s for profile in profiles})
-        self.host = ModelHost(
+        self.manager = ModelManager(
             cache=cache,
             backend=self.bench,
             loaders=self.bench,
@@ -228,14 +228,14 @@ class Live:
 
     async def play(self, trace: Trace) -> None:
         self.bench.now = trace.arrival_s[0]
-        self.host.handle(ModelsKnown(self.profiles))
+        self.manager.handle(ModelsKnown(self.profiles))
         for now, number in zip(trace.arrival_s, trace.model, strict=True):
             await self.until(now)
             self.bench.now = now
             await self.request(self.profiles[number])
 
     async def request(self, model: ModelProfile) -> None:
-        request = asyncio.get_running_loop().create_task(self.host.acquire(model))
+        request = asyncio.get_running_loop().create_task(self.manager.acquire(model))
         await settle()
         if not request.done() and isinstance(self.cache.last, Load):
             self.taken_back += 1
@@ -263,10 +263,10 @@ class Live:
     def release(self) -> None:
         for request in [request for request in self.joining if request.done()]:
             self.joining.remove(request)
-            self.host.release(request.result())
+            self.manager.release(request.result())
 
     async def close(self) -> None:
-        self.host.close()
+        self.manager.close()
         while self.bench.under_way:
             heapq.heappop(self.bench.under_way)[2].set_result(FakeModel())
         await settle()

@@ -29,7 +29,7 @@ from serve_app.serving.transport.messages import InferenceRejected, InferenceTas
 from serve_app.serving.transport.worker_pool import WorkerLost
 from serve_app.simulator.discrete_event.event_queue import EventQueue
 from serve_app.simulator.discrete_event.results import DiscreteEventResults
-from serve_app.simulator.discrete_event.router import Router as SimulatedRouter
+from serve_app.simulator.discrete_event.router import SimulatedRouter
 from serve_app.simulator.discrete_event.worker import Job
 
 LOCATIONS = ("paris", "tokyo", "oslo", "lima")
@@ -147,7 +147,7 @@ class ScriptedWorker:
             return Absent(self.replica, 2)
         return Lost() if name == LOST else Rejected(ERRORS[name])
 
-    def fetch(self, model: ModelProfile, now: float) -> None:
+    def preload(self, model: ModelProfile, now: float) -> None:
         self._course.preloads.append(self.replica)
 
 

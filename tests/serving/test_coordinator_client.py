@@ -71,7 +71,7 @@ async def test_a_client_that_has_found_the_coordinator_does_not_look_for_it_agai
     assert cluster.told == [OLD]
 
 
-async def test_a_periodic_task_goes_on_when_what_it_waited_for_was_cancelled() -> None:
+async def test_a_periodic_task_goes_on_when_what_it_waited_for_was_canceled() -> None:
     rounds: list[int] = []
     again = asyncio.Event()
 
@@ -79,9 +79,9 @@ async def test_a_periodic_task_goes_on_when_what_it_waited_for_was_cancelled() -
         rounds.append(len(rounds))
         if len(rounds) > 1:
             again.set()
-        cancelled = asyncio.get_running_loop().create_future()
-        cancelled.cancel()
-        await cancelled
+        canceled = asyncio.get_running_loop().create_future()
+        canceled.cancel()
+        await canceled
 
     task = asyncio.create_task(every(0.0, act))
     async with asyncio.timeout(10):

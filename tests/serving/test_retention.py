@@ -14,7 +14,7 @@ from fakes import FakeLink, FakeMetrics, ManualClock, published, report, view
 from test_worker import FakeBackend, running, work
 
 from serve_app.core.catalog import Catalog
-from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
+from serve_app.core.cluster.commands import Command, PreloadAt, WithdrawAt
 from serve_app.core.cluster.primaries import rendezvous_rank
 from serve_app.core.cluster.reports import ViewDelta, WorkerReport
 from serve_app.core.coordination.rules import CoordinatorRules
@@ -50,8 +50,8 @@ def preload(model_id: str, *, required: bool = False) -> PreloadAt:
     return PreloadAt(location="paris", replica="paris-1", model_id=model_id, required=required)
 
 
-def evict(model_id: str) -> EvictAt:
-    return EvictAt(location="paris", replica="paris-1", model_id=model_id)
+def withdraw(model_id: str) -> WithdrawAt:
+    return WithdrawAt(location="paris", replica="paris-1", model_id=model_id)
 
 
 def held(worker: Worker) -> set[str]:
@@ -65,7 +65,7 @@ async def until_held(worker: Worker, *model_ids: str) -> None:
 
 
 async def test_commands_are_carried_out() -> None:
-    link = CommandLink(evict("a"), preload("c"), preload("nowhere"))
+    link = CommandLink(withdraw("a"), preload("c"), preload("nowhere"))
     async with running(FakeBackend(), link) as worker:
         await worker.infer(work("a"))
         await worker.infer(work("b"))
@@ -75,7 +75,7 @@ async def test_commands_are_carried_out() -> None:
 
 async def test_a_command_does_not_touch_a_model_in_use() -> None:
     backend = FakeBackend()
-    link = CommandLink(evict("a"), preload("c", required=True))
+    link = CommandLink(withdraw("a"), preload("c", required=True))
     async with running(backend, link, capacity=200) as worker:
         await worker.infer(work("b"))
         backend.gate.clear()

@@ -102,7 +102,7 @@ async def test_what_no_worker_can_do_fails_as_it_failed_there() -> None:
 
 
 async def test_a_location_without_workers_is_not_waited_for_until_the_deadline() -> None:
-    router = make_router(FakePool(paris=[asyncio.Event()]), report("tokyo"), blind_timeout_s=0.02)
+    router = make_router(FakePool(paris=[asyncio.Event()]), report("tokyo"), unknown_location_timeout_s=0.02)
     with pytest.raises(Unavailable, match="no worker of paris"):
         await router.serve(query(forwarding=Forwarding.NEVER))
 

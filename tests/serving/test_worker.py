@@ -27,7 +27,7 @@ from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ModelState, Outcome
 from serve_app.errors import DeadlineExceeded, DoesNotFit, InvalidRequest, StoreError, Unavailable
 from serve_app.serving.transport.messages import InferenceRejected, InferenceResult, InferenceTask, NotResident
-from serve_app.serving.worker.model_host import ModelHost
+from serve_app.serving.worker.model_manager import ModelManager
 from serve_app.serving.worker.process_budget import ProcessBudget
 from serve_app.serving.worker.settings import RetentionRules, WorkerIdentity
 from serve_app.serving.worker.worker import Worker
@@ -131,7 +131,7 @@ async def running(
         worker = Worker(
             identity=WorkerIdentity(location="paris", replica="paris-1"),
             catalog=catalog,
-            host=ModelHost(
+            manager=ModelManager(
                 cache=cache,
                 backend=backend,
                 loaders=loaders,

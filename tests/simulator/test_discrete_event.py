@@ -28,7 +28,7 @@ from serve_app.simulator.discrete_event.event_queue import EventQueue
 from serve_app.simulator.discrete_event.results import DiscreteEventResults
 from serve_app.simulator.discrete_event.settings import DiscreteEventOptions, geographic_links
 from serve_app.simulator.discrete_event.simulation import simulate_discrete_event
-from serve_app.simulator.discrete_event.worker import Job, Worker, report_rows
+from serve_app.simulator.discrete_event.worker import Job, SimulatedWorker, report_rows
 from serve_app.simulator.load_delay import replay
 from serve_app.workload.locations import split
 from serve_app.workload.spec import parse_trace
@@ -255,9 +255,9 @@ class Sink:
         """Take it."""
 
 
-def lone_worker(*models: ModelProfile, capacity: int) -> tuple[Worker, EventQueue, DiscreteEventResults]:
+def lone_worker(*models: ModelProfile, capacity: int) -> tuple[SimulatedWorker, EventQueue, DiscreteEventResults]:
     events, results = EventQueue(), DiscreteEventResults()
-    worker = Worker(
+    worker = SimulatedWorker(
         location="here",
         cache=Caches(capacity)(0),
         report_rows=report_rows(models),
@@ -270,7 +270,7 @@ def lone_worker(*models: ModelProfile, capacity: int) -> tuple[Worker, EventQueu
     return worker, events, results
 
 
-def held(worker: Worker) -> list[tuple[str, ModelState, int]]:
+def held(worker: SimulatedWorker) -> list[tuple[str, ModelState, int]]:
     return [(model.model_id, model.state, model.uses) for model in worker.cache.models()]
 
 
@@ -278,7 +278,7 @@ def test_a_load_that_a_router_orders_waits_for_memory_as_a_request_does() -> Non
     a, b = profile(A), profile(B)
     worker, events, results = lone_worker(a, b, capacity=10)
     worker.take(Job(0, b, Sink(), 0.0), 0.0)
-    worker.fetch(a, 0.5)
+    worker.preload(a, 0.5)
     assert (worker.cache.waiting, results.preload_s) == (1, 0.0)
     # B has been loaded at 1.0 and run at 1.1; A's load begins then.
     events.run_until(1.5)
@@ -292,7 +292,7 @@ def test_orders_for_a_load_that_is_under_way_add_nothing() -> None:
     worker, events, results = lone_worker(a, capacity=10)
     for now in (0.0, 0.5, 1.5):
         events.run_until(now)
-        worker.fetch(a, now)
+        worker.preload(a, now)
     events.run_until(2.0)
     assert (held(worker), results.preload_s) == ([(A, ModelState.READY, 0)], 1.0)
 

@@ -12,7 +12,7 @@ from serve_app.core.cache.events import (
     LoadFailed,
     PreloadSuggested,
     UnloadRequested,
-    WaitCancelled,
+    WaitCanceled,
     WithdrawSuggested,
 )
 from serve_app.core.cache.model_cache import ModelCache
@@ -142,7 +142,7 @@ def finish(cache: ModelCache, model_id: str, now: float) -> tuple[Grant, ...]:
 
 
 def cancel_wait(cache: ModelCache, ticket: int, now: float) -> tuple[Grant, ...]:
-    return granted(cache.handle(WaitCancelled(ticket), now))
+    return granted(cache.handle(WaitCanceled(ticket), now))
 
 
 def unload(cache: ModelCache, model_id: str, now: float) -> tuple[Grant, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
+from serve_app.core.cluster.commands import Command, PreloadAt, WithdrawAt
 from serve_app.core.placement.rules import PlacementRules
 from serve_app.core.placement.tables import PlacementGoals
 from serve_app.core.placement.worker_states import WorkerState
@@ -239,7 +239,7 @@ class DenseRound:
     def _take_away(self, victims: list[int], number: int) -> Iterator[Command]:
         worker = self._workers[number]
         for victim in victims:
-            yield EvictAt(location=worker.location, replica=worker.replica, model_id=self._models[victim])
+            yield WithdrawAt(location=worker.location, replica=worker.replica, model_id=self._models[victim])
             self._free[number] += self._size[victim]
             self._evict_budget[number] -= self._size[victim]
             for table in (self._held, self._may_go, self._may_go_for_required, self._may_load):

@@ -55,7 +55,7 @@ def test_without_skew_a_users_requests_come_from_everywhere() -> None:
 
 def test_skew_is_the_share_of_requests_from_home() -> None:
     home, half = (where(split(SESSIONS[0], 4, seed=1, skew=skew)) for skew in (1.0, 0.5))
-    # A quarter of those that come from anywhere come from home by chance.
+    # A quarter of those that come from anywhere come from home at random.
     assert (home == half).mean() == pytest.approx(0.5 + 0.5 / 4, abs=0.02)
 
 

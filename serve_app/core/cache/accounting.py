@@ -1,4 +1,7 @@
-"""Byte accounting of one cache: what takes memory, what may be evicted, and in which order."""
+"""Chooses victims, and counts bytes.
+
+The accounting of one cache: what takes memory, what may be evicted, and in which order.
+"""
 
 from __future__ import annotations
 

@@ -72,7 +72,10 @@ HIT, JOIN = Hit(), Join()
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """Take a model out of memory; cancel its load if that is under way, which then reports no end."""
+    """Any removal of a model from memory, with its reason.
+
+    A load that is under way is canceled, and then reports no end.
+    """
 
     model_id: str
     reason: EvictionReason

@@ -10,7 +10,7 @@ from serve_app.core.policies.base import EvictionPolicy
 
 
 @dataclass(frozen=True, slots=True)
-class Tick:
+class PreloadTick:
     """``ModelCache.next_tick_s`` has come: preloads may begin."""
 
 
@@ -45,7 +45,7 @@ class RetryAllowed:
 
 
 @dataclass(frozen=True, slots=True)
-class WaitCancelled:
+class WaitCanceled:
     """The request behind a ticket no longer waits; unknown tickets are ignored."""
 
     ticket: int
@@ -138,8 +138,8 @@ class PolicyChanged:
 class ProtectedChanged:
     """The copies that the cluster cannot spare are these, the most important first, and no others.
 
-    Together they take half of the memory that is not pinned, and the one that exceeds it: else a model larger than that
-    would never stay. A protected copy yields to a request that could never be served otherwise.
+    Copies are protected in this order until they fill half of the unpinned memory; the last may exceed that half. A
+    protected copy yields to a request that could never be served otherwise.
     """
 
     model_ids: Sequence[str]
@@ -153,12 +153,12 @@ class ForwardCostsChanged:
 
 
 Event = (
-    Tick
+    PreloadTick
     | LoadEnded
     | LoadFailed
     | LoadImpossible
     | RetryAllowed
-    | WaitCancelled
+    | WaitCanceled
     | UnloadRequested
     | WithdrawSuggested
     | IdleChecked
@@ -173,4 +173,4 @@ Event = (
 )
 
 #: It carries nothing, so one is enough.
-TICK = Tick()
+TICK = PreloadTick()

@@ -23,12 +23,12 @@ from serve_app.core.cache.events import (
     ModelsKnown,
     PolicyChanged,
     PreloadSuggested,
+    PreloadTick,
     ProtectedChanged,
     RetryAllowed,
-    Tick,
     UnaccountedChanged,
     UnloadRequested,
-    WaitCancelled,
+    WaitCanceled,
     WithdrawSuggested,
 )
 from serve_app.core.cache.preload_queue import PreloadQueue
@@ -56,7 +56,7 @@ class ModelCache:
 
     ``request`` and ``finish`` are methods because they run for every request; all else comes in by ``handle``. The
     caller does three things: it carries out the actions that ``finish`` and ``handle`` return, and those of a ``Load``,
-    in their order; it reports the end of each load that was not evicted meanwhile; and it sends a ``Tick`` at
+    in their order; it reports the end of each load that was not evicted meanwhile; and it sends a ``PreloadTick`` at
     ``next_tick_s``, which any call may have moved.
 
     A preload that no request has joined may be evicted while it loads, so that no request waits for memory that was
@@ -132,7 +132,7 @@ class ModelCache:
             case LoadEnded():
                 self._residents.load_ended(event.model_id)
                 return self._settle(now) if self._waiting or self._may_owe_evictions else ()
-            case Tick():
+            case PreloadTick():
                 return self._preload_queue.start(now)
             case LoadFailed():
                 self._residents.load_failed(event.model_id, event.detail, now)
@@ -142,7 +142,7 @@ class ModelCache:
                 return self._preload_queue.start(now)
             case UnloadRequested() | WithdrawSuggested() | IdleChecked():
                 return self._unload(event, now)
-            case WaitCancelled():
+            case WaitCanceled():
                 self._wait_queue.cancel(event.ticket, now)
                 return self._settle(now)
             case CapacityChanged() | UnaccountedChanged() | CatalogChanged() | ProtectedChanged():
@@ -155,7 +155,7 @@ class ModelCache:
 
     @property
     def next_tick_s(self) -> float:
-        """When a ``Tick`` is due though nothing else has happened; it may lie in the past; infinite if never."""
+        """When a ``PreloadTick`` is due though nothing else has happened; it may lie in the past; infinite if never."""
         queue = self._preload_queue
         if self._waiting or (self._residents.preloading >= queue.max_preloads and not queue.may_load_pinned):
             return math.inf
@@ -310,7 +310,7 @@ class ModelCache:
         """Let requests go on with what has become free, and evict what should have left as soon as it was idle."""
         actions = tuple(self._wait_queue.advance(now)) if self._waiting else ()
         if self._may_owe_evictions:
-            if self._residents.owes_evictions:
+            if self._residents.has_due_evictions:
                 actions += self._evict_due("memory" if self._accounting.unaccounted_bytes else "reconfigure", now)
             self._may_owe_evictions = self._residents.may_owe_evictions
         return actions

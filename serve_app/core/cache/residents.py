@@ -130,7 +130,7 @@ class Residents:
         return [entry for model_id, entry in self.entries.items() if model_id in self._not_in_catalog]
 
     @property
-    def owes_evictions(self) -> bool:
+    def has_due_evictions(self) -> bool:
         """Whether a resident model is to leave as soon as it is idle."""
         return self.accounting.excess_bytes > 0 or not self._not_in_catalog.isdisjoint(self.entries)
 

@@ -30,8 +30,8 @@ class WaitQueue:
     """Answers requests in order of arrival; a request whose victims are all in use waits.
 
     The models that the head of the queue will displace are drained: they take no new requests until the head has its
-    place, so that a large model cannot starve. Where memory was taken away, models are drained for nothing in the same
-    manner. A request further back overtakes only if its own model is resident and stays.
+    place, so that a large model cannot starve. When the capacity has shrunk, the excess models are drained in the same
+    way, without a waiting request. A request further back overtakes only if its own model is resident and stays.
 
     Args:
         residents: the models in memory.

@@ -16,12 +16,12 @@ class PreloadAt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvictAt:
-    """Unload a model: to make room for the model of the next command, or because it is a copy too many."""
+class WithdrawAt:
+    """Withdraw a model: to make room for the model of the next command, or because it is a copy too many."""
 
     location: str
     replica: str
     model_id: str
 
 
-Command = PreloadAt | EvictAt
+Command = PreloadAt | WithdrawAt

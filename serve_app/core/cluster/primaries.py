@@ -34,7 +34,7 @@ def primaries_at(
     Each model has as many primary copies as its ``min_copies`` say, at least one, at different locations first.
 
     Args:
-        replica: the worker; its own report among ``others`` is left out.
+        replica: the worker's replica id; its own report among ``others`` is left out.
         location: where it is.
         held: its models.
         others: the last reports, as far as it knows.
@@ -55,7 +55,10 @@ def primaries_at(
 
 
 def _ahead(own: tuple[int, str], others: list[tuple[int, str]]) -> int:
-    """The number of others that rank before: by hash, but the second at a location after all firsts."""
+    """The number of copies that rank before this one.
+
+    The best copy of each location ranks before every second copy; otherwise the hash decides.
+    """
     firsts: dict[str, tuple[int, str]] = {}
     for primary in sorted([own, *others]):
         firsts.setdefault(primary[1], primary)
@@ -68,7 +71,7 @@ class PrimaryTracker:
     It treats as duplicates only copies that it has *reported* not to be primary for, so that the others know.
 
     Args:
-        replica: the worker.
+        replica: the worker's replica id.
         location: where it is.
         min_copies: models of which there must be several copies.
 

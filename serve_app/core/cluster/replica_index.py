@@ -27,11 +27,11 @@ class ReplicaIndex:
         """The replicas that hold a model or are loading it, by their own word."""
         return self._holders.get(model_id, _NO_REPLICAS).keys()
 
-    def held(self) -> KeysView[str]:
+    def held_models(self) -> KeysView[str]:
         """Every model that has a holder."""
         return self._holders.keys()
 
-    def at(self, location: str) -> KeysView[str]:
+    def replicas_at(self, location: str) -> KeysView[str]:
         """The replicas of a location."""
         return self._locations.get(location, _NO_REPLICAS).keys()
 
@@ -62,7 +62,7 @@ class ReplicaIndex:
             if model_id in models:
                 self._holders.setdefault(model_id, {})[replica] = None
             else:
-                self._let_go(model_id, replica)
+                self._remove_holder(model_id, replica)
 
     def remove(self, replica: str) -> WorkerReport | None:
         """Forget a replica; returns its last report, or None if it was unknown."""
@@ -71,7 +71,7 @@ class ReplicaIndex:
             return None
         self._count_change(report.location)
         for model_id in report.models:
-            self._let_go(model_id, replica)
+            self._remove_holder(model_id, replica)
         replicas = self._locations[report.location]
         del replicas[replica]
         if not replicas:
@@ -82,7 +82,7 @@ class ReplicaIndex:
         self._changes += 1
         self._changes_at[location] = self._changes_at.get(location, 0) + 1
 
-    def _let_go(self, model_id: str, replica: str) -> None:
+    def _remove_holder(self, model_id: str, replica: str) -> None:
         holders = self._holders.get(model_id)
         if holders is not None:
             holders.pop(replica, None)

@@ -15,7 +15,7 @@ from serve_app.core.coordination.events import (
     Reader,
     ReaderSeen,
     RulesChanged,
-    Tick,
+    TimePassed,
     WorkerLeft,
     WorkerReported,
 )
@@ -109,7 +109,7 @@ class CoordinatorState:
                 has_changed |= self._deregister(replica, version)
             case RulesChanged(rules=rules):
                 self._configure(rules, now)
-            case Tick():
+            case TimePassed():
                 pass
         if has_changed:
             self._version = version
@@ -171,7 +171,9 @@ class CoordinatorState:
             return has_changed
         if is_new and location is not None:
             workers = self._directory.workers
-            held = [model_id for replica in self._directory.at(location) for model_id in workers[replica].models]
+            held = [
+                model_id for replica in self._directory.replicas_at(location) for model_id in workers[replica].models
+            ]
             for model_id in (*self._popularity.rates_of(location, now), *held):
                 subscription.request(model_id, version)
         has_changed |= subscription.refresh_nearest(version, now)

@@ -19,7 +19,7 @@ class Reader(NamedTuple):
 
     #: None: the gateway, which serves all locations.
     location: str | None
-    #: None: a router.
+    #: The worker's replica id; None: a router.
     replica: str | None
     epoch: str
     version: int
@@ -67,8 +67,8 @@ class RulesChanged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tick:
+class TimePassed:
     """Time has passed."""
 
 
-Event = WorkerReported | ReaderSeen | LinksMeasured | WorkerLeft | RulesChanged | Tick
+Event = WorkerReported | ReaderSeen | LinksMeasured | WorkerLeft | RulesChanged | TimePassed

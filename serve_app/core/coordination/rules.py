@@ -9,7 +9,7 @@ from serve_app.core.placement.rules import PlacementSettings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoordinatorRules:
-    """The part of a deployment's configuration that its routers and workers send to the coordinator.
+    """Parameters of a coordinator, which routers and workers send to it from the configuration.
 
     Attributes:
         issued: grows with every configuration; the newest one counts.
@@ -26,7 +26,7 @@ class CoordinatorRules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeltaLimits:
-    """What bounds the deltas of a large cluster, and the memory that they need.
+    """Parameters of deltas: what bounds those of a large cluster, and the memory that they need.
 
     Attributes:
         small_cluster: up to so many workers every reader gets every report, which is not much more than its share.

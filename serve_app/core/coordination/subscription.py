@@ -96,7 +96,7 @@ class Subscription:
             if replica in more:
                 peers[replica] = peers.pop(replica)
                 return
-        own = self._directory.at(self._location or "")
+        own = self._directory.replicas_at(self._location or "")
         others = [replica for replica in holders if replica not in own]
         if others:
             self._add(self._nearest_of(1, others), version)
@@ -114,7 +114,7 @@ class Subscription:
         if not (is_due or (is_small and members != self._members)):
             return False
         self._nearest_s, self._members = now, members
-        own = self._directory.at(self._location)
+        own = self._directory.replicas_at(self._location)
         others = [replica for replica in self._directory.workers if replica not in own]
         self._nearest = frozenset(others if is_small else self._nearest_of(self._limits.nearest, others))
         joined = self._nearest - self.peers.keys()
@@ -161,7 +161,7 @@ class Subscription:
                 [entry.summary(None) for entry in published if entry.compacted_version > since],
                 [entry.change(since) for entry in published if entry.compacted_version <= since],
             )
-        own = [entries[replica] for replica in self._directory.at(location) if replica != reader]
+        own = [entries[replica] for replica in self._directory.replicas_at(location) if replica != reader]
         workers = [entry.without_demand() for entry in own if entry.reported_version > since]
         names = self.models
         joined = self._joined(since)

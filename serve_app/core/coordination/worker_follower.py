@@ -11,7 +11,7 @@ from serve_app.core.cluster.cluster_view import ClusterView
 from serve_app.core.cluster.commands import Command
 from serve_app.core.cluster.primaries import PrimaryTracker
 from serve_app.core.cluster.reports import Demand, OutcomeCounts, ViewDelta, WorkerReport
-from serve_app.core.routing.eviction_cost import forward_costs
+from serve_app.core.routing.displacement_cost import forward_costs
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ResidentModel
 
@@ -26,9 +26,9 @@ class Instructions:
     Attributes:
         forward_costs: extra seconds of a forward to the next holder, for every model whose copy here is a duplicate;
             None: unchanged since the last instructions.
-        protect: models of which the cluster requires this copy, the ones with the most required copies first.
+        protect: models whose copy here is required by ``min_copies``, the largest ``min_copies`` first.
         commands: of placement.
-        primaries_changed: whether the worker is primary for other models than before, which the next report tells.
+        primaries_changed: whether the worker is primary for other models than before, which goes into the next report.
     """
 
     forward_costs: Mapping[str, float] | None
@@ -41,7 +41,7 @@ class WorkerFollower:
     """Builds one worker's reports and turns deltas into instructions; the live and the simulated worker share it.
 
     Args:
-        replica: the worker.
+        replica: the worker's replica id.
         location: where it is.
         rules: for the cost of a forward; measured links of deltas replace configured ones.
         min_copies: models of which there must be several copies.

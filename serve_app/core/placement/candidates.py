@@ -7,7 +7,7 @@ import numpy as np
 from serve_app.core.placement.tables import Flags, Floats, Rows
 
 
-class Candidates:
+class CandidateWorkers:
     """The workers where a copy of one model might be placed, the most worthwhile per byte first.
 
     Args:

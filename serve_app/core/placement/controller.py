@@ -34,7 +34,7 @@ class PlacementController:
     def __init__(self, settings: PlacementSettings) -> None:
         rules = settings.rules
         self._demand = DemandTracker(rules.half_life_s, rules.flash_crowd_half_life_s)
-        #: When a leaving worker's models were handed over, and what others were told to load.
+        #: When a leaving worker's models were handed over, and what other workers were ordered to load.
         self._handed_over: dict[str, tuple[float, tuple[PreloadAt, ...]]] = {}
         self.configure(settings)
 
@@ -79,7 +79,7 @@ class PlacementController:
             reports: the last one of every live worker.
             rates: steady requests per second of every model by users of every location.
             now: seconds; never runs backwards.
-            flash_crowds: requests per second of this moment, of models with surely more than chance.
+            flash_crowds: requests per second of this moment, of models whose requests randomness does not explain.
             over: models whose flash crowd has gone; copies of them may be withdrawn.
 
         Returns:
@@ -118,7 +118,7 @@ class PlacementController:
         return commands
 
     def may_leave(self, replica: str, reports: Mapping[str, WorkerReport], now: float) -> bool:
-        """Whether all that others were told to load because this worker leaves is loaded, or will not be."""
+        """Whether all that others were ordered to load because this worker leaves is loaded, or will not be."""
         handed_over = self._handed_over.get(replica)
         if handed_over is None:
             return True

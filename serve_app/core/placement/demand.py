@@ -19,9 +19,11 @@ class ModelDemand:
     """Requests of one location for one model: patient, but quick to see a flash crowd come and go.
 
     - ``steady_per_s``: a rate over a long memory.
-    - ``flash_crowd_per_s``: a rate over a short memory, as far as it cannot be chance: two standard deviations less.
+    - ``flash_crowd_per_s``: a rate over a short memory, as far as randomness does not explain it: two standard
+      deviations less.
     - ``is_over``: there was a flash crowd, and the silence since has lasted so long that by the long memory several
-      requests would have come. The steady rate is 0 then, and when requests come again, what follows from the silence.
+      requests would have come. The steady rate is then 0. After new requests, it is computed from the length of the
+      silence.
 
     Both rates decay as in ``DecayedRate``. There is one object for every location and model, and every round of
     placement looks at all of them: so both rates are plain numbers as of the last request, and the decay rates, which
@@ -30,8 +32,8 @@ class ModelDemand:
 
     #: A popularity is over when so many expected requests have not come.
     MISSING = 4.0
-    #: Up to so many requests of the short memory are never beyond chance; a little less, for rounding.
-    CHANCE = 3.999
+    #: Up to so many requests of the short memory are never more than randomness; a little less, for rounding.
+    RANDOM_REQUESTS = 3.999
     #: Requests that come at once are taken to have come in this time.
     LEAST_S = 1.0
 
@@ -66,7 +68,7 @@ class ModelDemand:
         self.steady = steady + count * decays.steady_per_s
         self._flash_crowd = flash_crowd + count * decays.flash_crowd_per_s
         self._had_flash_crowd = self._had_flash_crowd or in_flash_crowd
-        return self._had_flash_crowd or before + count > self.CHANCE
+        return self._had_flash_crowd or before + count > self.RANDOM_REQUESTS
 
     def flash_crowd_per_s(self, now: float, decays: DecayRates) -> float:
         """Requests per second of a flash crowd, 0 if there is none."""
@@ -86,7 +88,7 @@ class ModelDemand:
 
     def is_lively(self, now: float, decays: DecayRates) -> bool:
         """Whether there may be a flash crowd, or was one."""
-        return self._had_flash_crowd or self._requests(now, decays) > self.CHANCE
+        return self._had_flash_crowd or self._requests(now, decays) > self.RANDOM_REQUESTS
 
     def _steady_per_s(self, now: float, decays: DecayRates) -> float:
         return self.steady * math.exp(-decays.steady_per_s * max(0.0, now - self.last_s))
@@ -113,8 +115,8 @@ class DemandTracker:
         flash_crowd_half_life_s: of the short one.
     """
 
-    #: So many requests of the short memory, of all locations and beyond chance, are a flash crowd. Fewer are a burst,
-    #: which will come again.
+    #: So many requests of the short memory, of all locations and beyond randomness, are a flash crowd. Fewer are a
+    #: burst, which will come again.
     FLASH_CROWD = 40.0
 
     def __init__(self, half_life_s: float, flash_crowd_half_life_s: float) -> None:

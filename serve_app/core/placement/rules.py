@@ -10,12 +10,12 @@ from serve_app.core.routing.rules import RoutingRules
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementRules:
-    """How eager placement is.
+    """Parameters of the rounds of placement.
 
     Attributes:
-        share_per_round: of a worker's memory, that one round may load, and that it may unload. An urgent model of a
-            flash crowd may exceed it, alone; then nothing moves at this worker until the bytes have been made up for.
-            Required copies have a budget of the same size to themselves, and end with the one that exceeds it.
+        share_per_round: share of a worker's memory that one round may load, and may unload. Required copies have a
+            separate budget of the same size. An urgent model may exceed it once; the excess is deducted from later
+            rounds.
         most_copies: improvements that one round orders in the whole cluster; the others wait for the next round.
         hysteresis: a copy displaces others only if it is worth so many times what they are.
         payback_s: a copy is worth its load only if it saves as many seconds within this time.
@@ -58,14 +58,14 @@ class PlacementRules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementSettings:
-    """All that placement is configured with.
+    """Parameters of placement: the rounds, and what they depend on.
 
     Attributes:
         routing: profiles and links.
         every_s: period of the rounds.
         payload_bytes: of a typical request, which makes a link slow beside its round trip.
         min_copies: models of which there must be several copies, whether or not they are asked for.
-        rules: how eager it is.
+        rules: parameters of a round.
     """
 
     routing: RoutingRules

@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import numpy as np
 
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
-from serve_app.core.placement.candidates import Candidates
+from serve_app.core.cluster.commands import Command, PreloadAt, WithdrawAt
+from serve_app.core.placement.candidates import CandidateWorkers
 from serve_app.core.placement.copy_values import CopyValues
 from serve_app.core.placement.latency_matrix import LatencyMatrix
 from serve_app.core.placement.rules import PlacementRules
@@ -177,10 +177,10 @@ class PlacementRound:
             if candidates:
                 heapq.heappush(queue, (candidates.lead, model))
 
-    def _candidates(self) -> dict[int, Candidates]:
+    def _candidates(self) -> dict[int, CandidateWorkers]:
         """By model, the workers where a copy might be placed; leaves out those that surely cannot take one."""
         tables, least = self._tables, self._least_losses()
-        found: dict[int, Candidates] = {}
+        found: dict[int, CandidateWorkers] = {}
         for model in self._worthwhile():
             size = tables.size[model]
             missing = np.maximum(size - self._free, 0.0)
@@ -198,7 +198,7 @@ class PlacementRound:
             able &= (gain > price) & (gain * self._rules.payback_s >= tables.load_s[model])
             numbers = np.flatnonzero(able)
             if len(numbers):
-                found[model] = Candidates(numbers, gain[numbers] / size)
+                found[model] = CandidateWorkers(numbers, gain[numbers] / size)
         return found
 
     def _worthwhile(self) -> list[int]:
@@ -238,7 +238,9 @@ class PlacementRound:
         may_go = self._may_go[number]
         if holders[model]:
             # A second copy of one model is never worth the last one of another that is asked for.
-            may_go = {other for other in may_go if len(holders[other]) > 1 or not len(tables.askers(other)[0])}
+            may_go = {
+                other for other in may_go if len(holders[other]) > 1 or not len(tables.requesting_locations(other)[0])
+            }
         victims = self._cheapest_victims(model, number, may_go)
         if victims is None or (tables.size[victims].sum() > self._evict_budget[number] and not rested):
             return None
@@ -271,7 +273,7 @@ class PlacementRound:
         worker, size, names = self._workers[number], self._tables.size, self._tables.models
         freed = size[victims].sum()
         for victim in victims:
-            yield EvictAt(location=worker.location, replica=worker.replica, model_id=names[victim])
+            yield WithdrawAt(location=worker.location, replica=worker.replica, model_id=names[victim])
         yield PreloadAt(location=worker.location, replica=worker.replica, model_id=names[model], required=required)
         self._free[number] += freed - size[model]
         self._evict_budget[number] -= freed
@@ -305,7 +307,7 @@ class PlacementRound:
             if self._evict_budget[number] < size[model] and not self._rested[number]:
                 continue
             worker = self._workers[number]
-            yield EvictAt(location=worker.location, replica=worker.replica, model_id=self._tables.models[model])
+            yield WithdrawAt(location=worker.location, replica=worker.replica, model_id=self._tables.models[model])
             self._evict_budget[number] -= size[model]
             self._rested[number] = False
             self._remove(model, number)

@@ -85,8 +85,8 @@ class PlacementTables:
         self.placeable = None if goals.only is None else frozenset(row[name] for name in goals.only if name in row)
         self._asking, self._per_s, self._starts = _requests(row, locations, goals.rates)
 
-    def askers(self, model: int) -> tuple[Rows, Floats]:
-        """The locations that ask for a model, and their requests per second."""
+    def requesting_locations(self, model: int) -> tuple[Rows, Floats]:
+        """The locations that request a model, and their requests per second."""
         asked = slice(self._starts[model], self._starts[model + 1])
         return self._asking[asked], self._per_s[asked]
 
@@ -95,7 +95,7 @@ class PlacementTables:
         found: list[int] = np.flatnonzero(np.diff(self._starts)).tolist()
         return found
 
-    def load_costs_s(self, model: int, askers: Rows) -> Floats:
+    def load_costs_s(self, model: int, requesting_locations: Rows) -> Floats:
         """Seconds that a load costs the locations that ask.
 
         A location without a worker, because that has just left, needs one in any case: the nearest that can hold the
@@ -103,9 +103,9 @@ class PlacementTables:
         """
         if self._smallest < self.size[model] <= self._largest:
             fits = np.flatnonzero(self.size[model] <= self.capacity)
-            latency_s: Floats = self.latency_s[np.ix_(askers, fits)].min(axis=1)
+            latency_s: Floats = self.latency_s[np.ix_(requesting_locations, fits)].min(axis=1)
         else:
-            latency_s = self.nearest_s[askers]
+            latency_s = self.nearest_s[requesting_locations]
         return latency_s + float(self.load_s[model])
 
 

@@ -18,7 +18,7 @@ class WorkerState:
 
     Attributes:
         location: of the worker.
-        replica: the worker.
+        replica: the worker's replica id.
         model_capacity_bytes: for models.
         used_bytes: once its commands have been carried out.
         exec_slots: executions at the same time.

@@ -28,7 +28,7 @@ class EvictionPolicy(ABC):
     #: it they leave strictly in the order of their utilities, as the classical policies are defined.
     trim_victims: bool = False
 
-    #: When time alone gives ``preload_candidates`` something new to say.
+    #: When ``preload_candidates`` may return other models although nothing has happened.
     next_review_s: float = math.inf
 
     def on_start(self, *, preloads: bool) -> None:

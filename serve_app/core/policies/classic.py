@@ -132,11 +132,11 @@ class Gdsf(EvictionPolicy):
 
 
 class Random(EvictionPolicy):
-    """Evicts any model, each with the same chance.
+    """Evicts any model, each with the same probability.
 
     Every model lives for a time that is drawn from the exponential distribution, and the first to die is evicted. What
     is left of such a life has the same distribution at every moment, however long it has lasted: all have the same
-    chance, whenever they came.
+    probability, whenever they came.
     """
 
     def __init__(self, rng: random.Random) -> None:

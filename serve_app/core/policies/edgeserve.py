@@ -8,12 +8,12 @@ import random
 from collections.abc import Iterable, Mapping
 
 from serve_app.core.catalog import ModelProfile
+from serve_app.core.policies.absent_models import AbsentModels
 from serve_app.core.policies.base import EvictionPolicy, PreloadCandidates
-from serve_app.core.policies.preload_candidates import AbsentModels
 from serve_app.core.policies.rate_forecast import RateForecast, RequestHistory
 
 
-class _ModelState(RequestHistory):
+class _TrackedModel(RequestHistory):
     """What the policy keeps of one model besides; ``utility`` is in seconds saved per second and byte."""
 
     __slots__ = (
@@ -72,15 +72,15 @@ class EdgeServe(EvictionPolicy):
         self._review_every_s = review_every_s
         self._preloads = True
         self._forecast: RateForecast | None = None
-        self._known: dict[str, _ModelState] = {}
+        self._tracked: dict[str, _TrackedModel] = {}
         self._forward_s: Mapping[str, float] = {}
         self._absent = AbsentModels(self.utility, margin)
         #: When preload candidates were last asked for.
         self._last_round_s = 0.0
         #: Changes that have not been taken in: residents that were requested or loaded count when a victim is sought,
         #: absent models that were requested, met or displaced not before the next round of preloads.
-        self._changed_residents: dict[str, _ModelState] = {}
-        self._changed_absent: dict[str, _ModelState] = {}
+        self._changed_residents: dict[str, _TrackedModel] = {}
+        self._changed_absent: dict[str, _TrackedModel] = {}
         #: When to compute which utility again though nothing happens to the model. Of several entries for one model,
         #: that of its ``entry_s`` counts.
         self._schedule: list[tuple[float, str]] = []
@@ -99,51 +99,51 @@ class EdgeServe(EvictionPolicy):
         self._review_by(now)
 
     def on_request(self, model: ModelProfile, now: float) -> None:
-        known = self._known.get(model.model_id) or self._meet(model, now)
-        if known.model is not model:
-            self._set_profile(known, model)
-        (self._forecast or self._make_forecast(now)).request(known, now)
-        known.requested = True
-        if known.resident:
-            self._changed_residents[model.model_id] = known
+        tracked = self._tracked.get(model.model_id) or self._meet(model, now)
+        if tracked.model is not model:
+            self._set_profile(tracked, model)
+        (self._forecast or self._make_forecast(now)).request(tracked, now)
+        tracked.requested = True
+        if tracked.resident:
+            self._changed_residents[model.model_id] = tracked
         else:
-            self._changed_absent[model.model_id] = known
+            self._changed_absent[model.model_id] = tracked
         self._review_by(now + self._review_every_s)
 
     def on_load(self, model: ModelProfile, now: float) -> None:
-        known = self._known.get(model.model_id) or self._meet(model, now)
-        known.resident = True
+        tracked = self._tracked.get(model.model_id) or self._meet(model, now)
+        tracked.resident = True
         self._changed_absent.pop(model.model_id, None)
-        self._changed_residents[model.model_id] = known
+        self._changed_residents[model.model_id] = tracked
         self._absent.remove(model, now)
 
     def on_evict(self, model: ModelProfile, now: float) -> None:
         self.on_unload(model, now)
 
     def on_unload(self, model: ModelProfile, now: float) -> None:
-        known = self._known.get(model.model_id) or self._meet(model, now)
-        known.resident = False
+        tracked = self._tracked.get(model.model_id) or self._meet(model, now)
+        tracked.resident = False
         self._changed_residents.pop(model.model_id, None)
-        self._changed_absent[model.model_id] = known
+        self._changed_absent[model.model_id] = tracked
         self._review_by(now + self._review_every_s)
 
     def on_forward_costs(self, forward_s: Mapping[str, float]) -> None:
         before, self._forward_s = self._forward_s, dict(forward_s)
         for model_id in before.keys() | forward_s.keys():
-            known = self._known.get(model_id)
-            if known is not None and before.get(model_id) != forward_s.get(model_id):
-                known.utility_per_rate = self._utility_per_rate(known.model)
-                self._update(known, known.counted_s)
+            tracked = self._tracked.get(model_id)
+            if tracked is not None and before.get(model_id) != forward_s.get(model_id):
+                tracked.utility_per_rate = self._utility_per_rate(tracked.model)
+                self._update(tracked, tracked.counted_s)
 
     # Utility
 
     def utility(self, model: ModelProfile, now: float) -> float:
-        known = self._known.get(model.model_id)
-        if known is None:
+        tracked = self._tracked.get(model.model_id)
+        if tracked is None:
             return 0.0
-        if known.requested or now - known.updated_s > self._review_every_s:
-            self._update(known, now)
-        return known.utility
+        if tracked.requested or now - tracked.updated_s > self._review_every_s:
+            self._update(tracked, now)
+        return tracked.utility
 
     def lowered(self, now: float) -> Iterable[str]:
         self._take_in_residents(now)
@@ -157,9 +157,9 @@ class EdgeServe(EvictionPolicy):
     def preload_candidates(self, now: float, free_bytes: int) -> PreloadCandidates:
         self._weigh_ages(now)
         self._take_in_residents(now)
-        for known in self._changed_absent.values():
-            self._absent.add(known.model, now)
-            self._reschedule(known, now)
+        for tracked in self._changed_absent.values():
+            self._absent.add(tracked.model, now)
+            self._reschedule(tracked, now)
         self._changed_absent.clear()
         self._absent.begin_round(free_bytes)
         self.next_review_s = max(now + self._review_every_s, self._schedule[0][0]) if self._schedule else math.inf
@@ -189,66 +189,66 @@ class EdgeServe(EvictionPolicy):
     def _take_in_residents(self, now: float) -> None:
         """Compute the utility of every changed resident again, and of every model whose time has come."""
         if self._changed_residents:
-            for known in self._changed_residents.values():
-                if known.requested:
-                    self._update(known, now)
-                self._reschedule(known, now)
+            for tracked in self._changed_residents.values():
+                if tracked.requested:
+                    self._update(tracked, now)
+                self._reschedule(tracked, now)
             self._changed_residents.clear()
         schedule = self._schedule
         while schedule and schedule[0][0] <= now:
             at_s, model_id = heapq.heappop(schedule)
-            known = self._known[model_id]
-            if known.entry_s != at_s:
+            tracked = self._tracked[model_id]
+            if tracked.entry_s != at_s:
                 continue
-            known.entry_s = math.inf
-            if known.due_s <= now:
-                self._update(known, now)
-                self._reschedule(known, now)
-            elif known.due_s < math.inf:
-                self._enter(known)
+            tracked.entry_s = math.inf
+            if tracked.due_s <= now:
+                self._update(tracked, now)
+                self._reschedule(tracked, now)
+            elif tracked.due_s < math.inf:
+                self._enter(tracked)
 
-    def _reschedule(self, known: _ModelState, now: float) -> None:
+    def _reschedule(self, tracked: _TrackedModel, now: float) -> None:
         """Decide when a resident may be worth less, or an absent model more, though no request comes."""
         forecast = self._forecast or self._make_forecast(now)
-        if known.resident:
-            known.due_s = due_s = forecast.next_fall_s(known, now)
+        if tracked.resident:
+            tracked.due_s = due_s = forecast.next_fall_s(tracked, now)
         else:
-            known.due_s = due_s = forecast.next_rise_s(known, now)
+            tracked.due_s = due_s = forecast.next_rise_s(tracked, now)
         # An entry that is too early costs less than one that is out of date: most requests only postpone.
-        if due_s < known.entry_s:
-            self._enter(known)
+        if due_s < tracked.entry_s:
+            self._enter(tracked)
 
-    def _enter(self, known: _ModelState) -> None:
-        known.entry_s = due_s = known.due_s
-        heapq.heappush(self._schedule, (due_s, known.model.model_id))
+    def _enter(self, tracked: _TrackedModel) -> None:
+        tracked.entry_s = due_s = tracked.due_s
+        heapq.heappush(self._schedule, (due_s, tracked.model.model_id))
         if due_s < self.next_review_s:
             self.next_review_s = due_s
 
-    def _update(self, known: _ModelState, now: float) -> None:
+    def _update(self, tracked: _TrackedModel, now: float) -> None:
         """Compute the utility of a model as of ``now``."""
-        before = known.utility
-        rate = (self._forecast or self._make_forecast(now)).rate(known, known.lead_s, now)
-        known.utility = utility = rate * known.utility_per_rate
-        known.updated_s, known.requested = now, False
-        if known.resident:
+        before = tracked.utility
+        rate = (self._forecast or self._make_forecast(now)).rate(tracked, tracked.lead_s, now)
+        tracked.utility = utility = rate * tracked.utility_per_rate
+        tracked.updated_s, tracked.requested = now, False
+        if tracked.resident:
             if utility < before:
-                self._lowered[known.model.model_id] = None
+                self._lowered[tracked.model.model_id] = None
                 self._absent.resident_lowered(utility)
         elif utility > before:
-            self._absent.raised(known.model.model_id, now)
+            self._absent.raised(tracked.model.model_id, now)
 
-    def _meet(self, model: ModelProfile, now: float) -> _ModelState:
-        known = self._known.get(model.model_id)
-        if known is None:
-            known = self._known[model.model_id] = self._changed_absent[model.model_id] = _ModelState(model, now)
-            self._set_profile(known, model)
-        return known
+    def _meet(self, model: ModelProfile, now: float) -> _TrackedModel:
+        tracked = self._tracked.get(model.model_id)
+        if tracked is None:
+            tracked = self._tracked[model.model_id] = self._changed_absent[model.model_id] = _TrackedModel(model, now)
+            self._set_profile(tracked, model)
+        return tracked
 
-    def _set_profile(self, known: _ModelState, model: ModelProfile) -> None:
-        known.model = model
+    def _set_profile(self, tracked: _TrackedModel, model: ModelProfile) -> None:
+        tracked.model = model
         # A preload takes a load, and up to a round until it begins.
-        known.lead_s = model.load_s + self._review_every_s
-        known.utility_per_rate = self._utility_per_rate(model)
+        tracked.lead_s = model.load_s + self._review_every_s
+        tracked.utility_per_rate = self._utility_per_rate(model)
 
     def _utility_per_rate(self, model: ModelProfile) -> float:
         """Seconds per byte that each request for an absent model would cost."""

@@ -44,7 +44,7 @@ def make_policy(name: str, rng: random.Random, **parameters: float) -> EvictionP
 
 
 def policy_parameters(name: str) -> tuple[str, ...]:
-    """The parameters that a policy takes beside its source of chance.
+    """The parameters that a policy takes beside its random generator.
 
     Raises:
         ValueError: no such policy.

@@ -11,7 +11,7 @@ from serve_app.core.catalog import ModelProfile
 from serve_app.core.cluster.primaries import rendezvous_rank
 from serve_app.core.cluster.reports import WorkerReport
 from serve_app.core.links import Topology
-from serve_app.core.routing.eviction_cost import exec_s, load_s
+from serve_app.core.routing.displacement_cost import exec_s, load_s
 from serve_app.core.routing.neighbors import Neighbor
 from serve_app.core.routing.router_view import RouterView
 from serve_app.core.routing.rules import RoutingRules
@@ -117,9 +117,10 @@ class _Choice:
     no more is computed than shows it.
     """
 
-    #: So many workers of other locations are considered: the nearest holders; and of those that would have to load the
-    #: model, where there are more than ``MANY``, others for each model.
+    #: How many workers of other locations are compared.
     CONSIDERED = 4
+    #: With more workers elsewhere, only a sample of ``CONSIDERED``, chosen per model and location, is compared for
+    #: loading.
     MANY = 8
 
     __slots__ = (
@@ -145,7 +146,7 @@ class _Choice:
         local, request = self._local, self._request
         if local is None:
             remote = self._best_remote()
-            return _blind_route(request) if remote is None else remote.route()
+            return _route_without_view(request) if remote is None else remote.route()
         if request.forwarding is Forwarding.NEVER or (
             local.outcome is Outcome.HIT and local.wait_s - self._link_s <= self._rules.staleness_s
         ):
@@ -340,7 +341,7 @@ class _Choice:
         return 1 + self._view.loading(report) // report.load_slots
 
 
-def _blind_route(request: RoutingRequest) -> Route:
+def _route_without_view(request: RoutingRequest) -> Route:
     """The route where no worker is known."""
     wait_s = request.model.load_s
     return Route(

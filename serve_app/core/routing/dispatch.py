@@ -82,9 +82,9 @@ class Dispatch:
     | SENT   | ``Finished``                     | FINISHED | ``returned``; ``observe``: the model is ready there, |
     |        |                                  |          | its victims are absent                               |
     | SENT   | ``Absent``: costs a hint         | OPEN     | ``returned``; ``observe``: the model is absent there |
-    | SENT   | ``Rejected`` by a worker that    | OPEN     | ``returned``                                         |
-    |        | has no room or a broken store:   |          |                                                      |
-    |        | avoid that worker                |          |                                                      |
+    | SENT   | ``Rejected`` by a worker whose   | OPEN     | ``returned``                                         |
+    |        | wait queue is full, or whose     |          |                                                      |
+    |        | load failed: avoid that worker   |          |                                                      |
     | SENT   | ``Rejected`` otherwise           | FAILED   | ``returned``                                         |
     | SENT   | ``Lost``: avoid that worker      | OPEN     | ``returned``, ``suspect``                            |
     | SENT   | ``close``: the user has left     | OPEN     | ``returned``                                         |

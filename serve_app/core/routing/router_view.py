@@ -11,7 +11,7 @@ from serve_app.core.cluster.cluster_view import ClusterView
 from serve_app.core.cluster.reports import ViewDelta, WorkerReport
 from serve_app.core.links import Topology
 from serve_app.core.queue_estimate import QueueEstimate
-from serve_app.core.routing.eviction_cost import DisplacementCosts
+from serve_app.core.routing.displacement_cost import DisplacementCosts
 from serve_app.core.routing.neighbors import NeighborIndex
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ModelState

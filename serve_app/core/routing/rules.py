@@ -1,4 +1,4 @@
-"""What the choice of where a request runs depends on besides the state of the cluster."""
+"""Parameters of routing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from serve_app.core.links import HERE, Link
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingRules:
-    """What the choice depends on besides the state of the cluster.
+    """Parameters of the choice of where a request runs.
 
     Attributes:
         profiles: of all models, by id.

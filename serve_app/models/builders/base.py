@@ -14,7 +14,7 @@ from torch import nn
 
 from serve_app.core.catalog import ImageInput, Interpolation
 from serve_app.errors import StoreError
-from serve_app.models.weights import Download
+from serve_app.models.weight_sources import Download
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import nn
 
 from serve_app.errors import StoreError
 from serve_app.models.builders.base import Metadata
-from serve_app.models.weights import PRETRAINED
+from serve_app.models.weight_sources import PRETRAINED
 
 
 class FactoryBuilder:

@@ -13,7 +13,7 @@ from serve_app.models.builders.base import Builder, Metadata
 from serve_app.models.builders.factory import FactoryBuilder
 from serve_app.models.builders.timm import TimmBuilder
 from serve_app.models.builders.torchvision import TorchvisionBuilder
-from serve_app.models.weights import PRETRAINED, Download, load_strictly, read_safetensors
+from serve_app.models.weight_sources import PRETRAINED, Download, load_strictly, read_safetensors
 
 logger = logging.getLogger(__name__)
 

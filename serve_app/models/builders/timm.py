@@ -12,7 +12,7 @@ from serve_app.core.catalog import ImageInput
 from serve_app.errors import StoreError
 from serve_app.models.builders.base import Metadata, interpolation_named, rgb, suggest
 from serve_app.models.torchvision_compat import import_torchvision
-from serve_app.models.weights import Download, DownloadFailed, hub_file
+from serve_app.models.weight_sources import Download, DownloadFailed, hub_file
 
 
 class TimmBuilder:

@@ -17,7 +17,7 @@ from serve_app.core.catalog import ModelEntry
 from serve_app.errors import StoreError
 from serve_app.models.builders import registry
 from serve_app.models.publishing.publish_model import ModuleStage, publish_module
-from serve_app.models.weights import FALLBACK, DownloadFailed, Probe, WeightSource
+from serve_app.models.weight_sources import FALLBACK, DownloadFailed, Probe, WeightSource
 from serve_app.store.model_store import ModelStore, is_published_from
 
 logger = logging.getLogger(__name__)

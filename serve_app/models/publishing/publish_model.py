@@ -20,7 +20,7 @@ from serve_app.models.loader import load_into
 from serve_app.models.module_template import TORCH_COMPUTE_DTYPES, TORCH_DTYPES, ModuleTemplate
 from serve_app.models.profiling.measure import Measurement, measure
 from serve_app.models.torch_internals import STATE_TABLES
-from serve_app.store.manifest import BlobFile, Execution, Layout, Manifest, TensorPlace
+from serve_app.store.manifest import BlobFile, ExecutionFormat, Layout, Manifest, TensorPlace
 from serve_app.store.model_store import ModelStore
 from serve_app.store.safetensors_writer import BlobTensor, plan_blob, write_blob
 
@@ -101,7 +101,7 @@ def _distinct_tensors(module: nn.Module) -> dict[tuple[object, ...], torch.Tenso
 
 
 def _write_blob(
-    store: ModelStore, module: nn.Module, order: Mapping[str, int], execution: Execution
+    store: ModelStore, module: nn.Module, order: Mapping[str, int], execution: ExecutionFormat
 ) -> tuple[tuple[TensorPlace, ...], BlobFile]:
     """Write all parameters and buffers into one blob, in order of use; tied tensors once."""
     convs = {id(conv.weight) for conv in module.modules() if isinstance(conv, nn.Conv2d)}

@@ -39,7 +39,7 @@ class ClassificationEndpoints:
             return await self._classify(request)
 
     async def _classify(self, request: Request) -> Response:
-        self._router.require_room()
+        self._router.require_capacity()
         check_content_type(request, _CONTENT_TYPES, "image/jpeg, image/png, image/webp or application/octet-stream")
         name = request.query_params.get("model")
         if not name:

@@ -29,7 +29,7 @@ def cluster_status(
 
 
 def _location(view: ClusterView, name: str, counts: OutcomeCounts) -> dict[str, Any]:
-    reports = [view.workers[replica] for replica in view.at(name)]
+    reports = [view.workers[replica] for replica in view.replicas_at(name)]
     return {
         "name": name,
         "replicas": len(reports),

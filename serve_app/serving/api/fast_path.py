@@ -126,7 +126,7 @@ class FastPath:
     def set_route_prefix(self, route_prefix: str) -> None:
         """Set the path below which Serve has mounted the application; until then no request is answered here.
 
-        Serve tells a replica its route prefix with the requests that go through Serve, and in no other way.
+        Serve gives a replica its route prefix with the requests that go through Serve, and in no other way.
         """
         self._route_prefix = route_prefix
 

@@ -47,7 +47,7 @@ class InferenceEndpoints:
 
     async def _infer(self, request: InferenceHttpRequest) -> Response:
         models = self._reader.models(request)
-        self._router.require_room()
+        self._router.require_capacity()
         check_content_type(request, _CONTENT_TYPES, "application/json or application/octet-stream")
         json_length = oip.parse_json_length(request.headers.get(_JSON_LENGTH))
         body = await self._reader.body(request)
@@ -99,7 +99,7 @@ def parts_s(response: InferenceResponse) -> dict[str, float]:
 
 
 def outcome_headers(response: InferenceResponse) -> dict[str, str]:
-    """Return the HTTP headers that tell how and where an inference ran."""
+    """Return the HTTP headers that say how and where an inference ran."""
     parts = ", ".join(f"{name};dur={part_s * 1000:.3f}" for name, part_s in parts_s(response).items())
     return {
         "X-EdgeServe-Outcome": response.outcome.value,

@@ -11,7 +11,7 @@ import ray
 
 from serve_app.core.cluster.reports import ViewDelta, WorkerReport
 from serve_app.core.coordination.coordinator_state import CoordinatorState
-from serve_app.core.coordination.events import LinksMeasured, Reader, ReaderSeen, RulesChanged, Tick, WorkerLeft
+from serve_app.core.coordination.events import LinksMeasured, Reader, ReaderSeen, RulesChanged, TimePassed, WorkerLeft
 from serve_app.core.coordination.rules import CoordinatorRules
 from serve_app.core.links import Link
 from serve_app.serving import code_version
@@ -69,7 +69,7 @@ class Coordinator:
     def snapshot(self) -> ViewDelta:
         """Every worker's last report and all rates, for people to look at."""
         now = time.monotonic()
-        self._state.handle(Tick(), now)
+        self._state.handle(TimePassed(), now)
         return self._state.snapshot(now)
 
     def _measure_if_due(self, now: float) -> None:
@@ -84,7 +84,7 @@ class Coordinator:
                 for model_id, per_s in rates.items():
                     self._metrics.model_rate.set(per_s, tags={"location": location, "model": model_id})
         directory = self._state.directory
-        holders = {model_id: len(directory.holders(model_id)) for model_id in directory.held()}
+        holders = {model_id: len(directory.holders(model_id)) for model_id in directory.held_models()}
         for model_id in self._counted_models | holders.keys():
             self._metrics.model_holders.set(holders.get(model_id, 0), tags={"model": model_id})
         self._counted_models |= holders.keys()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from serve_app.core.catalog import PublishedModel, most_accurate_first
 from serve_app.core.links import Topology
 from serve_app.core.routing.choose import RoutingRequest, choose
-from serve_app.core.routing.eviction_cost import exec_s
+from serve_app.core.routing.displacement_cost import exec_s
 from serve_app.core.routing.router_view import RouterView
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import Forwarding

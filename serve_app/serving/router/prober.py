@@ -21,7 +21,7 @@ class Prober:
         pool: the workers.
         view: of the cluster; takes in which locations cannot be reached.
         links: takes the measurements.
-        give_up: ends the calls under way to replicas that are cut off.
+        fail_calls: ends the calls under way to replicas that are cut off.
         own_location: of the router; never cut off, because the reports of its workers say more. None: it has none.
         clock: monotonic seconds.
         batch: how many locations are probed at once, in turn.
@@ -36,7 +36,7 @@ class Prober:
         pool: WorkerPool,
         view: RouterView,
         links: LinkTable,
-        give_up: Callable[[Iterable[str]], None],
+        fail_calls: Callable[[Iterable[str]], None],
         own_location: str | None,
         clock: Callable[[], float],
         batch: int = 16,
@@ -47,7 +47,7 @@ class Prober:
         self._pool = pool
         self._view = view
         self._links = links
-        self._give_up = give_up
+        self._fail_calls = fail_calls
         self._own_location = own_location
         self._clock = clock
         self._batch = batch
@@ -88,4 +88,4 @@ class Prober:
             return
         if self._failures[location] == self._max_failures:
             logger.warning("location %s does not answer from here; it gets no requests until it does", location)
-        self._give_up(self._view.cut_off(location))
+        self._fail_calls(self._view.cut_off(location))

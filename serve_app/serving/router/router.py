@@ -57,12 +57,12 @@ class Router:
         home: the location that this router stands at, or stands in for.
         rules: for the choice.
         pool: the workers.
-        coordinator: tells what workers report.
+        coordinator: the client of the coordinator.
         metrics: counters.
         request_time_s: the deadline of requests that bring none.
         max_inflight: requests under way; more are rejected.
         stands_in: the router may run anywhere: the links that it measures are its own, and not those of ``home``.
-        blind_timeout_s: how long a request waits for a location of which no worker is known.
+        unknown_location_timeout_s: how long a request waits for a location of which no worker is known.
         clock: monotonic seconds.
 
     Attributes:
@@ -82,7 +82,7 @@ class Router:
         request_time_s: float,
         max_inflight: int,
         stands_in: bool = False,
-        blind_timeout_s: float = 15.0,
+        unknown_location_timeout_s: float = 15.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.catalog = catalog
@@ -92,13 +92,13 @@ class Router:
         self._stands_in = stands_in
         self._rules = rules
         self._links = LinkTable(home, rules.link)
-        self._calls = WorkerCalls(pool, blind_timeout_s)
+        self._calls = WorkerCalls(pool, unknown_location_timeout_s)
         self._control = ModelControl(pool, request_time_s)
         self._prober = Prober(
             pool=pool,
             view=self.view,
             links=self._links,
-            give_up=self._calls.give_up,
+            fail_calls=self._calls.fail_calls,
             own_location=None if stands_in else home,
             clock=clock,
         )
@@ -150,7 +150,7 @@ class Router:
             self._links.resend()
         if delta is not None:
             # Dead or hanging workers.
-            self._calls.give_up(self.view.apply(delta, self._clock()))
+            self._calls.fail_calls(self.view.apply(delta, self._clock()))
         # Links change without a delta as well.
         self.view.precompute(self._home, self._rules, self._links)
 
@@ -233,7 +233,7 @@ class Router:
 
     # Requests
 
-    def require_room(self) -> None:
+    def require_capacity(self) -> None:
         """Raise ``Unavailable`` while too many requests are under way."""
         if self._inflight >= self._max_inflight:
             raise Unavailable(f"{self._inflight} requests are under way already; try again later")
@@ -248,7 +248,7 @@ class Router:
         """Serve a request; raises the tree of ``errors.py``, and anything else only for a fault of ours."""
         if request.location not in self.locations:
             raise NotFound(f"no location is called {request.location}; there are {', '.join(self.locations)}")
-        self.require_room()
+        self.require_capacity()
         began_s = self._clock()
         self._inflight += 1
         try:

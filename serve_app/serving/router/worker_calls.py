@@ -17,12 +17,12 @@ class WorkerCalls:
 
     Args:
         pool: the workers.
-        blind_timeout_s: how long a call waits for a location of which no worker is known.
+        unknown_location_timeout_s: how long a call waits for a location of which no worker is known.
     """
 
-    def __init__(self, pool: WorkerPool, blind_timeout_s: float) -> None:
+    def __init__(self, pool: WorkerPool, unknown_location_timeout_s: float) -> None:
         self._pool = pool
-        self._blind_timeout_s = blind_timeout_s
+        self._unknown_location_timeout_s = unknown_location_timeout_s
         #: Timeouts of the calls under way, by replica.
         self._timeouts: dict[str, set[asyncio.Timeout]] = {}
         #: Preloads that no request waits for; kept, or they could be garbage-collected half done.
@@ -36,7 +36,7 @@ class WorkerCalls:
             timeouts = self._timeouts.setdefault(replica, timeouts)
         else:
             # No worker is known there; Serve may have a replica soon, or never.
-            limit_s = min(limit_s, self._blind_timeout_s)
+            limit_s = min(limit_s, self._unknown_location_timeout_s)
         deadline = asyncio.get_running_loop().time() + limit_s
         timeout = asyncio.timeout_at(deadline)
         timeouts.add(timeout)
@@ -56,7 +56,7 @@ class WorkerCalls:
             if not timeouts and replica is not None:
                 self._timeouts.pop(replica, None)
 
-    def give_up(self, replicas: Iterable[str]) -> None:
+    def fail_calls(self, replicas: Iterable[str]) -> None:
         """End the calls to these replicas with ``WorkerLost``: their requests are served elsewhere."""
         now = asyncio.get_running_loop().time()
         for replica in replicas:

@@ -43,7 +43,7 @@ class InferenceResult:
         load_s: seconds of waiting for a load.
         decode_s: seconds of decoding the image.
         exec_s: seconds of execution.
-        replica: the worker.
+        replica: the worker's replica id.
         sequence: number of the worker's next report.
         evicted: the models that left memory for the load.
     """

@@ -11,7 +11,7 @@ import grpc
 from serve_app.serving import ray_internals
 from serve_app.serving.transport.local_rpc import ConnectionLost, LocalRpcPool
 from serve_app.serving.transport.messages import InferenceRejected, InferenceTask, Reply
-from serve_app.serving.transport.named_replica_router import LOST_REPLICA_ERRORS
+from serve_app.serving.transport.named_replica_request_router import LOST_REPLICA_ERRORS
 from serve_app.serving.transport.worker_pool import WorkerLost
 
 #: Name of the deployment of workers in the application of each location.
@@ -73,4 +73,4 @@ async def reply_of(response: Awaitable[_Result]) -> _Result:
         # A replica that is replaced cancels the calls that outlast its time to shut down.
         if error.code() is not grpc.StatusCode.CANCELLED:
             raise
-        raise WorkerLost("the replica has cancelled the call") from error
+        raise WorkerLost("the replica has canceled the call") from error

@@ -11,12 +11,13 @@ from weakref import WeakSet
 from serve_app.core.queue_estimate import QueueEstimate
 from serve_app.errors import Unavailable
 from serve_app.serving.transport.messages import FloatArray
-from serve_app.serving.worker.model_host import Lease, RunnableModel
+from serve_app.serving.worker.model_backend import RunnableModel
+from serve_app.serving.worker.model_manager import Lease
 from serve_app.serving.worker.process_budget import ProcessBudget
 
 
 @dataclass(frozen=True, slots=True)
-class Execution:
+class ExecutionResult:
     """The result of an inference: logits, seconds in the queue for a thread, seconds of execution."""
 
     logits: FloatArray
@@ -64,7 +65,9 @@ class InferenceExecutor:
         """Seconds until an inference that is submitted now begins."""
         return self._queue.wait_s(self.slots)
 
-    async def execute(self, lease: Lease, batch: FloatArray, *, expected_s: float, workspace_bytes: int) -> Execution:
+    async def execute(
+        self, lease: Lease, batch: FloatArray, *, expected_s: float, workspace_bytes: int
+    ) -> ExecutionResult:
         """Run an inference and give the lease back.
 
         Args:
@@ -78,21 +81,21 @@ class InferenceExecutor:
         """
         submitted_s = self._clock()
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[Execution] = loop.create_future()
+        done: asyncio.Future[ExecutionResult] = loop.create_future()
 
         def run() -> None:
             try:
                 with self._budget.workspace(workspace_bytes):
                     began_s = self._clock()
                     logits = lease.runnable.infer(batch)
-                    result = Execution(logits, began_s - submitted_s, self._clock() - began_s)
+                    result = ExecutionResult(logits, began_s - submitted_s, self._clock() - began_s)
             except BaseException as error:
                 loop.call_soon_threadsafe(end, error)
             else:
                 loop.call_soon_threadsafe(end, result)
 
-        def end(result: Execution | BaseException) -> None:
-            # In any case: the thread of a cancelled request runs on, and its model must stay until it is done.
+        def end(result: ExecutionResult | BaseException) -> None:
+            # In any case: the thread of a canceled request runs on, and its model must stay until it is done.
             self._ended(lease, expected_s)
             if done.cancelled():
                 return

@@ -13,7 +13,7 @@ from serve_app.core.cache.events import UnaccountedChanged
 from serve_app.core.catalog import PublishedModel
 from serve_app.core.memory_budget import MemoryBudget, MemoryGuard, ProcessMemory
 from serve_app.errors import DoesNotFit
-from serve_app.serving.worker.model_host import ModelHost
+from serve_app.serving.worker.model_manager import ModelManager
 
 logger = logging.getLogger(__name__)
 
@@ -97,19 +97,19 @@ class ProcessBudget:
                 self._running_bytes -= needed_bytes
                 self._ended.notify_all()
 
-    async def update(self, host: ModelHost, now: float) -> None:
+    async def update(self, manager: ModelManager, now: float) -> None:
         """Compare the kernel's figures with the accounting, and have models leave room for the difference.
 
         Free heap is given back first where the difference would grow, or after an unload, but not too often: the
         allocator keeps what executions have freed.
         """
-        counters = host.cache.counters
-        unloaded, beyond_bytes = counters.evictions + counters.unloads, self._beyond_bytes(host)
+        counters = manager.cache.counters
+        unloaded, beyond_bytes = counters.evictions + counters.unloads, self._beyond_bytes(manager)
         is_due = unloaded != self._unloaded and now - self._given_back_s >= _GIVE_BACK_EVERY_S
         if is_due or beyond_bytes > self._guard.unaccounted_bytes:
             self._unloaded, self._given_back_s = unloaded, now
             await asyncio.to_thread(self._give_back)
-            beyond_bytes = self._beyond_bytes(host)
+            beyond_bytes = self._beyond_bytes(manager)
         before_bytes = self._guard.unaccounted_bytes
         unaccounted_bytes = self._guard.update(beyond_bytes, now)
         if unaccounted_bytes != before_bytes:
@@ -123,12 +123,12 @@ class ProcessBudget:
                         before_bytes,
                         beyond_bytes,
                         self.base_bytes,
-                        host.cache.used_bytes,
+                        manager.cache.used_bytes,
                         self.workspace_bytes,
                     )
                 ),
             )
-            host.handle(UnaccountedChanged(unaccounted_bytes))
+            manager.handle(UnaccountedChanged(unaccounted_bytes))
 
-    def _beyond_bytes(self, host: ModelHost) -> int:
-        return self._guard.beyond_bytes(self._read(), self._budget, host.cache.used_bytes)
+    def _beyond_bytes(self, manager: ModelManager) -> int:
+        return self._guard.beyond_bytes(self._read(), self._budget, manager.cache.used_bytes)

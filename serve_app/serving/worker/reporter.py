@@ -15,7 +15,7 @@ from serve_app.core.cache.events import (
     WithdrawSuggested,
 )
 from serve_app.core.catalog import Catalog, ModelProfile
-from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
+from serve_app.core.cluster.commands import Command, PreloadAt, WithdrawAt
 from serve_app.core.cluster.reports import OutcomeCounts, ViewDelta, WorkerReport
 from serve_app.core.coordination.worker_follower import WorkerFollower
 from serve_app.core.routing.rules import RoutingRules
@@ -24,7 +24,7 @@ from serve_app.serving.coordinator.client import CoordinatorClient
 from serve_app.serving.metrics import WorkerMetrics
 from serve_app.serving.periodic import every
 from serve_app.serving.worker.executor import InferenceExecutor
-from serve_app.serving.worker.model_host import Lease, ModelHost
+from serve_app.serving.worker.model_manager import Lease, ModelManager
 from serve_app.serving.worker.process_budget import ProcessBudget
 from serve_app.serving.worker.settings import RetentionRules, WorkerIdentity
 
@@ -93,7 +93,7 @@ class WorkerReporter:
     Args:
         identity: of the worker.
         catalog: the models that may be requested.
-        host: the models in memory.
+        manager: the models in memory.
         executor: of inferences.
         budget: of the process.
         coordinator: the client of it.
@@ -111,7 +111,7 @@ class WorkerReporter:
         *,
         identity: WorkerIdentity,
         catalog: Catalog,
-        host: ModelHost,
+        manager: ModelManager,
         executor: InferenceExecutor,
         budget: ProcessBudget,
         coordinator: CoordinatorClient,
@@ -122,7 +122,7 @@ class WorkerReporter:
     ) -> None:
         self._replica = identity.replica
         self._catalog, self._retention = catalog, retention
-        self._host = host
+        self._manager = manager
         self._executor = executor
         self._budget = budget
         self._coordinator = coordinator
@@ -142,7 +142,7 @@ class WorkerReporter:
         return self._follower.next_sequence
 
     def count_demand(self, origin: str, model_id: str) -> None:
-        """Count a request by users of ``origin``; the next report tells it."""
+        """Count a request by users of ``origin``; the next report includes it."""
         self._follower.demand[origin, model_id] += 1
 
     def start(self, report_every_s: float) -> None:
@@ -158,8 +158,8 @@ class WorkerReporter:
     async def report_once(self) -> None:
         """Unload idle models, update the memory that models may take, and exchange a report for instructions."""
         if self._retention.idle_unload_s is not None:
-            self._host.handle(IdleChecked(self._clock() - self._retention.idle_unload_s))
-        await self._budget.update(self._host, self._clock())
+            self._manager.handle(IdleChecked(self._clock() - self._retention.idle_unload_s))
+        await self._budget.update(self._manager, self._clock())
         await self._exchange()
 
     async def leave(self) -> None:
@@ -174,7 +174,7 @@ class WorkerReporter:
 
     def report(self) -> WorkerReport:
         """Build a report of the worker as it is now; the demand since the last report goes with it, once."""
-        cache, measured = self._host.cache, self.measured
+        cache, measured = self._manager.cache, self.measured
         models = cache.models()
         report = self._follower.report(
             cache=cache,
@@ -203,11 +203,11 @@ class WorkerReporter:
         if delta is None:
             self._follower.return_demand(report.demand)
             return None
-        held = {model.model_id: model for model in self._host.cache.models()}
+        held = {model.model_id: model for model in self._manager.cache.models()}
         instructions = self._follower.apply(delta, held, self._clock())
         if instructions.forward_costs is not None:
-            self._host.handle(ForwardCostsChanged(instructions.forward_costs))
-        self._host.handle(ProtectedChanged(instructions.protect))
+            self._manager.handle(ForwardCostsChanged(instructions.forward_costs))
+        self._manager.handle(ProtectedChanged(instructions.protect))
         for command in instructions.commands:
             self._carry_out(command)
         return delta
@@ -215,15 +215,15 @@ class WorkerReporter:
     def _carry_out(self, command: Command) -> None:
         """Follow placement as far as no request is in the way; later reports show what was not done."""
         match command:
-            case EvictAt(model_id=model_id):
-                self._host.handle(WithdrawSuggested(model_id))
+            case WithdrawAt(model_id=model_id):
+                self._manager.handle(WithdrawSuggested(model_id))
             case PreloadAt(model_id=model_id, required=required) if model_id in self._catalog:
-                self._host.handle(PreloadSuggested(self._catalog[model_id].profile, required))
+                self._manager.handle(PreloadSuggested(self._catalog[model_id].profile, required))
             case PreloadAt():
                 logger.warning("placement orders model %s, which is not in the store here", command.model_id)
 
     async def _hand_over(self) -> None:
-        """Report as leaving, and wait until others hold what they were told to, but not for long."""
+        """Report as leaving, and wait until others hold what they were ordered to load, but not for long."""
         self._follower.is_leaving = True
         if self._reporting is None or not self._coordinator.up:
             return

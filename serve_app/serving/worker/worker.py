@@ -33,7 +33,7 @@ from serve_app.serving.transport.messages import (
     Reply,
 )
 from serve_app.serving.worker.executor import InferenceExecutor
-from serve_app.serving.worker.model_host import ModelHost
+from serve_app.serving.worker.model_manager import ModelManager
 from serve_app.serving.worker.process_budget import ProcessBudget
 from serve_app.serving.worker.reporter import WorkerReporter
 from serve_app.serving.worker.settings import RetentionRules, WorkerIdentity
@@ -50,7 +50,7 @@ class Worker:
     Args:
         identity: location and replica.
         catalog: the models that may be requested.
-        host: the models in memory.
+        manager: the models in memory.
         exec_slots: inferences that run at the same time, each in a thread.
         coordinator: the client of it.
         rules: for the cost of a forward.
@@ -69,7 +69,7 @@ class Worker:
         *,
         identity: WorkerIdentity,
         catalog: Catalog,
-        host: ModelHost,
+        manager: ModelManager,
         exec_slots: int,
         coordinator: CoordinatorClient,
         rules: RoutingRules,
@@ -81,7 +81,7 @@ class Worker:
     ) -> None:
         self._identity = identity
         self._catalog = catalog
-        self._host = host
+        self._manager = manager
         self._coordinator = coordinator
         self._metrics = metrics
         self._budget = process_budget
@@ -89,12 +89,12 @@ class Worker:
         self._preload_at_start = retention.preload
         self._clock = clock
         self.executor = InferenceExecutor(
-            slots=exec_slots, budget=process_budget, release=host.release, name=identity.location, clock=clock
+            slots=exec_slots, budget=process_budget, release=manager.release, name=identity.location, clock=clock
         )
         self._reporter = WorkerReporter(
             identity=identity,
             catalog=catalog,
-            host=host,
+            manager=manager,
             executor=self.executor,
             budget=process_budget,
             coordinator=coordinator,
@@ -112,13 +112,13 @@ class Worker:
         for model in self._catalog.models:
             if model.pinned:
                 try:
-                    await self._host.preload(model.profile)
+                    await self._manager.preload(model.profile)
                 except EdgeServeError as error:
                     logger.error("pinned model %s is not loaded: %s", model.model_id, error)
 
     def start(self, report_every_s: float) -> None:
         """Begin to report, and to preload what is worth it; needs a running event loop."""
-        self._host.handle(ModelsKnown(tuple(self._catalog.profiles().values())))
+        self._manager.handle(ModelsKnown(tuple(self._catalog.profiles().values())))
         self._preload_listed()
         self._reporter.start(report_every_s)
 
@@ -129,9 +129,9 @@ class Worker:
     async def stop(self) -> None:
         """Leave, and give all memory back."""
         await self.leave()
-        # A cancelled request may still run in its thread, on weights that must stay until it ends.
+        # A canceled request may still run in its thread, on weights that must stay until it ends.
         await asyncio.to_thread(self.executor.shutdown)
-        self._host.close()
+        self._manager.close()
 
     def report(self) -> WorkerReport:
         """Build a report of the worker as it is now; the demand since the last report goes with it, once."""
@@ -164,30 +164,30 @@ class Worker:
             ValueError: the pinned models need more memory; nothing has changed.
         """
         pinned = [model for model in catalog.models if model.pinned]
-        held = {model.model_id: model.size_bytes for model in self._host.cache.models()}
+        held = {model.model_id: model.size_bytes for model in self._manager.cache.models()}
         if sum(held.get(model.model_id, 0) for model in pinned) > budget.model_capacity_bytes:
             raise ValueError(f"{budget.model_capacity_bytes} bytes for models are less than what the pinned ones need")
         self._catalog = catalog
         self._reporter.reconfigure(catalog, rules, retention)
-        self._host.handle(CatalogChanged(tuple(catalog.profiles().values()), [model.model_id for model in pinned]))
-        self._host.handle(CapacityChanged(budget.capacity_bytes, budget.workspace_bytes))
+        self._manager.handle(CatalogChanged(tuple(catalog.profiles().values()), [model.model_id for model in pinned]))
+        self._manager.handle(CapacityChanged(budget.capacity_bytes, budget.workspace_bytes))
         self._budget.divide(budget)
         if policy is not None:
-            self._host.handle(PolicyChanged(policy))
+            self._manager.handle(PolicyChanged(policy))
         for model in pinned:
-            self._host.handle(PreloadSuggested(model.profile, required=True))
+            self._manager.handle(PreloadSuggested(model.profile, required=True))
         self._coordinator.configure(coordination)
 
     def _preload_listed(self) -> None:
-        free_bytes = self._host.cache.model_capacity_bytes - self._host.cache.used_bytes
+        free_bytes = self._manager.cache.model_capacity_bytes - self._manager.cache.used_bytes
         for model_id in self._preload_at_start:
             if model_id not in self._catalog:
                 logger.error("model %s is to be preloaded, but not in the store", model_id)
-            elif self._host.cache.state(model_id) is None:
+            elif self._manager.cache.state(model_id) is None:
                 model = self._catalog[model_id].profile
                 free_bytes -= model.size_bytes
                 # They may displace what the policy preloads meanwhile, but not each other.
-                self._host.handle(PreloadSuggested(model, required=free_bytes >= 0))
+                self._manager.handle(PreloadSuggested(model, required=free_bytes >= 0))
 
     # Requests
 
@@ -196,7 +196,7 @@ class Worker:
         if work.model_id not in self._catalog:
             return self._not_in_store(work.model_id)
         model = self._catalog[work.model_id]
-        if work.only_if_resident and self._host.cache.state(work.model_id) is None:
+        if work.only_if_resident and self._manager.cache.state(work.model_id) is None:
             return NotResident(replica=self._identity.replica, sequence=self._reporter.next_sequence)
         self._measured.inflight += 1
         try:
@@ -222,7 +222,7 @@ class Worker:
         else:
             batch = work.payload
         self._reporter.count_demand(work.origin, work.model_id)
-        lease = await self._host.acquire(model.profile)
+        lease = await self._manager.acquire(model.profile)
         done = await self.executor.execute(
             lease,
             batch,
@@ -256,7 +256,7 @@ class Worker:
             return
         try:
             # Counts as a request, as it was one: else the model would be without demand in the eyes of the policy.
-            self._host.release(await self._host.acquire(self._catalog[model_id].profile))
+            self._manager.release(await self._manager.acquire(self._catalog[model_id].profile))
         except EdgeServeError as error:
             logger.info("model %s is not loaded in the background: %s", model_id, error)
 
@@ -265,7 +265,7 @@ class Worker:
         if model_id not in self._catalog:
             return self._not_in_store(model_id)
         try:
-            await self._host.load(self._catalog[model_id].profile)
+            await self._manager.load(self._catalog[model_id].profile)
         except EdgeServeError as error:
             return InferenceRejected(error=error)
         return None
@@ -273,7 +273,7 @@ class Worker:
     async def unload(self, model_id: str) -> InferenceRejected | None:
         """Unload a model on an operator's request."""
         try:
-            self._host.handle(UnloadRequested(model_id))
+            self._manager.handle(UnloadRequested(model_id))
         except EdgeServeError as error:
             return InferenceRejected(error=error)
         return None

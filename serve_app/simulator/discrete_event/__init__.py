@@ -16,7 +16,8 @@ A discrete-event simulation over the classes that the live system runs on: a ``M
   changed nothing; its commands are where they should be after ``coordinator_delay_s``. What is to be unloaded goes if
   it is idle; what is to be loaded is a ``PreloadSuggested`` for its ``ModelCache``, which loads one model at a time.
 - A load that a router orders for a request that it forwards waits for memory as a request does.
-- There are no deadlines, no failures and no pinned models, and one worker per location.
+- There are no failures and no pinned models, and one worker per location. Deadlines only where ``request_time_s`` is
+  given, which only parity tests do.
 """
 
 from serve_app.simulator.discrete_event.results import DiscreteEventResults

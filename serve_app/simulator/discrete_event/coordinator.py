@@ -15,7 +15,7 @@ from serve_app.core.coordination.events import Reader, WorkerReported
 from serve_app.core.coordination.rules import CoordinatorRules, DeltaLimits
 from serve_app.core.placement.rules import PlacementSettings
 from serve_app.simulator.discrete_event.event_queue import EventQueue
-from serve_app.simulator.discrete_event.worker import Worker
+from serve_app.simulator.discrete_event.worker import SimulatedWorker
 
 
 class Rates(Mapping[str, float]):
@@ -124,12 +124,12 @@ class SimulatedCoordinator:
 
     # Reports
 
-    def changed(self, worker: Worker, now: float) -> None:
+    def changed(self, worker: SimulatedWorker, now: float) -> None:
         """Let a worker that has something new to report do so when its next report is due."""
         next_s = (math.floor(now / self._report_every_s) + 1) * self._report_every_s
         self._event_queue.at(next_s, self.report, worker)
 
-    def report(self, worker: Worker, now: float) -> None:
+    def report(self, worker: SimulatedWorker, now: float) -> None:
         """Send a worker's report."""
         report, demand = worker.report()
         self.sent += 1

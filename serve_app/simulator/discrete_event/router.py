@@ -14,11 +14,14 @@ from serve_app.core.vocabulary import Outcome
 from serve_app.simulator.discrete_event.coordinator import SimulatedCoordinator
 from serve_app.simulator.discrete_event.event_queue import EventQueue
 from serve_app.simulator.discrete_event.results import DiscreteEventResults
-from serve_app.simulator.discrete_event.worker import Job, Worker
+from serve_app.simulator.discrete_event.worker import Job, SimulatedWorker
 
 
-class Router:
-    """The router of one location; as ``serving/router/router.py``, without deadlines and lost workers.
+class SimulatedRouter:
+    """The router of one location.
+
+    Unlike ``serving/router/router.py``: no lost workers, no probes or measured links, no families. Deadlines only where
+    ``request_time_s`` is given, which only parity tests do.
 
     Args:
         worker: of its own location.
@@ -34,8 +37,8 @@ class Router:
     def __init__(
         self,
         *,
-        worker: Worker,
-        workers: Mapping[str, Worker],
+        worker: SimulatedWorker,
+        workers: Mapping[str, SimulatedWorker],
         coordinator: SimulatedCoordinator | None,
         rules: RoutingRules,
         payload_bytes: int,
@@ -62,7 +65,7 @@ class Router:
             self.refresh(now)
 
     def refresh(self, now: float) -> None:
-        """Apply the last view that has come; tells the worker what losing a model costs now."""
+        """Apply the last view that has come, and update the worker's costs of losing a model."""
         coordinator = self._coordinator
         if coordinator is None or (tick := coordinator.tick(now)) == self._tick:
             return
@@ -93,7 +96,7 @@ class Router:
         worker = job.there = self._worker if route.replica is None else self._workers[route.replica]
         job.only_if_resident = step.only_if_resident
         if route.preload is not None:
-            self._workers[route.preload].fetch(job.model, now)
+            self._workers[route.preload].preload(job.model, now)
         if worker is self._worker:
             job.back_s = 0.0
             worker.take(job, now)

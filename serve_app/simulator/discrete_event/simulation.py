@@ -13,9 +13,9 @@ from serve_app.core.routing.rules import RoutingRules
 from serve_app.simulator.discrete_event.coordinator import SimulatedCoordinator
 from serve_app.simulator.discrete_event.event_queue import EventQueue
 from serve_app.simulator.discrete_event.results import DiscreteEventResults
-from serve_app.simulator.discrete_event.router import Router
+from serve_app.simulator.discrete_event.router import SimulatedRouter
 from serve_app.simulator.discrete_event.settings import DiscreteEventOptions
-from serve_app.simulator.discrete_event.worker import Worker, report_rows
+from serve_app.simulator.discrete_event.worker import SimulatedWorker, report_rows
 from serve_app.workload.trace import Trace
 
 #: How many requests pass between two reports of progress.
@@ -73,7 +73,7 @@ class _Simulation:
         self._workers = self._make_workers(coordinator, rules, options)
         self._routers = self._make_routers(coordinator, rules, options)
         for worker, router in zip(self._workers.values(), self._routers, strict=True):
-            worker.before = router.catch_up
+            worker.sync = router.catch_up
             worker.follower.view = router.view.cluster
             worker.cache.handle(ModelsKnown(profiles), 0.0)
             worker.start_preloads(0.0)
@@ -84,10 +84,10 @@ class _Simulation:
 
     def _make_workers(
         self, coordinator: SimulatedCoordinator, rules: RoutingRules, options: DiscreteEventOptions
-    ) -> Mapping[str, Worker]:
+    ) -> Mapping[str, SimulatedWorker]:
         rows = report_rows(self._profiles)
         workers = [
-            Worker(
+            SimulatedWorker(
                 location=location,
                 cache=options.make_cache(number),
                 report_rows=rows,
@@ -103,9 +103,9 @@ class _Simulation:
 
     def _make_routers(
         self, coordinator: SimulatedCoordinator, rules: RoutingRules, options: DiscreteEventOptions
-    ) -> Sequence[Router]:
+    ) -> Sequence[SimulatedRouter]:
         return [
-            Router(
+            SimulatedRouter(
                 worker=worker,
                 workers=self._workers,
                 coordinator=None if self._alone else coordinator,
@@ -147,7 +147,7 @@ class _PlacementTimer:
     def __init__(
         self,
         coordinator: SimulatedCoordinator,
-        workers: Mapping[str, Worker],
+        workers: Mapping[str, SimulatedWorker],
         profiles: Mapping[str, ModelProfile],
         event_queue: EventQueue,
         options: DiscreteEventOptions,
@@ -180,5 +180,5 @@ class _PlacementTimer:
         self._plan_next(tick)
 
 
-def _ignore(worker: Worker, now: float) -> None:
+def _ignore(worker: SimulatedWorker, now: float) -> None:
     """No coordinator takes reports."""

@@ -30,7 +30,7 @@ from serve_app.core.cache.events import (
 )
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
+from serve_app.core.cluster.commands import Command, PreloadAt, WithdrawAt
 from serve_app.core.cluster.reports import Demand, WorkerReport
 from serve_app.core.coordination.worker_follower import WorkerFollower
 from serve_app.core.queue_estimate import QueueEstimate
@@ -41,7 +41,7 @@ from serve_app.errors import DoesNotFit, StoreError, Unavailable
 from serve_app.simulator.discrete_event.event_queue import EventQueue
 from serve_app.simulator.discrete_event.results import DiscreteEventResults
 
-#: Rejections as the router takes them: what counts is the class of the error, as in ``serving/worker/model_host.py``.
+#: Rejections as the router takes them: the class of the error counts, as in ``serving/worker/model_manager.py``.
 _REJECTED = {
     RejectReason.TOO_LARGE: Rejected(DoesNotFit("the model is larger than the memory")),
     RejectReason.QUEUE_FULL: Rejected(Unavailable("too many requests wait for memory")),
@@ -69,7 +69,7 @@ class Job:
     #: None where locations do not forward.
     dispatch: Dispatch | None = None
     #: Where it was sent last, whether it may be loaded there, and how long the answer takes to come back.
-    there: Worker | None = None
+    there: SimulatedWorker | None = None
     only_if_resident: bool = False
     back_s: float = 0.0
     asked_s: float = 0.0
@@ -105,7 +105,7 @@ def report_rows(profiles: Iterable[ModelProfile]) -> ReportRows:
     }
 
 
-class Worker:
+class SimulatedWorker:
     """The one worker of a location.
 
     Args:
@@ -120,7 +120,7 @@ class Worker:
 
     Attributes:
         follower: builds its reports, and turns views into instructions.
-        before: is called before a request of another location, or a tick, to catch up with the coordinator.
+        sync: is called before a request of another location, or a tick, to catch up with the coordinator.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Worker:
         exec_slots: int,
         event_queue: EventQueue,
         results: DiscreteEventResults,
-        changed: Callable[[Worker, float], None],
+        changed: Callable[[SimulatedWorker, float], None],
     ) -> None:
         self.location = location
         self.replica = f"{location}#0"
@@ -143,7 +143,7 @@ class Worker:
         self._event_queue = event_queue
         self._results = results
         self._changed = changed
-        self.before: Callable[[float], None] = _nothing
+        self.sync: Callable[[float], None] = _nothing
         self.follower = WorkerFollower(replica=self.replica, location=location, rules=rules)
         self._queue = QueueEstimate()
         #: When the executions under way end; no more than there are slots.
@@ -164,7 +164,7 @@ class Worker:
         """Take in a request."""
         model = job.model
         if job.back_s:
-            self.before(now)
+            self.sync(now)
         if job.only_if_resident and self.cache.state(model.model_id) is None:
             self._reply(job, Absent(self.replica, self.follower.next_sequence), now)
             return
@@ -244,11 +244,11 @@ class Worker:
                     if isinstance(waiter, Job):
                         self._go_on(waiter, action.answer, now)
                     else:
-                        self._go_on_fetching(waiter, action.answer, now)
+                        self._continue_preload(waiter, action.answer, now)
 
     # Loads
 
-    def fetch(self, model: ModelProfile, now: float) -> None:
+    def preload(self, model: ModelProfile, now: float) -> None:
         """Load a model whose request was forwarded, for later requests; as ``Worker.preload`` of the live system.
 
         The cache counts a request, which it was, and the model waits for memory as a request does.
@@ -260,10 +260,10 @@ class Worker:
         else:
             if isinstance(answer, Load):
                 self._apply(answer.actions(model), now)
-            self._go_on_fetching(model, answer, now)
+            self._continue_preload(model, answer, now)
         self.start_preloads(now)
 
-    def _go_on_fetching(self, model: ModelProfile, answer: Answer, now: float) -> None:
+    def _continue_preload(self, model: ModelProfile, answer: Answer, now: float) -> None:
         match answer:
             case Hit():
                 self._apply(self.cache.finish(model.model_id, now), now)
@@ -311,18 +311,18 @@ class Worker:
         # A tick that is due already waits for something to end, which is an event of its own.
         if now < self.cache.next_tick_s < self._next_tick_s:
             self._next_tick_s = self.cache.next_tick_s
-            self._event_queue.at(self._next_tick_s, Worker._tick_due, self)
+            self._event_queue.at(self._next_tick_s, SimulatedWorker._tick_due, self)
 
     def _tick_due(self, now: float) -> None:
         if now >= self._next_tick_s:
             self._next_tick_s = math.inf
-            self.before(now)
+            self.sync(now)
             self.start_preloads(now)
 
     def carry_out(self, command: Command, model: ModelProfile, now: float) -> None:
         """Follow placement as far as no request is in the way."""
         match command:
-            case EvictAt(model_id=model_id):
+            case WithdrawAt(model_id=model_id):
                 actions = self.cache.handle(WithdrawSuggested(model_id), now)
                 if actions:
                     self._apply(actions, now)

@@ -98,8 +98,8 @@ class _NoLead(_Variant):
 
     def on_catalog(self, models: Iterable[ModelProfile], now: float) -> None:
         super().on_catalog(models, now)
-        for known in self._known.values():
-            known.lead_s = 0.0
+        for tracked in self._tracked.values():
+            tracked.lead_s = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from typing import Protocol
 
 from serve_app.core.cache.decisions import (
     Action,
@@ -36,58 +35,15 @@ from serve_app.core.cache.events import (
     LoadImpossible,
     PreloadSuggested,
     RetryAllowed,
-    WaitCancelled,
+    WaitCanceled,
 )
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.vocabulary import ModelState, Outcome
 from serve_app.errors import DoesNotFit, EdgeServeError, StoreError, Unavailable
-from serve_app.serving.transport.messages import FloatArray
+from serve_app.serving.worker.model_backend import ModelBackend, ModelObserver, RunnableModel, Timer
 
 logger = logging.getLogger(__name__)
-
-
-class RunnableModel(Protocol):
-    """A model in memory."""
-
-    def infer(self, batch: FloatArray) -> FloatArray:
-        """Logits ``[N, classes]`` of a batch ``[N, 3, H, W]``."""
-
-    def unload(self) -> None:
-        """Give its memory back."""
-
-
-class ModelBackend(Protocol):
-    """Brings models into memory."""
-
-    def check(self, model_id: str) -> None:
-        """Look, in microseconds, whether a load could work; raises ``StoreError`` if not."""
-
-    def load(self, model_id: str) -> RunnableModel:
-        """Load one model; called in a thread, for several models at a time."""
-
-
-class HostObserver(Protocol):
-    """Records what happened, for metrics."""
-
-    def preload_started(self) -> None:
-        """A load that no request has asked for begins."""
-
-    def loaded(self, model_id: str, seconds: float) -> None:
-        """A load has ended well."""
-
-    def load_failed(self, model_id: str) -> None:
-        """A load has failed."""
-
-    def evicted(self, model_id: str, reason: EvictionReason) -> None:
-        """A model has been unloaded, or its background load cancelled."""
-
-
-class Timer(Protocol):
-    """Something that will be done later."""
-
-    def cancel(self) -> None:
-        """Do not do it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +56,7 @@ class _Loading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lease:
-    """A model pinned in memory for one request, until ``ModelHost.release``."""
+    """A model pinned in memory for one request, until ``ModelManager.release``."""
 
     model_id: str
     runnable: RunnableModel
@@ -110,11 +66,11 @@ class Lease:
     evicted: tuple[str, ...]
 
 
-class ModelHost:
+class ModelManager:
     """The models of one worker.
 
     Args:
-        cache: decides; only this host changes it.
+        cache: decides; only this manager changes it.
         backend: loads models.
         loaders: threads for loads that requests wait for, at least as many as the cache's ``max_loads``.
         preloaders: threads for background loads, as many as the cache's ``max_preloads``. A load that was evicted for a
@@ -134,7 +90,7 @@ class ModelHost:
         preloaders: Executor,
         clock: Callable[[], float],
         call_at: Callable[[float, Callable[[], None]], Timer],
-        observer: HostObserver,
+        observer: ModelObserver,
     ) -> None:
         self.cache = cache
         self._backend = backend
@@ -250,15 +206,15 @@ class ModelHost:
             return await waiter
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled():
-                self._give_back(model_id, waiter.result())
+                self._release_unclaimed(model_id, waiter.result())
             else:
-                self.handle(WaitCancelled(ticket))
+                self.handle(WaitCanceled(ticket))
             raise
         finally:
             self._waiters.pop(ticket, None)
 
     async def _loaded(self, model_id: str) -> None:
-        """Wait for the load under way. A request that is cancelled meanwhile gives its pin back when it ends."""
+        """Wait for the load under way. A request that is canceled meanwhile gives its pin back when it ends."""
         task = self._loads[model_id].task
         try:
             await asyncio.shield(task)
@@ -292,11 +248,11 @@ class ModelHost:
                     else:
                         waiter.set_result(answer)
         for model_id, answer in unclaimed:
-            self._give_back(model_id, answer)
+            self._release_unclaimed(model_id, answer)
         self._set_timer()
 
-    def _give_back(self, model_id: str, answer: Answer) -> None:
-        """Give back the pin of a request that was cancelled before its answer came."""
+    def _release_unclaimed(self, model_id: str, answer: Answer) -> None:
+        """Give back the pin of a request that was canceled before its answer came."""
         match answer:
             case Hit():
                 self._finish(model_id)

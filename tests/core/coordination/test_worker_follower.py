@@ -9,12 +9,12 @@ import pytest
 from core_support import Ranked, report, resident
 
 from serve_app.core.cache.model_cache import ModelCache
-from serve_app.core.cluster.commands import EvictAt
+from serve_app.core.cluster.commands import WithdrawAt
 from serve_app.core.cluster.primaries import rendezvous_rank
 from serve_app.core.cluster.reports import Demand, ViewDelta, WorkerReport
 from serve_app.core.coordination.worker_follower import WorkerFollower
 from serve_app.core.links import Link
-from serve_app.core.routing.eviction_cost import forward_costs
+from serve_app.core.routing.displacement_cost import forward_costs
 from serve_app.core.routing.rules import RoutingRules
 
 RULES = RoutingRules(profiles={}, links={}, default_link=Link(rtt_s=0.1, bytes_per_s=1e9), horizon_s=10.0)
@@ -123,7 +123,7 @@ def test_a_required_copy_is_protected_while_it_is_a_last_one() -> None:
 
 
 def test_a_leaving_worker_says_so_and_carries_out_no_commands() -> None:
-    worker, command = follower(), EvictAt(location="paris", replica="paris-1", model_id="a")
+    worker, command = follower(), WithdrawAt(location="paris", replica="paris-1", model_id="a")
     assert worker.apply(delta(commands=(command,)), HELD, 0.0).commands == (command,)
     worker.is_leaving = True
     assert send(worker).leaving

@@ -22,9 +22,9 @@ def replica(name: str) -> Any:
 def router() -> Any:
     from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 
-    from serve_app.serving.transport.named_replica_router import NamedReplicaRouter
+    from serve_app.serving.transport.named_replica_request_router import NamedReplicaRequestRouter
 
-    made = NamedReplicaRouter(
+    made = NamedReplicaRequestRouter(
         deployment_id=DeploymentID(name="Worker", app_name="paris"), handle_source=DeploymentHandleSource.REPLICA
     )
     made.initialize_state()

@@ -23,7 +23,7 @@ LOST_REPLICA_ERRORS = (
 )
 
 
-class NamedReplicaRouter(RequestRouter):  # type: ignore[misc]
+class NamedReplicaRequestRouter(RequestRouter):  # type: ignore[misc]
     """Sends a call to the replica that it names; a call to a lost replica fails with ``ReplicaUnavailableError``.
 
     EdgeServe's routers know which replica holds which model, and where to send a request when the replica dies. Serve's

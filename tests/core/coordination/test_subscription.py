@@ -120,7 +120,7 @@ class Life(Cluster):
             assert view == whole
             return
         assert matters(view, subscription) == matters(whole, subscription)
-        assert set(view.workers) == (subscription.peers.keys() & reports.workers.keys()) | reports.at(place)
+        assert set(view.workers) == (subscription.peers.keys() & reports.workers.keys()) | reports.replicas_at(place)
         for replica, worker in view.workers.items():
             last = reports.workers[replica]
             if worker.location == place:

@@ -51,7 +51,7 @@ def test_a_replica_joins_with_its_first_report() -> None:
     assert replicas(everything(state, 0.0)) == {"paris-1", "tokyo-1"}
     assert list(state.directory.holders("a")) == ["paris-1", "tokyo-1"]
     assert list(state.directory.holders("b")) == ["tokyo-1"]
-    assert state.directory.held() == {"a", "b"}
+    assert state.directory.held_models() == {"a", "b"}
 
 
 def test_a_later_report_replaces_the_last_one() -> None:

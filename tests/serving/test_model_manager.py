@@ -1,4 +1,4 @@
-"""``ModelHost`` carries out what the cache decides: one load per model, no pin lost, no request forgotten.
+"""``ModelManager`` carries out what the cache decides: one load per model, no pin lost, no request forgotten.
 
 The backend's loads end when the test says so; between two steps of a test the event loop runs until nothing moves.
 """
@@ -24,7 +24,7 @@ from serve_app.core.policies.base import PreloadCandidates
 from serve_app.core.vocabulary import ModelState, Outcome
 from serve_app.errors import Conflict, DoesNotFit, NotFound, StoreError, Unavailable
 from serve_app.serving.transport.messages import FloatArray
-from serve_app.serving.worker.model_host import Lease, ModelHost
+from serve_app.serving.worker.model_manager import Lease, ModelManager
 
 A, B, C = profile("a", 50), profile("b", 50), profile("c", 50)
 LARGE = profile("large", 100)
@@ -71,7 +71,7 @@ class Loads(Executor):
         return job
 
     def begin(self, event: str, model_id: str, job: Future[Any]) -> bool:
-        """Run ``job``, unless it was cancelled before."""
+        """Run ``job``, unless it was canceled before."""
         if not job.set_running_or_notify_cancel():
             return False
         assert model_id not in self._under_way, f"{model_id} is loaded twice at a time"
@@ -167,7 +167,7 @@ class Observer:
 
 
 class Bench:
-    """A host of 100 bytes with all its parts within reach, and the requests that the test has under way."""
+    """A manager of 100 bytes with all its parts within reach, and the requests that the test has under way."""
 
     def __init__(self, **changed: Any) -> None:
         self.now = 0.0
@@ -176,7 +176,7 @@ class Bench:
         self.policy = Wanting(a=1, b=2, c=3)
         self.timers: list[ManualTimer] = []
         self.cache = ModelCache(**{"capacity_bytes": 100, "policy": self.policy, "max_loads": 4} | changed)
-        self.host = ModelHost(
+        self.manager = ModelManager(
             cache=self.cache,
             backend=self.loads,
             loaders=self.loads,
@@ -211,7 +211,7 @@ class Bench:
         """Have the policy name ``models`` as candidates now."""
         self.policy.wanted = list(models)
         self.policy.next_review_s = self.now
-        self.host.handle(ModelsKnown(()))
+        self.manager.handle(ModelsKnown(()))
         await self.until(self.now)
 
     async def settle(self) -> None:
@@ -225,7 +225,7 @@ class Bench:
         return task
 
     async def acquire(self, model: ModelProfile) -> asyncio.Task[Lease]:
-        return await self.start(self.host.acquire(model))
+        return await self.start(self.manager.acquire(model))
 
     async def hold(self, model: ModelProfile) -> FakeModel:
         """Bring a model in, unused."""
@@ -251,7 +251,7 @@ class Bench:
 
     def release(self, *requests: asyncio.Task[Lease]) -> None:
         for request in requests:
-            self.host.release(request.result())
+            self.manager.release(request.result())
 
     def uses(self) -> dict[str, int]:
         return {model.model_id: model.uses for model in self.cache.models()}
@@ -278,11 +278,11 @@ async def make_bench() -> AsyncIterator[Callable[..., Bench]]:
         assert bench.loads.under_way == []
         assert all(model.state is ModelState.READY for model in bench.cache.models())
         assert_accounting_adds_up(bench.cache)
-        held = dict(bench.host._runnables)
+        held = dict(bench.manager._runnables)
         assert held.keys() == bench.uses().keys(), "what is in memory is what the cache counts"
         assert all(runnable.in_memory for runnable in held.values())
-        assert not bench.host._waiters
-        assert not bench.host._abandoned
+        assert not bench.manager._waiters
+        assert not bench.manager._abandoned
     assert asyncio.all_tasks() == {asyncio.current_task()}, "a task is pending"
     assert [fault for bench in benches for fault in bench.faults] == []
 
@@ -308,13 +308,13 @@ async def test_twenty_requests_at_once_cause_one_load(bench: Bench) -> None:
 
 async def test_a_hit_is_served_without_a_suspension(bench: Bench) -> None:
     runnable = await bench.hold(A)
-    acquiring = bench.host.acquire(A)
+    acquiring = bench.manager.acquire(A)
     # No suspension: the first step of the coroutine is the last.
     with pytest.raises(StopIteration) as ended:
         acquiring.send(None)
     lease = ended.value.value
     assert (lease.outcome, lease.runnable, lease.wait_s, lease.load_s) == (Outcome.HIT, runnable, 0.0, 0.0)
-    bench.host.release(lease)
+    bench.manager.release(lease)
 
 
 async def test_a_lease_says_how_long_its_request_waited_and_loaded(bench: Bench) -> None:
@@ -366,7 +366,7 @@ async def test_a_model_in_use_stays_in_memory(bench: Bench) -> None:
 
 
 async def test_a_preloaded_model_is_in_memory_and_not_in_use(bench: Bench) -> None:
-    preload = await bench.start(bench.host.preload(A))
+    preload = await bench.start(bench.manager.preload(A))
     await bench.end(A)
     assert preload.done()
     assert bench.uses() == {"a": 0}
@@ -378,7 +378,7 @@ async def test_a_preloaded_model_is_in_memory_and_not_in_use(bench: Bench) -> No
 async def test_a_required_preload_for_which_there_is_no_room_says_so(bench: Bench) -> None:
     using = await bench.acquire(LARGE)
     await bench.end(LARGE)
-    preload = await bench.start(bench.host.preload(A))
+    preload = await bench.start(bench.manager.preload(A))
     with pytest.raises(Unavailable, match="no room now to preload model a of 50 bytes"):
         preload.result()
     bench.release(using)
@@ -590,7 +590,7 @@ async def test_the_next_preload_begins_when_one_has_ended(bench: Bench) -> None:
 
 
 async def test_the_policy_knows_what_can_be_asked_for(bench: Bench) -> None:
-    bench.host.handle(ModelsKnown([A, B]))
+    bench.manager.handle(ModelsKnown([A, B]))
     assert bench.policy.told == [("know", "a"), ("know", "b")]
 
 
@@ -600,7 +600,7 @@ async def test_the_policy_knows_what_can_be_asked_for(bench: Bench) -> None:
 async def test_the_timer_is_set_for_the_next_review_and_set_anew_after_it(bench: Bench) -> None:
     assert bench.timer is None
     bench.policy.next_review_s = 7.0
-    bench.host.handle(ModelsKnown([A]))
+    bench.manager.handle(ModelsKnown([A]))
     assert bench.timer is not None
     assert bench.timer.when_s == 7.0
     bench.policy.wanted = [A]
@@ -620,7 +620,7 @@ async def test_whatever_brings_the_review_forward_brings_the_timer_forward(bench
     held = await bench.acquire(A)
     await bench.end(A)
     bench.policy.next_review_s = 9.0
-    bench.host.handle(ModelsKnown([]))
+    bench.manager.handle(ModelsKnown([]))
     bench.policy.next_review_s = 5.0
     leases = [held]
     match event:
@@ -630,18 +630,18 @@ async def test_whatever_brings_the_review_forward_brings_the_timer_forward(bench
             bench.release(leases.pop())
         case "unload":
             await bench.hold(B)
-            bench.host.handle(UnloadRequested("b"))
+            bench.manager.handle(UnloadRequested("b"))
         case "forward costs":
-            bench.host.handle(ForwardCostsChanged({}))
+            bench.manager.handle(ForwardCostsChanged({}))
     assert [timer.when_s for timer in bench.timers if timer.is_set] == [5.0]
     bench.release(*leases)
 
 
 async def test_a_timer_that_goes_off_too_early_asks_nothing_and_is_set_anew(bench: Bench) -> None:
     bench.policy.next_review_s = 5.0
-    bench.host.handle(ModelsKnown([]))
+    bench.manager.handle(ModelsKnown([]))
     bench.policy.next_review_s = 9.0
-    bench.host.handle(ModelsKnown([]))
+    bench.manager.handle(ModelsKnown([]))
     assert [timer.when_s for timer in bench.timers] == [5.0]
     await bench.until(8.0)
     assert bench.policy.told == []
@@ -687,7 +687,7 @@ async def test_a_failed_load_is_remembered_for_a_while_and_then_tried_again(benc
 async def test_a_load_by_hand_is_tried_at_once_whatever_failed_before(bench: Bench) -> None:
     await bench.acquire(A)
     await bench.fail(A, OSError("disk gone"))
-    by_hand = await bench.start(bench.host.load(A))
+    by_hand = await bench.start(bench.manager.load(A))
     await bench.end(A)
     assert by_hand.exception() is None
 
@@ -774,7 +774,7 @@ async def test_loads_beyond_the_limit_wait_for_their_turn(make_bench: Callable[.
 # Cancellation
 
 
-async def test_a_cancelled_loader_gives_its_pin_back_and_the_load_goes_on(bench: Bench) -> None:
+async def test_a_canceled_loader_gives_its_pin_back_and_the_load_goes_on(bench: Bench) -> None:
     request = await bench.acquire(A)
     await bench.cancel(request)
     assert bench.loads.under_way == ["a"]
@@ -782,7 +782,7 @@ async def test_a_cancelled_loader_gives_its_pin_back_and_the_load_goes_on(bench:
     assert bench.uses() == {"a": 0}
 
 
-async def test_the_joiners_of_a_cancelled_loader_get_the_model(bench: Bench) -> None:
+async def test_the_joiners_of_a_canceled_loader_get_the_model(bench: Bench) -> None:
     loader = await bench.acquire(A)
     joiner = await bench.acquire(A)
     await bench.cancel(loader)
@@ -791,7 +791,7 @@ async def test_the_joiners_of_a_cancelled_loader_get_the_model(bench: Bench) -> 
     bench.release(joiner)
 
 
-async def test_a_cancelled_joiner_gives_its_pin_back(bench: Bench) -> None:
+async def test_a_canceled_joiner_gives_its_pin_back(bench: Bench) -> None:
     loader = await bench.acquire(A)
     joiners = [await bench.acquire(A) for _ in range(3)]
     await bench.cancel(*joiners)
@@ -811,7 +811,7 @@ async def test_a_load_without_requests_may_fail_unseen(bench: Bench) -> None:
     assert bench.faults == []
 
 
-async def test_a_request_cancelled_in_the_moment_its_load_ends_gives_its_pin_back(bench: Bench) -> None:
+async def test_a_request_canceled_in_the_moment_its_load_ends_gives_its_pin_back(bench: Bench) -> None:
     """However many rounds of the event loop lie between the end of the load and the cancellation."""
     for rounds in range(8):
         request = await bench.acquire(A)
@@ -824,10 +824,10 @@ async def test_a_request_cancelled_in_the_moment_its_load_ends_gives_its_pin_bac
             bench.release(request)
         await bench.settle()
         assert bench.uses() == {"a": 0}
-        bench.host.handle(UnloadRequested("a"))
+        bench.manager.handle(UnloadRequested("a"))
 
 
-async def test_a_request_cancelled_in_the_moment_its_load_fails_leaves_no_trace(bench: Bench) -> None:
+async def test_a_request_canceled_in_the_moment_its_load_fails_leaves_no_trace(bench: Bench) -> None:
     for rounds in range(8):
         bench.now += 100.0
         request = await bench.acquire(A)
@@ -840,7 +840,7 @@ async def test_a_request_cancelled_in_the_moment_its_load_fails_leaves_no_trace(
         assert bench.uses() == {}
 
 
-async def test_a_cancelled_waiter_leaves_the_wait_queue(bench: Bench) -> None:
+async def test_a_canceled_waiter_leaves_the_wait_queue(bench: Bench) -> None:
     using = await bench.acquire(LARGE)
     await bench.end(LARGE)
     first, second = await bench.acquire(A), await bench.acquire(B)
@@ -854,7 +854,7 @@ async def test_a_cancelled_waiter_leaves_the_wait_queue(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("rounds", range(6))
-async def test_a_waiter_cancelled_in_the_moment_its_load_begins_gives_its_pin_back(bench: Bench, rounds: int) -> None:
+async def test_a_waiter_canceled_in_the_moment_its_load_begins_gives_its_pin_back(bench: Bench, rounds: int) -> None:
     using = await bench.acquire(LARGE)
     await bench.end(LARGE)
     waiter = await bench.acquire(A)
@@ -869,7 +869,7 @@ async def test_a_waiter_cancelled_in_the_moment_its_load_begins_gives_its_pin_ba
 
 
 @pytest.mark.parametrize("rounds", range(6))
-async def test_a_waiter_cancelled_in_the_moment_of_its_hit_gives_its_pin_back(bench: Bench, rounds: int) -> None:
+async def test_a_waiter_canceled_in_the_moment_of_its_hit_gives_its_pin_back(bench: Bench, rounds: int) -> None:
     using = await bench.acquire(LARGE)
     await bench.end(LARGE)
     first = await bench.acquire(A)
@@ -885,7 +885,7 @@ async def test_a_waiter_cancelled_in_the_moment_of_its_hit_gives_its_pin_back(be
     bench.release(using)
 
 
-async def test_a_waiter_cancelled_just_before_its_turn_gives_its_pin_back(bench: Bench) -> None:
+async def test_a_waiter_canceled_just_before_its_turn_gives_its_pin_back(bench: Bench) -> None:
     using = await bench.acquire(LARGE)
     await bench.end(LARGE)
     waiter = await bench.acquire(A)
@@ -898,7 +898,7 @@ async def test_a_waiter_cancelled_just_before_its_turn_gives_its_pin_back(bench:
     assert bench.uses() == {"a": 0}
 
 
-async def test_when_all_waiters_are_cancelled_at_once_nothing_is_left(bench: Bench) -> None:
+async def test_when_all_waiters_are_canceled_at_once_nothing_is_left(bench: Bench) -> None:
     using = await bench.acquire(LARGE)
     await bench.end(LARGE)
     waiters = [await bench.acquire(model) for model in (A, B, A, C, LARGE, profile("other", 100))]
@@ -908,8 +908,8 @@ async def test_when_all_waiters_are_cancelled_at_once_nothing_is_left(bench: Ben
     bench.release(using)
 
 
-async def test_a_cancelled_preload_leaves_no_pin(bench: Bench) -> None:
-    preload = await bench.start(bench.host.preload(A))
+async def test_a_canceled_preload_leaves_no_pin(bench: Bench) -> None:
+    preload = await bench.start(bench.manager.preload(A))
     await bench.cancel(preload)
     await bench.end(A)
     assert bench.uses() == {"a": 0}
@@ -920,7 +920,7 @@ async def test_a_cancelled_preload_leaves_no_pin(bench: Bench) -> None:
 
 async def test_unloading_by_hand_gives_the_memory_back(bench: Bench) -> None:
     runnable = await bench.hold(A)
-    bench.host.handle(UnloadRequested("a"))
+    bench.manager.handle(UnloadRequested("a"))
     assert not runnable.in_memory
     assert bench.cache.used_bytes == 0
     assert bench.observer.seen[-1] == ("evicted", "a", "unload")
@@ -931,7 +931,7 @@ async def test_unloading_by_hand_does_not_disturb_the_wait_queue(bench: Bench) -
     using = await bench.acquire(B)
     await bench.end(B)
     waiting = await bench.acquire(LARGE)
-    bench.host.handle(UnloadRequested("a"))
+    bench.manager.handle(UnloadRequested("a"))
     assert not idle.in_memory
     assert not waiting.done()
     bench.release(using)
@@ -944,19 +944,19 @@ async def test_unloading_by_hand_does_not_disturb_the_wait_queue(bench: Bench) -
 async def test_what_is_in_use_or_absent_cannot_be_unloaded(bench: Bench) -> None:
     request = await bench.acquire(A)
     with pytest.raises(Conflict):
-        bench.host.handle(UnloadRequested("a"))
+        bench.manager.handle(UnloadRequested("a"))
     runnable = await bench.end(A)
     with pytest.raises(Conflict):
-        bench.host.handle(UnloadRequested("a"))
+        bench.manager.handle(UnloadRequested("a"))
     with pytest.raises(NotFound):
-        bench.host.handle(UnloadRequested("b"))
+        bench.manager.handle(UnloadRequested("b"))
     assert runnable.in_memory
     bench.release(request)
 
 
 async def test_a_model_comes_back_after_it_was_unloaded(bench: Bench) -> None:
     first = await bench.hold(A)
-    bench.host.handle(UnloadRequested("a"))
+    bench.manager.handle(UnloadRequested("a"))
     second = await bench.hold(A)
     assert second is not first
     assert second.in_memory
@@ -969,7 +969,7 @@ async def test_closing_ends_preloading(fails: bool) -> None:
     bench.policy.next_review_s = 5.0
     await bench.want(B)
     bench.policy.next_review_s = 5.0
-    bench.host.close()
+    bench.manager.close()
     assert not idle.in_memory
     assert bench.timer is None
     if fails:
@@ -983,15 +983,15 @@ async def test_closing_ends_preloading(fails: bool) -> None:
 async def test_closing_cancels_the_timer() -> None:
     bench = Bench()
     bench.policy.next_review_s = 5.0
-    bench.host.handle(ModelsKnown([A]))
-    bench.host.close()
+    bench.manager.handle(ModelsKnown([A]))
+    bench.manager.close()
     assert bench.timer is None
-    bench.host.handle(ModelsKnown([A]))
+    bench.manager.handle(ModelsKnown([A]))
     assert bench.timer is None
 
 
 async def test_closing_unloads_everything() -> None:
     bench = Bench()
     runnables = [await bench.hold(A), await bench.hold(B)]
-    bench.host.close()
+    bench.manager.close()
     assert not any(runnable.in_memory for runnable in runnables)

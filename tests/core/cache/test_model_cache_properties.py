@@ -127,7 +127,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.look_at_worths()
         actions = self.cache.handle(PreloadSuggested(MODELS[model_id]), self.now)
         for model, victims in decided(actions).preloads:
-            # Two policies look at chance and at the clock only now; and a model may have been required before.
+            # Two policies use randomness and the clock only now; and a model may have been required before.
             if self.policy_name not in ("random", "modelmesh") and model.model_id not in self.required:
                 assert self.policy.accept_preload(model, [MODELS[victim] for victim in victims], self.now) or all(
                     self.worth[victim] < self.worth[model.model_id] for victim in victims

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.cluster.cluster_view import ClusterView
-from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
+from serve_app.core.cluster.commands import Command, PreloadAt, WithdrawAt
 from serve_app.core.cluster.primaries import PrimaryTracker
 from serve_app.core.cluster.reports import Demand, ViewDelta
 from serve_app.core.coordination.coordinator_state import CoordinatorState
@@ -278,7 +278,7 @@ def test_an_eviction_for_a_required_copy_that_was_not_possible_is_ordered_again_
     cluster = Cluster([quick("a", 60), quick("b", 60)], locations=("oslo",), min_copies={"a": 1}, obey=False)
     cluster.held["oslo"] = {"b"}
     cluster.run(30.0)
-    assert [type(command) for _, command in cluster.given[:4]] == [EvictAt, PreloadAt] * 2
+    assert [type(command) for _, command in cluster.given[:4]] == [WithdrawAt, PreloadAt] * 2
     assert cluster.given[2][0] - cluster.given[0][0] <= 12.0
 
 
@@ -370,4 +370,4 @@ def test_evictions_are_commands_too() -> None:
     cluster.held["oslo"] = {"a"}
     cluster.run(5.0)
     commands = cluster.run(3.0, {"oslo": {"b": 50.0}})
-    assert [type(command) for command in commands] == [EvictAt, PreloadAt]
+    assert [type(command) for command in commands] == [WithdrawAt, PreloadAt]

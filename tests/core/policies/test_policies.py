@@ -273,8 +273,8 @@ def test_a_policy_that_knows_the_future_cannot_serve() -> None:
 
 
 def test_an_unknown_parameter_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(ValueError, match="'edgeserve' does not take colour_s; it takes short_s, long_s, margin"):
-        fresh("edgeserve", colour_s=1.0)
+    with pytest.raises(ValueError, match="'edgeserve' does not take color_s; it takes short_s, long_s, margin"):
+        fresh("edgeserve", color_s=1.0)
     with pytest.raises(ValueError, match="'lru' does not take short_s; it takes no parameters"):
         fresh("lru", short_s=1.0)
 

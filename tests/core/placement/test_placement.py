@@ -17,7 +17,7 @@ from serve_app.core.cache.decisions import Load
 from serve_app.core.cache.events import LoadImpossible
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.cluster.commands import Command, EvictAt, PreloadAt
+from serve_app.core.cluster.commands import Command, PreloadAt, WithdrawAt
 from serve_app.core.cluster.reports import WorkerReport
 from serve_app.core.links import Link
 from serve_app.core.placement.controller import PlacementController
@@ -56,8 +56,8 @@ def preload(location: str, model_id: str) -> PreloadAt:
     return PreloadAt(location=location, replica=f"{location}-1", model_id=model_id)
 
 
-def evict(location: str, model_id: str) -> EvictAt:
-    return EvictAt(location=location, replica=f"{location}-1", model_id=model_id)
+def withdraw(location: str, model_id: str) -> WithdrawAt:
+    return WithdrawAt(location=location, replica=f"{location}-1", model_id=model_id)
 
 
 # One round
@@ -91,7 +91,7 @@ def test_a_duplicate_goes_before_a_last_copy() -> None:
     # Both residents of Paris are asked for alike, but a is at Oslo as well, so only its way would be lost.
     sites = [site("oslo", "a", capacity=10), site("paris", "a", "b")]
     rates = {"paris": {"a": 1.0, "b": 1.0, "c": 1.0}}
-    assert placement().round(sites, rates, 0.0) == (evict("paris", "a"), preload("paris", "c"))
+    assert placement().round(sites, rates, 0.0) == (withdraw("paris", "a"), preload("paris", "c"))
 
 
 def test_a_last_copy_that_is_wanted_does_not_go_for_a_duplicate() -> None:
@@ -99,7 +99,7 @@ def test_a_last_copy_that_is_wanted_does_not_go_for_a_duplicate() -> None:
     # A second copy of a would save 0.1 s a thousand times a second; b is worth a thousandth of that.
     rates = {"paris": {"a": 1000.0, "b": 0.1}}
     assert placement().round(sites, rates, 0.0) == ()
-    assert placement().round(sites, {"paris": {"a": 1000.0}}, 0.0) == (evict("paris", "b"), preload("paris", "a"))
+    assert placement().round(sites, {"paris": {"a": 1000.0}}, 0.0) == (withdraw("paris", "b"), preload("paris", "a"))
 
 
 def test_both_copies_of_a_model_do_not_go_in_one_round() -> None:
@@ -107,7 +107,7 @@ def test_both_copies_of_a_model_do_not_go_in_one_round() -> None:
     sites = [site("oslo", "a", capacity=10), site("paris", "a", capacity=10)]
     rates = {"oslo": {"a": 1.0, "b": 1.0}, "paris": {"a": 1.0, "c": 1.0}}
     commands = placement(links=links).round(sites, rates, 0.0)
-    assert [type(command) for command in commands] == [EvictAt, PreloadAt]
+    assert [type(command) for command in commands] == [WithdrawAt, PreloadAt]
 
 
 @pytest.mark.parametrize(("rate", "moved"), [(1.4, False), (1.6, True)])
@@ -134,7 +134,7 @@ def test_a_small_model_is_spared_when_its_bytes_are_not_needed() -> None:
     held = [resident("small", 1), resident("large", 9)]
     rates = {"oslo": {"large": 0.1, "new": 1.0}}
     commands = placement(models).round([report("oslo", capacity=10, models=held)], rates, 0.0)
-    assert commands == (evict("oslo", "large"), preload("oslo", "new"))
+    assert commands == (withdraw("oslo", "large"), preload("oslo", "new"))
 
 
 # Several rounds
@@ -159,7 +159,7 @@ def test_what_was_just_placed_is_not_displaced_by_what_is_asked_for_next() -> No
     assert rounds.round([site("oslo", capacity=10)], {"oslo": {"a": 1.0}}, 0.0) == (preload("oslo", "a"),)
     held = [site("oslo", "a", capacity=10)]
     assert rounds.round(held, {"oslo": {"a": 0.1, "b": 9.0}}, 30.0) == ()
-    assert rounds.round(held, {"oslo": {"a": 0.1, "b": 9.0}}, 61.0) == (evict("oslo", "a"), preload("oslo", "b"))
+    assert rounds.round(held, {"oslo": {"a": 0.1, "b": 9.0}}, 61.0) == (withdraw("oslo", "a"), preload("oslo", "b"))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def carried_out(
     for command in commands:
         held = models[command.replica]
         match command:
-            case EvictAt(model_id=model_id):
+            case WithdrawAt(model_id=model_id):
                 assert not held.pop(model_id).unevictable
             case PreloadAt(model_id=model_id):
                 assert model_id not in held
@@ -307,7 +307,7 @@ def test_every_round_stays_within_its_bounds_helps_and_there_is_a_last_one(
                     for command in commands
                     if isinstance(command, kind) and command.replica == worker.replica
                 )
-                for kind in (PreloadAt, EvictAt)
+                for kind in (PreloadAt, WithdrawAt)
             }
             loads = [command for command in commands if isinstance(command, PreloadAt)]
             alone = sum(command.replica == worker.replica for command in loads) == 1

@@ -18,7 +18,7 @@ from core_support import profile, report, resident
 from serve_app.core.cluster.reports import ViewDelta, WorkerReport
 from serve_app.core.links import Link, LinkTable
 from serve_app.core.routing.choose import Route, RoutingRequest, choose
-from serve_app.core.routing.eviction_cost import forward_costs
+from serve_app.core.routing.displacement_cost import forward_costs
 from serve_app.core.routing.router_view import RouterView
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import Forwarding, ModelState, Outcome
