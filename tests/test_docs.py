@@ -1,7 +1,8 @@
-"""The documentation names what exists: files, classes, commands, options, modules, pages and headings."""
+"""Documentation and docstrings name what exists: files, classes, commands, options, modules, pages and headings."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -25,7 +26,10 @@ PAGES = [
 ]
 CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md"]
 FOLDERS = ("serve_app/", "tests/", "loadtests/", "deploy/", ".github/", ".ci/")
-FILE = re.compile(r"[\w.*{},-]+\.(?:py|md|yaml|yml|toml|csv|cff|sh|conf)")
+ENDINGS = r"\.(?:py|md|yaml|yml|toml|csv|cff|sh|conf)"
+FILE = re.compile(r"[\w.*{},-]+" + ENDINGS)
+#: A file, perhaps with some of its folders, as docstrings name it.
+FILE_IN_DOCSTRING = re.compile(r"``([\w./-]+" + ENDINGS + ")``")
 #: Files that users have, or that commands make.
 NOT_OURS = {"keras26_profiles.csv", "ray-cluster.yaml", "small.safetensors"}
 #: Names in CamelCase that others define.
@@ -72,6 +76,19 @@ def test_files_that_are_named_exist(page: Path) -> None:
             if not names:
                 missing.append(span)
     assert not missing
+
+
+def test_files_that_docstrings_name_exist() -> None:
+    paths = [path for name in FOLDERS for path in (ROOT / name).rglob("*")] + list(ROOT.glob("*"))
+    files = [f"/{name_of(path)}" for path in paths]
+    named = {
+        (name_of(module), name)
+        for module in (ROOT / "serve_app").rglob("*.py")
+        for docstring in docstrings(module)
+        for name in FILE_IN_DOCSTRING.findall(docstring)
+    }
+    assert named
+    assert [(module, name) for module, name in named if not any(file.endswith(f"/{name}") for file in files)] == []
 
 
 @current_pages
@@ -179,6 +196,12 @@ def test_the_packages_of_core_are_listed_in_their_order() -> None:
     page = (DOCS / "architecture.md").read_text(encoding="utf-8")
     places = [page.index(f"| `serve_app/core/{package}/` |") for package in CORE_PACKAGES]
     assert places == sorted(places)
+
+
+def docstrings(module: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or ""
 
 
 def python_files() -> Iterator[Path]:
