@@ -384,6 +384,20 @@ async def test_a_required_preload_for_which_there_is_no_room_says_so(bench: Benc
     bench.release(using)
 
 
+async def test_a_required_preload_that_can_never_begin_says_why(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    huge = await bench.start(bench.manager.preload(profile("huge", 101)))
+    with pytest.raises(DoesNotFit, match=r"huge needs 101 bytes.*more memory"):
+        huge.result()
+
+    def check(model_id: str) -> None:
+        raise StoreError(f"{model_id} is not in the store")
+
+    monkeypatch.setattr(bench.loads, "check", check)
+    missing = await bench.start(bench.manager.preload(A))
+    with pytest.raises(StoreError, match="a is not in the store"):
+        missing.result()
+
+
 async def test_a_model_that_cannot_fit_is_rejected_with_a_remedy(bench: Bench) -> None:
     request = await bench.acquire(profile("huge", 101))
     with pytest.raises(DoesNotFit, match=r"huge needs 101 bytes.*more memory"):

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import assert_never
 
 from serve_app.core.cache.accounting import CacheEntry
-from serve_app.core.cache.decisions import Action, Answer, Evict, EvictionReason, Wait
+from serve_app.core.cache.decisions import Action, Answer, Evict, EvictionReason, Reject, Wait
 from serve_app.core.cache.events import (
     CapacityChanged,
     CatalogChanged,
@@ -200,6 +200,10 @@ class ModelCache:
         """The state of a model, None when it is absent."""
         entry = self._entries.get(model_id)
         return entry.state if entry else None
+
+    def rejection(self, model: ModelProfile, now: float) -> Reject | None:
+        """Why no request for a model that is absent could be served now; None where one could."""
+        return self._residents.rejection(model, now)
 
     def models(self) -> tuple[ResidentModel, ...]:
         """Every model that takes memory."""

@@ -134,6 +134,7 @@ class ModelManager:
         """Bring a model into memory by a required preload, and wait until it is there.
 
         Raises:
+            DoesNotFit: it is larger than the memory that can ever be free.
             Unavailable: it cannot be loaded in the background now.
             StoreError: it cannot be loaded.
         """
@@ -141,6 +142,9 @@ class ModelManager:
         self.handle(PreloadSuggested(model, required=True))
         loading = self._loads.get(model.model_id)
         if loading is None:
+            rejection = self.cache.rejection(model, self._clock())
+            if rejection is not None:
+                raise _error(rejection)
             raise Unavailable(f"there is no room now to preload model {model.model_id} of {model.size_bytes} bytes")
         await asyncio.shield(loading.task)
 
