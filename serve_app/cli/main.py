@@ -68,7 +68,8 @@ class _CommandsByModule(click.Group):
     """
 
     def __init__(self, *, modules: Mapping[str, str], **options: object) -> None:
-        super().__init__(**options)  # type: ignore[arg-type]
+        # Placeholders, from whose names click suggests the one that was meant; ``get_command`` has the commands.
+        super().__init__(commands={name: click.Command(name) for name in modules}, **options)  # type: ignore[arg-type]
         self._modules = modules
 
     def list_commands(self, ctx: click.Context) -> list[str]:
