@@ -32,11 +32,13 @@ def init(folder: Path, force: bool) -> None:
     existing = [folder / name for name in SHIPPED if (folder / name).exists()]
     if existing and not force:
         raise EdgeServeError(f"{existing[0]} exists and is left as it is; --force overwrites it")
-    for name in SHIPPED:
+    # All of them before any is written: in a checkout they may be written over one another.
+    texts = {name: _for_one_folder(read_text(shipped_file(name))) for name in SHIPPED}
+    for name, text in texts.items():
         path = folder / name
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(_for_one_folder(read_text(shipped_file(name))), encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
     is_here = folder.absolute() == Path.cwd()
     command = "edgeserve up" if is_here else f"edgeserve up {shlex.quote(str(folder / 'local.yaml'))}"
     stdout().print(f"start the locations of {folder / 'local.yaml'} with: {command}", markup=False)

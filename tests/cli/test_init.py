@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from click.testing import CliRunner, Result
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from serve_app.cli.main import cli, main
+from serve_app.config import default_files
 from serve_app.config.catalog import load_catalog
 from serve_app.config.default_files import SHIPPED, find, find_default
 from serve_app.config.edge import load_edge
@@ -50,6 +52,18 @@ def test_no_file_is_overwritten_without_force(folder: Path, name: str, capsys: p
     assert own.read_text() == "mine"
     init("--force")
     assert own.read_text() != "mine"
+
+
+def test_files_written_over_the_shipped_ones_are_still_those_of_before(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    init("elsewhere")
+    # A checkout has Ray's file under the name that the Serve file gets here.
+    (folder / "cluster.yaml").write_text(default_files.shipped_file("ray-cluster.yaml").read_text())
+    shutil.copytree(default_files.shipped_dir(), folder / "deploy")
+    monkeypatch.setattr(default_files, "_PACKAGE", folder / "serve_app")
+    init("--force")
+    assert all((folder / name).read_text() == (folder / "elsewhere" / name).read_text() for name in SHIPPED)
 
 
 @pytest.mark.parametrize("name", ["local.yaml", "cluster.yaml"])
