@@ -132,8 +132,13 @@ class _Location:
                 self.results.misses += 1
                 # A preload of the model that was evicted and is still under way is taken back.
                 self._count_wait(profile, self._ends_s.pop(profile.model_id, now + profile.load_s) - now)
-                actions = self.cache.handle(self._load_ended[profile.model_id], now)
-                self._apply(actions + self.cache.finish(profile.model_id, now), now)
+                for actions in (
+                    self.cache.handle(self._load_ended[profile.model_id], now),
+                    self.cache.finish(profile.model_id, now),
+                ):
+                    # Nearly always there are none, and this runs for every miss.
+                    if actions:
+                        self._apply(actions, now)
             case Join():
                 self.results.joins += 1
                 self._count_wait(profile, self._ends_s[profile.model_id] - now)
