@@ -25,6 +25,8 @@ from loadtests.support.wire import binary_infer, request
 
 Shape = tuple[int, ...]
 MLSERVER = "mlserver==1.7.*"
+#: MLServer imports a copy of it in an environment of its own.
+MLSERVER_MODEL = Path(__file__).with_name("mlserver_tiny.py")
 _INSTALL_S, _READY_S, _STOP_S = 420.0, 90.0, 30.0
 
 
@@ -66,7 +68,7 @@ def mlserver(shapes: Sequence[Shape]) -> Iterator[Contender]:
         (Path(folder) / "settings.json").write_bytes(orjson.dumps(settings))
         model = {"name": "tiny", "implementation": "mlserver_tiny.FirstTen"}
         (Path(folder) / "model-settings.json").write_bytes(orjson.dumps(model))
-        shutil.copy(ROOT / "loadtests" / "mlserver_tiny.py", folder)
+        shutil.copy(MLSERVER_MODEL, folder)
         log = Path(folder) / "log"
         command = [str(python.parent / "mlserver"), "start", folder]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
