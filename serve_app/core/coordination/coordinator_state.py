@@ -128,29 +128,32 @@ class CoordinatorState:
         known = self._directory.workers.get(report.replica)
         has_changed = known is None or report.sequence > known.sequence
         if has_changed:
-            self._take_in(report, report.demand if event.demand is None else event.demand, now, version)
+            demands = report.demand if event.demand is None else event.demand
+            self._take_in(report, demands, known is None, now, version)
         self._placement.release(report.replica)
         if event.reader is not None:
             has_changed |= self._subscribe(event.reader, now, version)
         return has_changed
 
-    def _take_in(self, report: WorkerReport, demands: tuple[Demand, ...], now: float, version: int) -> None:
-        replica, is_new = report.replica, report.replica not in self._directory.workers
+    def _take_in(
+        self, report: WorkerReport, demands: tuple[Demand, ...], is_new: bool, now: float, version: int
+    ) -> None:
+        replica, reported_s, subscriptions = report.replica, self._reported_s, self._subscriptions
         touched = self._directory.record(report, version)
-        self._reported_s.pop(replica, None)
-        self._reported_s[replica] = now
-        self._departed.pop(replica, None)
         if is_new:
+            self._departed.pop(replica, None)
             self._update_mode(version)
-        subscription = self._subscriptions.get(report.location)
-        if subscription is not None:
+        else:
+            del reported_s[replica]
+        reported_s[replica] = now
+        if touched and (subscription := subscriptions.get(report.location)) is not None:
             for model_id in touched:
                 if model_id in report.models:
                     subscription.request(model_id, version)
+        add = self._popularity.add
         for demand in demands:
-            self._popularity.add(demand.location, demand.model_id, demand.count, now)
-            subscription = self._subscriptions.get(demand.location)
-            if subscription is not None:
+            add(demand.location, demand.model_id, demand.count, now)
+            if (subscription := subscriptions.get(demand.location)) is not None:
                 subscription.request(demand.model_id, version)
         self._placement.record(report, demands, self._directory.workers, now)
 

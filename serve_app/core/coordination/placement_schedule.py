@@ -73,7 +73,7 @@ class PlacementSchedule:
         """Let the commands that wait for a worker be due with its present report."""
         if replica in self._waiting:
             self._due[replica] = tuple(self._waiting.pop(replica))
-        else:
+        elif self._due:
             self._due.pop(replica, None)
 
     def due(self, replica: str) -> tuple[Command, ...]:
