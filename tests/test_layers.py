@@ -154,6 +154,7 @@ def test_randomness_comes_in_as_an_argument(path: Path) -> None:
             assert called not in ("open", "input", "print"), f"{name_of(path)}:{node.lineno}: {called}"
 
 
+@pytest.mark.slow
 def test_the_router_does_not_import_torch() -> None:
     script = f"import sys, {', '.join(ROUTER_MODULES)}; print(sorted({TORCH!r} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -17,6 +17,8 @@ from loadtests.compare.stream import Stream
 from loadtests.compare.zoo import SETTINGS, Zoo
 from serve_app.workload.spec import parse_trace
 
+pytestmark = pytest.mark.slow
+
 MODELS = {f"m{number}": 10 for number in range(5)}
 LOAD = Load(repeats=2, connections=2, closed_s=0.05, open_s=0.05, rate_per_s=100.0)
 

@@ -15,6 +15,8 @@ from serve_app.models import torchvision_compat
 from serve_app.models.builders import registry
 from serve_app.models.torchvision_compat import import_torchvision
 
+pytestmark = pytest.mark.slow
+
 models = import_torchvision().models
 
 

@@ -28,6 +28,8 @@ from serve_app.models.torchvision_compat import import_torchvision
 from serve_app.models.weight_sources import Download, DownloadFailed, WeightSource, download_torchvision, url_reachable
 from serve_app.store.model_store import ModelStore
 
+pytestmark = pytest.mark.slow
+
 models = import_torchvision().models
 #: Forks processes from one that has imported torch, which takes longer than all they do.
 FORK_SERVER = multiprocessing.get_context("forkserver")

@@ -30,6 +30,8 @@ from serve_app.simulator.load_delay import replay
 from serve_app.workload.spec import parse_trace
 from serve_app.workload.trace import Trace
 
+pytestmark = pytest.mark.slow
+
 #: Rounds of the event loop after which nothing moves any more.
 ROUNDS = 12
 MEMORY_SHARE = 0.25

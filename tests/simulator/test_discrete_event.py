@@ -34,6 +34,8 @@ from serve_app.workload.locations import split
 from serve_app.workload.spec import parse_trace
 from serve_app.workload.trace import Trace
 
+pytestmark = pytest.mark.slow
+
 NEAR = Link(rtt_s=0.02, bytes_per_s=math.inf)
 A, B, C = "abc"
 

@@ -20,6 +20,8 @@ from serve_app.cli.main import main
 from serve_app.core.policies.registry import ORACLES, POLICIES
 from serve_app.simulator.studies.reference_workload import PROFILES_FILE, TRACE_FILE
 
+pytestmark = pytest.mark.slow
+
 KEYS = [
     "trace", "policy", "capacity_bytes", "capacity_share", "locations", "requests", "models", "hits", "misses", "joins",
     "forwards", "preloads", "evictions", "load_s_per_request", "load_over_exec", "compulsory_load_over_exec",

@@ -34,6 +34,8 @@ from serve_app.workload.sessions import Sessions
 from serve_app.workload.trace import Trace, column
 from serve_app.workload.zipf import ZipfWorkload
 
+pytestmark = pytest.mark.slow
+
 SEEDS = range(8)
 #: Of streams with all of their functions, which have millions of calls.
 FEW_SEEDS = range(4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 from core_support import report, resident
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ def said(replica: str, *, holds: bool, primary_for: bool, leaving: bool = False)
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(
     claims=st.dictionaries(st.sampled_from(REPLICAS), st.booleans(), min_size=2),

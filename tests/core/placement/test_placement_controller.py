@@ -333,6 +333,7 @@ def test_if_all_workers_leave_none_waits() -> None:
 # A settled cluster
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True, phases=(Phase.generate,))
 @given(st.integers(0, 10**6), st.integers(2, 6), st.sampled_from([0, 1, 2]))
 def test_a_settled_cluster_stays_still(seed: int, locations: int, min_copies: int) -> None:
