@@ -141,6 +141,8 @@ async def test_a_call_that_is_canceled_is_canceled_at_the_worker(folder: Path) -
         await gate.began.wait()
         call.cancel()
         await gate.canceled.wait()
+        with pytest.raises(asyncio.CancelledError):
+            await call
 
 
 async def test_the_calls_of_a_router_that_dies_are_canceled(folder: Path) -> None:
