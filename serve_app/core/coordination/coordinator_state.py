@@ -1,6 +1,6 @@
 """The coordinator's state machine: events in, versioned deltas out. No I/O, no clock.
 
-``CoordinatorState`` is longer than other classes: its events and its reads share one version, and nearly all its fields.
+``CoordinatorState`` is longer than other classes: its events and reads share one version and nearly all its fields.
 Directory, subscriptions, links, popularity and placement are classes of their own.
 """
 
