@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from serve_app.core.catalog import ImageInput
+from serve_app.core.task import ImageInput
 from serve_app.models.torchvision_compat import import_torchvision
 from serve_app.tasks.image_classification import decode_image, preprocess, top_k
 

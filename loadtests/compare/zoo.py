@@ -16,6 +16,7 @@ import yaml
 from loadtests.compare.figures import models_at_once
 from loadtests.compare.processes import ROOT, SideFailed
 from serve_app.config.catalog import load_catalog
+from serve_app.core.task import ImageInput
 from serve_app.store.model_store import ModelStore
 
 CATALOG = Path("deploy/catalog.yaml")
@@ -102,7 +103,7 @@ def prepare(setting: Setting, cache: Path, *, share: float, whole: bool, say: Ca
             "builder": model.builder,
             "file": str(cache / "saved" / f"{_architecture(model.builder)}.pt"),
             "whole": str(cache / "saved" / f"{_architecture(model.builder)}.module.pt") if whole else None,
-            "image": asdict(model.image),
+            "image": asdict(model.task.image or ImageInput()),
             "bytes": model.weights_bytes,
         }
         for model in published

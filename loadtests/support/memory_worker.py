@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from serve_app.config.catalog import load_catalog
 from serve_app.config.edge import load_edge
 from serve_app.config.units import parse_size
@@ -24,16 +22,19 @@ from serve_app.core.memory_budget import divide
 from serve_app.core.policies.registry import make_policy
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.errors import StoreError
-from serve_app.models.loader import ModelLoader, use_threads
+from serve_app.models.loader import ModelLoader
 from serve_app.models.process_memory import give_back_free_memory, process_memory
+from serve_app.models.profiling.measure import grid
+from serve_app.models.threads import use_threads
 from serve_app.serving.coordinator.client import CoordinatorClient
 from serve_app.serving.metrics import WorkerMetrics
-from serve_app.serving.transport.messages import FloatArray, InferenceRejected, InferenceTask
+from serve_app.serving.transport.messages import InferenceRejected, InferenceTask
 from serve_app.serving.worker.model_manager import ModelManager
 from serve_app.serving.worker.process_budget import ProcessBudget
 from serve_app.serving.worker.settings import WorkerIdentity
 from serve_app.serving.worker.worker import Worker
 from serve_app.store.model_store import ModelStore
+from serve_app.tasks.tensors import Tensors, probe
 
 _BUDGET_S = 60.0
 
@@ -54,7 +55,7 @@ class Bench:
     memory: ProcessBudget
     store: ModelStore
     models: tuple[PublishedModel, ...]
-    inputs: dict[str, FloatArray]
+    inputs: dict[str, Tensors]
     slots: int
 
     async def infer(self, model: PublishedModel) -> None:
@@ -130,8 +131,6 @@ async def bench(memory: str, *, preloads: int, release_page_cache: bool) -> Asyn
         process_budget=worker_memory,
         max_pixels=settings.limits.image_pixels,
     )
-    noise = np.random.default_rng(0)
-    shapes = {model.model_id: (1, *model.inputs[0].shape[1:]) for model in models}
     worker.start(settings.coordinator.report_every)
     try:
         yield Bench(
@@ -140,7 +139,7 @@ async def bench(memory: str, *, preloads: int, release_page_cache: bool) -> Asyn
             memory=worker_memory,
             store=store,
             models=models,
-            inputs={name: noise.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()},
+            inputs={model.model_id: probe(model.contract, grid(model.contract.axes)[0]) for model in models},
             slots=slots,
         )
     finally:

@@ -77,8 +77,8 @@ def _profiles(
     as_json: bool,
     out: Path | None,
 ) -> None:
-    from serve_app.models.loader import use_threads
     from serve_app.models.profiling import model_profile
+    from serve_app.models.threads import use_threads
 
     use_threads(settings.worker.threads_per_inference)
     profiles = list(_each(entries, "profiling", lambda entry: model_profile.profile(store, entry.model_id, cold=cold)))

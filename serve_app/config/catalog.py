@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -9,16 +10,46 @@ from pydantic import Field, model_validator
 
 from serve_app.config.default_files import find
 from serve_app.config.yaml_files import Settings, beside, read_settings
-from serve_app.core.catalog import Dtype, ImageInput, ModelEntry
+from serve_app.core.catalog import Dtype, ModelEntry, RuntimeName
+from serve_app.core.contract import Axis
+from serve_app.core.contract_declaration import TensorDeclaration
+from serve_app.core.task import Fit, ImageInput, Interpolation, Pooling, TaskKind, TaskSpec
 from serve_app.errors import ConfigError
 
 
 class _ImageSettings(Settings):
-    resize_px: int = Field(gt=0)
+    resize_px: int = Field(default=256, gt=0)
     crop_px: int = Field(gt=0)
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: Interpolation = "bilinear"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    fit: Fit = "crop"
+
+
+class _TaskSettings(Settings):
+    kind: TaskKind
+    image: _ImageSettings | None = None
+    tokenizer: str | None = None
+    labels: tuple[str, ...] | str = ()
+    pooling: Pooling = "mean"
+    normalize: bool = True
+    min_score: float = Field(default=0.25, ge=0, le=1)
+    max_overlap: float = Field(default=0.45, ge=0, le=1)
+    sample_rate: int = Field(default=16000, gt=0)
+
+
+class _TensorSettings(Settings):
+    name: str = Field(min_length=1)
+    datatype: str | None = None
+    shape: tuple[int | str, ...] | None = None
+    default: float | None = None
+    returned_by: str | None = None
+
+
+class _AxisSettings(Settings):
+    least: int = Field(default=1, ge=1)
+    most: int = Field(ge=1)
+    multiple: int = Field(default=1, ge=1)
 
 
 class _ModelSettings(Settings):
@@ -28,6 +59,11 @@ class _ModelSettings(Settings):
     dtype: Dtype = "float32"
     accuracy: float | None = Field(default=None, ge=0, le=1)
     input: _ImageSettings | None = None
+    task: _TaskSettings | TaskKind | None = None
+    inputs: tuple[_TensorSettings, ...] = ()
+    outputs: tuple[_TensorSettings, ...] = ()
+    limits: dict[str, int | _AxisSettings] = Field(default_factory=dict)
+    runtime: RuntimeName | Literal["auto"] = "auto"
     pinned: bool = False
     min_copies: int = Field(default=0, ge=0)
 
@@ -57,20 +93,55 @@ def load_catalog(path: Path) -> tuple[ModelEntry, ...]:
 
 
 def _entry(path: Path, model_id: str, model: _ModelSettings) -> ModelEntry:
-    weights = model.weights
-    if weights.startswith("file:"):
-        weights = f"file:{beside(path, Path(weights.removeprefix('file:')))}"
     try:
         return ModelEntry(
             model_id=model_id,
-            builder=model.builder,
-            weights=weights,
+            builder=_beside(path, model.builder, ("onnx",)),
+            weights=_beside(path, model.weights, ("file",)),
             family=model.family,
             accuracy=model.accuracy,
             input=ImageInput(**model.input.model_dump()) if model.input else None,
+            task=_task(path, model.task),
+            inputs=tuple(TensorDeclaration(**tensor.model_dump()) for tensor in model.inputs),
+            outputs=tuple(TensorDeclaration(**tensor.model_dump()) for tensor in model.outputs),
+            limits=tuple(_axis(name, limit) for name, limit in model.limits.items()),
+            runtime=model.runtime,
             dtype=model.dtype,
             pinned=model.pinned,
             min_copies=model.min_copies,
         )
     except ValueError as error:
         raise ConfigError(f"{path}: models.{model_id}: {error}") from None
+
+
+def _task(path: Path, task: _TaskSettings | TaskKind | None) -> TaskSpec | None:
+    if task is None:
+        return None
+    if isinstance(task, str):
+        return TaskSpec(kind=task)
+    fields = task.model_dump()
+    fields["image"] = ImageInput(**fields["image"]) if task.image else None
+    fields["tokenizer"] = _beside(path, task.tokenizer, ("file",)) if task.tokenizer else None
+    if isinstance(task.labels, str):
+        fields["labels"] = _read_labels(path, task.labels)
+    return TaskSpec(**fields)
+
+
+def _axis(name: str, limit: int | _AxisSettings) -> Axis:
+    return Axis(name=name, most=limit) if isinstance(limit, int) else Axis(name=name, **limit.model_dump())
+
+
+def _read_labels(path: Path, reference: str) -> tuple[str, ...]:
+    """Read one label a line."""
+    file = beside(path, Path(reference.removeprefix("file:")))
+    try:
+        return tuple(file.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"labels {reference} cannot be read ({error}); name a file with one label a line") from None
+
+
+def _beside(path: Path, reference: str, kinds: tuple[str, ...]) -> str:
+    """Make the path of ``KIND:PATH`` relative to the folder of the catalog; other references stay."""
+    kind, _, place = reference.partition(":")
+    is_local = kind in kinds and re.match(r"[a-z][a-z0-9]+:", place) is None
+    return f"{kind}:{beside(path, Path(place))}" if is_local else reference

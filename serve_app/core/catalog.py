@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from serve_app.core.contract import Axis, Contract, SizeCost, TensorSpec, cost_at
+from serve_app.core.contract_declaration import TensorDeclaration
+from serve_app.core.task import ImageInput, TaskSpec
 from serve_app.errors import InvalidRequest
 
 MODEL_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
-Interpolation = Literal["bilinear", "bicubic"]
-
-#: What a model computes in; its inputs and logits are float32 all the same.
+#: What a model computes in; its tensors have the datatypes of its contract all the same.
 Dtype = Literal["float32", "bfloat16"]
+
+#: The libraries that run models.
+RuntimeName = Literal["torch", "onnxruntime", "openvino"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -23,43 +28,19 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ImageInput:
-    """How an image becomes the input tensor of a classifier.
-
-    The shorter side is resized to ``resize_px`` (antialiased), the center ``crop_px`` square is cut out, values are
-    scaled to 0..1 and normalized per RGB channel: torchvision's ``ImageClassification`` preset.
-    """
-
-    resize_px: int = 256
-    crop_px: int = 224
-    interpolation: Interpolation = "bilinear"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-
-    def __post_init__(self) -> None:
-        _require(self.crop_px > 0, f"crop_px must be positive, not {self.crop_px}")
-        _require(self.resize_px > 0, f"resize_px must be positive, not {self.resize_px}")
-        _require(self.interpolation in ("bilinear", "bicubic"), f"unknown interpolation {self.interpolation!r}")
-        _require(all(value > 0 for value in self.std), f"std must be positive, not {self.std}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorSpec:
-    """Name, Open Inference Protocol datatype and shape of one tensor; -1 is the batch dimension."""
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEntry:
     """One line of the catalog: what to build, from which weights, for which family.
 
-    ``builder`` is ``torchvision:NAME``, ``timm:NAME`` or ``package.module:factory``; ``weights`` is ``pretrained``,
-    ``random:SEED`` or ``file:PATH`` (a safetensors file). ``accuracy`` (0..1) and ``input`` may be left to the
-    metadata of the weights. Of a model with ``min_copies`` so many workers hold it, at different locations as far as
-    there are so many, whether or not it is requested; a ``pinned`` one is in the memory of every worker.
+    Attributes:
+        builder: ``torchvision:NAME``, ``timm:NAME``, ``onnx:FILE`` or ``package.module:factory``.
+        weights: ``pretrained``, ``random:SEED`` or ``file:PATH`` (a safetensors file).
+        accuracy, input, task: may be left to the metadata of the weights; ``accuracy`` lies in 0..1.
+        inputs, outputs: the tensors as far as the model does not say them itself.
+        limits: of the free axes.
+        runtime: the library that runs it; ``auto``: the first that can.
+        min_copies: so many workers hold the model, at different locations as far as there are so many, whether or not
+            it is requested.
+        pinned: the model is in the memory of every worker.
     """
 
     model_id: str
@@ -68,6 +49,11 @@ class ModelEntry:
     family: str | None = None
     accuracy: float | None = None
     input: ImageInput | None = None
+    task: TaskSpec | None = None
+    inputs: tuple[TensorDeclaration, ...] = ()
+    outputs: tuple[TensorDeclaration, ...] = ()
+    limits: tuple[Axis, ...] = ()
+    runtime: RuntimeName | Literal["auto"] = "auto"
     dtype: Dtype = "float32"
     pinned: bool = False
     min_copies: int = 0
@@ -114,8 +100,11 @@ class ModelProfile:
 class PublishedModel:
     """A model that the store holds: everything a router needs to know, without torch.
 
-    ``workspace_bytes`` is what one inference needs beside the weights, while it runs; see ``memory_budget.py``.
-    ``weights_requested`` and ``weights_actual`` differ when pretrained weights could not be fetched.
+    Attributes:
+        weights_requested, weights_actual: differ when pretrained weights could not be fetched.
+        row_by_row: the rows of a batch are executed one after another, each in the workspace of one.
+        workspace_bytes: what one execution needs beside the weights, while it runs; see ``memory_budget.py``.
+        costs: measured at several sizes of the free axes; empty where the costs of one row say it all.
     """
 
     model_id: str
@@ -125,18 +114,56 @@ class PublishedModel:
     weights_actual: str
     dtype: str
     pinned: bool
-    image: ImageInput
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    labels: tuple[str, ...] = field(repr=False)
+    runtime: RuntimeName
+    contract: Contract
+    task: TaskSpec
+    row_by_row: bool
     weights_bytes: int
     workspace_bytes: int
+    costs: tuple[SizeCost, ...] = ()
     profile: ModelProfile
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """The inputs of the contract."""
+        return self.contract.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """The outputs of the contract."""
+        return self.contract.outputs
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """One label for each class; empty: classes are known by their numbers."""
+        return self.task.labels
 
     @property
     def fallback(self) -> bool:
         """Whether the weights are not the ones that the catalog asks for."""
         return self.weights_requested != self.weights_actual
+
+    def cost(self, sizes: Sequence[int]) -> SizeCost:
+        """Return what one request takes whose free axes have these sizes, in the order of ``contract.axes``."""
+        if self.costs:
+            return cost_at(self.costs, sizes)
+        rows = math.prod(sizes) if self.row_by_row else 1
+        return SizeCost(sizes=tuple(sizes), workspace_bytes=self.workspace_bytes, exec_s=rows * self.profile.exec_s)
+
+
+def task_for(entry: ModelEntry, default: TaskSpec) -> TaskSpec:
+    """Return the task of a model: the entry's, with the image preset and the labels of the weights where it has none.
+
+    ``default`` is what the weights say. The preset of the entry, ``input``, goes before that of its task.
+    """
+    task = entry.task or default
+    is_same_kind = task.kind == default.kind
+    return replace(
+        task,
+        image=entry.input or task.image or (default.image if is_same_kind else None),
+        labels=task.labels or (default.labels if is_same_kind else ()),
+        tokenizer=default.tokenizer if task.tokenizer else None,
+    )
 
 
 class Catalog:

@@ -8,13 +8,14 @@ takes no tracing and no arithmetic. Both together made every model of the catalo
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -54,44 +55,62 @@ def named_slots(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
                     yield f"{prefix}.{key}" if prefix else key, table, key
 
 
+#: Executes the module in a format, and returns its outputs in order.
+Execute = Callable[[ExecutionFormat], list[torch.Tensor]]
+
+
 def optimize(
-    module: nn.Module, batch: NDArray[np.float32], expected: NDArray[np.float32], name: str
+    module: nn.Module, execute: Execute, expected: Sequence[torch.Tensor], execution: ExecutionFormat, name: str
 ) -> ExecutionFormat:
     """Apply in place the fastest optimizations with which a module still answers as expected.
 
     Args:
         module: float32, in eval mode.
-        batch: the input to compare with, (N, 3, H, W).
-        expected: the logits of the unchanged module, (N, classes).
+        execute: runs the module on the input to compare with.
+        expected: the outputs of the unchanged module.
+        execution: how to call the module.
         name: of the model, for the log.
 
     Returns:
         What was done, so that it can be repeated; nothing where the answers would change or the module would fail.
     """
     folded = foldable_norms(module, name)
-    channels_last = any(type(child) is nn.Conv2d for child in module.modules())
-    candidates = [ExecutionFormat(folded=folded, channels_last=channels_last), ExecutionFormat(folded=folded)]
-    for execution in dict.fromkeys(candidates):
-        undo = fold(module, folded)
-        problem = _problem(module, execution, batch, expected)
+    channels_last = any(isinstance(child, nn.Conv2d) for child in module.modules())
+    candidates = [
+        replace(execution, folded=folded, channels_last=channels_last),
+        replace(execution, folded=folded),
+        replace(execution, channels_last=channels_last),
+    ]
+    for candidate in dict.fromkeys(candidates):
+        undo = fold(module, candidate.folded)
+        problem = _problem(execute, candidate, expected)
         if problem is None:
-            return execution
+            return candidate
         undo()
-        what = "channels last in memory" if execution.channels_last else "batch norms folded"
+        what = "channels last in memory" if candidate.channels_last else "batch norms folded"
         logger.warning("model %s is not run with %s: %s", name, what, problem)
-    return ExecutionFormat()
+    return execution
 
 
-def run(module: nn.Module, images: torch.Tensor, *, channels_last: bool, dtype: torch.dtype) -> torch.Tensor:
-    """Return logits (N, classes) for images (N, 3, H, W), both float32, of a module that computes in ``dtype``."""
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    logits: torch.Tensor = module(images.to(dtype=dtype, memory_format=layout))
-    return logits.float()
+def largest_difference(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Return the largest difference of any output, in parts of its largest expected number.
+
+    Infinite where an output has another shape, or integers that differ; NaN if a number is not finite.
+    """
+    if len(actual) != len(expected):
+        return math.inf
+    return max((_difference(*pair) for pair in zip(actual, expected, strict=True)), default=0.0)
 
 
-def largest_difference(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
-    """Return the largest difference of logits, in parts of the largest expected logit; NaN if any is not finite."""
-    return float(np.max(np.abs(actual - expected)) / max(float(np.max(np.abs(expected))), _TINY))
+def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    if actual.shape != expected.shape:
+        return math.inf
+    if not expected.numel():
+        return 0.0
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(actual, expected) else math.inf
+    largest = max(float(expected.abs().max()), _TINY)
+    return float((actual.double() - expected.double()).abs().max()) / largest
 
 
 def foldable_norms(module: nn.Module, name: str) -> tuple[FoldedNorm, ...]:
@@ -99,6 +118,9 @@ def foldable_norms(module: nn.Module, name: str) -> tuple[FoldedNorm, ...]:
 
     Neither module may be called twice, and only the call of a module may read its tensors.
     """
+    if not any(type(child) in _NORM_AFTER.values() for child in module.modules()):
+        # A trace hands symbols to foreign code, which nothing is gained by here.
+        return ()
     try:
         graph = fx.Tracer().trace(module)
     except Exception as error:
@@ -158,13 +180,11 @@ def fold(module: nn.Module, folded: Iterable[FoldedNorm]) -> Callable[[], None]:
     return undo
 
 
-def order_of_use(
-    module: nn.Module, images: torch.Tensor, execution: ExecutionFormat, dtype: torch.dtype
-) -> dict[str, int]:
-    """Return by name the rank in which one inference first uses each parameter and buffer; unused ones come last."""
+def order_of_use(module: nn.Module, execute: Callable[[], object]) -> dict[str, int]:
+    """Return by name the rank in which one execution first uses each parameter and buffer; unused ones come last."""
     recorder = FirstUseRecorder()
     with torch.inference_mode(), recorder:
-        run(module, images, channels_last=execution.channels_last, dtype=dtype)
+        execute()
     unused = len(recorder.first_use)
     return {
         name: recorder.first_use.get(storage_address(table[key]), unused) for name, table, key in named_slots(module)
@@ -178,14 +198,11 @@ def _fits(conv: nn.Module, norm: nn.Module) -> bool:
     return not any(has_forward_hooks(part) for part in (conv, norm))
 
 
-def _problem(
-    module: nn.Module, execution: ExecutionFormat, batch: NDArray[np.float32], expected: NDArray[np.float32]
-) -> str | None:
+def _problem(execute: Execute, execution: ExecutionFormat, expected: Sequence[torch.Tensor]) -> str | None:
     try:
         with torch.inference_mode():
-            images = torch.from_numpy(batch)
-            actual = run(module, images, channels_last=execution.channels_last, dtype=images.dtype).numpy()
+            actual = execute(execution)
     except Exception as error:
         return " ".join(f"{type(error).__name__}: {error}".split())
     difference = largest_difference(actual, expected)
-    return None if difference < ROUNDING else f"its logits would change by {difference:.1e} of the largest"
+    return None if difference < ROUNDING else f"its outputs would change by {difference:.1e} of the largest"

@@ -10,10 +10,11 @@ import logging
 
 from PIL import Image
 
-from serve_app.core.catalog import Catalog
+from serve_app.core.catalog import Catalog, PublishedModel
 from serve_app.errors import EdgeServeError
 from serve_app.models.loader import ModelLoader
-from serve_app.tasks.image_classification import decode_image, preprocess
+from serve_app.tasks.image_classification import decode_image
+from serve_app.tasks.tensors import probe
 
 logger = logging.getLogger(__name__)
 
@@ -21,21 +22,22 @@ _PHOTO_PX = (640, 480)
 
 
 def warm_up(loader: ModelLoader, catalog: Catalog) -> None:
-    """Decode a photo, and load and run the model that takes the least memory; do nothing where there is no model.
+    """Decode a photo, and load and run the model of each runtime that takes the least memory.
 
     A model that fails is logged; its own requests report the error.
     """
-    model = min(catalog.models, key=lambda model: model.weights_bytes + model.workspace_bytes, default=None)
-    if model is None:
-        return
     encoded = io.BytesIO()
     Image.effect_noise(_PHOTO_PX, 64).convert("RGB").save(encoded, "JPEG")
-    image = decode_image(encoded.getvalue(), _PHOTO_PX[0] * _PHOTO_PX[1])
-    try:
-        loaded = loader.load(model.model_id)
+    decode_image(encoded.getvalue(), _PHOTO_PX[0] * _PHOTO_PX[1])
+    smallest: dict[str, PublishedModel] = {}
+    for model in sorted(catalog.models, key=lambda model: model.weights_bytes + model.workspace_bytes):
+        smallest.setdefault(model.runtime, model)
+    for model in smallest.values():
         try:
-            loaded.infer(preprocess(image, model.image)[None])
-        finally:
-            loaded.unload()
-    except EdgeServeError as error:
-        logger.warning("the worker starts cold: %s", error)
+            loaded = loader.load(model.model_id)
+            try:
+                loaded.run(probe(model.contract, tuple(axis.least for axis in model.contract.axes)))
+            finally:
+                loaded.unload()
+        except EdgeServeError as error:
+            logger.warning("the worker starts cold: %s", error)

@@ -86,6 +86,7 @@ class WorkerReplica:
             metrics=metrics,
             process_budget=_make_process_budget(budget),
             max_pixels=config.settings.limits.image_pixels,
+            find_blob=ModelStore(config.settings.store).blob_path,
         )
 
     def _make_manager(self, cache: ModelCache, metrics: WorkerMetrics) -> ModelManager:
@@ -242,7 +243,8 @@ def _make_client(config: ReplicaConfig, catalog: Catalog) -> CoordinatorClient:
 
 def _make_loader(settings: EdgeSettings) -> Any:
     # Imported here: the process of a router must not load torch.
-    from serve_app.models.loader import ModelLoader, use_threads
+    from serve_app.models.loader import ModelLoader
+    from serve_app.models.threads import use_threads
 
     use_threads(settings.worker.threads_per_inference)
     return ModelLoader(ModelStore(settings.store), release_page_cache=settings.worker.release_page_cache)

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from serve_app.core.catalog import ImageInput, PublishedModel
+from serve_app.core.catalog import PublishedModel, RuntimeName
+from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
 
-FORMAT = 2
+FORMAT = 3
 
-BLOB_NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
+BLOB_NAME = re.compile(r"[0-9a-f]{64}\.[a-z]{1,16}")
 
 #: Bytes of one element, by the names that safetensors gives to types.
 ITEM_BYTES = {
@@ -42,6 +43,8 @@ ITEM_BYTES = {
 
 
 Layout = Literal["row_major", "channels_last"]
+
+Role = Literal["weights", "graph", "tokenizer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +89,14 @@ class TensorPlace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlobFile:
-    """One immutable file of weights; ``name`` is ``<sha256>.safetensors``."""
+    """One immutable file; ``name`` is ``<sha256>.<ending>``.
+
+    ``role`` says what of a model it is: weights are mapped, a graph is what a runtime parses, and a tokenizer
+    belongs to the task.
+    """
 
     name: str
+    role: Role = "weights"
     size_bytes: int
     sha256: str
 
@@ -107,14 +115,21 @@ class FoldedNorm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutionFormat:
-    """How the module of a builder is changed to run the stored tensors, and the memory layout of its input.
+    """How the files of a model are run.
 
-    ``runtime`` names the library that runs it. ``channels_last`` says that images have their channels last in memory.
+    Attributes:
+        runtime: the library that runs it.
+        made_for: the version of the library and the processor that the files were optimized for; empty: for any.
+        channels_last: of torch: images have their channels last in memory.
+        folded: of torch: how the module of the builder is changed to run the stored tensors.
+        by_keyword: of torch: the module takes its inputs by their names rather than by their order.
     """
 
-    runtime: Literal["torch"] = "torch"
+    runtime: RuntimeName = "torch"
+    made_for: str = ""
     channels_last: bool = False
     folded: tuple[FoldedNorm, ...] = ()
+    by_keyword: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,11 +137,11 @@ class Manifest:
     """One published model.
 
     ``model`` has what comes with the weights. ``ModelStore.catalog`` overlays it with family, pinning, accuracy and
-    input of the catalog. ``default_image`` is the preset of the weights, which applies when the catalog names none.
+    task of the catalog. ``default_task`` is that of the weights, which applies where the catalog names none.
     """
 
     model: PublishedModel
-    default_image: ImageInput
+    default_task: TaskSpec
     execution: ExecutionFormat
     tensors: tuple[TensorPlace, ...]
     files: tuple[BlobFile, ...]

@@ -3,7 +3,7 @@
 Layout::
 
     root/models/<model_id>.json         manifest; its atomic rename publishes the model
-    root/blobs/<sha256>.safetensors     weights, named after their content, never changed
+    root/blobs/<sha256>.<ending>        weights and graphs, named after their content, never changed
     root/verified/<sha256>.json         stat signature of the blob's file when its content was last verified
     root/tmp/                           files being written, named after the process that writes them
     root/lock                           held by the one publisher that may write
@@ -25,10 +25,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from serve_app.core.catalog import MODEL_ID_PATTERN, Catalog, ModelEntry, PublishedModel
+from serve_app.core.catalog import MODEL_ID_PATTERN, Catalog, ModelEntry, PublishedModel, task_for
 from serve_app.errors import StoreError
 from serve_app.store.durable_files import explain_os_errors, fsync_path, is_alive, sha256_of, write_durably
-from serve_app.store.manifest import BlobFile, Manifest
+from serve_app.store.manifest import BlobFile, Manifest, Role
 
 logger = logging.getLogger(__name__)
 
@@ -182,21 +182,26 @@ class ModelStore:
                 if self._depth == 0:
                     os.close(descriptor)
 
-    def put_blob(self, write: Callable[[Path], None]) -> BlobFile:
+    def put_blob(
+        self, write: Callable[[Path], None], *, role: Role = "weights", ending: str = "safetensors"
+    ) -> BlobFile:
         """Store one file under the name of its content; keep an equal file that the store already has.
 
         Args:
             write: writes the content to the path that it is given.
+            role: what of a model the file is.
+            ending: of its name.
 
         Raises:
             StoreError: the disk is full or the store cannot be written; nothing half-written stays.
         """
-        with self.exclusive(), self._temporary(".safetensors") as temporary:
+        with self.exclusive(), self._temporary(f".{ending}") as temporary:
             with explain_os_errors(f"write weights to {self.root}", self.root):
                 write(temporary)
                 fsync_path(temporary)
                 digest = sha256_of(temporary)
-                blob = BlobFile(name=f"{digest}.safetensors", size_bytes=temporary.stat().st_size, sha256=digest)
+                size_bytes = temporary.stat().st_size
+                blob = BlobFile(name=f"{digest}.{ending}", role=role, size_bytes=size_bytes, sha256=digest)
                 path = self.blob_path(blob.name)
                 # An existing file is trusted only after reading it: putting a blob again must heal a corrupt one.
                 if not path.is_file() or sha256_of(path) != digest:
@@ -277,12 +282,12 @@ class ModelStore:
 def is_published_from(manifest: Manifest, entry: ModelEntry) -> bool:
     """Return whether the published model is what the entry asks for, but for the overlay of ``ModelStore.catalog``."""
     model = manifest.model
-    image = entry.input or manifest.default_image
-    return (model.builder, model.weights_requested, model.dtype, model.image.crop_px) == (
+    image, task = task_for(entry, manifest.default_task).image, model.task.image
+    return (model.builder, model.weights_requested, model.dtype, image and image.crop_px) == (
         entry.builder,
         entry.weights,
         entry.dtype,
-        image.crop_px,
+        task and task.crop_px,
     )
 
 
@@ -318,7 +323,7 @@ def _overlaid(manifest: Manifest, entry: ModelEntry) -> PublishedModel:
         model,
         family=entry.family,
         pinned=entry.pinned,
-        image=entry.input or manifest.default_image,
+        task=task_for(entry, manifest.default_task),
         # Manifests have counted workspace with the size once.
         profile=dataclasses.replace(model.profile, accuracy=accuracy, size_bytes=max(1, model.weights_bytes)),
     )

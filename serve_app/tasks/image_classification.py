@@ -6,6 +6,7 @@ The arithmetic is that of torchvision's ``ImageClassification`` preset on a PIL 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from serve_app.core.catalog import ImageInput
+from serve_app.core.task import ImageInput
 from serve_app.errors import InvalidRequest
+from serve_app.tasks.base import RawInput, Solution, TaskModel
+
+MAX_TOP_K = 1000
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 
@@ -31,6 +35,29 @@ class Prediction:
     label: str
     index: int
     probability: float
+
+
+def solve(raw: RawInput, model: TaskModel) -> Solution:
+    """The task: one image in, its best labels out; option ``top_k``, 5 by default."""
+    count = label_count(raw.options.get("top_k", "5"))
+    assert model.task.image is not None
+    pixels = preprocess(decode_image(raw.data, model.max_pixels), model.task.image)
+    outputs = yield {model.contract.inputs[0].name: pixels[None]}
+    best = top_k(outputs[model.contract.outputs[0].name][0], model.task.labels, count)
+    return {
+        "predictions": [{"label": each.label, "index": each.index, "probability": each.probability} for each in best]
+    }
+
+
+def label_count(value: str) -> int:
+    """Check the option ``top_k``.
+
+    Raises:
+        InvalidRequest: it is not a whole number in range.
+    """
+    if re.fullmatch("[0-9]{1,4}", value) is None or not 1 <= int(value) <= MAX_TOP_K:
+        raise InvalidRequest(f"top_k must be a whole number from 1 to {MAX_TOP_K}, not {value[:32]!r}")
+    return int(value)
 
 
 def decode_image(data: bytes, max_pixels: int) -> Image.Image:

@@ -19,8 +19,8 @@ from serve_app.config.environment import STORE_VARIABLE, preset, ray_address, st
 from serve_app.config.policy_parameters import parse_parameters
 from serve_app.config.units import parse_duration, parse_size
 from serve_app.config.yaml_files import load_yaml
-from serve_app.core.catalog import ImageInput
 from serve_app.core.links import Link
+from serve_app.core.task import ImageInput
 from serve_app.errors import ConfigError
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

@@ -14,7 +14,7 @@ import pytest
 from model_support import SMALL_INPUT, VISION, check_content, offline, tiny
 from safetensors import safe_open
 
-from serve_app.core.catalog import ImageInput
+from serve_app.core.task import ImageInput
 from serve_app.errors import StoreError
 from serve_app.models.publishing.publish_catalog import publish
 from serve_app.store.durable_files import explain_os_errors

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from model_support import offline, tiny
 
-from serve_app.models.loader import use_threads
 from serve_app.models.publishing import publish_model
 from serve_app.models.publishing.publish_catalog import PublishEvent, publish
+from serve_app.models.threads import use_threads
 from serve_app.store.model_store import ModelStore
 from serve_app.store.safetensors_writer import BlobLayout
 

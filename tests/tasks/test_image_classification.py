@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from model_support import vision
 from PIL import Image
 
-from serve_app.core.catalog import ImageInput
+from serve_app.core.task import ImageInput
 from serve_app.errors import InvalidRequest
 from serve_app.models.builders.registry import metadata
 from serve_app.models.torchvision_compat import import_torchvision

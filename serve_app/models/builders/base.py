@@ -12,18 +12,17 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from serve_app.core.catalog import ImageInput, Interpolation
+from serve_app.core.task import ImageInput, Interpolation, TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.weight_sources import Download
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metadata:
-    """What weights say about themselves: top-1 accuracy (0..1), one label per class, and the input preset."""
+    """What weights say about themselves: top-1 accuracy (0..1), and their task, with its labels and input preset."""
 
     accuracy: float | None = None
-    labels: tuple[str, ...] = ()
-    image: ImageInput = field(default_factory=ImageInput)
+    task: TaskSpec = field(default_factory=lambda: TaskSpec(kind="image-classification", image=ImageInput()))
 
 
 class Builder(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from serve_app.core.catalog import ImageInput
+from serve_app.core.task import ImageInput, TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.builders.base import Metadata, interpolation_named, rgb, suggest
 from serve_app.models.torchvision_compat import import_torchvision
@@ -66,11 +66,14 @@ class TimmBuilder:
         config = self._config
         crop_px = int(config.input_size[-1])
         return Metadata(
-            image=ImageInput(
-                resize_px=math.floor(crop_px / config.crop_pct),
-                crop_px=crop_px,
-                interpolation=interpolation_named(config.interpolation),
-                mean=rgb(config.mean),
-                std=rgb(config.std),
+            task=TaskSpec(
+                kind="image-classification",
+                image=ImageInput(
+                    resize_px=math.floor(crop_px / config.crop_pct),
+                    crop_px=crop_px,
+                    interpolation=interpolation_named(config.interpolation),
+                    mean=rgb(config.mean),
+                    std=rgb(config.std),
+                ),
             )
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from serve_app.core.catalog import ImageInput
+from serve_app.core.task import ImageInput, TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.builders.base import Metadata, interpolation_named, rgb, suggest
 from serve_app.models.torchvision_compat import import_torchvision
@@ -78,13 +78,16 @@ class TorchvisionBuilder:
         meta, preset = self._weights.meta, self._weights.transforms()
         return Metadata(
             accuracy=round(meta["_metrics"]["ImageNet-1K"]["acc@1"] / 100, 5),
-            labels=tuple(meta["categories"]),
-            image=ImageInput(
-                resize_px=preset.resize_size[0],
-                crop_px=preset.crop_size[0],
-                interpolation=interpolation_named(preset.interpolation.value),
-                mean=rgb(preset.mean),
-                std=rgb(preset.std),
+            task=TaskSpec(
+                kind="image-classification",
+                labels=tuple(meta["categories"]),
+                image=ImageInput(
+                    resize_px=preset.resize_size[0],
+                    crop_px=preset.crop_size[0],
+                    interpolation=interpolation_named(preset.interpolation.value),
+                    mean=rgb(preset.mean),
+                    std=rgb(preset.std),
+                ),
             ),
         )
 

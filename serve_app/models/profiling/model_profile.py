@@ -15,15 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from serve_app.errors import StoreError
-from serve_app.models.loader import LoadedModel, load_into
-from serve_app.models.module_template import ModuleTemplate
-from serve_app.models.profiling.measure import workspace_bytes
-from serve_app.models.readahead import is_resident
+from serve_app.models.profiling.measure import grid, workspace_bytes
+from serve_app.models.readahead import ReadAhead, is_resident
+from serve_app.models.runtimes import registry
+from serve_app.models.runtimes.base import LoadedModel
+from serve_app.store.manifest import Manifest
 from serve_app.store.model_store import ModelStore
+from serve_app.tasks.tensors import Tensors, probe
 
 #: Rounds per model: short inferences are noisier, and cost less to repeat.
 MIN_ROUNDS, MAX_ROUNDS = 11, 51
@@ -121,22 +120,22 @@ def profile(store: ModelStore, model_id: str, *, cold: bool) -> Profile:
     Raises:
         StoreError: the model is not published or broken, or the kernel keeps its weights in memory.
     """
-    template = ModuleTemplate(store.manifest(model_id))
-    published = template.manifest.model
-    batch = np.random.default_rng(0).standard_normal((1, *published.inputs[0].shape[1:]), dtype=np.float32)
+    prepared = registry.prepare(store.manifest(model_id), store)
+    published = prepared.manifest.model
+    inputs = probe(published.contract, grid(published.contract.axes)[0])
 
     def load() -> LoadedModel:
-        return load_into(template, store)
+        return prepared.load(ReadAhead, None)
 
     model = load()
     try:
-        model.infer(batch)  # reads the weights, and lets the libraries below torch set up for these shapes
-        workspace = workspace_bytes(template.module, lambda: model.infer(batch))
-        once_s = _seconds(lambda: model.infer(batch))
+        model.run(inputs)  # reads the weights, and lets the libraries below torch set up for these shapes
+        workspace = workspace_bytes(lambda: model.run(inputs))
+        once_s = _seconds(lambda: model.run(inputs))
     finally:
         model.unload()
     count = min(MAX_ROUNDS, max(MIN_ROUNDS, math.ceil(_ROUNDS_S / (2 * once_s))))
-    rounds = [_miss_and_hit(load, batch) for _ in range(count)]
+    rounds = [_miss_and_hit(load, inputs) for _ in range(count)]
     return Profile(
         model_id=model_id,
         size_bytes=published.weights_bytes,
@@ -148,7 +147,7 @@ def profile(store: ModelStore, model_id: str, *, cold: bool) -> Profile:
         miss_over_hit=Quartiles.of([each.miss_s / each.hit_s for each in rounds]),
         cpu_miss_over_hit=statistics.median(each.cpu_miss_s / each.cpu_hit_s for each in rounds),
         rounds=count,
-        cold=_profile_cold(store, template, load, batch) if cold else None,
+        cold=_profile_cold(store, prepared.manifest, load, inputs) if cold else None,
     )
 
 
@@ -209,13 +208,13 @@ class _MissAndHit:
         return self.load_s + self.first_s
 
 
-def _miss_and_hit(load: Callable[[], LoadedModel], batch: NDArray[np.float32]) -> _MissAndHit:
+def _miss_and_hit(load: Callable[[], LoadedModel], inputs: Tensors) -> _MissAndHit:
     stamps = [_clocks()]
     model = load()
     try:
         stamps.append(_clocks())
         for _ in range(2):
-            model.infer(batch)
+            model.run(inputs)
             stamps.append(_clocks())
     finally:
         model.unload()
@@ -234,14 +233,14 @@ def _clocks() -> tuple[float, float]:
 
 
 def _profile_cold(
-    store: ModelStore, template: ModuleTemplate, load: Callable[[], LoadedModel], batch: NDArray[np.float32]
+    store: ModelStore, manifest: Manifest, load: Callable[[], LoadedModel], inputs: Tensors
 ) -> ColdProfile:
-    paths = [store.blob_path(file.name) for file in template.manifest.files]
+    paths = [store.blob_path(file.name) for file in manifest.files]
     rounds, reads = [], []
     for _ in range(COLD_ROUNDS):
         for path in paths:
             _drop_from_page_cache(path)
-        rounds.append(_miss_and_hit(load, batch))
+        rounds.append(_miss_and_hit(load, inputs))
         for path in paths:
             _drop_from_page_cache(path)
         reads.append(_seconds(lambda: _read_files(paths)))

@@ -15,7 +15,9 @@ from torch import nn
 
 from serve_app.core.catalog import ModelEntry, PublishedModel
 from serve_app.models.builders import registry
-from serve_app.models.graph_optimizations import fold, foldable_norms, run
+from serve_app.models.graph_optimizations import fold, foldable_norms
+from serve_app.models.module_call import call_module, ordered_outputs
+from serve_app.store.manifest import ExecutionFormat
 
 _ROUNDS = 11
 
@@ -89,20 +91,30 @@ def _variants(
     folded = copy.deepcopy(module)
     fold(folded, foldable_norms(folded, entry.model_id))
     both = _channels_last(folded)
-    yield "eager", _runner(module)
-    yield "channels_last", _runner(_channels_last(module), channels_last=True)
-    yield "folded", _runner(folded)
-    yield "both", _runner(both, channels_last=True)
-    yield "bfloat16", _runner(copy.deepcopy(both).to(torch.bfloat16), channels_last=True, dtype=torch.bfloat16)
-    yield "two_threads", _runner(both, channels_last=True, threads=_THREADS)
+    yield "eager", _runner(published, module)
+    yield "channels_last", _runner(published, _channels_last(module), channels_last=True)
+    yield "folded", _runner(published, folded)
+    yield "both", _runner(published, both, channels_last=True)
+    yield (
+        "bfloat16",
+        _runner(published, copy.deepcopy(both).to(torch.bfloat16), channels_last=True, dtype=torch.bfloat16),
+    )
+    yield "two_threads", _runner(published, both, channels_last=True, threads=_THREADS)
 
 
 def _runner(
-    module: nn.Module, *, channels_last: bool = False, dtype: torch.dtype = torch.float32, threads: int = 1
+    published: PublishedModel,
+    module: nn.Module,
+    *,
+    channels_last: bool = False,
+    dtype: torch.dtype = torch.float32,
+    threads: int = 1,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     def call(image: torch.Tensor) -> torch.Tensor:
         torch.set_num_threads(threads)
-        return run(module, image, channels_last=channels_last, dtype=dtype)
+        contract, execution = published.contract, ExecutionFormat(channels_last=channels_last)
+        outputs = call_module(module, contract.inputs, (image,), execution, dtype)
+        return ordered_outputs(outputs, contract.outputs)[0]
 
     return call
 

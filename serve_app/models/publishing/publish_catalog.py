@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from torch import nn
@@ -16,7 +17,9 @@ from torch import nn
 from serve_app.core.catalog import ModelEntry
 from serve_app.errors import StoreError
 from serve_app.models.builders import registry
-from serve_app.models.publishing.publish_model import ModuleStage, publish_module
+from serve_app.models.publishing.described import ModuleStage
+from serve_app.models.publishing.publish_graph import publish_graph
+from serve_app.models.publishing.publish_module import publish_module
 from serve_app.models.weight_sources import FALLBACK, DownloadFailed, Probe, WeightSource
 from serve_app.store.model_store import ModelStore, is_published_from
 
@@ -169,7 +172,11 @@ class Publisher:
 
         try:
             on_stage("building", 0)
-            publish_module(self._store, entry, *self._build(entry), on_stage)
+            kind, _, place = entry.builder.partition(":")
+            if kind == "onnx":
+                publish_graph(self._store, entry, Path(place), on_stage)
+            else:
+                publish_module(self._store, entry, *self._build(entry), on_stage)
         except Exception as error:
             is_foreseen = isinstance(error, StoreError)
             message = str(error) if is_foreseen else f"{type(error).__name__}: {error}"
@@ -194,6 +201,8 @@ class Publisher:
         return report
 
     def _available_weights(self, entry: ModelEntry) -> str:
+        if entry.builder.startswith("onnx:"):
+            return entry.weights
         return self._source.choose(entry.weights, registry.download(entry))
 
     def _build(self, entry: ModelEntry) -> tuple[str, nn.Module]:

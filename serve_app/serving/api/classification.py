@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from fastapi import Request
 from fastapi.responses import Response
 
@@ -15,9 +13,9 @@ from serve_app.serving.api.inference import outcome_headers, parts_s
 from serve_app.serving.api.request_reader import RequestReader, check_content_type
 from serve_app.serving.router.request import InferenceRequest, InferenceResponse
 from serve_app.serving.router.router import Router
-from serve_app.tasks.image_classification import top_k
+from serve_app.tasks.base import RawInput
+from serve_app.tasks.image_classification import label_count
 
-_MAX_TOP_K = 1000
 _CONTENT_TYPES = frozenset({"image/jpeg", "image/png", "image/webp", "application/octet-stream"})
 
 
@@ -40,13 +38,16 @@ class ClassificationEndpoints:
 
     async def _classify(self, request: Request) -> Response:
         self._router.require_capacity()
-        check_content_type(request, _CONTENT_TYPES, "image/jpeg, image/png, image/webp or application/octet-stream")
+        content_type = check_content_type(
+            request, _CONTENT_TYPES, "image/jpeg, image/png, image/webp or application/octet-stream"
+        )
         name = request.query_params.get("model")
         if not name:
             raise InvalidRequest(
                 "query parameter model is missing; name a model or a family: /v1/classify?model=resnet50"
             )
-        count = _label_count(request.query_params.get("top_k", "5"))
+        label_count(request.query_params.get("top_k", "5"))
+        self._require_classifier(name)
         options = oip.RequestOptions.from_query(dict(request.query_params))
         body = await self._reader.body(request)
         if not body:
@@ -55,32 +56,31 @@ class ClassificationEndpoints:
             InferenceRequest(
                 name=name,
                 location=self._reader.location(request),
-                payload=bytes(body),
+                payload=RawInput(data=bytes(body), content_type=content_type, options=dict(request.query_params)),
                 deadline_s=options.deadline_s,
                 min_accuracy=options.min_accuracy,
                 forwarding=Forwarding(options.forward),
             )
         )
-        return JsonResponse(_content(response, count), headers=outcome_headers(response))
+        return JsonResponse(_content(response), headers=outcome_headers(response))
+
+    def _require_classifier(self, name: str) -> None:
+        model = self._router.models_named(name)[0]
+        if model.task.kind != "image-classification":
+            raise InvalidRequest(
+                f"model {model.model_id!r} has the task {model.task.kind!r} and does not classify images; "
+                f"ask /v1/predict?model={model.model_id}, or /v2/models/{model.model_id}/infer with tensors"
+            )
 
 
-def _content(response: InferenceResponse, count: int) -> dict[str, object]:
-    predictions = top_k(response.logits[0], response.model.labels, count)
+def _content(response: InferenceResponse) -> dict[str, object]:
     content: dict[str, object] = {
         "model": response.model.model_id,
         "location": response.location,
         "outcome": response.outcome.value,
-        "predictions": [
-            {"label": best.label, "index": best.index, "probability": best.probability} for best in predictions
-        ],
+        **(response.answer or {}),
         "timing_ms": {name: round(part_s * 1000, 3) for name, part_s in parts_s(response).items()},
     }
     if response.model.fallback:
         content["warning"] = f"the weights are {response.model.weights_actual}: the labels mean nothing"
     return content
-
-
-def _label_count(value: str) -> int:
-    if re.fullmatch("[0-9]{1,4}", value) is None or not 1 <= int(value) <= _MAX_TOP_K:
-        raise InvalidRequest(f"top_k must be a whole number from 1 to {_MAX_TOP_K}, not {value[:32]!r}")
-    return int(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -15,6 +14,7 @@ from serve_app.serving.api.fast_path import FastResponse, InferenceHttpRequest
 from serve_app.serving.api.request_reader import RequestReader, check_content_type
 from serve_app.serving.router.request import InferenceRequest, InferenceResponse
 from serve_app.serving.router.router import Router
+from serve_app.tasks.tensors import Tensors
 
 #: JSON above this size is parsed in a thread: numbers as text take milliseconds.
 _LARGE_JSON_BYTES = 32 * 1024
@@ -53,15 +53,15 @@ class InferenceEndpoints:
         body = await self._reader.body(request)
         json_bytes = len(body) if json_length is None else json_length
         if json_bytes > _LARGE_JSON_BYTES or len(body) > _LARGE_BODY_BYTES:
-            parsed, batch = await asyncio.to_thread(self._parse, body, json_length, models)
+            parsed, tensors = await asyncio.to_thread(self._parse, body, json_length, models)
         else:
-            parsed, batch = self._parse(body, json_length, models)
+            parsed, tensors = self._parse(body, json_length, models)
         options = parsed.options
         response = await self._router.serve(
             InferenceRequest(
                 name=request.path_params["model"],
                 location=self._reader.location(request),
-                payload=batch,
+                payload=tensors,
                 deadline_s=options.deadline_s,
                 min_accuracy=options.min_accuracy,
                 forwarding=Forwarding(options.forward),
@@ -71,20 +71,20 @@ class InferenceEndpoints:
         encoded = oip.encode_infer(
             parsed,
             model_name=response.model.model_id,
-            outputs={response.model.outputs[0].name: response.logits},
+            outputs=response.outputs,
             labels=response.model.labels,
         )
         return FastResponse(encoded.body, {**encoded.headers, **outcome_headers(response)})
 
     def _parse(
         self, body: bytearray, json_length: int | None, models: tuple[PublishedModel, ...]
-    ) -> tuple[oip.InferRequest, Any]:
+    ) -> tuple[oip.InferRequest, Tensors]:
         parsed = oip.parse_infer(body, json_length)
         model = models[0]
         if len(models) > 1:
             model = next((member for member in models if oip.fits(parsed, member)), model)
         oip.check_outputs(parsed, model)
-        return parsed, oip.batch_for(parsed, model, self._max_batch)
+        return parsed, oip.tensors_for(parsed, model, self._max_batch)
 
 
 def parts_s(response: InferenceResponse) -> dict[str, float]:

@@ -100,8 +100,8 @@ class RequestReader:
             raise
 
 
-def check_content_type(request: InferenceHttpRequest, accepted: frozenset[str], wording: str) -> None:
-    """Make sure that a body has one of the accepted content types, which ``wording`` lists, and no encoding.
+def check_content_type(request: InferenceHttpRequest, accepted: frozenset[str], wording: str) -> str:
+    """Return the content type of a body, which must be among ``accepted``, listed by ``wording``; and no encoding.
 
     Raises:
         UnsupportedMediaType: it has another.
@@ -113,3 +113,4 @@ def check_content_type(request: InferenceHttpRequest, accepted: frozenset[str], 
     if content_type not in accepted:
         found = f"{content_type[:64]!r} is" if content_type else "a body without a content type is"
         raise UnsupportedMediaType(f"{found} not accepted here; send Content-Type: {wording}")
+    return content_type

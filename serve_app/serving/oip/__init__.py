@@ -7,7 +7,7 @@ torch::
     request = parse_infer(body, parse_json_length(headers.get(JSON_LENGTH_HEADER)))
     check_version(version)
     check_outputs(request, model)
-    batch = batch_for(request, model, max_batch=8)
+    tensors = tensors_for(request, model, max_batch=8)
     ...                                              # run the model
     response = encode_infer(request, model_name=model.model_id, outputs={"output": logits})
 
@@ -21,11 +21,11 @@ from serve_app.serving.oip.options import RequestOptions
 from serve_app.serving.oip.request import (
     InferRequest,
     RequestedOutput,
-    batch_for,
     check_outputs,
     fits,
     parse_infer,
     parse_json_length,
+    tensors_for,
 )
 from serve_app.serving.oip.response import (
     EXTENSIONS,
@@ -48,7 +48,6 @@ __all__ = [
     "InputTensor",
     "RequestOptions",
     "RequestedOutput",
-    "batch_for",
     "check_outputs",
     "check_version",
     "datatype_of",
@@ -60,4 +59,5 @@ __all__ = [
     "server_metadata",
     "tensor_from_binary",
     "tensor_from_json",
+    "tensors_for",
 ]

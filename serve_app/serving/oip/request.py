@@ -1,4 +1,4 @@
-"""Inference requests of the Open Inference Protocol: strict parsing, and conversion to the batch of a model."""
+"""Inference requests of the Open Inference Protocol: strict parsing, and conversion to the inputs of a model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any, Final, cast
 import numpy as np
 import orjson
 
-from serve_app.core.catalog import PublishedModel, TensorSpec
-from serve_app.errors import InternalError, InvalidRequest
+from serve_app.core.catalog import PublishedModel
+from serve_app.core.contract import BATCH, TensorSpec
+from serve_app.errors import InvalidRequest
 from serve_app.serving.oip.options import RequestOptions
 from serve_app.serving.oip.tensors import (
     InputTensor,
@@ -21,6 +22,7 @@ from serve_app.serving.oip.tensors import (
     tensor_from_binary,
     tensor_from_json,
 )
+from serve_app.tasks.tensors import NUMPY_TYPES, Tensors
 
 MAX_REQUEST_ID: Final = 1024
 
@@ -42,7 +44,7 @@ class RequestedOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferRequest:
-    """A well-formed request; ``batch_for`` and ``check_outputs`` check it against a model.
+    """A well-formed request; ``tensors_for`` and ``check_outputs`` check it against a model.
 
     Without ``outputs`` the client requests all outputs of the model, in binary if ``binary_output_default``.
     """
@@ -98,23 +100,27 @@ def parse_infer(body: bytes | bytearray | memoryview, json_length: int | None) -
     )
 
 
-def batch_for(request: InferRequest, model: PublishedModel, max_batch: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Return the input of ``model`` as an aligned, C-contiguous float32 array ``[N, ...]`` in native byte order.
+def tensors_for(request: InferRequest, model: PublishedModel, max_batch: int) -> Tensors:
+    """Return the inputs of ``model`` as aligned, C-contiguous arrays in native byte order, by name.
 
-    The array may be a read-only view of the request.
+    An array may be a read-only view of the request. Inputs that have a default may be missing.
 
     Raises:
         InvalidRequest: the model takes another name, datatype, shape or batch size, or a number is not finite.
     """
     if (mismatch := _mismatch(request, model)) is not None:
         raise InvalidRequest(mismatch)
-    (tensor,) = request.inputs
-    if _only_input(model).shape[0] == -1 and tensor.shape[0] > max_batch:
-        raise InvalidRequest(f"batch of input {tensor.name!r} must be 1..{max_batch}, not {tensor.shape[0]}")
-    batch = np.require(tensor.array, np.float32, ["C_CONTIGUOUS", "ALIGNED"])
-    if not _all_finite(batch):
-        raise InvalidRequest(f"input {tensor.name!r} must hold finite numbers only, but has NaN or Infinity")
-    return batch
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    for tensor in request.inputs:
+        spec = model.contract.input(tensor.name)
+        assert spec is not None
+        if BATCH in spec.axes and (rows := tensor.shape[spec.axes.index(BATCH)]) > max_batch:
+            raise InvalidRequest(f"batch of input {tensor.name!r} must be 1..{max_batch}, not {rows}")
+        array = np.require(tensor.array, NUMPY_TYPES[spec.datatype], ["C_CONTIGUOUS", "ALIGNED"])
+        if array.dtype.kind == "f" and not _all_finite(array):
+            raise InvalidRequest(f"input {tensor.name!r} must hold finite numbers only, but has NaN or Infinity")
+        tensors[tensor.name] = array
+    return tensors
 
 
 def fits(request: InferRequest, model: PublishedModel) -> bool:
@@ -258,35 +264,30 @@ def _outputs(document: dict[str, Any], binary_default: bool) -> tuple[RequestedO
 
 def _mismatch(request: InferRequest, model: PublishedModel) -> str | None:
     """Return how the inputs of the request differ from those of the model; None if they do not."""
-    spec = _only_input(model)
+    given = {tensor.name for tensor in request.inputs}
     for tensor in request.inputs:
-        if tensor.name != spec.name:
+        spec = model.contract.input(tensor.name)
+        if spec is None:
             return f"model {model.model_id!r} has no input {describe(tensor.name)}; it takes {_names(model.inputs)}"
-    if not request.inputs:
-        return f"input {spec.name!r} of model {model.model_id!r} is missing"
-    tensor = request.inputs[0]
-    if tensor.datatype != spec.datatype:
-        return f"input {spec.name!r} of model {model.model_id!r} takes datatype {spec.datatype}, not {tensor.datatype}"
-    same_rank = len(tensor.shape) == len(spec.shape)
-    if not same_rank or any(want not in (-1, got) for want, got in zip(spec.shape, tensor.shape, strict=True)):
-        return (
-            f"input {spec.name!r} of model {model.model_id!r} takes shape {list(spec.shape)} (-1 is the batch),"
-            f" not {list(tensor.shape)}"
-        )
+        if tensor.datatype != spec.datatype:
+            return (
+                f"input {spec.name!r} of model {model.model_id!r} takes datatype {spec.datatype}, not {tensor.datatype}"
+            )
+    for spec in model.inputs:
+        if spec.name not in given and spec.default is None:
+            return f"input {spec.name!r} of model {model.model_id!r} is missing; it takes {_names(model.inputs)}"
+    try:
+        model.contract.sizes({tensor.name: tensor.shape for tensor in request.inputs})
+    except InvalidRequest as error:
+        return f"{error} (model {model.model_id!r})"
     return None
-
-
-def _only_input(model: PublishedModel) -> TensorSpec:
-    if len(model.inputs) != 1:
-        raise InternalError(f"model {model.model_id!r} was published with {len(model.inputs)} inputs instead of one")
-    return model.inputs[0]
 
 
 def _names(specs: tuple[TensorSpec, ...]) -> str:
     return ", ".join(repr(spec.name) for spec in specs)
 
 
-def _all_finite(batch: np.ndarray[Any, np.dtype[np.float32]]) -> bool:
+def _all_finite(batch: np.ndarray[Any, Any]) -> bool:
     # NaN and Infinity survive a sum, so that one pass settles the common case; large finite numbers may overflow it.
     with np.errstate(over="ignore", invalid="ignore"):
         if math.isfinite(float(batch.sum())):

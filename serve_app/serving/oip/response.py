@@ -10,13 +10,15 @@ from typing import Any, Final
 import numpy as np
 import orjson
 
-from serve_app.core.catalog import PublishedModel, TensorSpec
+from serve_app.core.catalog import PublishedModel
+from serve_app.core.contract import TensorSpec
 from serve_app.errors import InvalidRequest, NotFound
 from serve_app.serving.oip.request import InferRequest, RequestedOutput
 from serve_app.serving.oip.tensors import DTYPES, datatype_of, describe
 
 VERSION: Final = "1"
-PLATFORM: Final = "pytorch_eager"
+#: The names of platforms in metadata, by runtime.
+PLATFORMS: Final = {"torch": "pytorch_eager", "onnxruntime": "onnxruntime_onnx", "openvino": "openvino_ir"}
 JSON_LENGTH_HEADER: Final = "Inference-Header-Content-Length"
 EXTENSIONS: Final = ("binary_tensor_data", "classification")
 
@@ -100,7 +102,7 @@ def model_metadata(model: PublishedModel, versions: Sequence[str] = (VERSION,)) 
     return {
         "name": model.model_id,
         "versions": list(versions),
-        "platform": PLATFORM,
+        "platform": PLATFORMS[model.runtime],
         "inputs": [_tensor_metadata(spec) for spec in model.inputs],
         "outputs": [_tensor_metadata(spec) for spec in model.outputs],
         "parameters": {
@@ -108,6 +110,14 @@ def model_metadata(model: PublishedModel, versions: Sequence[str] = (VERSION,)) 
             "accuracy": model.profile.accuracy,
             "weights": weights,
             "size_bytes": model.profile.size_bytes,
+            "workspace_bytes": model.workspace_bytes,
+            "runtime": model.runtime,
+            "precision": model.dtype,
+            "task": model.task.kind,
+            "labels_count": len(model.labels),
+            "axes": {axis.name: [axis.least, axis.most] for axis in model.contract.axes},
+            "stateful": {spec.name: spec.returned_by for spec in model.inputs if spec.returned_by},
+            "optional": [spec.name for spec in model.inputs if spec.default is not None],
         },
     }
 
@@ -125,6 +135,8 @@ def _encode_output(
         return _encode_classes(output, array, labels)
     datatype = datatype_of(array)
     header: dict[str, Any] = {"name": output.name, "datatype": datatype, "shape": array.shape}
+    if datatype == "BYTES":
+        return _encode_texts(header, [_as_text(item) for item in array.flat], binary=output.binary)
     if output.binary:
         binary = array.astype(DTYPES[datatype], copy=False).tobytes()
         header["parameters"] = {"binary_data_size": len(binary)}
@@ -147,14 +159,22 @@ def _encode_classes(
         for row in range(len(best))
         for index in best[row].tolist()
     ]
-    header: dict[str, Any] = {"name": output.name, "datatype": "BYTES", "shape": best.shape}
-    if not output.binary:
+    return _encode_texts({"name": output.name, "datatype": "BYTES", "shape": best.shape}, texts, binary=output.binary)
+
+
+def _encode_texts(header: dict[str, Any], texts: Sequence[str], *, binary: bool) -> tuple[dict[str, Any], bytes]:
+    """Complete the description of a BYTES tensor: each element is its length, as four bytes, and its bytes."""
+    if not binary:
         header["data"] = texts
         return header, b""
     encoded = [text.encode() for text in texts]
-    binary = b"".join(struct.pack("<I", len(text)) + text for text in encoded)
-    header["parameters"] = {"binary_data_size": len(binary)}
-    return header, binary
+    content = b"".join(struct.pack("<I", len(text)) + text for text in encoded)
+    header["parameters"] = {"binary_data_size": len(content)}
+    return header, content
+
+
+def _as_text(item: object) -> str:
+    return item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item)
 
 
 def _check_finite(name: str, array: np.ndarray[Any, Any]) -> None:

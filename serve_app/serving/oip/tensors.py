@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final
 
 import numpy as np
 
+from serve_app.core.contract import DATATYPES
 from serve_app.errors import InvalidRequest
+from serve_app.tasks.tensors import NUMPY_TYPES
 
 MAX_RANK: Final = 32
+_LENGTH: Final = struct.Struct("<I")
 _MAX_ELEMENTS: Final = 2**62
 _SHOWN_CHARACTERS: Final = 64
 
@@ -31,7 +35,6 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "FP64": np.dtype("<f8"),
 }
 _DATATYPES: Final = {(dtype.kind, dtype.itemsize): datatype for datatype, dtype in DTYPES.items()}
-_UNSUPPORTED: Final = {"BF16": "send the numbers as FP32", "BYTES": "send numbers, or an image to /v1/classify"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -64,18 +67,20 @@ def describe(value: object) -> str:
 
 
 def checked_shape(shape: object, name: str) -> tuple[int, ...]:
-    """Return the shape of the tensor ``name``: 1 to 32 positive whole numbers with a product below 2**62.
+    """Return the shape of the tensor ``name``: up to 32 positive whole numbers with a product below 2**62.
+
+    None at all is the shape of a scalar.
 
     Raises:
         InvalidRequest: the shape is anything else.
     """
-    if type(shape) is not list or not shape or any(type(dim) is not int for dim in shape):
+    if type(shape) is not list or any(type(dim) is not int for dim in shape):
         raise InvalidRequest(
             f"shape of tensor {describe(name)} must be a list of positive whole numbers, not {_show_shape(shape)}"
         )
     if len(shape) > MAX_RANK:
         raise InvalidRequest(f"shape of tensor {describe(name)} has {len(shape)} dimensions; at most {MAX_RANK} can be")
-    if min(shape) < 1:
+    if min(shape, default=1) < 1:
         raise InvalidRequest(f"shape of tensor {describe(name)} must hold positive numbers only, not {shape}")
     if math.prod(shape) > _MAX_ELEMENTS:
         raise InvalidRequest(f"shape of tensor {describe(name)} has more elements than any memory holds: {shape}")
@@ -83,27 +88,26 @@ def checked_shape(shape: object, name: str) -> tuple[int, ...]:
 
 
 def checked_datatype(datatype: object, name: str) -> np.dtype[Any]:
-    """Return the little-endian numpy type of a protocol datatype.
+    """Return the little-endian numpy type of a protocol datatype; of BF16 float32, of BYTES Python objects.
 
     Raises:
-        InvalidRequest: there is no such datatype, or it is not supported.
+        InvalidRequest: there is no such datatype.
     """
-    if type(datatype) is not str or datatype not in DTYPES:
-        hint = _UNSUPPORTED.get(datatype) if type(datatype) is str else None
-        if hint is not None:
-            raise InvalidRequest(f"datatype {datatype} of tensor {describe(name)} is not supported; {hint}")
+    if type(datatype) is not str or datatype not in DATATYPES:
         raise InvalidRequest(
-            f"datatype of tensor {describe(name)} must be one of {', '.join(DTYPES)}, not {describe(datatype)}"
+            f"datatype of tensor {describe(name)} must be one of {', '.join(DATATYPES)}, not {describe(datatype)}"
         )
-    return DTYPES[datatype]
+    return DTYPES.get(datatype, NUMPY_TYPES[datatype])
 
 
 def datatype_of(array: np.ndarray[Any, Any]) -> str:
-    """Return the protocol datatype of a numeric array in any byte order.
+    """Return the protocol datatype of an array in any byte order.
 
     Raises:
         ValueError: the protocol has no datatype for it.
     """
+    if array.dtype.kind in "OSU":
+        return "BYTES"
     try:
         return _DATATYPES[array.dtype.kind, array.dtype.itemsize]
     except KeyError:
@@ -117,6 +121,11 @@ def tensor_from_binary(name: str, datatype: str, shape: tuple[int, ...], raw: by
         InvalidRequest: the datatype is unknown, or shape and datatype need another number of bytes.
     """
     dtype = checked_datatype(datatype, name)
+    if datatype == "BYTES":
+        texts = _texts_from_binary(name, shape, raw)
+        return InputTensor(name=name, datatype=datatype, shape=shape, array=texts.reshape(shape))
+    if datatype == "BF16":
+        dtype = DTYPES["UINT16"]
     expected_bytes = math.prod(shape) * dtype.itemsize
     if len(raw) != expected_bytes:
         raise InvalidRequest(
@@ -126,7 +135,40 @@ def tensor_from_binary(name: str, datatype: str, shape: tuple[int, ...], raw: by
     flat = np.frombuffer(raw, dtype=dtype)
     if dtype.kind == "b" and flat.view(np.uint8).max() > 1:
         raise InvalidRequest(f"binary data of BOOL tensor {describe(name)} must be bytes 0 or 1")
+    if datatype == "BF16":
+        # The upper half of a float32.
+        flat = (flat.astype(np.uint32) << 16).view(np.float32)
     return InputTensor(name=name, datatype=datatype, shape=shape, array=flat.reshape(shape))
+
+
+def _texts_from_binary(name: str, shape: tuple[int, ...], raw: bytes | memoryview) -> np.ndarray[Any, Any]:
+    """Read the elements of a BYTES tensor: each is its length, as four bytes, and its bytes."""
+    view, count = memoryview(raw), math.prod(shape)
+    texts: list[bytes] = []
+    at = 0
+    while at + _LENGTH.size <= len(view) and len(texts) < count:
+        (size,) = _LENGTH.unpack_from(view, at)
+        at += _LENGTH.size
+        if size > len(view) - at:
+            raise InvalidRequest(
+                f"element {len(texts)} of BYTES tensor {describe(name)} says that it has {size} bytes, but only"
+                f" {len(view) - at} are left"
+            )
+        texts.append(bytes(view[at : at + size]))
+        at += size
+    if len(texts) != count or at != len(view):
+        raise InvalidRequest(
+            f"binary data of BYTES tensor {describe(name)} must be {count} elements for shape {list(shape)}, each with"
+            f" its length before it, but there are {len(texts)} in {at} of {len(view)} bytes"
+        )
+    return _objects(texts)
+
+
+def _objects(items: list[bytes]) -> np.ndarray[Any, Any]:
+    # Assigned one by one, or numpy would make a matrix of equally long ones.
+    array = np.empty(len(items), np.object_)
+    array[:] = items
+    return array
 
 
 def tensor_from_json(name: str, datatype: str, shape: tuple[int, ...], data: object) -> InputTensor:
@@ -144,7 +186,11 @@ def tensor_from_json(name: str, datatype: str, shape: tuple[int, ...], data: obj
             f"data of tensor {describe(name)} must hold {math.prod(shape)} numbers for shape {list(shape)},"
             f" not {len(flat)}"
         )
-    array = _floats(flat, dtype, name) if dtype.kind == "f" else _discrete(flat, dtype, name)
+    if datatype == "BYTES":
+        _check_types(flat, {str}, "a string", name)
+        array = _objects([text.encode() for text in flat])
+    else:
+        array = _floats(flat, dtype, name) if dtype.kind == "f" else _discrete(flat, dtype, name)
     return InputTensor(name=name, datatype=datatype, shape=shape, array=array.reshape(shape))
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from serve_app.core.catalog import PublishedModel
 from serve_app.core.vocabulary import Forwarding, Outcome
-from serve_app.serving.transport.messages import FloatArray
+from serve_app.tasks.base import RawInput
+from serve_app.tasks.tensors import Tensors, total_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +21,7 @@ class InferenceRequest:
 
     name: str
     location: str
-    payload: FloatArray | bytes
+    payload: Tensors | RawInput
     deadline_s: float | None = None
     min_accuracy: float | None = None
     forwarding: Forwarding = Forwarding.AUTO
@@ -28,7 +30,7 @@ class InferenceRequest:
     @property
     def payload_bytes(self) -> int:
         """Bytes that go to the worker."""
-        return len(self.payload) if isinstance(self.payload, bytes) else self.payload.nbytes
+        return len(self.payload.data) if isinstance(self.payload, RawInput) else total_bytes(self.payload)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +40,8 @@ class InferenceResponse:
     model: PublishedModel
     location: str
     outcome: Outcome
-    logits: FloatArray
+    outputs: Tensors
+    answer: dict[str, Any] | None
     queue_s: float
     load_s: float
     decode_s: float

@@ -9,7 +9,8 @@ the name of its replica: without such a socket, a router knows that the worker i
 * a worker that shuts down answers until ``LocalRpcServer.close``, which waits for every call that has begun; later
   calls fail like calls to a dead worker. Serve does not count these calls, so its own draining does not wait for them.
 
-A frame is a header, a pickled message, and the bytes of its one array, if it has any, which are not copied in between.
+A frame is a header, a pickled message, and the bytes of its first large array, if it has any, which are not copied in
+between.
 Both ends run the same program as the same user, as with Ray's own calls, so either may unpickle what the other sends.
 """
 
@@ -39,6 +40,8 @@ _HEADER = struct.Struct("<QIIQ")
 #: Arrays begin at multiples of this, for vector instructions.
 _ALIGNMENT = 64
 _SCRATCH_BYTES = 64 * 1024
+#: Arrays of at least so many bytes travel apart from their message; to copy smaller ones is faster.
+_APART_BYTES = 4096
 #: As much as the system allows: each time a socket is full costs two switches between processes.
 _SOCKET_BYTES = 4 * 2**20
 
@@ -105,7 +108,15 @@ class _FramedProtocol(asyncio.BufferedProtocol, ABC):
         if self._transport is None or self._transport.is_closing():
             return
         arrays: list[pickle.PickleBuffer] = []
-        pickled = pickle.dumps(message, protocol=5, buffer_callback=arrays.append)
+
+        def take(array: pickle.PickleBuffer) -> bool:
+            # A large one; any other is copied into the pickled message.
+            if arrays or array.raw().nbytes < _APART_BYTES:
+                return True
+            arrays.append(array)
+            return False
+
+        pickled = pickle.dumps(message, protocol=5, buffer_callback=take)
         padding = -(_HEADER.size + len(pickled)) % _ALIGNMENT
         array = arrays[0].raw() if arrays else b""
         head = _HEADER.pack(call, kind, len(pickled) + padding, len(array)) + pickled + bytes(padding)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from serve_app.core.vocabulary import Outcome
 from serve_app.errors import EdgeServeError
-
-FloatArray = npt.NDArray[np.float32]
+from serve_app.tasks.base import RawInput
+from serve_app.tasks.tensors import Tensors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,14 +18,14 @@ class InferenceTask:
     Attributes:
         model_id: the model.
         origin: the location whose user sent the request.
-        payload: a batch ``[N, 3, H, W]`` of float32, or the bytes of one image file.
+        payload: the inputs of the model, or what its task makes them from.
         budget_s: seconds until the deadline of the request.
         only_if_resident: reply ``NotResident`` instead of loading the model.
     """
 
     model_id: str
     origin: str
-    payload: FloatArray | bytes
+    payload: Tensors | RawInput
     budget_s: float
     only_if_resident: bool = False
 
@@ -37,18 +35,20 @@ class InferenceResult:
     """The result of an inference, and what the router learns of the worker by it.
 
     Attributes:
-        logits: ``[N, classes]``.
+        outputs: of the last execution; empty where the task has made an answer of them.
+        answer: of the task, as JSON has it; None for tensors.
         outcome: hit, join or load.
         queue_s: seconds of waiting for memory or a thread.
         load_s: seconds of waiting for a load.
-        decode_s: seconds of decoding the image.
+        decode_s: seconds in which the task has made tensors.
         exec_s: seconds of execution.
         replica: the worker's replica id.
         sequence: number of the worker's next report.
         evicted: the models that left memory for the load.
     """
 
-    logits: FloatArray
+    outputs: Tensors
+    answer: dict[str, Any] | None = None
     outcome: Outcome
     queue_s: float
     load_s: float

@@ -6,21 +6,23 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 from weakref import WeakSet
 
 from serve_app.core.queue_estimate import QueueEstimate
 from serve_app.errors import Unavailable
-from serve_app.serving.transport.messages import FloatArray
 from serve_app.serving.worker.model_backend import RunnableModel
 from serve_app.serving.worker.model_manager import Lease
 from serve_app.serving.worker.process_budget import ProcessBudget
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True, slots=True)
-class ExecutionResult:
-    """The result of an inference: logits, seconds in the queue for a thread, seconds of execution."""
+class ExecutionResult(Generic[Result]):
+    """The result of an inference, seconds in the queue for a thread, seconds of execution."""
 
-    logits: FloatArray
+    result: Result
     queue_s: float
     exec_s: float
 
@@ -66,13 +68,18 @@ class InferenceExecutor:
         return self._queue.wait_s(self.slots)
 
     async def execute(
-        self, lease: Lease, batch: FloatArray, *, expected_s: float, workspace_bytes: int
-    ) -> ExecutionResult:
+        self,
+        lease: Lease,
+        run: Callable[[RunnableModel], Result],
+        *,
+        expected_s: float,
+        workspace_bytes: int,
+    ) -> ExecutionResult[Result]:
         """Run an inference and give the lease back.
 
         Args:
             lease: of the model.
-            batch: ``[N, 3, H, W]``.
+            run: is called with the model, in a thread.
             expected_s: seconds that it probably takes.
             workspace_bytes: memory that it takes.
 
@@ -81,20 +88,20 @@ class InferenceExecutor:
         """
         submitted_s = self._clock()
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[ExecutionResult] = loop.create_future()
+        done: asyncio.Future[ExecutionResult[Result]] = loop.create_future()
 
-        def run() -> None:
+        def execute() -> None:
             try:
                 with self._budget.workspace(workspace_bytes):
                     began_s = self._clock()
-                    logits = lease.runnable.infer(batch)
-                    result = ExecutionResult(logits, began_s - submitted_s, self._clock() - began_s)
+                    value = run(lease.runnable)
+                    result = ExecutionResult(value, began_s - submitted_s, self._clock() - began_s)
             except BaseException as error:
                 loop.call_soon_threadsafe(end, error)
             else:
                 loop.call_soon_threadsafe(end, result)
 
-        def end(result: ExecutionResult | BaseException) -> None:
+        def end(result: ExecutionResult[Result] | BaseException) -> None:
             # In any case: the thread of a canceled request runs on, and its model must stay until it is done.
             self._ended(lease, expected_s)
             if done.cancelled():
@@ -108,7 +115,7 @@ class InferenceExecutor:
         self._queue.add(expected_s)
         threads = self._threads if lease.runnable in self._warm else self._first_threads
         try:
-            job = threads.submit(run)
+            job = threads.submit(execute)
         except RuntimeError as error:
             # The worker is shut down, or the machine has no thread left; another worker may do better.
             self._ended(lease, expected_s)

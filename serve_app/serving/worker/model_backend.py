@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Protocol
 
 from serve_app.core.cache.decisions import EvictionReason
-from serve_app.serving.transport.messages import FloatArray
+from serve_app.tasks.tensors import Tensors
 
 
 class RunnableModel(Protocol):
     """A model in memory."""
 
-    def infer(self, batch: FloatArray) -> FloatArray:
-        """Logits ``[N, classes]`` of a batch ``[N, 3, H, W]``."""
+    def run(self, inputs: Tensors) -> Tensors:
+        """Execute the model; returns its outputs."""
 
     def unload(self) -> None:
         """Give its memory back."""

@@ -74,12 +74,13 @@ class ProcessBudget:
             self._budget = budget
             self._ended.notify_all()
 
-    def require(self, model: PublishedModel) -> None:
-        """Raise ``DoesNotFit`` if there is never workspace enough for an inference of ``model``."""
-        if model.workspace_bytes > self._budget.workspace_bytes:
+    def require(self, model: PublishedModel, needed_bytes: int) -> None:
+        """Raise ``DoesNotFit`` if there is never workspace enough for an inference of ``model`` that needs so much."""
+        if needed_bytes > self._budget.workspace_bytes:
             raise DoesNotFit(
-                f"model {model.model_id} needs {model.workspace_bytes} bytes to run in, but only "
+                f"model {model.model_id} needs {needed_bytes} bytes to run in, but only "
                 f"{self._budget.workspace_bytes} are set aside for executions; give the location more memory"
+                + (", or send smaller inputs" if model.costs else "")
             )
 
     @contextmanager

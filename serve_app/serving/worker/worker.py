@@ -6,6 +6,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 from serve_app.core.cache.events import (
     CapacityChanged,
@@ -25,7 +27,6 @@ from serve_app.errors import DeadlineExceeded, EdgeServeError, StoreError
 from serve_app.serving.coordinator.client import CoordinatorClient
 from serve_app.serving.metrics import WorkerMetrics
 from serve_app.serving.transport.messages import (
-    FloatArray,
     InferenceRejected,
     InferenceResult,
     InferenceTask,
@@ -33,11 +34,14 @@ from serve_app.serving.transport.messages import (
     Reply,
 )
 from serve_app.serving.worker.executor import InferenceExecutor
+from serve_app.serving.worker.model_backend import RunnableModel
 from serve_app.serving.worker.model_manager import ModelManager
 from serve_app.serving.worker.process_budget import ProcessBudget
 from serve_app.serving.worker.reporter import WorkerReporter
 from serve_app.serving.worker.settings import RetentionRules, WorkerIdentity
-from serve_app.tasks.image_classification import decode_image, preprocess
+from serve_app.tasks.base import Answer, RawInput, Solution, TaskModel
+from serve_app.tasks.registry import solve
+from serve_app.tasks.tensors import Tensors, complete
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,7 @@ class Worker:
         metrics: of the worker.
         process_budget: the memory of this process.
         max_pixels: the largest image that is decoded.
+        find_blob: returns the path of a file in the store, by its name.
         retention: what it holds beside what is worth it to its policy.
         clock: monotonic seconds.
 
@@ -76,6 +81,7 @@ class Worker:
         metrics: WorkerMetrics,
         process_budget: ProcessBudget,
         max_pixels: int,
+        find_blob: Callable[[str], Path] = Path,
         retention: RetentionRules = _NO_RETENTION,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -86,6 +92,7 @@ class Worker:
         self._metrics = metrics
         self._budget = process_budget
         self._max_pixels = max_pixels
+        self._find_blob = find_blob
         self._preload_at_start = retention.preload
         self._clock = clock
         self.executor = InferenceExecutor(
@@ -212,29 +219,33 @@ class Worker:
             self._measured.inflight -= 1
 
     async def _infer(self, work: InferenceTask, model: PublishedModel) -> InferenceResult:
-        self._budget.require(model)
-        decode_s = 0.0
-        if isinstance(work.payload, bytes):
-            # Decoded before anything is loaded: a bad image must not displace a good model.
-            began_s = self._clock()
-            batch = await asyncio.to_thread(self._decode, work.payload, model)
-            decode_s = self._clock() - began_s
+        began_s, solution = self._clock(), None
+        if isinstance(work.payload, RawInput):
+            # Before anything is loaded: bad input must not displace a good model.
+            solution, inputs, sizes = await asyncio.to_thread(self._begin, work.payload, model)
         else:
-            batch = work.payload
+            inputs, sizes = complete(work.payload, model.contract)
+        decode_s = self._clock() - began_s if solution is not None else 0.0
+        cost = model.cost(sizes)
+        self._budget.require(model, cost.workspace_bytes)
+        # Times are kept for the least sizes; how many times longer these take is known from publishing.
+        times_longer = cost.exec_s / model.profile.exec_s if model.profile.exec_s else 1.0
         self._reporter.count_demand(work.origin, work.model_id)
         lease = await self._manager.acquire(model.profile)
         done = await self.executor.execute(
             lease,
-            batch,
-            expected_s=self._measured.expected_exec_s(model.profile),
-            workspace_bytes=model.workspace_bytes,
+            partial(_run, model=model, inputs=inputs, solution=solution),
+            expected_s=self._measured.expected_exec_s(model.profile) * times_longer,
+            workspace_bytes=cost.workspace_bytes,
         )
-        self._measured.add(model.profile, work.origin, lease, done.exec_s / len(batch))
+        outputs, answer, executions = done.result
+        self._measured.add(model.profile, work.origin, lease, done.exec_s / times_longer / executions)
         queue_s = lease.wait_s + done.queue_s
         # Metrics take a while, so the answer goes first.
         asyncio.get_running_loop().call_soon(self._metrics.executed, model.model_id, queue_s, done.exec_s)
         return InferenceResult(
-            logits=done.logits,
+            outputs=outputs,
+            answer=answer,
             outcome=lease.outcome,
             queue_s=queue_s,
             load_s=lease.load_s,
@@ -245,8 +256,17 @@ class Worker:
             evicted=lease.evicted,
         )
 
-    def _decode(self, payload: bytes, model: PublishedModel) -> FloatArray:
-        return preprocess(decode_image(payload, self._max_pixels), model.image)[None]
+    def _begin(self, raw: RawInput, model: PublishedModel) -> tuple[Solution, Tensors, tuple[int, ...]]:
+        """Start the task of a model, up to the inputs of its first execution."""
+        known = TaskModel(
+            model_id=model.model_id,
+            contract=model.contract,
+            task=model.task,
+            max_pixels=self._max_pixels,
+            tokenizer=self._find_blob(model.task.tokenizer) if model.task.tokenizer else None,
+        )
+        solution = solve(raw, known)
+        return solution, *complete(next(solution), model.contract)
 
     # Loads
 
@@ -281,3 +301,19 @@ class Worker:
     def _not_in_store(self, model_id: str) -> InferenceRejected:
         here = self._identity.location
         return InferenceRejected(error=StoreError(f"the store at {here} has no model {model_id}; publish it there"))
+
+
+def _run(
+    loaded: RunnableModel, *, model: PublishedModel, inputs: Tensors, solution: Solution | None
+) -> tuple[Tensors, Answer | None, int]:
+    """Execute a model until its task has an answer; return outputs or answer, and the number of executions."""
+    outputs, executions = loaded.run(inputs), 1
+    if solution is None:
+        return outputs, None, executions
+    while True:
+        try:
+            wanted = solution.send(outputs)
+        except StopIteration as done:
+            return {}, done.value, executions
+        outputs = loaded.run(complete(wanted, model.contract)[0])
+        executions += 1

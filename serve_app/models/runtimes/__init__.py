@@ -1,0 +1,1 @@
+"""The libraries that run models, each behind the interface of ``base``."""
