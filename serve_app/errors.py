@@ -131,6 +131,12 @@ class StoreError(EdgeServeError):
     status = 500
 
 
+class ModelChanged(StoreError):
+    """What a worker has in memory of a model is no longer what the store has; the worker loads it again."""
+
+    status = 500
+
+
 class ConfigError(EdgeServeError):
     """A configuration file or value is wrong; the command line exits with code 2."""
 

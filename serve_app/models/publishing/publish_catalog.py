@@ -6,9 +6,11 @@ killed at any moment: finished models stay, and the next publisher sweeps the re
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +23,8 @@ from serve_app.models.publishing.described import ModuleStage
 from serve_app.models.publishing.publish_graph import publish_graph
 from serve_app.models.publishing.publish_module import publish_module
 from serve_app.models.weight_sources import FALLBACK, DownloadFailed, Probe, WeightSource
-from serve_app.store.model_store import ModelStore, is_published_from
+from serve_app.store.model_store import ModelStore
+from serve_app.store.projects import Project, ProjectState, first_published
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +59,14 @@ class PublishReport:
     """The outcome of a run, by model name.
 
     ``fallbacks`` are all models of the run, published now or before, that serve seeded random weights because the
-    pretrained ones could not be fetched.
+    pretrained ones could not be fetched. ``versions`` has the new version of each model that had one before.
     """
 
     published: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
     failures: tuple[PublishFailure, ...] = ()
+    versions: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def warning(self) -> str | None:
@@ -83,6 +87,8 @@ def publish(
     on_progress: Callable[[PublishEvent], None] = lambda event: None,
     force: bool = False,
     reachable: Probe | None = None,
+    project: Project | None = None,
+    canary: float | None = None,
 ) -> PublishReport:
     """Publish every entry that is missing, incomplete, changed, or on fallback weights that can now be replaced.
 
@@ -94,11 +100,14 @@ def publish(
         on_progress: called at every stage of every model.
         force: publish again also what is published already.
         reachable: whether a URL can be fetched; called once per host.
+        project: the catalog file, whose versions the models become; None: of no catalog.
+        canary: new versions answer this share of the requests, and the versions before go on with the rest.
 
     Raises:
         StoreError: the store cannot be written at all.
     """
-    publisher = Publisher(store, entries, on_progress, WeightSource(reachable))
+    entries = store.fingerprinted(entries)
+    publisher = Publisher(store, entries, on_progress, WeightSource(reachable), project, canary)
     if not force and not any(publisher.is_pending(entry) for entry in entries):
         return publisher.skip_all()
     with store.exclusive(on_wait=publisher.report_wait):
@@ -120,6 +129,7 @@ class Publisher:
         entries: the catalog.
         on_progress: called at every stage of every model.
         source: decides which weights a model gets.
+        project, canary: see ``publish``.
     """
 
     def __init__(
@@ -128,11 +138,16 @@ class Publisher:
         entries: Sequence[ModelEntry],
         on_progress: Callable[[PublishEvent], None],
         source: WeightSource,
+        project: Project | None = None,
+        canary: float | None = None,
     ) -> None:
         self._store = store
         self._entries = entries
         self._on_progress = on_progress
         self._source = source
+        self._project = project
+        self._canary = canary
+        self._versions: dict[str, int] = {}
         self._published: list[str] = []
         self._skipped: list[str] = []
         self._failures: list[PublishFailure] = []
@@ -140,10 +155,12 @@ class Publisher:
     def is_pending(self, entry: ModelEntry) -> bool:
         """Return whether the store does not have the model as the entry asks for it."""
         try:
-            manifest = self._store.manifest(entry.model_id)
-            self._store.check_sizes(entry.model_id)
-            if not is_published_from(manifest, entry):
+            key = self._store.find(entry, self._state())
+            if key is None:
                 return True
+            manifest = self._store.read(key)
+            for file in manifest.files:
+                self._store.require_verified(file, entry.model_id)
             return manifest.model.fallback and self._available_weights(entry) != manifest.model.weights_actual
         except StoreError:
             return True
@@ -160,8 +177,11 @@ class Publisher:
         return self.report()
 
     def skip(self, index: int, entry: ModelEntry) -> None:
-        """Leave a model as it is in the store."""
+        """Leave a model as it is in the store; it may be new to the project."""
         self._skipped.append(entry.model_id)
+        with contextlib.suppress(StoreError):
+            # A store that only others write to is served as it is.
+            self._record(entry, is_new=False)
         self._report_stage(index, entry, "skipped")
 
     def publish(self, index: int, entry: ModelEntry) -> None:
@@ -177,6 +197,7 @@ class Publisher:
                 publish_graph(self._store, entry, Path(place), on_stage)
             else:
                 publish_module(self._store, entry, *self._build(entry), on_stage)
+            self._record(entry, is_new=True)
         except Exception as error:
             is_foreseen = isinstance(error, StoreError)
             message = str(error) if is_foreseen else f"{type(error).__name__}: {error}"
@@ -193,12 +214,40 @@ class Publisher:
         report = PublishReport(
             published=tuple(self._published),
             skipped=tuple(self._skipped),
-            fallbacks=tuple(model_id for model_id in done if self._store.manifest(model_id).model.fallback),
+            fallbacks=tuple(entry.model_id for entry in self._entries if entry.model_id in done and self._falls_back(entry)),
             failures=tuple(self._failures),
+            versions=self._versions,
         )
         if report.warning:
             logger.warning("%s", report.warning)
         return report
+
+    def _state(self) -> ProjectState | None:
+        return self._store.projects.read(self._project.key) if self._project is not None else None
+
+    def _record(self, entry: ModelEntry, *, is_new: bool) -> None:
+        """Make what was published a version of the project, if it is not yet."""
+        key = self._store.manifest_keys(entry.model_id)[0] if is_new else self._store.find(entry, self._state())
+        if self._project is None or key is None:
+            return
+        now_s = time.time()
+
+        def change(state: ProjectState) -> ProjectState:
+            before = state.models.get(entry.model_id)
+            if before is None:
+                return state.with_versions(entry.model_id, first_published(key.stem, now_s))
+            after = before.published(key.stem, now_s, self._canary if key.stem != before.latest else None)
+            if after.next_number > before.next_number:
+                self._versions[entry.model_id] = before.next_number
+            return state.with_versions(entry.model_id, after)
+
+        before = self._state()
+        if before is None or change(before) != before:
+            self._store.projects.update(self._project, change)
+
+    def _falls_back(self, entry: ModelEntry) -> bool:
+        key = self._store.find(entry, self._state())
+        return key is not None and self._store.read(key).model.fallback
 
     def _available_weights(self, entry: ModelEntry) -> str:
         if entry.builder.startswith("onnx:"):
