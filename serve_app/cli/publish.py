@@ -16,6 +16,7 @@ from serve_app.config.edge import EdgeSettings, load_edge
 from serve_app.core.catalog import ModelEntry
 from serve_app.errors import ConfigError, StoreError
 from serve_app.store.model_store import ModelStore
+from serve_app.store.projects import Project
 
 _EDGE_HELP = "Settings.  [default: edge.yaml of this folder, else deploy/edge.yaml]"
 edge_option = click.option("--edge", type=click.Path(path_type=Path), metavar="FILE", help=_EDGE_HELP)
@@ -50,7 +51,14 @@ def chosen_entries(settings: EdgeSettings, names: Sequence[str]) -> tuple[ModelE
     return tuple(entry for entry in entries if not names or entry.model_id in names)
 
 
-def publish_catalog(edge: Path, names: Sequence[str] = (), *, force: bool = False, store: Path | None = None) -> None:
+def publish_catalog(
+    edge: Path,
+    names: Sequence[str] = (),
+    *,
+    force: bool = False,
+    store: Path | None = None,
+    canary: float | None = None,
+) -> None:
     """Publish models and show progress.
 
     Args:
@@ -58,6 +66,7 @@ def publish_catalog(edge: Path, names: Sequence[str] = (), *, force: bool = Fals
         names: the models to publish; empty for all.
         force: publish models again that are in the store.
         store: directory of the store, if not the one of the settings.
+        canary: new versions answer this share of the requests; None: all of them.
 
     Raises:
         ConfigError: the settings or the catalog are wrong, or there is no such model.
@@ -79,10 +88,19 @@ def publish_catalog(edge: Path, names: Sequence[str] = (), *, force: bool = Fals
             done = event.index + (event.stage in ("published", "skipped", "failed"))
             progress.update(task, description=f"{event.stage} {event.model_id}", completed=done, total=event.total)
 
-        report = publish_entries(ModelStore(root), entries, on_progress=show, force=force)
+        report = publish_entries(
+            ModelStore(root),
+            entries,
+            on_progress=show,
+            force=force,
+            project=Project.of(settings.catalog),
+            canary=canary,
+        )
     out.print(f"{len(report.published)} models published, {len(report.skipped)} were in the store at {root}")
     if report.published:
         out.print(_measured(ModelStore(root), [entry for entry in entries if entry.model_id in report.published]))
+    for name, version in report.versions.items():
+        out.print(f"{name} has the new version {version}" + (f", a canary of {canary:.0%}" if canary else ""))
     if report.warning:
         warn(report.warning)
     for failure in report.failures:

@@ -19,7 +19,6 @@ from serve_app.store.manifest import Manifest
 from serve_app.store.model_store import ModelStore
 from serve_app.tasks.tensors import Tensors
 
-
 #: Path of a file, and what its stat signature was before the load.
 Signatures = tuple[tuple[str, tuple[int, int, int, int] | None], ...]
 
@@ -69,7 +68,7 @@ class GuardedModel:
 
 def _signature(path: str) -> tuple[int, int, int, int] | None:
     try:
-        status = os.stat(path)  # noqa: PTH116: half the time of Path.stat, for every execution
+        status = os.stat(path)  # noqa: PTH116 - half the time of Path.stat, for every execution
     except OSError:
         return None
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

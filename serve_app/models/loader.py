@@ -48,10 +48,10 @@ class ModelLoader:
 
         What a key stood for before is replaced in memory as soon as it is to run again.
         """
-        before, self._selected = self._selected, dict(manifests)
-        for key in self._prepared.keys() & (before or {}).keys():
-            if before is not None and before[key] != self._selected.get(key):
-                del self._prepared[key]
+        before, self._selected = self._selected or {}, dict(manifests)
+        for key, manifest in manifests.items():
+            if before.get(key) != manifest:
+                self._prepared.pop(key, None)
 
     def prepare(self, model_id: str) -> PreparedModel:
         """Do once per process, and model, what a load need not do.

@@ -50,7 +50,7 @@ class WorkerReplica:
         self._changing = asyncio.Lock()
         self._store = ModelStore(config.settings.store)
         self._loader = _make_loader(config.settings, self._store)
-        self._versions = VersionWatcher(self._store.projects, config.project, self._go_on)
+        self._versions = VersionWatcher(self._store.projects, config.project, self._go_on, self._served)
         catalog = self._prepare_models(config)
         await self._warm_up(catalog)
         self._worker = self._make_worker(catalog)
@@ -150,6 +150,9 @@ class WorkerReplica:
                 return
             self._config = config
 
+    def _served(self) -> tuple[str, ...]:
+        return tuple(entry.model_id for entry in self._config.entries)
+
     async def infer(self, task: InferenceTask, replica: str | None = None) -> Reply:
         """``Worker.infer``; ``replica`` is for ``NamedReplicaRequestRouter``."""
         return await self._worker.infer(task)
@@ -193,7 +196,7 @@ class RouterReplica:
         catalog = self._store.select(config.entries, config.project).catalog
         self._config = config
         self._token = token
-        self._versions = VersionWatcher(self._store.projects, config.project, self._go_on)
+        self._versions = VersionWatcher(self._store.projects, config.project, self._go_on, self._served)
         self._changing = asyncio.Lock()
         self._router = Router(
             catalog=catalog,
@@ -246,7 +249,11 @@ class RouterReplica:
             )
             self._config = config
 
+    def _served(self) -> tuple[str, ...]:
+        return tuple(entry.model_id for entry in self._config.entries)
+
     async def __del__(self) -> None:
+        self._versions.stop()
         # Serve has drained its own requests by now, but those of the fast path bypass it.
         await self._router.drained()
 

@@ -23,12 +23,20 @@ class VersionWatcher:
         projects: of the store.
         project: the key; empty: there is nothing to watch.
         on_change: goes on with other versions.
+        served: the names of the models that are served.
     """
 
-    def __init__(self, projects: Projects, project: str, on_change: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        projects: Projects,
+        project: str,
+        on_change: Callable[[], Awaitable[None]],
+        served: Callable[[], tuple[str, ...]],
+    ) -> None:
         self._projects = projects
         self._project = project
         self._on_change = on_change
+        self._served = served
         self._seen = projects.signature(project) if project else []
         self._looks = 0
         self._task: asyncio.Task[None] | None = None
@@ -61,7 +69,7 @@ class VersionWatcher:
     def _look(self, project: str) -> list[int]:
         if self._looks % _RECORD_EVERY == 0:
             try:
-                self._projects.use(project)
+                self._projects.use(project, self._served())
             except OSError as error:
                 logger.info("the store does not learn that it is in use: %s", error)
         self._looks += 1

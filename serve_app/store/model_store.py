@@ -218,9 +218,7 @@ class ModelStore(BlobStore):
             routes[entry.model_id] = route
         return Selection(catalog=Catalog(tuple(models), routes, problems), manifests=manifests)
 
-    def _versions(
-        self, entry: ModelEntry, state: ProjectState | None
-    ) -> tuple[dict[str, ManifestKey], VersionRoute]:
+    def _versions(self, entry: ModelEntry, state: ProjectState | None) -> tuple[dict[str, ManifestKey], VersionRoute]:
         """Return the manifests of an entry by the keys of its versions, and which of them answers."""
         versions = state.models.get(entry.model_id) if state is not None else None
         if versions is not None:
@@ -234,9 +232,7 @@ class ModelStore(BlobStore):
             raise StoreError(f"{reason}; run: edgeserve publish {entry.model_id}")
         return {entry.model_id: key}, VersionRoute(current=FIRST_VERSION)
 
-    def _overlaid(
-        self, key: str, place: ManifestKey, entry: ModelEntry, route: VersionRoute
-    ) -> PublishedModel | None:
+    def _overlaid(self, key: str, place: ManifestKey, entry: ModelEntry, route: VersionRoute) -> PublishedModel | None:
         """Return a published version with what its entry lays over it; None if it cannot be read."""
         try:
             manifest = self.read(place)

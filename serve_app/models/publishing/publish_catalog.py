@@ -210,11 +210,11 @@ class Publisher:
     def report(self) -> PublishReport:
         """Return the outcome of the run so far, and log its warning."""
         failed = {failure.model_id for failure in self._failures}
-        done = [entry.model_id for entry in self._entries if entry.model_id not in failed]
+        done = [entry for entry in self._entries if entry.model_id not in failed]
         report = PublishReport(
             published=tuple(self._published),
             skipped=tuple(self._skipped),
-            fallbacks=tuple(entry.model_id for entry in self._entries if entry.model_id in done and self._falls_back(entry)),
+            fallbacks=tuple(entry.model_id for entry in done if self._falls_back(entry)),
             failures=tuple(self._failures),
             versions=self._versions,
         )

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 
 from serve_app.core.catalog import Catalog, PublishedModel, most_accurate_first
@@ -33,7 +33,7 @@ from serve_app.core.routing.router_view import RouterView
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.routing.version_switch import VersionSwitch
 from serve_app.core.vocabulary import ModelState, Outcome
-from serve_app.errors import DeadlineExceeded, EdgeServeError, NotFound, StoreError, Unavailable
+from serve_app.errors import DeadlineExceeded, EdgeServeError, NotFound, Unavailable
 from serve_app.serving.coordinator.client import CoordinatorClient
 from serve_app.serving.metrics import RouterMetrics
 from serve_app.serving.periodic import every
@@ -221,13 +221,12 @@ class Router:
         """The model, or the members of the family, of that name.
 
         Raises:
-            NotFound: there is neither.
-            StoreError: the catalog has the model, but the store does not.
+            NotFound: there is neither, or the store does not have what the catalog says.
         """
         models = self.catalog.named(name)
         if not models:
             if name in self.catalog.problems:
-                raise StoreError(f"model {name} cannot be served: {self.catalog.problems[name]}")
+                raise NotFound(f"model {name} is in the catalog and not served: {self.catalog.problems[name]}")
             raise NotFound(
                 f"no model or family is called {name[:64]!r}; POST /v2/repository/index lists the models, "
                 f"and the families are {', '.join(self.catalog.families) or 'none'}"
