@@ -163,6 +163,7 @@ def task_for(entry: ModelEntry, default: TaskSpec) -> TaskSpec:
         image=entry.input or task.image or (default.image if is_same_kind else None),
         labels=task.labels or (default.labels if is_same_kind else ()),
         tokenizer=default.tokenizer if task.tokenizer else None,
+        activation=task.activation or default.activation,
     )
 
 
