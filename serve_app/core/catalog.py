@@ -76,8 +76,9 @@ class ModelEntry:
             f"weights {self.weights!r} must be pretrained, random:SEED, {FORMS}",
         )
         kind, _, place = self.builder.partition(":")
-        for reference in (self.weights, place if kind == "onnx" else "", (self.task and self.task.tokenizer) or ""):
-            if is_reference(reference):
+        task = self.task or TaskSpec()
+        for reference in (self.weights, place if kind == "onnx" else "", task.tokenizer, task.labels_from):
+            if reference is not None and is_reference(reference):
                 parse_reference(reference)
         _require(self.accuracy is None or 0 <= self.accuracy <= 1, f"accuracy must lie in 0..1, not {self.accuracy}")
 
@@ -172,7 +173,7 @@ def task_for(entry: ModelEntry, default: TaskSpec) -> TaskSpec:
     return replace(
         task,
         image=entry.input or task.image or (default.image if is_same_kind else None),
-        labels=task.labels or (default.labels if is_same_kind else ()),
+        labels=task.labels or (default.labels if is_same_kind or task.labels_from else ()),
         tokenizer=default.tokenizer if task.tokenizer else None,
     )
 

@@ -76,6 +76,7 @@ class TaskSpec:
         tokenizer: of tasks that take text: a ``tokenizer.json`` of the library tokenizers. In the catalog, where to
             find it; of a published model, the name of its file in the store.
         labels: one for each class, in order; empty: classes are known by their numbers.
+        labels_from: a reference to a file with one label a line, which is read when the model is published.
         pooling, normalize: of ``embedding``; a normalized embedding has length 1.
         min_score: of ``detection``: what scores less is left out.
         max_overlap: of ``detection``: of two boxes of one class whose intersection over union is larger, only the
@@ -87,6 +88,7 @@ class TaskSpec:
     image: ImageInput | None = None
     tokenizer: str | None = None
     labels: tuple[str, ...] = field(default=(), repr=False)
+    labels_from: str | None = None
     pooling: Pooling = "mean"
     normalize: bool = True
     min_score: float = 0.25

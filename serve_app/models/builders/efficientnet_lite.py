@@ -197,8 +197,8 @@ class _Block(nn.Module):
         if self._is_widened:
             features = nn.functional.relu6(self._bn0(self._expand_conv(features)))
         features = nn.functional.relu6(self._bn1(self._depthwise_conv(self._pad(features))))
-        features = self._bn2(self._project_conv(features))
-        return features + inputs if self._is_residual else features
+        narrowed: torch.Tensor = self._bn2(self._project_conv(features))
+        return narrowed + inputs if self._is_residual else narrowed
 
 
 def _norm(channels: int) -> nn.Module:

@@ -12,8 +12,8 @@ from torch import nn
 from serve_app.core.task import ImageInput, TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.builders.base import Metadata, interpolation_named, rgb, suggest
-from serve_app.models.torchvision_compat import import_torchvision
 from serve_app.models.sources.pretrained import Pretrained, torch_hub_file
+from serve_app.models.torchvision_compat import import_torchvision
 
 
 class TimmBuilder:

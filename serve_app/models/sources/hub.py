@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any, Final
 from pathlib import Path
+from typing import Any, Final
 
 from serve_app.core.reference import Reference, hub_parts
 from serve_app.errors import DownloadFailed, StoreError
@@ -60,16 +60,15 @@ def _progress(library: Any, on_bytes: OnBytes) -> Any:
     """Return a class of progress bars that draws nothing, and reports to ``on_bytes``."""
     base = importlib.import_module("huggingface_hub.utils").tqdm
 
-    class Progress(base):  # type: ignore[misc]
+    class Progress(base):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **options: Any) -> None:
             self._is_bytes = options.get("unit") == "B"
             super().__init__(*args, **{**options, "disable": True})
             self._done, self._all = int(options.get("initial") or 0), int(options.get("total") or 0)
 
-        def update(self, n: float | None = 1) -> bool | None:
+        def update(self, n: float | None = 1) -> None:
             self._done += int(n or 0)
             if self._is_bytes:
                 on_bytes(self._done, self._all)
-            return super().update(n)
 
     return Progress

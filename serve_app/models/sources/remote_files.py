@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -151,8 +152,7 @@ class FileSystemFile:
         scheme = urlsplit(self._url).scheme
         library, extra = _EXTRAS.get(scheme, (scheme, "hub"))
         try:
-            import fsspec
-
+            fsspec = importlib.import_module("fsspec")
             options: dict[str, Any] = {}
             if scheme == "s3":
                 options["config_kwargs"] = {"connect_timeout": _CONNECT_S, "read_timeout": _STALL_S}
