@@ -1,7 +1,7 @@
 """The interface of a runtime: prepare a model once in a process, load it, run it, and give its memory back.
 
 To add a runtime, write these three classes, name the first in ``registry``, and have a publisher write its files
-(``serve_app/models/publishing``). ``tests/models/test_runtimes.py`` runs over all of them.
+(``serve_app/models/publishing``). A contract test runs over all of them.
 """
 
 from __future__ import annotations
