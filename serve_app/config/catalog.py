@@ -13,7 +13,7 @@ from serve_app.config.yaml_files import Settings, beside, read_settings
 from serve_app.core.catalog import Dtype, ModelEntry, RuntimeName
 from serve_app.core.contract import Axis
 from serve_app.core.contract_declaration import TensorDeclaration
-from serve_app.core.task import Fit, ImageInput, Interpolation, Pooling, TaskKind, TaskSpec
+from serve_app.core.task import Activation, Fit, ImageInput, Interpolation, Pooling, TaskKind, TaskSpec
 from serve_app.errors import ConfigError
 
 
@@ -31,11 +31,13 @@ class _TaskSettings(Settings):
     image: _ImageSettings | None = None
     tokenizer: str | None = None
     labels: tuple[str, ...] | str = ()
+    activation: Activation | None = None
     pooling: Pooling = "mean"
     normalize: bool = True
     min_score: float = Field(default=0.25, ge=0, le=1)
     max_overlap: float = Field(default=0.45, ge=0, le=1)
     sample_rate: int = Field(default=16000, gt=0)
+    context: int = Field(default=64, ge=0)
 
 
 class _TensorSettings(Settings):

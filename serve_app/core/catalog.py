@@ -160,11 +160,13 @@ def task_for(entry: ModelEntry, default: TaskSpec) -> TaskSpec:
     """
     task = entry.task or default
     is_same_kind = task.kind == default.kind
+    is_of_images = task.kind == "embedding" and task.tokenizer is None
     return replace(
         task,
-        image=entry.input or task.image or (default.image if is_same_kind else None),
+        image=entry.input or task.image or (default.image if is_same_kind or is_of_images else None),
         labels=task.labels or (default.labels if is_same_kind else ()),
         tokenizer=default.tokenizer if task.tokenizer else None,
+        activation=task.activation or default.activation,
     )
 
 

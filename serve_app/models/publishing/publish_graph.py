@@ -19,6 +19,7 @@ from serve_app.errors import StoreError
 from serve_app.models.profiling.measure import grid
 from serve_app.models.profiling.measure_published import measure_published
 from serve_app.models.publishing.described import OnStage, describe, with_measurement
+from serve_app.models.publishing.task_files import with_task
 from serve_app.models.readahead import ReadAhead
 from serve_app.models.runtimes import onnx_runtime
 from serve_app.models.runtimes.base import LoadedModel
@@ -72,6 +73,9 @@ def publish_graph(store: ModelStore, entry: ModelEntry, path: Path, on_stage: On
     )  # fmt: skip
     execution = ExecutionFormat(runtime="onnxruntime", made_for=onnx_runtime.environment())
     manifest = Manifest(model=model, default_task=task, execution=execution, tensors=(), files=files)
+    answers = dict(zip((spec.name for spec in contract.outputs), trials[-1][1], strict=True))
+    manifest = with_task(store, entry, manifest, answers)
+    model = manifest.model
     prepared = onnx_runtime.OnnxRuntime().prepare(manifest, store)
 
     def load() -> LoadedModel:

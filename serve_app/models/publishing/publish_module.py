@@ -24,6 +24,7 @@ from serve_app.models.module_template import TORCH_COMPUTE_DTYPES, TORCH_DTYPES,
 from serve_app.models.profiling.measure import grid
 from serve_app.models.profiling.measure_published import measure_published, require_counted
 from serve_app.models.publishing.described import OnStage, describe, with_measurement
+from serve_app.models.publishing.task_files import with_task
 from serve_app.models.runtimes.torch_runtime import PreparedModule
 from serve_app.models.torch_internals import STATE_TABLES
 from serve_app.store.manifest import BlobFile, ExecutionFormat, Layout, Manifest, TensorPlace
@@ -84,6 +85,9 @@ def publish_module(store: ModelStore, entry: ModelEntry, weights: str, module: n
     manifest = Manifest(
         model=model, default_task=_labeled(metadata.task, contract), execution=execution, tensors=places, files=(blob,)
     )
+    answers = {spec.name: tensor.numpy() for spec, tensor in zip(contract.outputs, first.outputs, strict=True)}
+    manifest = with_task(store, entry, manifest, answers)
+    model = manifest.model
     prepared = PreparedModule(ModuleTemplate(manifest), store)
     _verify(prepared, trials, entry.dtype)
     on_stage("measuring", weights_bytes)
