@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +12,8 @@ from serve_app.config.yaml_files import Settings, beside, read_settings
 from serve_app.core.catalog import Dtype, ModelEntry, RuntimeName
 from serve_app.core.contract import Axis
 from serve_app.core.contract_declaration import TensorDeclaration
-from serve_app.core.task import Fit, ImageInput, Interpolation, Pooling, TaskKind, TaskSpec
+from serve_app.core.reference import is_reference
+from serve_app.core.task import Activation, Fit, ImageInput, Interpolation, Pooling, TaskKind, TaskSpec
 from serve_app.errors import ConfigError
 
 
@@ -31,11 +31,13 @@ class _TaskSettings(Settings):
     image: _ImageSettings | None = None
     tokenizer: str | None = None
     labels: tuple[str, ...] | str = ()
+    activation: Activation | None = None
     pooling: Pooling = "mean"
     normalize: bool = True
     min_score: float = Field(default=0.25, ge=0, le=1)
     max_overlap: float = Field(default=0.45, ge=0, le=1)
     sample_rate: int = Field(default=16000, gt=0)
+    context: int = Field(default=64, ge=0)
 
 
 class _TensorSettings(Settings):
@@ -82,7 +84,7 @@ class _CatalogSettings(Settings):
 
 
 def load_catalog(path: Path) -> tuple[ModelEntry, ...]:
-    """Read ``catalog.yaml``; paths of weights in it are relative to its folder.
+    """Read ``catalog.yaml``; paths in it are relative to its folder.
 
     Raises:
         ConfigError: the file is missing, not YAML, or has a wrong key or value.
@@ -123,7 +125,9 @@ def _task(path: Path, task: _TaskSettings | TaskKind | None) -> TaskSpec | None:
     fields["image"] = ImageInput(**fields["image"]) if task.image else None
     fields["tokenizer"] = _beside(path, task.tokenizer, ("file",)) if task.tokenizer else None
     if isinstance(task.labels, str):
-        fields["labels"] = _read_labels(path, task.labels)
+        is_elsewhere = is_reference(task.labels) and not task.labels.startswith("file:")
+        fields["labels"] = () if is_elsewhere else _read_labels(path, task.labels)
+        fields["labels_from"] = task.labels if is_elsewhere else None
     return TaskSpec(**fields)
 
 
@@ -143,5 +147,6 @@ def _read_labels(path: Path, reference: str) -> tuple[str, ...]:
 def _beside(path: Path, reference: str, kinds: tuple[str, ...]) -> str:
     """Make the path of ``KIND:PATH`` relative to the folder of the catalog; other references stay."""
     kind, _, place = reference.partition(":")
-    is_local = kind in kinds and re.match(r"[a-z][a-z0-9]+:", place) is None
-    return f"{kind}:{beside(path, Path(place))}" if is_local else reference
+    if kind not in kinds or (is_reference(place) and not place.startswith("file:")):
+        return reference
+    return f"{kind}:{beside(path, Path(place.removeprefix('file:')))}"

@@ -90,7 +90,9 @@ class Fingerprints:
         if found is None:
             return text
         kind, place = found[1], Path(found[2])
-        if re.match(r"[a-z][a-z0-9]+:", found[2]):
+        if found[2].startswith("file:"):
+            place = Path(found[2].removeprefix("file:"))
+        elif re.match(r"[a-z][a-z0-9]+:", found[2]):
             return text if self._reference(found[2], files) == found[2] else kind
         for path in _files_of(kind, place):
             files.append(self._digest(path))

@@ -16,8 +16,10 @@ from serve_app.core.contract import BATCH, FREE, Contract, TensorSpec
 from serve_app.core.contract_declaration import complete_contract
 from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
-from serve_app.models.profiling.measure import grid, measure
+from serve_app.models.profiling.measure import grid
+from serve_app.models.profiling.measure_published import measure_published
 from serve_app.models.publishing.described import OnStage, describe, with_measurement
+from serve_app.models.publishing.task_files import with_task
 from serve_app.models.readahead import ReadAhead
 from serve_app.models.runtimes import onnx_runtime
 from serve_app.models.runtimes.base import LoadedModel
@@ -71,6 +73,9 @@ def publish_graph(store: ModelStore, entry: ModelEntry, path: Path, on_stage: On
     )  # fmt: skip
     execution = ExecutionFormat(runtime="onnxruntime", made_for=onnx_runtime.environment())
     manifest = Manifest(model=model, default_task=task, execution=execution, tensors=(), files=files)
+    answers = dict(zip((spec.name for spec in contract.outputs), trials[-1][1], strict=True))
+    manifest = with_task(store, entry, manifest, answers)
+    model = manifest.model
     prepared = onnx_runtime.OnnxRuntime().prepare(manifest, store)
 
     def load() -> LoadedModel:
@@ -78,7 +83,7 @@ def publish_graph(store: ModelStore, entry: ModelEntry, path: Path, on_stage: On
 
     _verify(entry, load, trials)
     on_stage("measuring", weights_bytes)
-    measurement = measure(load, contract, grid(contract.axes))
+    measurement = measure_published(manifest, store, grid(contract.axes))
     size_bytes = max(measurement.resident_bytes, weights_bytes)
     store.commit(dataclasses.replace(manifest, model=with_measurement(model, measurement, size_bytes)))
     on_stage("published", size_bytes)

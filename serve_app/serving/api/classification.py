@@ -14,7 +14,7 @@ from serve_app.serving.api.request_reader import RequestReader, check_content_ty
 from serve_app.serving.router.request import InferenceRequest, InferenceResponse
 from serve_app.serving.router.router import Router
 from serve_app.tasks.base import RawInput
-from serve_app.tasks.image_classification import label_count
+from serve_app.tasks.classes import label_count
 
 _CONTENT_TYPES = frozenset({"image/jpeg", "image/png", "image/webp", "application/octet-stream"})
 

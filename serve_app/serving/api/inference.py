@@ -111,4 +111,6 @@ def outcome_headers(response: InferenceResponse) -> dict[str, str]:
     }
     if response.model.version != FIRST_VERSION:
         headers["X-EdgeServe-Version"] = str(response.model.version)
+    if response.model.fallback:
+        headers["X-EdgeServe-Weights"] = "fallback"
     return headers
