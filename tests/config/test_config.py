@@ -316,7 +316,7 @@ def test_a_catalog_becomes_entries_in_its_order(write: Write, tmp_path: Path) ->
         (MODEL | {"limits": {"batch": 0}}, "models.m.limits.batch.most: "),
         (
             MODEL | {"limits": {"side": {"most": 2, "least": 3}}},
-            r"axis .side. must have limits .* not 3\.\.2",
+            r"models.m: axis 'side' must have limits .*",
         ),
         (MODEL | {"inputs": [{"name": "x", "shape": [1.5]}]}, "models.m.inputs.0.shape.0: an axis must be .* not 1.5"),
         (MODEL | {"inputs": [{"name": "x", "shape": [0]}]}, "models.m: shape of tensor 'x' must hold positive numbers"),
