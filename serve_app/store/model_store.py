@@ -221,6 +221,8 @@ class ModelStore(BlobStore):
     def _versions(self, entry: ModelEntry, state: ProjectState | None) -> tuple[dict[str, ManifestKey], VersionRoute]:
         """Return the manifests of an entry by the keys of its versions, and which of them answers."""
         versions = state.models.get(entry.model_id) if state is not None else None
+        if state is not None and versions is None:
+            raise StoreError(f"{state.catalog} has not published it; run: edgeserve publish {entry.model_id}")
         if versions is not None:
             return {
                 version_key(entry.model_id, version.number): ManifestKey(name=entry.model_id, stem=version.manifest)
@@ -303,6 +305,10 @@ class ModelStore(BlobStore):
             except (OSError, ValueError, TypeError, KeyError) as error:
                 raise StoreError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
         return names
+
+    def blobs_of(self, keys: Iterable[ManifestKey]) -> set[str]:
+        """Return the names of all blobs of these manifests; raises ``StoreError`` if one cannot be read."""
+        return {file.name for key in keys if self._has(key) for file in self.read(key).files}
 
     def outdated_manifests(self) -> tuple[Path, ...]:
         """Return the manifests of earlier formats, which only earlier versions of EdgeServe read."""

@@ -72,6 +72,11 @@ class ModelVersions:
         """The numbers of all versions, oldest first."""
         return tuple(version.number for version in self.versions)
 
+    @property
+    def latest_number(self) -> int | None:
+        """The number of what was published last; None if that version was removed."""
+        return next((each.number for each in self.versions if each.manifest == self.latest), None)
+
     def with_number(self, number: int) -> Version:
         """Return one version; raises ``NotFound`` if there is none of that number."""
         for version in self.versions:
@@ -189,7 +194,7 @@ class Projects:
         self._store = store
         self._folder = store.root / "projects"
 
-    def keys(self) -> tuple[str, ...]:
+    def known(self) -> tuple[str, ...]:
         """The keys of all projects, sorted."""
         return tuple(sorted(path.stem for path in self._folder.glob("*.json")))
 
