@@ -10,6 +10,7 @@ from typing import Literal
 
 from serve_app.core.contract import Axis, Contract, SizeCost, TensorSpec, cost_at
 from serve_app.core.contract_declaration import TensorDeclaration
+from serve_app.core.reference import FORMS, is_reference, parse_reference
 from serve_app.core.task import ImageInput, TaskSpec
 from serve_app.errors import InvalidRequest
 
@@ -33,7 +34,8 @@ class ModelEntry:
 
     Attributes:
         builder: ``torchvision:NAME``, ``timm:NAME``, ``onnx:FILE`` or ``package.module:factory``.
-        weights: ``pretrained``, ``random:SEED`` or ``file:PATH`` (a safetensors file).
+        weights: ``pretrained``, ``random:SEED``, or a reference to a file or folder of weights, see
+            ``reference.py``.
         accuracy, input, task: may be left to the metadata of the weights; ``accuracy`` lies in 0..1.
         inputs, outputs: the tensors as far as the model does not say them itself.
         limits: of the free axes.
@@ -70,9 +72,14 @@ class ModelEntry:
         )
         _require(":" in self.builder, f"builder {self.builder!r} must look like 'torchvision:resnet50'")
         _require(
-            self.weights == "pretrained" or re.fullmatch(r"random:\d{1,9}|file:.+", self.weights) is not None,
-            f"weights {self.weights!r} must be 'pretrained', 'random:SEED' or 'file:PATH'",
+            re.fullmatch(r"pretrained|random:\d{1,9}", self.weights) is not None or is_reference(self.weights),
+            f"weights {self.weights!r} must be pretrained, random:SEED, {FORMS}",
         )
+        kind, _, place = self.builder.partition(":")
+        task = self.task or TaskSpec()
+        for reference in (self.weights, place if kind == "onnx" else "", task.tokenizer, task.labels_from):
+            if reference is not None and is_reference(reference):
+                parse_reference(reference)
         _require(self.accuracy is None or 0 <= self.accuracy <= 1, f"accuracy must lie in 0..1, not {self.accuracy}")
 
 
@@ -105,6 +112,7 @@ class PublishedModel:
         row_by_row: the rows of a batch are executed one after another, each in the workspace of one.
         workspace_bytes: what one execution needs beside the weights, while it runs; see ``memory_budget.py``.
         costs: measured at several sizes of the free axes; empty where the costs of one row say it all.
+        prepared_bytes: what every worker keeps of it while it is not in memory.
     """
 
     model_id: str
@@ -121,6 +129,7 @@ class PublishedModel:
     weights_bytes: int
     workspace_bytes: int
     costs: tuple[SizeCost, ...] = ()
+    prepared_bytes: int = 0
     profile: ModelProfile
 
     @property
@@ -137,6 +146,11 @@ class PublishedModel:
     def labels(self) -> tuple[str, ...]:
         """One label for each class; empty: classes are known by their numbers."""
         return self.task.labels
+
+    @property
+    def has_random_weights(self) -> bool:
+        """Whether the answers mean nothing, because the catalog asks for random weights or gets them."""
+        return self.weights_actual.startswith("random:")
 
     @property
     def fallback(self) -> bool:
@@ -162,7 +176,7 @@ def task_for(entry: ModelEntry, default: TaskSpec) -> TaskSpec:
     return replace(
         task,
         image=entry.input or task.image or (default.image if is_same_kind or is_of_images else None),
-        labels=task.labels or (default.labels if is_same_kind else ()),
+        labels=task.labels or (default.labels if is_same_kind or task.labels_from else ()),
         tokenizer=default.tokenizer if task.tokenizer else None,
         activation=task.activation or default.activation,
     )
@@ -209,19 +223,21 @@ class Catalog:
 
 
 def most_accurate_first(models: tuple[PublishedModel, ...], min_accuracy: float | None) -> tuple[PublishedModel, ...]:
-    """The members of a family that are accurate enough, best first.
+    """The members of a family that are accurate enough: those with real weights first, and the best of them first.
+
+    The accuracy of a model is that of its real weights: where random ones stand in, it does not count.
 
     Raises:
         InvalidRequest: no member reaches ``min_accuracy``.
     """
-    enough = [
-        model
-        for model in models
-        if min_accuracy is None or (model.profile.accuracy is not None and model.profile.accuracy >= min_accuracy)
-    ]
+    enough = [model for model in models if min_accuracy is None or _accuracy(model) >= min_accuracy]
     if not enough:
-        best = max((model.profile.accuracy or 0.0 for model in models), default=0.0)
+        best = max((_accuracy(model) for model in models), default=0.0)
         raise InvalidRequest(
             f"min_accuracy {min_accuracy} is out of reach: the most accurate model of that name has {best:.3f}"
         )
-    return tuple(sorted(enough, key=lambda model: -(model.profile.accuracy or 0.0)))
+    return tuple(sorted(enough, key=lambda model: (model.has_random_weights, -(model.profile.accuracy or 0.0))))
+
+
+def _accuracy(model: PublishedModel) -> float:
+    return 0.0 if model.fallback else model.profile.accuracy or 0.0

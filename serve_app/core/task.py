@@ -81,6 +81,7 @@ class TaskSpec:
         tokenizer: of tasks that take text: a ``tokenizer.json`` of the library tokenizers. In the catalog, where to
             find it; of a published model, the name of its file in the store.
         labels: one for each class, in order; empty: classes are known by their numbers.
+        labels_from: a reference to a file with one label a line, which is read when the model is published.
         activation: of classifications; None: what publishing has found out.
         pooling, normalize: of ``embedding``; a normalized embedding has length 1.
         min_score: of ``detection``: what scores less is left out.
@@ -94,6 +95,7 @@ class TaskSpec:
     image: ImageInput | None = None
     tokenizer: str | None = None
     labels: tuple[str, ...] = field(default=(), repr=False)
+    labels_from: str | None = None
     activation: Activation | None = None
     pooling: Pooling = "mean"
     normalize: bool = True

@@ -6,34 +6,39 @@ killed at any moment: finished models stay, and the next publisher sweeps the re
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from torch import nn
 
 from serve_app.core.catalog import ModelEntry
-from serve_app.errors import StoreError
+from serve_app.errors import DownloadFailed, StoreError, WeightsUnavailable
 from serve_app.models.builders import registry
+from serve_app.models.profiling.fresh_process import prepare_server
 from serve_app.models.publishing.described import ModuleStage
 from serve_app.models.publishing.publish_graph import publish_graph
 from serve_app.models.publishing.publish_module import publish_module
-from serve_app.models.weight_sources import FALLBACK, DownloadFailed, Probe, WeightSource
+from serve_app.models.sources.download_cache import OnBytes
+from serve_app.models.sources.fetcher import Fetcher
+from serve_app.models.sources.labels import read_labels
+from serve_app.models.sources.pretrained import FALLBACK, PRETRAINED, Probe, WeightSource
 from serve_app.store.model_store import ModelStore, is_published_from
 
 logger = logging.getLogger(__name__)
 
 #: Of one model in a run of the publisher.
-PublishStage = Literal["waiting", "skipped", "building", "failed"] | ModuleStage
+PublishStage = Literal["waiting", "skipped", "downloading", "building", "failed"] | ModuleStage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishEvent:
     """Progress: model ``index`` (from 0) of ``total`` has reached ``stage``; ``bytes`` of weights, 0 while unknown.
 
-    ``waiting`` means that another publisher holds the store.
+    ``waiting`` means that another publisher holds the store. While ``downloading``, there are ``bytes`` of
+    ``total_bytes``, 0 where nobody knows.
     """
 
     model_id: str
@@ -41,6 +46,7 @@ class PublishEvent:
     index: int
     total: int
     bytes: int = 0
+    total_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +62,13 @@ class PublishReport:
     """The outcome of a run, by model name.
 
     ``fallbacks`` are all models of the run, published now or before, that serve seeded random weights because the
-    pretrained ones could not be fetched.
+    pretrained ones could not be fetched; ``refused`` those that would, and were not published for that reason.
     """
 
     published: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
     failures: tuple[PublishFailure, ...] = ()
 
     @property
@@ -69,7 +76,7 @@ class PublishReport:
         """Return one sentence about fallback weights that the user must see; None if no model has them."""
         if not self.fallbacks:
             return None
-        total = len(self.published) + len(self.skipped) + len(self.failures)
+        total = len(self.published) + len(self.skipped) + len(self.refused) + len(self.failures)
         return (
             f"pretrained weights cannot be downloaded: {len(self.fallbacks)} of {total} models serve seeded random "
             f"weights ({FALLBACK}), whose predictions mean nothing; publish again once the network is there"
@@ -83,6 +90,8 @@ def publish(
     on_progress: Callable[[PublishEvent], None] = lambda event: None,
     force: bool = False,
     reachable: Probe | None = None,
+    fetcher: Fetcher | None = None,
+    require_weights: bool = False,
 ) -> PublishReport:
     """Publish every entry that is missing, incomplete, changed, or on fallback weights that can now be replaced.
 
@@ -94,13 +103,16 @@ def publish(
         on_progress: called at every stage of every model.
         force: publish again also what is published already.
         reachable: whether a URL can be fetched; called once per host.
+        fetcher: fetches what references name.
+        require_weights: publish no model with random weights in the place of pretrained ones.
 
     Raises:
         StoreError: the store cannot be written at all.
     """
-    publisher = Publisher(store, entries, on_progress, WeightSource(reachable))
+    publisher = Publisher(store, entries, on_progress, WeightSource(fetcher, reachable), require_weights)
     if not force and not any(publisher.is_pending(entry) for entry in entries):
         return publisher.skip_all()
+    prepare_server()
     with store.exclusive(on_wait=publisher.report_wait):
         store.sweep()
         for index, entry in enumerate(entries):
@@ -120,6 +132,7 @@ class Publisher:
         entries: the catalog.
         on_progress: called at every stage of every model.
         source: decides which weights a model gets.
+        require_weights: see ``publish``.
     """
 
     def __init__(
@@ -128,13 +141,16 @@ class Publisher:
         entries: Sequence[ModelEntry],
         on_progress: Callable[[PublishEvent], None],
         source: WeightSource,
+        require_weights: bool = False,
     ) -> None:
         self._store = store
         self._entries = entries
         self._on_progress = on_progress
         self._source = source
+        self._require_weights = require_weights
         self._published: list[str] = []
         self._skipped: list[str] = []
+        self._refused: list[str] = []
         self._failures: list[PublishFailure] = []
 
     def is_pending(self, entry: ModelEntry) -> bool:
@@ -173,10 +189,19 @@ class Publisher:
         try:
             on_stage("building", 0)
             kind, _, place = entry.builder.partition(":")
+
+            def on_bytes(done: int, total: int) -> None:
+                self._report_stage(index, entry, "downloading", done, total)
+
+            entry = self._with_task_files(entry, on_bytes)
             if kind == "onnx":
-                publish_graph(self._store, entry, Path(place), on_stage)
+                publish_graph(self._store, entry, self._source.fetcher.fetch(place, on_bytes), on_stage)
             else:
-                publish_module(self._store, entry, *self._build(entry), on_stage)
+                publish_module(self._store, entry, *self._build(entry, on_bytes), on_stage)
+        except WeightsUnavailable as error:
+            logger.error("model %s is not published: %s", entry.model_id, error)
+            self._refused.append(entry.model_id)
+            on_stage("failed", 0)
         except Exception as error:
             is_foreseen = isinstance(error, StoreError)
             message = str(error) if is_foreseen else f"{type(error).__name__}: {error}"
@@ -188,12 +213,13 @@ class Publisher:
 
     def report(self) -> PublishReport:
         """Return the outcome of the run so far, and log its warning."""
-        failed = {failure.model_id for failure in self._failures}
+        failed = {failure.model_id for failure in self._failures} | set(self._refused)
         done = [entry.model_id for entry in self._entries if entry.model_id not in failed]
         report = PublishReport(
             published=tuple(self._published),
             skipped=tuple(self._skipped),
             fallbacks=tuple(model_id for model_id in done if self._store.manifest(model_id).model.fallback),
+            refused=tuple(self._refused),
             failures=tuple(self._failures),
         )
         if report.warning:
@@ -203,23 +229,41 @@ class Publisher:
     def _available_weights(self, entry: ModelEntry) -> str:
         if entry.builder.startswith("onnx:"):
             return entry.weights
-        return self._source.choose(entry.weights, registry.download(entry))
+        return self._source.choose(entry.weights, registry.pretrained_source(entry))
 
-    def _build(self, entry: ModelEntry) -> tuple[str, nn.Module]:
+    def _with_task_files(self, entry: ModelEntry, on_bytes: OnBytes) -> ModelEntry:
+        """Return the entry with the files of its task on this machine."""
+        task = entry.task
+        if task is None:
+            return entry
+        if task.tokenizer is not None:
+            task = dataclasses.replace(task, tokenizer=f"file:{self._source.fetcher.fetch(task.tokenizer, on_bytes)}")
+        if task.labels_from is not None:
+            labels = read_labels(self._source.fetcher.fetch(task.labels_from, on_bytes))
+            task = dataclasses.replace(task, labels=labels)
+        return dataclasses.replace(entry, task=task)
+
+    def _build(self, entry: ModelEntry, on_bytes: OnBytes) -> tuple[str, nn.Module]:
         """Build the module of an entry; return it after the weights that it was built with."""
         weights = self._available_weights(entry)
-        try:
-            return weights, registry.build(entry, weights)
-        except DownloadFailed as error:
-            logger.warning("model %s gets %s: %s", entry.model_id, FALLBACK, error)
-            download = registry.download(entry)
-            if download is not None:
-                self._source.mark_unreachable(download)
-            return FALLBACK, registry.build(entry, FALLBACK)
+        if weights != FALLBACK or entry.weights == FALLBACK:
+            try:
+                return weights, registry.build(entry, weights, self._source, on_bytes)
+            except DownloadFailed as error:
+                if entry.weights != PRETRAINED:
+                    raise
+                logger.warning("model %s: %s", entry.model_id, error)
+        if self._require_weights:
+            raise WeightsUnavailable(f"the pretrained weights of {entry.model_id} cannot be fetched")
+        logger.warning("model %s gets %s", entry.model_id, FALLBACK)
+        return FALLBACK, registry.build(entry, FALLBACK)
 
-    def _report_stage(self, index: int, entry: ModelEntry, stage: PublishStage, weights_bytes: int = 0) -> None:
+    def _report_stage(
+        self, index: int, entry: ModelEntry, stage: PublishStage, weights_bytes: int = 0, total_bytes: int = 0
+    ) -> None:
         self._on_progress(
             PublishEvent(
-                model_id=entry.model_id, stage=stage, index=index, total=len(self._entries), bytes=weights_bytes
+                model_id=entry.model_id, stage=stage, index=index, total=len(self._entries), bytes=weights_bytes,
+                total_bytes=total_bytes,
             )
-        )
+        )  # fmt: skip

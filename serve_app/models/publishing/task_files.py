@@ -54,7 +54,12 @@ def with_task(
         model=dataclasses.replace(
             manifest.model, task=dataclasses.replace(task, tokenizer=tokenizer, activation=activation)
         ),
-        default_task=dataclasses.replace(manifest.default_task, tokenizer=tokenizer, activation=activation),
+        default_task=dataclasses.replace(
+            manifest.default_task,
+            tokenizer=tokenizer,
+            activation=activation,
+            labels=task.labels if task.labels_from else manifest.default_task.labels,
+        ),
         files=files,
     )
 

@@ -101,9 +101,12 @@ def parts_s(response: InferenceResponse) -> dict[str, float]:
 def outcome_headers(response: InferenceResponse) -> dict[str, str]:
     """Return the HTTP headers that say how and where an inference ran."""
     parts = ", ".join(f"{name};dur={part_s * 1000:.3f}" for name, part_s in parts_s(response).items())
-    return {
+    headers = {
         "X-EdgeServe-Outcome": response.outcome.value,
         "X-EdgeServe-Location": response.location,
         "X-EdgeServe-Model": response.model.model_id,
         "Server-Timing": parts,
     }
+    if response.model.fallback:
+        headers["X-EdgeServe-Weights"] = "fallback"
+    return headers
