@@ -38,9 +38,7 @@ _SHOWN = 8
 @click.option("--location", help="Ask this location.")
 @click.option("--top-k", default=5, show_default=True, type=click.IntRange(1, 1000), help="How many labels.")
 @click.option("--min-score", type=click.FloatRange(0, 1), help="Leave out detections that score less.")
-@click.option(
-    "--output", type=click.Path(dir_okay=False, path_type=Path), help="Draw boxes or masks into a copy."
-)
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Draw boxes or masks into a copy.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def infer(
     model: str,

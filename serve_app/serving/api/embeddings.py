@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from serve_app.core.catalog import PublishedModel
-from serve_app.errors import InvalidRequest
-from serve_app.serving.api.error_responses import JsonResponse
+from serve_app.errors import EdgeServeError, InvalidRequest
+from serve_app.serving.api.error_responses import JsonResponse, error_response
 from serve_app.serving.api.inference import outcome_headers
 from serve_app.serving.api.predict import raw_request
 from serve_app.serving.api.request_reader import RequestReader, check_content_type
@@ -50,12 +51,17 @@ class EmbeddingEndpoints:
         The body is ``{"model": NAME, "input": TEXT or [TEXT, ...], "encoding_format": "float" or "base64"}``. A client
         takes the URL of a location and ``/v1`` as its base URL.
         """
-        with self._reader.counting_errors(request, ""):
-            self._router.require_capacity()
-            check_content_type(request, frozenset({"application/json"}), "application/json")
-            asked = _parse(await self._reader.body(request))
-        with self._reader.counting_errors(request, asked.model):
-            return await self._embed(request, asked)
+        try:
+            with self._reader.counting_errors(request, ""):
+                self._router.require_capacity()
+                check_content_type(request, frozenset({"application/json"}), "application/json")
+                asked = _parse(await self._reader.body(request))
+            with self._reader.counting_errors(request, asked.model):
+                return await self._embed(request, asked)
+        except EdgeServeError as error:
+            if error.is_fault:
+                raise
+            return _error_response(error)
 
     async def _embed(self, request: Request, asked: _Asked) -> Response:
         _require_text_embedder(self._router.models_named(asked.model)[0])
@@ -79,6 +85,15 @@ class EmbeddingEndpoints:
             "usage": {"prompt_tokens": answer["tokens"], "total_tokens": answer["tokens"]},
         }
         return JsonResponse(content, headers=outcome_headers(response))
+
+
+def _error_response(error: EdgeServeError) -> Response:
+    """Return an error as clients of this form read it."""
+    plain = error_response(error)
+    kind = "invalid_request_error" if error.status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
+    headers = {name: value for name, value in plain.headers.items() if name not in ("content-length", "content-type")}
+    content = {"error": {"message": error.message, "type": kind, "param": None, "code": None}}
+    return JsonResponse(content, error.status, headers)
 
 
 def _parse(body: bytearray) -> _Asked:
