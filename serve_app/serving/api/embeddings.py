@@ -72,7 +72,7 @@ class EmbeddingEndpoints:
         answer = response.answer or {}
         if asked.dimensions not in (None, answer["dimensions"]):
             raise InvalidRequest(
-                f"model {response.model.model_id!r} has vectors of {answer['dimensions']} dimensions, not "
+                f"model {response.model.name!r} has vectors of {answer['dimensions']} dimensions, not "
                 f"{asked.dimensions}; leave dimensions out"
             )
         content = {
@@ -81,7 +81,7 @@ class EmbeddingEndpoints:
                 {"object": "embedding", "index": index, "embedding": _encoded(vector, asked.encoding)}
                 for index, vector in enumerate(answer["embeddings"])
             ],
-            "model": response.model.model_id,
+            "model": response.model.name,
             "usage": {"prompt_tokens": answer["tokens"], "total_tokens": answer["tokens"]},
         }
         return JsonResponse(content, headers=outcome_headers(response))
@@ -132,7 +132,7 @@ def _texts(given: Any) -> list[str]:
 def _require_text_embedder(model: PublishedModel) -> None:
     if model.task.kind != "embedding" or model.task.image is not None:
         what = "embeds images" if model.task.kind == "embedding" else f"has the task {model.task.kind!r}"
-        raise InvalidRequest(f"model {model.model_id!r} {what}, not texts; ask /v1/predict?model={model.model_id}")
+        raise InvalidRequest(f"model {model.name!r} {what}, not texts; ask /v1/predict?model={model.name}")
 
 
 def _encoded(vector: list[float], encoding: str) -> list[float] | str:

@@ -97,7 +97,7 @@ def raw_request(name: str, location: str, raw: RawInput) -> InferenceRequest:
 def task_content(response: InferenceResponse, more: Mapping[str, Any]) -> dict[str, Any]:
     """Return the JSON of a task's answer, with where and how it came about."""
     content: dict[str, Any] = {
-        "model": response.model.model_id,
+        "model": response.model.name,
         "location": response.location,
         "outcome": response.outcome.value,
         **more,
