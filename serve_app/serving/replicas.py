@@ -64,7 +64,7 @@ class WorkerReplica:
         """Return the models in the store of this node, those that answer prepared for loading."""
         selection = self._store.select(config.entries, config.project)
         self._loader.select(selection.manifests)
-        unusable = {}
+        unusable = dict(selection.catalog.problems)
         for model in selection.catalog.answering():
             try:
                 self._loader.prepare(model.model_id)
