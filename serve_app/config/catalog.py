@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
 from serve_app.config.default_files import find
 from serve_app.config.yaml_files import Settings, beside, read_settings
-from serve_app.core.catalog import Dtype, ModelEntry, RuntimeName
+from serve_app.core.catalog import Dtype, ModelEntry
 from serve_app.core.contract import Axis
 from serve_app.core.contract_declaration import TensorDeclaration
 from serve_app.core.reference import is_reference
@@ -40,10 +40,17 @@ class _TaskSettings(Settings):
     context: int = Field(default=64, ge=0)
 
 
+def _size(value: object) -> object:
+    """Check an axis of a shape: a number, -1, or the name of a free axis."""
+    if isinstance(value, str) and value or type(value) is int:
+        return value
+    raise ValueError(f"an axis must be a whole number, -1 or a name, not {value!r}")
+
+
 class _TensorSettings(Settings):
     name: str = Field(min_length=1)
     datatype: str | None = None
-    shape: tuple[int | str, ...] | None = None
+    shape: tuple[Annotated[Any, BeforeValidator(_size)], ...] | None = None
     default: float | None = None
     returned_by: str | None = None
 
@@ -54,18 +61,35 @@ class _AxisSettings(Settings):
     multiple: int = Field(default=1, ge=1)
 
 
+def _kind_alone(value: object) -> object:
+    """``task: KIND`` is short for ``task: {kind: KIND}``."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+def _limit_alone(value: object) -> object:
+    """``8`` is short for ``{most: 8}``, and ``32..512`` for ``{least: 32, most: 512}``."""
+    if type(value) is int:
+        return {"most": value}
+    if isinstance(value, str):
+        least, dots, most = value.partition("..")
+        if not (dots and least.isdecimal() and most.isdecimal()):
+            raise ValueError(f"must be a number, such as 8, or a range, such as 32..512, not {value!r}")
+        return {"least": int(least), "most": int(most)}
+    return value
+
+
 class _ModelSettings(Settings):
     builder: str
     weights: str = "pretrained"
     family: str | None = None
-    dtype: Dtype = "float32"
+    precision: Dtype = Field(default="float32", validation_alias=AliasChoices("precision", "dtype"))
     accuracy: float | None = Field(default=None, ge=0, le=1)
     input: _ImageSettings | None = None
-    task: _TaskSettings | TaskKind | None = None
+    task: Annotated[_TaskSettings | None, BeforeValidator(_kind_alone)] = None
     inputs: tuple[_TensorSettings, ...] = ()
     outputs: tuple[_TensorSettings, ...] = ()
-    limits: dict[str, int | _AxisSettings] = Field(default_factory=dict)
-    runtime: RuntimeName | Literal["auto"] = "auto"
+    limits: dict[str, Annotated[_AxisSettings, BeforeValidator(_limit_alone)]] = Field(default_factory=dict)
+    runtime: Literal["auto", "torch", "onnxruntime", "openvino"] = "auto"
     pinned: bool = False
     min_copies: int = Field(default=0, ge=0)
 
@@ -106,9 +130,9 @@ def _entry(path: Path, model_id: str, model: _ModelSettings) -> ModelEntry:
             task=_task(path, model.task),
             inputs=tuple(TensorDeclaration(**tensor.model_dump()) for tensor in model.inputs),
             outputs=tuple(TensorDeclaration(**tensor.model_dump()) for tensor in model.outputs),
-            limits=tuple(_axis(name, limit) for name, limit in model.limits.items()),
+            limits=tuple(Axis(name=name, **limit.model_dump()) for name, limit in model.limits.items()),
             runtime=model.runtime,
-            dtype=model.dtype,
+            dtype=model.precision,
             pinned=model.pinned,
             min_copies=model.min_copies,
         )
@@ -116,11 +140,9 @@ def _entry(path: Path, model_id: str, model: _ModelSettings) -> ModelEntry:
         raise ConfigError(f"{path}: models.{model_id}: {error}") from None
 
 
-def _task(path: Path, task: _TaskSettings | TaskKind | None) -> TaskSpec | None:
+def _task(path: Path, task: _TaskSettings | None) -> TaskSpec | None:
     if task is None:
         return None
-    if isinstance(task, str):
-        return TaskSpec(kind=task)
     fields = task.model_dump()
     fields["image"] = ImageInput(**fields["image"]) if task.image else None
     fields["tokenizer"] = _beside(path, task.tokenizer, ("file",)) if task.tokenizer else None
@@ -129,10 +151,6 @@ def _task(path: Path, task: _TaskSettings | TaskKind | None) -> TaskSpec | None:
         fields["labels"] = () if is_elsewhere else _read_labels(path, task.labels)
         fields["labels_from"] = task.labels if is_elsewhere else None
     return TaskSpec(**fields)
-
-
-def _axis(name: str, limit: int | _AxisSettings) -> Axis:
-    return Axis(name=name, most=limit) if isinstance(limit, int) else Axis(name=name, **limit.model_dump())
 
 
 def _read_labels(path: Path, reference: str) -> tuple[str, ...]:

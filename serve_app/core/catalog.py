@@ -112,6 +112,7 @@ class PublishedModel:
         row_by_row: the rows of a batch are executed one after another, each in the workspace of one.
         workspace_bytes: what one execution needs beside the weights, while it runs; see ``memory_budget.py``.
         costs: measured at several sizes of the free axes; empty where the costs of one row say it all.
+        prepared_bytes: what every worker keeps of it while it is not in memory.
     """
 
     model_id: str
@@ -128,6 +129,7 @@ class PublishedModel:
     weights_bytes: int
     workspace_bytes: int
     costs: tuple[SizeCost, ...] = ()
+    prepared_bytes: int = 0
     profile: ModelProfile
 
     @property

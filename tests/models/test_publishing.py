@@ -317,7 +317,7 @@ def test_workspace_is_the_same_whenever_it_is_measured(shared: ModelStore) -> No
 
     def workspace_bytes() -> int:
         contract = shared.manifest("squeezenet1_1").model.contract
-        return measure.measure(lambda: loader.load("squeezenet1_1"), contract, [(1,)]).workspace_bytes
+        return measure.measure(lambda: loader.prepare("squeezenet1_1"), contract, [(1,)]).workspace_bytes
 
     first = workspace_bytes()
     # Freed heap of other sizes is what the allocator would hand out instead of asking the kernel for more.
@@ -338,7 +338,7 @@ def test_measuring_restores_the_number_of_threads(shared: ModelStore) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     loader = ModelLoader(shared)
-    measure.measure(lambda: loader.load("tied"), shared.manifest("tied").model.contract, [(1,)])
+    measure.measure(lambda: loader.prepare("tied"), shared.manifest("tied").model.contract, [(1,)])
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
 

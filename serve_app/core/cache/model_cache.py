@@ -9,8 +9,8 @@ import math
 from collections.abc import Collection
 from typing import assert_never
 
-from serve_app.core.cache.accounting import CacheEntry
 from serve_app.core.cache.decisions import Action, Answer, Evict, EvictionReason, Reject, Wait
+from serve_app.core.cache.entries import CacheEntry
 from serve_app.core.cache.events import (
     CapacityChanged,
     CatalogChanged,
@@ -306,7 +306,7 @@ class ModelCache:
                 for entry in sorted(self._entries.values(), key=lambda entry: entry.used_s):
                     policy.on_load(entry.model, now)
                 self._policy = residents.policy = policy
-                self._accounting.set_policy(policy, now)
+                self._accounting.victims.set_policy(policy, now)
             case _:
                 assert_never(event)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import math
 import statistics
@@ -17,7 +18,8 @@ import torch
 
 from serve_app.core.contract import Axis, Contract, SizeCost
 from serve_app.models.process_memory import exact_heap, give_back_free_memory, process_memory
-from serve_app.models.runtimes.base import LoadedModel
+from serve_app.models.readahead import ReadAhead
+from serve_app.models.runtimes.base import LoadedModel, PreparedModel
 from serve_app.tasks.tensors import Tensors, probe
 
 REPEATS = 3
@@ -40,13 +42,18 @@ _MAX_SIZES = 9
 class Measurement:
     """One model on this machine: one thread, weights in the page cache.
 
-    ``costs`` has what an execution takes at every one of ``grid``; ``exec_s`` and ``workspace_bytes`` are those at the
-    first. ``resident_bytes`` is by how much resident memory falls with an unload.
+    Attributes:
+        costs: what an execution takes at every one of ``grid``; ``exec_s`` and ``workspace_bytes`` are of these.
+        prepared_bytes: what a process keeps of the model while it is not in memory.
+        resident_bytes: by how much resident memory falls with an unload.
+        kept_bytes: by how much it is larger after a load and an unload than before.
     """
 
     load_s: float
     costs: tuple[SizeCost, ...]
+    prepared_bytes: int
     resident_bytes: int
+    kept_bytes: int
 
     @property
     def exec_s(self) -> float:
@@ -77,34 +84,66 @@ def _steps(axis: Axis, *, middle: bool) -> tuple[int, ...]:
     return tuple(dict.fromkeys(sizes if middle else (sizes[0], sizes[-1])))
 
 
-def measure(load: Callable[[], LoadedModel], contract: Contract, sizes: Sequence[tuple[int, ...]]) -> Measurement:
-    """Load and run a model ``REPEATS`` times each, and take medians.
+def measure(prepare: Callable[[], PreparedModel], contract: Contract, sizes: Sequence[tuple[int, ...]]) -> Measurement:
+    """Prepare, load and run a model ``REPEATS`` times each, and take medians.
+
+    Memory is that of the model alone only in a process that has had no other one, see ``measure_published``.
 
     Args:
-        load: loads the model; it is loaded and unloaded several times, and unloaded at the end.
+        prepare: prepares the model; it is called twice.
         contract: of the model.
         sizes: of the free axes, at which executions are measured; the least first.
     """
-    load_times = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        model = load()
-        load_times.append(time.perf_counter() - started)
-        model.unload()
-    model = load()
-    try:
-        with _one_thread():
+    with _one_thread():
+        first = prepare()
+        inputs = probe(contract, sizes[0])
+        # Once without measuring: libraries set themselves up, which no unload gives back and no further model takes.
+        _load_and_run(first, inputs)
+        before = _resident_bytes()
+        prepared = prepare()
+        prepared_bytes = max(0, _resident_bytes() - before)
+        cycles = [_load_and_run(prepared, inputs) for _ in range(REPEATS)]
+        model = prepared.load(ReadAhead, None)
+        try:
             costs = tuple(_cost(model, probe(contract, each), each) for each in sizes)
-            give_back_free_memory()
-            loaded_bytes = process_memory().rss_bytes
+        finally:
+            model.unload()
+    return Measurement(
+        load_s=statistics.median(cycle.load_s for cycle in cycles),
+        costs=costs,
+        prepared_bytes=prepared_bytes,
+        resident_bytes=max(0, int(statistics.median(cycle.resident_bytes for cycle in cycles))),
+        kept_bytes=max(0, int(statistics.median(cycle.kept_bytes for cycle in cycles))),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cycle:
+    """A load, an execution and an unload."""
+
+    load_s: float
+    resident_bytes: int
+    kept_bytes: int
+
+
+def _load_and_run(prepared: PreparedModel, inputs: Tensors) -> _Cycle:
+    before = _resident_bytes()
+    started = time.perf_counter()
+    model = prepared.load(ReadAhead, None)
+    load_s = time.perf_counter() - started
+    try:
+        model.run(inputs)
+        loaded = _resident_bytes()
     finally:
         model.unload()
+    after = _resident_bytes()
+    return _Cycle(load_s=load_s, resident_bytes=loaded - after, kept_bytes=after - before)
+
+
+def _resident_bytes() -> int:
+    gc.collect()
     give_back_free_memory()
-    return Measurement(
-        load_s=statistics.median(load_times),
-        costs=costs,
-        resident_bytes=max(0, loaded_bytes - process_memory().rss_bytes),
-    )
+    return process_memory().rss_bytes
 
 
 def _cost(model: LoadedModel, inputs: Tensors, sizes: tuple[int, ...]) -> SizeCost:

@@ -60,5 +60,6 @@ def with_measurement(model: PublishedModel, measurement: Measurement, size_bytes
         weights_bytes=size_bytes,
         workspace_bytes=measurement.workspace_bytes,
         costs=() if model.row_by_row else measurement.costs,
+        prepared_bytes=measurement.prepared_bytes,
         profile=profile,
     )

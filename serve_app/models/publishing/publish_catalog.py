@@ -17,6 +17,7 @@ from torch import nn
 from serve_app.core.catalog import ModelEntry
 from serve_app.errors import DownloadFailed, StoreError, WeightsUnavailable
 from serve_app.models.builders import registry
+from serve_app.models.profiling.fresh_process import prepare_server
 from serve_app.models.publishing.described import ModuleStage
 from serve_app.models.publishing.publish_graph import publish_graph
 from serve_app.models.publishing.publish_module import publish_module
@@ -111,6 +112,7 @@ def publish(
     publisher = Publisher(store, entries, on_progress, WeightSource(fetcher, reachable), require_weights)
     if not force and not any(publisher.is_pending(entry) for entry in entries):
         return publisher.skip_all()
+    prepare_server()
     with store.exclusive(on_wait=publisher.report_wait):
         store.sweep()
         for index, entry in enumerate(entries):

@@ -16,7 +16,8 @@ from serve_app.core.contract import BATCH, FREE, Contract, TensorSpec
 from serve_app.core.contract_declaration import complete_contract
 from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
-from serve_app.models.profiling.measure import grid, measure
+from serve_app.models.profiling.measure import grid
+from serve_app.models.profiling.measure_published import measure_published
 from serve_app.models.publishing.described import OnStage, describe, with_measurement
 from serve_app.models.publishing.task_files import with_task
 from serve_app.models.readahead import ReadAhead
@@ -82,7 +83,7 @@ def publish_graph(store: ModelStore, entry: ModelEntry, path: Path, on_stage: On
 
     _verify(entry, load, trials)
     on_stage("measuring", weights_bytes)
-    measurement = measure(load, contract, grid(contract.axes))
+    measurement = measure_published(manifest, store, grid(contract.axes))
     size_bytes = max(measurement.resident_bytes, weights_bytes)
     store.commit(dataclasses.replace(manifest, model=with_measurement(model, measurement, size_bytes)))
     on_stage("published", size_bytes)

@@ -21,7 +21,8 @@ from serve_app.models.builders import registry
 from serve_app.models.graph_optimizations import ROUNDING, largest_difference, named_slots, optimize, order_of_use
 from serve_app.models.module_call import call_module, ordered_outputs, takes_keywords
 from serve_app.models.module_template import TORCH_COMPUTE_DTYPES, TORCH_DTYPES, ModuleTemplate
-from serve_app.models.profiling.measure import grid, measure
+from serve_app.models.profiling.measure import grid
+from serve_app.models.profiling.measure_published import measure_published, require_counted
 from serve_app.models.publishing.described import OnStage, describe, with_measurement
 from serve_app.models.publishing.task_files import with_task
 from serve_app.models.runtimes.torch_runtime import PreparedModule
@@ -91,7 +92,8 @@ def publish_module(store: ModelStore, entry: ModelEntry, weights: str, module: n
     _verify(prepared, trials, entry.dtype)
     on_stage("measuring", weights_bytes)
     sizes = (_least(contract),) if model.row_by_row else grid(contract.axes)
-    measurement = measure(prepared.load, contract, sizes)
+    measurement = measure_published(manifest, store, sizes)
+    require_counted(entry.builder, measurement, weights_bytes)
     store.commit(dataclasses.replace(manifest, model=with_measurement(model, measurement, weights_bytes)))
     on_stage("published", weights_bytes)
 
