@@ -18,8 +18,9 @@ from serve_app.config.default_files import find_default
 from serve_app.config.edge import EdgeSettings, load_edge
 from serve_app.config.environment import ca_bundle, downloads_dir
 from serve_app.core.catalog import ModelEntry
-from serve_app.errors import ConfigError, StoreError
-from serve_app.store.model_store import ModelStore, is_published_from
+from serve_app.errors import ConfigError
+from serve_app.store.manifest import Manifest
+from serve_app.store.model_store import ModelStore
 
 # torch takes seconds to import, and --help should not wait for it.
 if TYPE_CHECKING:
@@ -91,7 +92,13 @@ def _profiles(
     from serve_app.models.threads import use_threads
 
     use_threads(settings.worker.threads_per_inference)
-    profiles = list(_each(entries, "profiling", lambda entry: model_profile.profile(store, entry.model_id, cold=cold)))
+    profiles = list(
+        _each(
+            entries,
+            "profiling",
+            lambda entry: model_profile.profile(store, entry.model_id, cold=cold, manifest=_manifest(store, entry)),
+        )
+    )
     _write(model_profile.as_json(profiles), as_json, out)
     if not as_json:
         _show_profiles(profiles)
@@ -108,7 +115,7 @@ def _variants(
     photographs, source = find_photographs(images), WeightSource(Fetcher(downloads_dir(), ca_bundle=ca_bundle()))
 
     def compared(entry: ModelEntry) -> Comparison:
-        return compare(entry, store.manifest(entry.model_id).model, photographs, source)
+        return compare(entry, _manifest(store, entry).model, photographs, source)
 
     rows = list(_each(entries, "comparing", compared))
     _write([row.as_json() for row in rows], as_json, out)
@@ -133,11 +140,13 @@ def _published(
     return [entry for entry in entries if entry.model_id not in missing]
 
 
+def _manifest(store: ModelStore, entry: ModelEntry) -> Manifest:
+    key = store.find(entry)
+    return store.manifest(entry.model_id) if key is None else store.read(key)
+
+
 def _is_published(store: ModelStore, entry: ModelEntry) -> bool:
-    try:
-        return is_published_from(store.manifest(entry.model_id), entry)
-    except StoreError:
-        return False
+    return store.find(entry) is not None
 
 
 def _each(entries: Sequence[ModelEntry], doing: str, measure: Callable[[ModelEntry], Any]) -> Iterator[Any]:

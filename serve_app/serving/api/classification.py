@@ -75,7 +75,7 @@ class ClassificationEndpoints:
 
 def _content(response: InferenceResponse) -> dict[str, object]:
     content: dict[str, object] = {
-        "model": response.model.model_id,
+        "model": response.model.name,
         "location": response.location,
         "outcome": response.outcome.value,
         **(response.answer or {}),
