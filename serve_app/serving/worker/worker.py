@@ -283,7 +283,7 @@ class Worker:
     def _begin(self, raw: RawInput, model: PublishedModel) -> tuple[Solution, Tensors, tuple[int, ...]]:
         """Start the task of a model, up to the inputs of its first execution."""
         known = TaskModel(
-            model_id=model.model_id,
+            model_id=model.name,
             contract=model.contract,
             task=model.task,
             max_pixels=self._max_pixels,
