@@ -42,7 +42,7 @@ class _TaskSettings(Settings):
 
 def _size(value: object) -> object:
     """Check an axis of a shape: a number, -1, or the name of a free axis."""
-    if isinstance(value, str) and value or type(value) is int:
+    if (isinstance(value, str) and value) or type(value) is int:
         return value
     raise ValueError(f"an axis must be a whole number, -1 or a name, not {value!r}")
 
