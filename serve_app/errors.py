@@ -131,6 +131,12 @@ class StoreError(EdgeServeError):
     status = 500
 
 
+class ModelChanged(StoreError):
+    """What a worker has in memory of a model is no longer what the store has; the worker loads it again."""
+
+    status = 500
+
+
 class DownloadFailed(StoreError):
     """A file could not be fetched from where its reference says; it may be there later."""
 

@@ -18,6 +18,7 @@ from serve_app.config.environment import ca_bundle, downloads_dir
 from serve_app.core.catalog import ModelEntry
 from serve_app.errors import ConfigError, StoreError, WeightsUnavailable
 from serve_app.store.model_store import ModelStore
+from serve_app.store.projects import Project
 
 if TYPE_CHECKING:
     from serve_app.models.publishing.publish_catalog import PublishEvent
@@ -67,6 +68,7 @@ def publish_catalog(
     *,
     force: bool = False,
     store: Path | None = None,
+    canary: float | None = None,
     require_weights: bool = False,
 ) -> None:
     """Publish models and show progress.
@@ -76,6 +78,7 @@ def publish_catalog(
         names: the models to publish; empty for all.
         force: publish models again that are in the store.
         store: directory of the store, if not the one of the settings.
+        canary: new versions answer this share of the requests; None: all of them.
         require_weights: random weights must not stand in for pretrained ones.
 
     Raises:
@@ -105,12 +108,16 @@ def publish_catalog(
             entries,
             on_progress=show,
             force=force,
+            project=Project.of(settings.catalog),
+            canary=canary,
             fetcher=Fetcher(downloads_dir(), ca_bundle=ca_bundle()),
             require_weights=require_weights,
         )
     out.print(f"{len(report.published)} models published, {len(report.skipped)} were in the store at {root}")
     if report.published:
         out.print(_measured(ModelStore(root), [entry for entry in entries if entry.model_id in report.published]))
+    for name, version in report.versions.items():
+        out.print(f"{name} has the new version {version}" + (f", a canary of {canary:.0%}" if canary else ""))
     if report.warning and not require_weights:
         warn(report.warning)
     for failure in report.failures:

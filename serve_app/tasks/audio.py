@@ -18,8 +18,6 @@ _RATES = (1000, 384_000)
 #: Half the width of the filter of resampling, in samples of the lower rate.
 _FILTER = 16
 
-_CHUNK = 1 << 15
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Format:
@@ -66,17 +64,17 @@ def resample(samples: NDArray[np.float64], rate: int, wanted: int) -> NDArray[np
     cutoff = min(1.0, wanted / rate)
     reach = math.ceil(_FILTER / cutoff)
     count = math.ceil(len(samples) * up / down)
-    padded = np.pad(samples, reach + 1)
     offsets = np.arange(-reach, reach + 1)
+    # One row for each place that the filter may be at.
+    places = np.lib.stride_tricks.sliding_window_view(np.pad(samples, reach), len(offsets))
     result = np.empty(count)
-    for start in range(0, count, _CHUNK):
-        # Times are whole numbers of 1/up samples, so that a long recording stays exact.
-        at = np.arange(start, min(count, start + _CHUNK), dtype=np.int64) * down
-        whole, part = at // up, (at % up) / up
-        distance = offsets[None, :] - part[:, None]
-        window = np.where(np.abs(distance) <= reach, np.cos(distance * (math.pi / 2 / (reach + 1))) ** 2, 0)
-        weights = cutoff * np.sinc(cutoff * distance) * window
-        result[start : start + len(at)] = (padded[whole[:, None] + offsets[None, :] + reach + 1] * weights).sum(axis=1)
+    # Every up-th sample lies at the same distance from those given, and so has the same weights.
+    for phase in range(min(up, count)):
+        whole, part = divmod(phase * down, up)
+        distance = offsets - part / up
+        weights = cutoff * np.sinc(cutoff * distance) * np.cos(distance * (math.pi / 2 / (reach + 1))) ** 2
+        wanted_here = result[phase::up]
+        wanted_here[:] = places[whole::down][: len(wanted_here)] @ weights
     return result
 
 

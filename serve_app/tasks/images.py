@@ -141,8 +141,8 @@ def fit_image(
         return pixels, _placement(image, pixels, new_width / width, new_height / height)
     if preset.fit == "native":
         scale = min(1.0, horizontal.most / width, vertical.most / height)
-        new_width = _allowed(width * scale, horizontal)
-        new_height = _allowed(height * scale, vertical)
+        new_width = _allowed(width * scale + horizontal.multiple / 2, horizontal)
+        new_height = _allowed(height * scale + vertical.multiple / 2, vertical)
         pixels = normalize(_resized(image, (new_width, new_height), preset), preset)
         return pixels, _placement(image, pixels, new_width / width, new_height / height)
     return _letterbox(image, preset, horizontal, vertical)

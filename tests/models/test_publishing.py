@@ -93,10 +93,11 @@ def test_publisher_killed_at_any_moment_is_resumed_by_the_next(store: ModelStore
     check_content(store, "first")
     if moment == "half-written":
         assert list((store.root / "tmp").iterdir())
-    committed = (store.root / "models" / "first.json").stat().st_mtime_ns
+    (first,) = store.manifest_keys("first")
+    committed = store.manifest_path(first).stat().st_mtime_ns
     report = publish(store, ENTRIES, reachable=offline)
     assert report.published == ENTRIES_AFTER[moment]
-    assert (store.root / "models" / "first.json").stat().st_mtime_ns == committed
+    assert store.manifest_path(first).stat().st_mtime_ns == committed
     for entry in ENTRIES:
         check_content(store, entry.model_id)
     assert len(list((store.root / "blobs").iterdir())) == len(ENTRIES)
@@ -157,13 +158,13 @@ def test_changed_weights_builder_or_crop_are_published_again(store: ModelStore) 
     blobs = set((store.root / "blobs").iterdir())
     assert publish(store, [tiny("tied", family="toys", accuracy=0.5)], reachable=never).skipped == ("tied",)
     assert publish(store, [tiny("tied", weights="random:4")], reachable=offline).published == ("tied",)
-    assert not blobs & set((store.root / "blobs").iterdir()), "the replaced weights must be swept"
+    assert blobs < set((store.root / "blobs").iterdir()), "who else has published them may serve them"
     assert publish(store, [tiny("tied", "ReadsValues", "random:4")], reachable=offline).published == ("tied",)
 
 
 def test_model_of_an_older_format_is_left_out_until_it_is_published_again(store: ModelStore) -> None:
     publish(store, [tiny("tied")], reachable=offline)
-    path = store.root / "models" / "tied.json"
+    path = store.manifest_path(store.manifest_keys("tied")[0])
     older = json.loads(path.read_bytes()) | {"format": 1}
     del older["execution"]
     path.write_text(json.dumps(older))

@@ -32,6 +32,7 @@ def describe(
     """Describe a model as far as it is known before it is measured."""
     return PublishedModel(
         model_id=entry.model_id,
+        fingerprint=entry.fingerprint,
         builder=entry.builder,
         family=entry.family,
         weights_requested=entry.weights,

@@ -6,10 +6,11 @@ killed at any moment: finished models stay, and the next publisher sweeps the re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
@@ -25,7 +26,9 @@ from serve_app.models.sources.download_cache import OnBytes
 from serve_app.models.sources.fetcher import Fetcher
 from serve_app.models.sources.labels import read_labels
 from serve_app.models.sources.pretrained import FALLBACK, PRETRAINED, Probe, WeightSource
-from serve_app.store.model_store import ModelStore, is_published_from
+from serve_app.store.model_store import ModelStore
+from serve_app.store.project_recorder import ProjectRecorder
+from serve_app.store.projects import Project
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,7 @@ class PublishReport:
 
     ``fallbacks`` are all models of the run, published now or before, that serve seeded random weights because the
     pretrained ones could not be fetched; ``refused`` those that would, and were not published for that reason.
+    ``versions`` has the new version of each model that had one before.
     """
 
     published: tuple[str, ...] = ()
@@ -70,6 +74,7 @@ class PublishReport:
     fallbacks: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
     failures: tuple[PublishFailure, ...] = ()
+    versions: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def warning(self) -> str | None:
@@ -90,6 +95,8 @@ def publish(
     on_progress: Callable[[PublishEvent], None] = lambda event: None,
     force: bool = False,
     reachable: Probe | None = None,
+    project: Project | None = None,
+    canary: float | None = None,
     fetcher: Fetcher | None = None,
     require_weights: bool = False,
 ) -> PublishReport:
@@ -103,13 +110,17 @@ def publish(
         on_progress: called at every stage of every model.
         force: publish again also what is published already.
         reachable: whether a URL can be fetched; called once per host.
+        project: the catalog file, whose versions the models become; None: of no catalog.
+        canary: new versions answer this share of the requests, and the versions before go on with the rest.
         fetcher: fetches what references name.
         require_weights: publish no model with random weights in the place of pretrained ones.
 
     Raises:
         StoreError: the store cannot be written at all.
     """
-    publisher = Publisher(store, entries, on_progress, WeightSource(fetcher, reachable), require_weights)
+    entries = store.fingerprinted(entries)
+    recorder = ProjectRecorder(store, project, canary)
+    publisher = Publisher(store, entries, on_progress, WeightSource(fetcher, reachable), recorder, require_weights)
     if not force and not any(publisher.is_pending(entry) for entry in entries):
         return publisher.skip_all()
     prepare_server()
@@ -132,6 +143,7 @@ class Publisher:
         entries: the catalog.
         on_progress: called at every stage of every model.
         source: decides which weights a model gets.
+        recorder: makes what is published a version of its project.
         require_weights: see ``publish``.
     """
 
@@ -141,12 +153,14 @@ class Publisher:
         entries: Sequence[ModelEntry],
         on_progress: Callable[[PublishEvent], None],
         source: WeightSource,
+        recorder: ProjectRecorder,
         require_weights: bool = False,
     ) -> None:
         self._store = store
         self._entries = entries
         self._on_progress = on_progress
         self._source = source
+        self._recorder = recorder
         self._require_weights = require_weights
         self._published: list[str] = []
         self._skipped: list[str] = []
@@ -156,10 +170,12 @@ class Publisher:
     def is_pending(self, entry: ModelEntry) -> bool:
         """Return whether the store does not have the model as the entry asks for it."""
         try:
-            manifest = self._store.manifest(entry.model_id)
-            self._store.check_sizes(entry.model_id)
-            if not is_published_from(manifest, entry):
+            key = self._store.find(entry, self._recorder.state())
+            if key is None:
                 return True
+            manifest = self._store.read(key)
+            for file in manifest.files:
+                self._store.require_verified(file, entry.model_id)
             return manifest.model.fallback and self._available_weights(entry) != manifest.model.weights_actual
         except StoreError:
             return True
@@ -176,8 +192,11 @@ class Publisher:
         return self.report()
 
     def skip(self, index: int, entry: ModelEntry) -> None:
-        """Leave a model as it is in the store."""
+        """Leave a model as it is in the store; it may be new to the project."""
         self._skipped.append(entry.model_id)
+        with contextlib.suppress(StoreError):
+            # A store that only others write to is served as it is.
+            self._recorder.record(entry, is_new=False)
         self._report_stage(index, entry, "skipped")
 
     def publish(self, index: int, entry: ModelEntry) -> None:
@@ -198,6 +217,7 @@ class Publisher:
                 publish_graph(self._store, entry, self._source.fetcher.fetch(place, on_bytes), on_stage)
             else:
                 publish_module(self._store, entry, *self._build(entry, on_bytes), on_stage)
+            self._recorder.record(entry, is_new=True)
         except WeightsUnavailable as error:
             logger.error("model %s is not published: %s", entry.model_id, error)
             self._refused.append(entry.model_id)
@@ -214,17 +234,22 @@ class Publisher:
     def report(self) -> PublishReport:
         """Return the outcome of the run so far, and log its warning."""
         failed = {failure.model_id for failure in self._failures} | set(self._refused)
-        done = [entry.model_id for entry in self._entries if entry.model_id not in failed]
+        done = [entry for entry in self._entries if entry.model_id not in failed]
         report = PublishReport(
             published=tuple(self._published),
             skipped=tuple(self._skipped),
-            fallbacks=tuple(model_id for model_id in done if self._store.manifest(model_id).model.fallback),
+            fallbacks=tuple(entry.model_id for entry in done if self._falls_back(entry)),
             refused=tuple(self._refused),
             failures=tuple(self._failures),
+            versions=self._recorder.versions,
         )
         if report.warning:
             logger.warning("%s", report.warning)
         return report
+
+    def _falls_back(self, entry: ModelEntry) -> bool:
+        key = self._store.find(entry, self._recorder.state())
+        return key is not None and self._store.read(key).model.fallback
 
     def _available_weights(self, entry: ModelEntry) -> str:
         if entry.builder.startswith("onnx:"):
