@@ -45,7 +45,7 @@ def refusal(kind: str, inputs: Any, **fields: Any) -> str:
         ("image-classification", IMAGE, {}, "must know how an image is scaled; add image: {crop_px"),
         ("detection", TOKENS, {"image": ImageInput()}, "needs a first input [batch, channels, height, width]"),
         ("image-classification", IMAGE, {"image": ImageInput(crop_px=30)}, "crop_px 30 of task"),
-        ("segmentation", IMAGE, {"image": ImageInput(mean=(0,), std=(1,))}, "needs a mean and a std for each channel, not 1"),
+        ("segmentation", IMAGE, {"image": ImageInput(mean=(0,), std=(1,))}, "a mean and a std for each channel, not 1"),
         ("segmentation", IMAGE, {"image": ImageInput(fit="native")}, "native needs free axes"),
         ("bytes-classification", IMAGE, {}, "needs one input [batch, 2 x bytes]"),
     ],
