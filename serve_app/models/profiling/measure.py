@@ -44,7 +44,7 @@ class Measurement:
 
     Attributes:
         costs: what an execution takes at every one of ``grid``; ``exec_s`` and ``workspace_bytes`` are of these.
-        prepared_bytes: what a process keeps of the model while it is not in memory.
+        prepared_bytes: what a process keeps of the model while it is not in memory, once it has run.
         resident_bytes: by how much resident memory falls with an unload.
         kept_bytes: by how much it is larger after a load and an unload than before.
     """
@@ -101,8 +101,8 @@ def measure(prepare: Callable[[], PreparedModel], contract: Contract, sizes: Seq
         _load_and_run(first, inputs)
         before = _resident_bytes()
         prepared = prepare()
-        prepared_bytes = max(0, _resident_bytes() - before)
         cycles = [_load_and_run(prepared, inputs) for _ in range(REPEATS)]
+        prepared_bytes = _resident_bytes() - before
         model = prepared.load(ReadAhead, None)
         try:
             costs = tuple(_cost(model, probe(contract, each), each) for each in sizes)
@@ -111,7 +111,7 @@ def measure(prepare: Callable[[], PreparedModel], contract: Contract, sizes: Seq
     return Measurement(
         load_s=statistics.median(cycle.load_s for cycle in cycles),
         costs=costs,
-        prepared_bytes=prepared_bytes,
+        prepared_bytes=max(0, prepared_bytes),
         resident_bytes=max(0, int(statistics.median(cycle.resident_bytes for cycle in cycles))),
         kept_bytes=max(0, int(statistics.median(cycle.kept_bytes for cycle in cycles))),
     )
@@ -153,17 +153,20 @@ def _cost(model: LoadedModel, inputs: Tensors, sizes: tuple[int, ...]) -> SizeCo
         started = time.perf_counter()
         model.run(inputs)
         seconds.append(time.perf_counter() - started)
+    repeats = REPEATS if sum(seconds) < _LONG_S else 1
     return SizeCost(
-        sizes=sizes, workspace_bytes=workspace_bytes(lambda: model.run(inputs)), exec_s=statistics.median(seconds)
+        sizes=sizes,
+        workspace_bytes=workspace_bytes(lambda: model.run(inputs), repeats=repeats),
+        exec_s=statistics.median(seconds),
     )
 
 
-def workspace_bytes(run: Callable[[], object], *, proc: Path = PROC) -> int:
-    """Measure the bytes that one call of ``run`` takes in addition to what is resident."""
+def workspace_bytes(run: Callable[[], object], *, proc: Path = PROC, repeats: int = REPEATS) -> int:
+    """Measure the bytes that one call of ``run`` takes in addition to what is resident; the median of ``repeats``."""
     # With the usual heap the result would depend on what the allocator has kept, or takes in advance. A thread has a
     # heap of its own, without free room of earlier models.
     with exact_heap(), ThreadPoolExecutor(1) as thread:
-        measured = [thread.submit(peak_growth_bytes, run, proc=proc).result() for _ in range(REPEATS)]
+        measured = [thread.submit(peak_growth_bytes, run, proc=proc).result() for _ in range(repeats)]
     return int(statistics.median(measured))
 
 
