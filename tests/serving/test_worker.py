@@ -25,7 +25,7 @@ from serve_app.core.policies.base import EvictionPolicy, PreloadCandidates
 from serve_app.core.policies.registry import make_policy
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ModelState, Outcome
-from serve_app.errors import DeadlineExceeded, DoesNotFit, InvalidRequest, StoreError, Unavailable
+from serve_app.errors import DeadlineExceeded, DoesNotFit, InvalidRequest, ModelChanged, StoreError, Unavailable
 from serve_app.serving.transport.messages import InferenceRejected, InferenceResult, InferenceTask, NotResident
 from serve_app.serving.worker.model_manager import ModelManager
 from serve_app.serving.worker.process_budget import ProcessBudget
@@ -40,13 +40,17 @@ BATCH = {"input": np.zeros((2, 3, 8, 8), np.float32)}
 
 
 class FakeModel:
-    def __init__(self, gate: threading.Event) -> None:
+    def __init__(self, gate: threading.Event, backend: FakeBackend) -> None:
         self._gate = gate
+        self._backend = backend
         self.running = 0
         self.unloaded = False
 
     def run(self, inputs: Tensors) -> Tensors:
         assert not self.unloaded, "a model in use was unloaded"
+        if self._backend.changed:
+            self._backend.changed = False
+            raise ModelChanged("a file was changed")
         self.running += 1
         self._gate.wait(10)
         self.running -= 1
@@ -64,6 +68,8 @@ class FakeBackend:
         self.loads: list[str] = []
         self.broken: set[str] = set()
         self.missing: set[str] = set()
+        #: The next execution finds that a file has changed.
+        self.changed = False
         self.gate = threading.Event()
         self.gate.set()
 
@@ -75,7 +81,7 @@ class FakeBackend:
         self.loads.append(model_id)
         if model_id in self.broken:
             raise StoreError(f"{model_id} is corrupt")
-        return FakeModel(self.gate)
+        return FakeModel(self.gate, self)
 
 
 class WishesForAll(EvictionPolicy):
@@ -177,6 +183,28 @@ async def test_the_first_request_loads_and_the_second_hits() -> None:
     assert (first.outcome, second.outcome) == (Outcome.LOAD, Outcome.HIT)
     assert second.outputs["logits"].shape == (2, CLASSES)
     assert backend.loads == ["a"]
+
+
+async def test_a_model_whose_files_changed_is_loaded_again_for_the_request_that_noticed() -> None:
+    backend = FakeBackend()
+    async with running(backend, pinned="a") as worker:
+        await worker.infer(work())
+        backend.changed = True
+        reply = await worker.infer(work())
+        assert backend.changed is False
+    assert reply.outcome is Outcome.LOAD
+    assert backend.loads == ["a", "a"]
+
+
+async def test_a_model_whose_files_are_broken_says_so_and_others_are_served() -> None:
+    backend = FakeBackend()
+    async with running(backend) as worker:
+        await worker.infer(work())
+        backend.changed, backend.broken = True, {"a"}
+        reply = await worker.infer(work())
+        assert isinstance(reply, InferenceRejected)
+        assert "a is corrupt" in str(reply.error)
+        assert isinstance(await worker.infer(work("b")), InferenceResult)
 
 
 async def test_a_third_model_evicts_another_and_names_it() -> None:
