@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import random
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,6 +19,7 @@ from PIL import Image
 
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import Catalog, ModelProfile, PublishedModel
+from serve_app.core.coordination.rules import CoordinatorRules
 from serve_app.core.links import Link
 from serve_app.core.memory_budget import MemoryBudget, ProcessMemory
 from serve_app.core.policies.base import EvictionPolicy, PreloadCandidates
@@ -121,6 +122,7 @@ async def running(
     metrics: Any = None,
     pinned: str = "",
     others: Sequence[PublishedModel] = (),
+    look_for_versions: Callable[[], Awaitable[None]] | None = None,
 ) -> AsyncIterator[Worker]:
     """A worker with memory for two of its models; at the end every pin must be back and the bytes add up."""
     models = [dataclasses.replace(published(name), pinned=name in pinned) for name in "abc"]
@@ -157,6 +159,7 @@ async def running(
             process_budget=memory,
             max_pixels=10_000,
             retention=retention or RetentionRules(),
+            look_for_versions=look_for_versions,
             clock=clock or loop.time,
         )
         yield worker
@@ -205,6 +208,36 @@ async def test_a_model_whose_files_are_broken_says_so_and_others_are_served() ->
         assert isinstance(reply, InferenceRejected)
         assert "a is corrupt" in str(reply.error)
         assert isinstance(await worker.infer(work("b")), InferenceResult)
+
+
+class ConfiguredLink(FakeLink):
+    def configure(self, rules: CoordinatorRules) -> None:
+        return None
+
+
+async def test_a_version_that_a_router_saw_first_is_looked_for_before_it_is_refused() -> None:
+    both = Catalog((published("a"), published("a@2")))
+    rules = RoutingRules(
+        profiles=both.profiles(), links={}, default_link=Link(rtt_s=0.001, bytes_per_s=1e9), horizon_s=10
+    )
+    looks = 0
+
+    async def look() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            worker.reconfigure(
+                catalog=both,
+                budget=BUDGET,
+                policy=None,
+                rules=rules,
+                retention=RetentionRules(),
+                coordination=CoordinatorRules(half_life_s=60.0, stale_after_s=2.0),
+            )
+
+    async with running(FakeBackend(), ConfiguredLink(), look_for_versions=look) as worker:
+        assert isinstance(await worker.infer(work("a@2")), InferenceRejected)
+        assert isinstance(await worker.infer(work("a@2")), InferenceResult)
 
 
 async def test_a_third_model_evicts_another_and_names_it() -> None:
