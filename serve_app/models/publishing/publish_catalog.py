@@ -22,6 +22,7 @@ from serve_app.models.profiling.fresh_process import prepare_server
 from serve_app.models.publishing.described import ModuleStage
 from serve_app.models.publishing.publish_graph import publish_graph
 from serve_app.models.publishing.publish_module import publish_module
+from serve_app.models.runtimes import registry as runtimes
 from serve_app.models.sources.download_cache import OnBytes
 from serve_app.models.sources.fetcher import Fetcher
 from serve_app.models.sources.labels import read_labels
@@ -176,6 +177,9 @@ class Publisher:
             manifest = self._store.read(key)
             for file in manifest.files:
                 self._store.require_verified(file, entry.model_id)
+            if manifest.execution.made_for:
+                # The library or the processor may be another one since.
+                runtimes.prepare(manifest, self._store)
             return manifest.model.fallback and self._available_weights(entry) != manifest.model.weights_actual
         except StoreError:
             return True
