@@ -17,8 +17,12 @@ from serve_app.cli.client import request, server_options
 from serve_app.cli.console import stdout, warn
 from serve_app.cli.publish import publish_catalog, require_weights_option
 from serve_app.config.default_files import find_default
+from serve_app.config.edge import load_edge, load_token
 from serve_app.config.environment import ray_temp_dir
 from serve_app.errors import EdgeServeError, StoreError, WeightsUnavailable
+
+#: Within this time every worker has reported what it took over from a changed configuration.
+_REPORTS_S = 1.5
 
 # Ray and torch take seconds to import; --help and status need neither.
 if TYPE_CHECKING:
@@ -65,14 +69,27 @@ def up(config: Path | None, detach: bool, require_weights: bool) -> None:
     if earlier is not None:
         deployment.update(earlier, serve_file, show)
         show("everything is as configured; edgeserve down stops it")
+        time.sleep(_REPORTS_S)
+        _warn_of_unusable_models(serve_file.url, edge)
         return
     running = deployment.start(serve_file, show)
+    _warn_of_unusable_models(serve_file.url, edge)
     _show_addresses(out, serve_file.url, serve_file.locations)
     if detach:
         out.print("running in the background; stop it with: edgeserve down")
         return
     out.print("Ctrl-C stops it")
     _wait_for_the_end(running, show)
+
+
+def _warn_of_unusable_models(url: str, edge: Path) -> None:
+    """Say which models of the catalog workers cannot load, and why, before a request finds out."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in request("GET", f"{url}/v1/locations", load_token(load_edge(edge)))["locations"]:
+        for model, reason in row["unusable"].items():
+            reasons.setdefault((model, reason), []).append(row["name"])
+    for (model, reason), locations in reasons.items():
+        warn(f"model {model} cannot be served at {', '.join(locations)}: {reason}")
 
 
 def _interrupt(*_: object) -> None:

@@ -26,7 +26,7 @@ from serve_app.store.durable_files import sha256_of, stat_signature
 #: What ``ModelStore.catalog`` takes from the entry whenever it reads the store.
 OVERLAY_FIELDS: Final = frozenset({"model_id", "family", "accuracy", "pinned", "min_copies", "fingerprint"})
 _OVERLAY_TASK_FIELDS: Final = frozenset(
-    {"image", "labels", "pooling", "normalize", "min_score", "max_overlap", "sample_rate"}
+    {"image", "labels", "activation", "pooling", "normalize", "min_score", "max_overlap", "sample_rate", "context"}
 )
 
 #: Kinds of references to a file of this machine.
