@@ -10,6 +10,7 @@ import io
 import json
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from serve_app.core.contract import BATCH, FREE, Axis, TensorSpec
+from serve_app.core.reference import parse_reference
 from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.builders.base import Metadata
@@ -54,8 +56,9 @@ class ExportBuilder:
 
     def pretrained_source(self) -> Pretrained:
         """Return where the file is."""
-        path = Path(self._reference.removeprefix("file:"))
-        return Pretrained(references=(self._reference,), file=path if path.is_file() else None)
+        reference = parse_reference(self._reference)
+        file = Path(reference.place) if reference.kind == "file" else None
+        return Pretrained(references=(self._reference,), file=file)
 
     def construct(self, weights: str) -> nn.Module:
         """Refuse: a program has its weights with it."""
@@ -121,6 +124,8 @@ def _load(reference: str, file: Path | io.BytesIO) -> Any:
 
 def _require_no_code(reference: str, file: Path) -> None:
     """Require that an archive has no pickle that can run code."""
+    if not file.is_file():
+        raise StoreError(f"export:{reference}: there is no file {file}; name one that torch.export.save has written")
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
@@ -160,33 +165,46 @@ def _input_specs(program: Any) -> list[Any]:
 
 
 def _metadata(program: Any) -> Metadata:
+    """Read the inputs of a program, and the ranges of their free axes."""
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    ranges = {str(symbol): limits for symbol, limits in program.range_constraints.items()}
+    ranges = {str(expression): limits for expression, limits in program.range_constraints.items()}
     names: dict[str, str] = {}
-    inputs, axes = [], {}
+    axes: dict[str, Axis] = {}
+    inputs = []
     for spec in _input_specs(program):
         value = values.get(getattr(spec.arg, "name", None))
         if not isinstance(value, torch.Tensor):
             continue
+        name = spec.arg.name
         if value.dtype not in _DATATYPES:
-            raise StoreError(f"input {spec.arg.name!r} is of {value.dtype}, for which the protocol has no datatype")
-        shape, axis_names = [], []
+            raise StoreError(f"input {name!r} is of {value.dtype}, for which the protocol has no datatype")
         for position, size in enumerate(value.shape):
-            is_free = not isinstance(size, int)
-            shape.append(FREE if is_free else size)
-            axis_names.append("")
-            if is_free:
-                symbol = str(size)
-                default = BATCH if position == 0 and BATCH not in names.values() else f"{spec.arg.name}_{position}"
-                axis_names[-1] = names.setdefault(symbol, default)
-                limits = ranges.get(symbol)
-                if limits is not None and int(min(limits.upper, _NO_LIMIT)) < _NO_LIMIT:
-                    name = axis_names[-1]
-                    axes[name] = Axis(name=name, least=max(1, int(limits.lower)), most=int(limits.upper))
+            if not isinstance(size, int):
+                is_batch = position == 0 and BATCH not in names.values()
+                axis = names.setdefault(str(size), BATCH if is_batch else f"{name}_{position}")
+                limits = _axis(axis, size, ranges)
+                if limits is not None:
+                    axes[axis] = limits
         inputs.append(
-            TensorSpec(name=spec.arg.name, datatype=_DATATYPES[value.dtype], shape=tuple(shape), axes=tuple(axis_names))
+            TensorSpec(
+                name=name,
+                datatype=_DATATYPES[value.dtype],
+                shape=tuple(size if isinstance(size, int) else FREE for size in value.shape),
+                axes=tuple("" if isinstance(size, int) else names[str(size)] for size in value.shape),
+            )
         )
     return Metadata(task=TaskSpec(), inputs=tuple(inputs), axes=tuple(axes.values()))
+
+
+def _axis(name: str, size: Any, ranges: Mapping[str, Any]) -> Axis | None:
+    """Return the limits of an axis; None if it has no upper one. Its size may be a multiple of a symbol."""
+    multiple, symbol = size.node.expr.as_coeff_Mul()
+    limits = ranges.get(str(symbol))
+    if limits is None or limits.upper >= _NO_LIMIT:
+        return None
+    multiple = max(1, int(multiple))
+    least = max(1, int(limits.lower))
+    return Axis(name=name, least=least * multiple, most=int(limits.upper) * multiple, multiple=multiple)
 
 
 def _without_weights(program: Any) -> bytes:
