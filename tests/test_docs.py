@@ -156,7 +156,7 @@ def test_lines_of_prose_are_no_longer_than_those_of_code(page: Path) -> None:
 def test_the_readme_is_short_and_has_the_two_commands() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 130
-    assert "pip install -e . && edgeserve up" in lines
+    assert "pip install -e '.[weights]' && edgeserve up" in lines
     assert "pip install -e '.[test]' && pytest" in lines
 
 

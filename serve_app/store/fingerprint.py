@@ -86,7 +86,7 @@ class Fingerprints:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 files.append(importlib.metadata.version(package[1]))
             return text
-        found = _FILE.fullmatch(text)
+        found = _FILE.fullmatch(text.partition("#sha256=")[0])
         if found is None:
             return text
         kind, place = found[1], Path(found[2])
