@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -142,17 +143,21 @@ def _trial_inputs(contract: Contract, example: Tensors | None) -> list[Tensors]:
     if example is not None:
         return _trials_of_example(contract, example)
     least = grid(contract.axes)[0]
-    # Axes grow by different steps, so that the outputs show which of them they follow.
     larger = tuple(
-        _larger(axis, size, steps) for steps, (axis, size) in enumerate(zip(contract.axes, least, strict=True), start=1)
+        _larger(axis, size, position) for position, (axis, size) in enumerate(zip(contract.axes, least, strict=True))
     )
     if larger == least:
         return [probe(contract, least), probe(contract, least, seed=1)]
     return [probe(contract, least), probe(contract, larger)]
 
 
-def _larger(axis: Axis, least: int, steps: int) -> int:
-    return min(axis.most // axis.multiple * axis.multiple, least + steps * axis.multiple)
+def _larger(axis: Axis, least: int, position: int) -> int:
+    """Return a size that differs from that of other axes, so that the outputs show which axis they follow.
+
+    One more is enough of a batch; an output may be much shorter than the axis that it follows otherwise.
+    """
+    start = least if axis.name == BATCH else math.isqrt(least * axis.most) // axis.multiple * axis.multiple
+    return min(axis.most // axis.multiple * axis.multiple, start + (position + 1) * axis.multiple)
 
 
 def _trials_of_example(contract: Contract, example: Tensors) -> list[Tensors]:
