@@ -10,6 +10,8 @@ import pytest
 import tagger_model
 import yaml
 from model_support import images, offline, tiny
+from safetensors.torch import save_file
+from tiny_models import Tied
 
 from serve_app.config.catalog import load_catalog
 from serve_app.core.catalog import ModelEntry
@@ -142,12 +144,7 @@ def test_the_fingerprint_travels_to_nodes_without_the_file(tmp_path: Path) -> No
 
 def test_a_source_file_may_go_once_it_is_published(tmp_path: Path) -> None:
     store, path = ModelStore(tmp_path / "store"), tmp_path / "weights.safetensors"
-    torch = pytest.importorskip("torch")
-    from safetensors.torch import save_file
-    from tiny_models import Tied
-
     save_file({name: tensor.clone() for name, tensor in Tied().state_dict().items()}, path)
-    assert torch.is_tensor(Tied().state_dict()[next(iter(Tied().state_dict()))])
     entry = tiny("tied", weights=f"file:{path}")
     assert publish(store, [entry], reachable=offline).published == ("tied",)
     path.unlink()
