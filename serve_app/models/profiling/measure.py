@@ -90,19 +90,23 @@ def measure(prepare: Callable[[], PreparedModel], contract: Contract, sizes: Seq
     Memory is that of the model alone only in a process that has had no other one, see ``measure_published``.
 
     Args:
-        prepare: prepares the model; it is called twice.
+        prepare: prepares the model; it is called twice. What imports and hidden weights take can be told apart only
+            if it prepares it anew then; it may return the same again where nothing is hidden.
         contract: of the model.
         sizes: of the free axes, at which executions are measured; the least first.
     """
     with _one_thread():
+        started = process_memory().anonymous_bytes
         first = prepare()
+        # Files that are mapped here for the first time are code of libraries.
+        first_bytes = process_memory().anonymous_bytes - started
         inputs = probe(contract, sizes[0])
         # Once without measuring: libraries set themselves up, which no unload gives back and no further model takes.
         _load_and_run(first, inputs)
         before = _resident_bytes()
         prepared = prepare()
         cycles = [_load_and_run(prepared, inputs) for _ in range(REPEATS)]
-        prepared_bytes = _resident_bytes() - before
+        prepared_bytes = _resident_bytes() - before + (first_bytes if prepared is first else 0)
         model = prepared.load(ReadAhead, None)
         try:
             costs = tuple(_cost(model, probe(contract, each), each) for each in sizes)
