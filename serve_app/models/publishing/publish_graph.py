@@ -37,8 +37,9 @@ _EXTERNAL_BYTES: Final = 1024
 #: name, so that the bytes of a graph can be exchanged.
 _PLACEHOLDER: Final = f"{'0' * 64}.weights"
 
-#: Names of the first axis that mean a batch, whatever a model calls it.
-_BATCH_NAMES: Final = ("batch", "batch_size", "n", "bs")
+#: Names of an axis that mean a batch, whatever a model calls it. ``n`` may be anything: it means one where it is the
+#: first axis of an input, and no input has an axis of these names.
+_BATCH_NAMES: Final = ("batch", "batch_size", "bs")
 
 _DATATYPES: Final = {
     "bool": "BOOL", "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64",
@@ -103,17 +104,27 @@ def _open(entry: ModelEntry, path: Path) -> Any:
 def _contract(entry: ModelEntry, session: Any) -> Contract:
     """Read the contract from the graph, and complete it by the entry."""
     try:
-        inputs = tuple(_spec(argument, "input") for argument in session.get_inputs())
+        batch_names = _batch_names(session.get_inputs())
+        inputs = tuple(_spec(argument, "input", batch_names) for argument in session.get_inputs())
         wanted = {each.name for each in entry.outputs}
         outputs = tuple(
-            _spec(argument, "output") for argument in session.get_outputs() if not wanted or argument.name in wanted
+            _spec(argument, "output", batch_names)
+            for argument in session.get_outputs() if not wanted or argument.name in wanted
         )
         return complete_contract(inputs, outputs, entry.inputs, entry.outputs, entry.limits)
     except ValueError as error:
         raise StoreError(f"{entry.builder}: {error}") from error
 
 
-def _spec(argument: Any, kind: str) -> TensorSpec:
+def _batch_names(arguments: Sequence[Any]) -> tuple[str, ...]:
+    """Return which names of axes, in lower case, mean a batch in a graph with these inputs."""
+    axes = [size.lower() for argument in arguments for size in argument.shape if isinstance(size, str)]
+    first = [str(argument.shape[0]).lower() for argument in arguments if argument.shape]
+    is_n = "n" in first and not any(axis in _BATCH_NAMES for axis in axes)
+    return (*_BATCH_NAMES, "n") if is_n else _BATCH_NAMES
+
+
+def _spec(argument: Any, kind: str, batch_names: Sequence[str]) -> TensorSpec:
     if not argument.type.startswith("tensor("):
         raise ValueError(
             f"{kind} {argument.name!r} is a {argument.type}, not a tensor; convert the model without it "
@@ -124,15 +135,15 @@ def _spec(argument: Any, kind: str) -> TensorSpec:
         raise ValueError(f"{kind} {argument.name!r} is a {argument.type}, for which the protocol has no datatype")
     shape = tuple(size if isinstance(size, int) and size > 0 else FREE for size in argument.shape)
     axes = tuple(
-        _axis_name(size, position, argument.name) if free == FREE else ""
+        _axis_name(size, position, argument.name, batch_names) if free == FREE else ""
         for position, (size, free) in enumerate(zip(argument.shape, shape, strict=True))
     )
     return TensorSpec(name=argument.name, datatype=datatype, shape=shape, axes=axes)
 
 
-def _axis_name(given: object, position: int, tensor: str) -> str:
+def _axis_name(given: object, position: int, tensor: str, batch_names: Sequence[str]) -> str:
     """Return the model's name of an axis where it has a plain one; the first axis of a tensor is a batch otherwise."""
-    if isinstance(given, str) and given.lower() in _BATCH_NAMES:
+    if isinstance(given, str) and given.lower() in batch_names:
         return BATCH
     if isinstance(given, str) and given.isidentifier() and not given.startswith("unk__"):
         return given
@@ -149,7 +160,8 @@ def _trials(
     for each in dict.fromkeys((sizes[0], sizes[len(sizes) // 2])):
         inputs = probe(contract, each)
         try:
-            answers = session.run(names, inputs)
+            feeds = {name: onnx_runtime.feed(array, array.dtype, name) for name, array in inputs.items()}
+            answers = session.run(names, feeds)
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.errors import StoreError
+from serve_app.errors import InvalidRequest, StoreError
 from serve_app.models.readahead import ReadAhead
 from serve_app.models.runtimes.base import OnUnload, StartReadAhead
 from serve_app.models.runtimes.blob_files import read_cold
@@ -73,6 +73,31 @@ def _processor_flags() -> str:
     return " ".join(flag for flag in flags if flag.startswith(("avx", "amx", "fma", "asimd", "sve", "i8mm", "bf16")))
 
 
+@cache
+def invalid_argument() -> type[Exception]:
+    """Return what the library raises where a node of a graph cannot take the values that reach it."""
+    library()
+    state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    found: type[Exception] = state.InvalidArgument
+    return found
+
+
+def feed(array: NDArray[Any], dtype: np.dtype[Any], name: str) -> NDArray[Any]:
+    """Return an array as a session takes it: of BYTES as strings, since it would take ``bytes`` by their ``repr``.
+
+    Raises:
+        InvalidRequest: BYTES are not UTF-8.
+    """
+    if not dtype.hasobject:
+        return np.require(array, dtype, ["C"])
+    texts = np.empty(array.shape, np.object_)
+    try:
+        texts.flat = [item.decode() if isinstance(item, bytes) else item for item in array.flat]
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"input {name!r} takes text in UTF-8, which what was given is not") from error
+    return texts
+
+
 class OnnxModel:
     """A session."""
 
@@ -96,8 +121,13 @@ class OnnxModel:
             raise StoreError(f"model {self.model_id!r} was unloaded; load it before running it")
         for reader in self._readers:
             reader.prioritize()
-        feeds = {name: np.require(inputs[name], dtype, ["C"]) for name, dtype in self._inputs}
-        results = session.run(self._outputs, feeds)
+        feeds = {name: feed(inputs[name], dtype, name) for name, dtype in self._inputs}
+        try:
+            results = session.run(self._outputs, feeds)
+        except invalid_argument() as error:
+            # Of the right shape, but of values that the graph has no place for, such as an index beyond its table.
+            reason = " ".join(str(error).rpartition("Status Message: ")[2].split())[:300]
+            raise InvalidRequest(f"model {self.model_id!r} cannot take these inputs: {reason}") from error
         # Copied: an output is a view into memory that belongs to its session.
         return {name: np.array(result) for name, result in zip(self._outputs, results, strict=True)}
 
