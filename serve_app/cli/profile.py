@@ -80,7 +80,7 @@ def _profiles(
     from serve_app.models.profiling import model_profile
     from serve_app.models.threads import use_threads
 
-    use_threads(settings.worker.threads_per_inference)
+    use_threads(settings.worker.threads_per_inference, settings.worker.parallel_inferences)
     profiles = list(_each(entries, "profiling", lambda entry: model_profile.profile(store, entry.model_id, cold=cold)))
     _write(model_profile.as_json(profiles), as_json, out)
     if not as_json:

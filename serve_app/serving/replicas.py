@@ -246,7 +246,7 @@ def _make_loader(settings: EdgeSettings) -> Any:
     from serve_app.models.loader import ModelLoader
     from serve_app.models.threads import use_threads
 
-    use_threads(settings.worker.threads_per_inference)
+    use_threads(settings.worker.threads_per_inference, settings.worker.parallel_inferences)
     return ModelLoader(ModelStore(settings.store), release_page_cache=settings.worker.release_page_cache)
 
 

@@ -25,7 +25,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from serve_app.core.catalog import MODEL_ID_PATTERN, Catalog, ModelEntry, PublishedModel, task_for
+from serve_app.core.catalog import MODEL_ID_PATTERN, Catalog, ModelEntry, PublishedModel, runtime_of, task_for
 from serve_app.errors import StoreError
 from serve_app.store.durable_files import explain_os_errors, fsync_path, is_alive, sha256_of, write_durably
 from serve_app.store.manifest import BlobFile, Manifest, Role
@@ -283,10 +283,11 @@ def is_published_from(manifest: Manifest, entry: ModelEntry) -> bool:
     """Return whether the published model is what the entry asks for, but for the overlay of ``ModelStore.catalog``."""
     model = manifest.model
     image, task = task_for(entry, manifest.default_task).image, model.task.image
-    return (model.builder, model.weights_requested, model.dtype, image and image.crop_px) == (
+    return (model.builder, model.weights_requested, model.dtype, model.runtime, image and image.crop_px) == (
         entry.builder,
         entry.weights,
         entry.dtype,
+        runtime_of(entry),
         task and task.crop_px,
     )
 

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import psutil
 
-from serve_app.core.contract import Axis, Contract, SizeCost
+from serve_app.core.contract import Contract, SizeCost, non_decreasing
 from serve_app.models.process_memory import exact_heap, give_back_free_memory, process_memory
 from serve_app.models.runtimes.base import LoadedModel
+from serve_app.models.threads import one_thread, parallel_inferences
 from serve_app.tasks.tensors import Tensors, probe
 
 REPEATS = 3
 
-#: Executions that took so long together are enough of them.
-_LONG_S = 2.0
+#: An execution that takes longer is too long to be measured, unless it is at the least sizes.
+LONGEST_S = 5.0
+
+#: An execution that takes so long is measured once.
+_ONCE_S = 0.3
+
+#: What one execution may take of the memory that is free while it is measured.
+_MEMORY_SHARE = 0.5
 
 #: Between two looks at the memory of the process.
 _SAMPLE_S = 0.001
@@ -32,21 +36,27 @@ _SAMPLE_S = 0.001
 PROC = Path("/proc/self")
 
 
-#: Sizes of a free axis that are measured: its least, its most, and one between where there are few axes.
-_MAX_SIZES = 9
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """Sizes of the free axes at which a model was not measured, and what an execution would take there."""
+
+    sizes: tuple[int, ...]
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
     """One model on this machine: one thread, weights in the page cache.
 
-    ``costs`` has what an execution takes at every one of ``grid``; ``exec_s`` and ``workspace_bytes`` are those at the
-    first. ``resident_bytes`` is by how much resident memory falls with an unload.
+    ``costs`` has what an execution takes at every one of the sizes that were measured, the least first; they never
+    fall where a size grows. ``resident_bytes`` is by how much resident memory falls with an unload, once every thread
+    that executes models has executed it.
     """
 
     load_s: float
     costs: tuple[SizeCost, ...]
     resident_bytes: int
+    skipped: tuple[Skipped, ...] = ()
 
     @property
     def exec_s(self) -> float:
@@ -59,72 +69,125 @@ class Measurement:
         return max(cost.workspace_bytes for cost in self.costs)
 
 
-def grid(axes: Sequence[Axis]) -> tuple[tuple[int, ...], ...]:
-    """Return the sizes at which a model is measured, the least ones first, the largest last."""
-    few = len(axes) <= 2
-    steps = [_steps(axis, middle=few) for axis in axes]
-    sizes = tuple(itertools.product(*steps))
-    if len(sizes) <= _MAX_SIZES:
-        return sizes
-    return tuple(tuple(step[position] for step in steps) for position in (0, -1))
-
-
-def _steps(axis: Axis, *, middle: bool) -> tuple[int, ...]:
-    def allowed(size: float) -> int:
-        return min(axis.most // axis.multiple, math.ceil(size / axis.multiple)) * axis.multiple
-
-    sizes = [allowed(axis.least), allowed(math.sqrt(axis.least * axis.most)), allowed(axis.most)]
-    return tuple(dict.fromkeys(sizes if middle else (sizes[0], sizes[-1])))
-
-
 def measure(load: Callable[[], LoadedModel], contract: Contract, sizes: Sequence[tuple[int, ...]]) -> Measurement:
     """Load and run a model ``REPEATS`` times each, and take medians.
+
+    Sizes at which an execution would take too long, or too much of the memory of this machine, are skipped.
 
     Args:
         load: loads the model; it is loaded and unloaded several times, and unloaded at the end.
         contract: of the model.
-        sizes: of the free axes, at which executions are measured; the least first.
+        sizes: of the free axes, at which executions are measured; the least first, see ``grid.grid``.
     """
-    load_times = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
+    least = probe(contract, sizes[0])
+    with one_thread():
+        load_times = []
+        for _ in range(REPEATS):
+            started = time.perf_counter()
+            model = load()
+            load_times.append(time.perf_counter() - started)
+            model.unload()
         model = load()
-        load_times.append(time.perf_counter() - started)
-        model.unload()
-    model = load()
-    try:
-        with _one_thread():
-            costs = tuple(_cost(model, probe(contract, each), each) for each in sizes)
+        try:
+            costs, skipped = _costs(model, contract, sizes)
+            _run_in_every_thread(model, least)
             give_back_free_memory()
             loaded_bytes = process_memory().rss_bytes
-    finally:
-        model.unload()
-    give_back_free_memory()
+        finally:
+            model.unload()
+        give_back_free_memory()
     return Measurement(
         load_s=statistics.median(load_times),
-        costs=costs,
+        costs=non_decreasing(costs),
         resident_bytes=max(0, loaded_bytes - process_memory().rss_bytes),
+        skipped=tuple(skipped),
     )
 
 
+def _costs(
+    model: LoadedModel, contract: Contract, sizes: Sequence[tuple[int, ...]]
+) -> tuple[list[SizeCost], list[Skipped]]:
+    costs: list[SizeCost] = []
+    skipped: list[Skipped] = []
+    for each in sizes:
+        reason = _too_much(each, costs, skipped, contract)
+        if reason is None:
+            costs.append(_cost(model, probe(contract, each), each))
+        else:
+            skipped.append(Skipped(sizes=each, reason=reason))
+    return costs, skipped
+
+
+def _too_much(
+    sizes: tuple[int, ...], costs: Sequence[SizeCost], skipped: Sequence[Skipped], contract: Contract
+) -> str | None:
+    """Return why an execution at these sizes is not to be measured, estimated from smaller ones; None if it is.
+
+    Time and memory grow with the elements of the inputs at least.
+    """
+    for other in skipped:
+        if _covers(sizes, other.sizes):
+            return other.reason
+    smaller = [cost for cost in costs if _covers(sizes, cost.sizes)]
+    elements = contract.elements(sizes)
+    growth = [(cost, elements / max(1, contract.elements(cost.sizes))) for cost in smaller]
+    seconds = max((cost.exec_s * times for cost, times in growth), default=0.0)
+    if seconds > LONGEST_S:
+        return f"takes about {seconds:.0f} s, and at most {LONGEST_S:.0f} s are allowed"
+    # Only of the largest: what small executions take hardly grows.
+    needed_bytes = max((cost.workspace_bytes * times for cost, times in growth[-1:]), default=0.0)
+    if needed_bytes > _MEMORY_SHARE * psutil.virtual_memory().available:
+        return f"takes about {needed_bytes / 2**20:.0f} MiB, which this machine does not have free"
+    return None
+
+
+def _covers(sizes: tuple[int, ...], others: tuple[int, ...]) -> bool:
+    return all(size >= other for size, other in zip(sizes, others, strict=True))
+
+
 def _cost(model: LoadedModel, inputs: Tensors, sizes: tuple[int, ...]) -> SizeCost:
-    model.run(inputs)
-    seconds: list[float] = []
-    while len(seconds) < REPEATS and sum(seconds) < _LONG_S:
-        started = time.perf_counter()
-        model.run(inputs)
-        seconds.append(time.perf_counter() - started)
+    seconds = [_seconds(model, inputs)]
+    if seconds[0] > _ONCE_S:
+        return SizeCost(
+            sizes=sizes, workspace_bytes=workspace_bytes(lambda: model.run(inputs), repeats=1), exec_s=seconds[0]
+        )
+    seconds = [_seconds(model, inputs) for _ in range(REPEATS)]
     return SizeCost(
         sizes=sizes, workspace_bytes=workspace_bytes(lambda: model.run(inputs)), exec_s=statistics.median(seconds)
     )
 
 
-def workspace_bytes(run: Callable[[], object], *, proc: Path = PROC) -> int:
+def _seconds(model: LoadedModel, inputs: Tensors) -> float:
+    started = time.perf_counter()
+    model.run(inputs)
+    return time.perf_counter() - started
+
+
+def _run_in_every_thread(model: LoadedModel, inputs: Tensors) -> None:
+    """Execute a model in as many threads as a worker has: some libraries keep memory for each."""
+    count = parallel_inferences()
+    together = threading.Barrier(count)
+
+    def run() -> None:
+        try:
+            for _ in range(REPEATS):
+                together.wait()
+                model.run(inputs)
+        except BaseException:
+            together.abort()
+            raise
+
+    with ThreadPoolExecutor(count) as threads:
+        for ended in [threads.submit(run) for _ in range(count)]:
+            ended.result()
+
+
+def workspace_bytes(run: Callable[[], object], *, proc: Path = PROC, repeats: int = REPEATS) -> int:
     """Measure the bytes that one call of ``run`` takes in addition to what is resident."""
     # With the usual heap the result would depend on what the allocator has kept, or takes in advance. A thread has a
     # heap of its own, without free room of earlier models.
     with exact_heap(), ThreadPoolExecutor(1) as thread:
-        measured = [thread.submit(peak_growth_bytes, run, proc=proc).result() for _ in range(REPEATS)]
+        measured = [thread.submit(peak_growth_bytes, run, proc=proc).result() for _ in range(repeats)]
     return int(statistics.median(measured))
 
 
@@ -164,13 +227,3 @@ def _sampled_growth_bytes(run: Callable[[], object]) -> int:
 def _status_bytes(proc: Path, key: str) -> int:
     fields = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
     return int(fields[key].split()[0]) * 1024
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

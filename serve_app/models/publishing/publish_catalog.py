@@ -14,12 +14,13 @@ from typing import Literal
 
 from torch import nn
 
-from serve_app.core.catalog import ModelEntry
+from serve_app.core.catalog import ModelEntry, runtime_of
 from serve_app.errors import StoreError
 from serve_app.models.builders import registry
 from serve_app.models.publishing.described import ModuleStage
 from serve_app.models.publishing.publish_graph import publish_graph
 from serve_app.models.publishing.publish_module import publish_module
+from serve_app.models.runtimes.registry import is_made_here
 from serve_app.models.weight_sources import FALLBACK, DownloadFailed, Probe, WeightSource
 from serve_app.store.model_store import ModelStore, is_published_from
 
@@ -142,7 +143,7 @@ class Publisher:
         try:
             manifest = self._store.manifest(entry.model_id)
             self._store.check_sizes(entry.model_id)
-            if not is_published_from(manifest, entry):
+            if not is_published_from(manifest, entry) or not is_made_here(manifest):
                 return True
             return manifest.model.fallback and self._available_weights(entry) != manifest.model.weights_actual
         except StoreError:
@@ -175,6 +176,8 @@ class Publisher:
             kind, _, place = entry.builder.partition(":")
             if kind == "onnx":
                 publish_graph(self._store, entry, Path(place), on_stage)
+            elif runtime_of(entry) != "torch":
+                raise StoreError(f"{entry.builder} is a module, which {entry.runtime} cannot run; leave runtime out")
             else:
                 publish_module(self._store, entry, *self._build(entry), on_stage)
         except Exception as error:

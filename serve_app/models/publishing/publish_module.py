@@ -21,8 +21,9 @@ from serve_app.models.builders import registry
 from serve_app.models.graph_optimizations import ROUNDING, largest_difference, named_slots, optimize, order_of_use
 from serve_app.models.module_call import call_module, ordered_outputs, takes_keywords
 from serve_app.models.module_template import TORCH_COMPUTE_DTYPES, TORCH_DTYPES, ModuleTemplate
-from serve_app.models.profiling.measure import grid, measure
-from serve_app.models.publishing.described import OnStage, describe, with_measurement
+from serve_app.models.profiling.grid import grid
+from serve_app.models.profiling.measure import measure
+from serve_app.models.publishing.described import OnStage, describe, runs_row_by_row, with_measurement
 from serve_app.models.runtimes.torch_runtime import PreparedModule
 from serve_app.models.torch_internals import STATE_TABLES
 from serve_app.store.manifest import BlobFile, ExecutionFormat, Layout, Manifest, TensorPlace
@@ -78,7 +79,7 @@ def publish_module(store: ModelStore, entry: ModelEntry, weights: str, module: n
     on_stage("verifying", weights_bytes)
     model = describe(
         entry, weights=weights, runtime="torch", contract=contract, task=_labeled(task, contract),
-        row_by_row=_is_row_by_row(contract), weights_bytes=weights_bytes, accuracy=metadata.accuracy,
+        row_by_row=runs_row_by_row(contract), weights_bytes=weights_bytes, accuracy=metadata.accuracy,
     )  # fmt: skip
     manifest = Manifest(
         model=model, default_task=_labeled(metadata.task, contract), execution=execution, tensors=places, files=(blob,)
@@ -236,16 +237,6 @@ def _labeled(task: TaskSpec, contract: Contract) -> TaskSpec:
     """Return the task without labels that do not fit: there must be one for each class."""
     classes = contract.outputs[0].shape[-1] if contract.outputs[0].shape else 0
     return task if len(task.labels) == classes else dataclasses.replace(task, labels=())
-
-
-def _is_row_by_row(contract: Contract) -> bool:
-    """Return whether rows of images can be executed one after another."""
-    inputs, outputs = contract.inputs, contract.outputs
-    return (
-        [axis.name for axis in contract.axes] == [BATCH]
-        and all(len(spec.shape) == 4 and spec.axes[0] == BATCH for spec in inputs)
-        and all(spec.axes[:1] == (BATCH,) for spec in outputs)
-    )
 
 
 def _named_shape(spec: TensorSpec) -> tuple[int | str, ...]:

@@ -126,6 +126,10 @@ class PreparedModule:
 class TorchRuntime:
     """The runtime of modules that a builder makes again in every process."""
 
+    def environment(self) -> str:
+        """Return nothing: the stored tensors are those of any processor, see ``Runtime.environment``."""
+        return ""
+
     def prepare(self, manifest: Manifest, store: ModelStore) -> PreparedModule:
         """Build the module without weights, see ``Runtime.prepare``."""
         return PreparedModule(ModuleTemplate(manifest), store)
