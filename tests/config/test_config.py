@@ -301,7 +301,10 @@ def test_a_catalog_becomes_entries_in_its_order(write: Write, tmp_path: Path) ->
             MODEL | {"input": {"resize_px": 1, "crop_px": 1, "std": [0, 1, 1]}},
             r"models.m: std must be positive, not \(0.0, 1.0, 1.0\)",
         ),
-        (MODEL | {"input": {"resize_px": 1, "crop_px": 1, "mean": [0.5]}}, "key models.m.input.mean"),
+        (
+            MODEL | {"input": {"resize_px": 1, "crop_px": 1, "mean": [0.5]}},
+            "models.m: mean and std must have one value",
+        ),
         (MODEL | {"pinned": "perhaps"}, "models.m.pinned: .*boolean"),
         ("torchvision:resnet18", "models.m: "),
     ],

@@ -11,8 +11,10 @@ from core_support import Ranked, assert_accounting_adds_up, decided, finish, loa
 from serve_app.core.cache.decisions import Hit, Load, Reject, Wait
 from serve_app.core.cache.events import ProtectedChanged, UnaccountedChanged
 from serve_app.core.cache.model_cache import ModelCache
-from serve_app.core.catalog import ImageInput, PublishedModel
+from serve_app.core.catalog import PublishedModel
+from serve_app.core.contract import Contract, TensorSpec
 from serve_app.core.memory_budget import MemoryBudget, MemoryGuard, ProcessMemory, divide
+from serve_app.core.task import TaskSpec
 
 BASE = ProcessMemory(anonymous_bytes=300, file_bytes=100)
 BUDGET = MemoryBudget(capacity_bytes=1000, workspace_bytes=100)
@@ -27,10 +29,13 @@ def model(name: str, weights: int, workspace: int) -> PublishedModel:
         weights_actual="random:0",
         dtype="float32",
         pinned=False,
-        image=ImageInput(),
-        inputs=(),
-        outputs=(),
-        labels=(),
+        runtime="torch",
+        contract=Contract(
+            inputs=(TensorSpec(name="input", datatype="FP32", shape=(1,)),),
+            outputs=(TensorSpec(name="output", datatype="FP32", shape=(1,)),),
+        ),
+        task=TaskSpec(),
+        row_by_row=False,
         weights_bytes=weights,
         workspace_bytes=workspace,
         profile=profile(name, weights),

@@ -49,5 +49,5 @@ def test_the_models_of_the_example_are_published_and_run(beside_the_example: Non
         with torch.inference_mode():
             expected = module(torch.from_numpy(image)).numpy()
         loaded = loader.load(entry.model_id)
-        assert np.abs(loaded.infer(image) - expected).max() < 1e-4
+        assert np.abs(loaded.run({"input": image})["logits"] - expected).max() < 1e-4
         loaded.unload()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from functools import partial
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
-from model_support import images, offline, tiny, vision
+from model_support import classify, images, module_of, offline, tiny, vision
 
 from serve_app.errors import StoreError
 from serve_app.models.builders import registry
@@ -25,6 +26,11 @@ SECOND = FoldedNorm(conv="second", norm="second_norm")
 
 def built(factory: str) -> torch.nn.Module:
     return registry.build(tiny("m", factory), "random:3")
+
+
+def executed(module: torch.nn.Module, batch: torch.Tensor, execution: ExecutionFormat) -> list[torch.Tensor]:
+    layout = torch.channels_last if execution.channels_last else torch.contiguous_format
+    return [module(batch.to(memory_format=layout))]
 
 
 def logits(module: torch.nn.Module, batch: np.ndarray) -> np.ndarray:
@@ -54,7 +60,7 @@ def test_published_model_folds_what_it_can_and_answers_as_built(
     assert manifest.execution.channels_last == (factory != "Tied")
     batch = images(2, 32, seed=4)
     model = ModelLoader(store).load("m")
-    np.testing.assert_allclose(model.infer(batch), logits(built(factory), batch), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(classify(model, batch), logits(built(factory), batch), rtol=1e-4, atol=1e-5)
     model.unload()
 
 
@@ -99,9 +105,11 @@ def test_module_that_fails_with_another_memory_layout_is_run_without(
 def test_module_whose_answers_would_change_is_left_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     module, batch = built("Convolved"), images(2, 32)
     with caplog.at_level(logging.WARNING):
-        assert optimize(module, batch, logits(module, batch) + 1, "m") == ExecutionFormat()
+        expected = [torch.from_numpy(logits(module, batch) + 1)]
+        execute = partial(executed, module, torch.from_numpy(batch))
+        assert optimize(module, execute, expected, ExecutionFormat(), "m") == ExecutionFormat()
     assert isinstance(module.first_norm, torch.nn.BatchNorm2d)
-    assert caplog.text.count("its logits would change by") == 2
+    assert caplog.text.count("its outputs would change by") == 3
 
 
 def test_weights_lie_in_the_order_of_their_use(store: ModelStore) -> None:
@@ -113,7 +121,7 @@ def test_weights_lie_in_the_order_of_their_use(store: ModelStore) -> None:
 def test_weights_that_only_functions_use_lie_in_order_as_well() -> None:
     """Attention hands its weights to a function; no module is called that owns them."""
     module = registry.build(vision("vit_b_16"), "random:1")
-    order = order_of_use(module, torch.zeros(1, 3, 224, 224), ExecutionFormat(), torch.float32)
+    order = order_of_use(module, partial(module, torch.zeros(1, 3, 224, 224)))
     layers = [f"encoder.layers.encoder_layer_{number}.self_attention" for number in range(12)]
     used = [name for layer in layers for name in (f"{layer}.in_proj_weight", f"{layer}.out_proj.weight")]
     assert sorted(used, key=order.__getitem__) == used
@@ -122,7 +130,7 @@ def test_weights_that_only_functions_use_lie_in_order_as_well() -> None:
 
 def test_tensors_that_the_probe_does_not_use_come_last() -> None:
     module = built("LooksAtValues")
-    order = order_of_use(module, torch.full((1, 3, 32, 32), 1e9), ExecutionFormat(), torch.float32)
+    order = order_of_use(module, partial(module, torch.full((1, 3, 32, 32), 1e9)))
     first = min(order, key=order.__getitem__)
     assert first == "second_norm.bias"
     assert order["first.weight"] == max(order.values())
@@ -133,7 +141,7 @@ def test_convolutions_are_mapped_with_their_channels_last(store: ModelStore) -> 
     publish(store, [tiny("m", "Convolved")], reachable=offline)
     loader = ModelLoader(store)
     model = loader.load("m")
-    weight = loader.template("m").module.get_parameter("first.weight")
+    weight = module_of(loader, "m").get_parameter("first.weight")
     assert weight.shape == (8, 3, 3, 3)
     assert weight.is_contiguous(memory_format=torch.channels_last)
     model.unload()
@@ -147,7 +155,7 @@ def test_model_in_bfloat16_takes_half_the_memory_and_answers_nearly_alike(store:
     answers = []
     for name in ("full", "half"):
         model = loader.load(name)
-        answers.append(model.infer(batch))
+        answers.append(classify(model, batch))
         model.unload()
     assert answers[1].dtype == np.float32
     np.testing.assert_allclose(answers[1], answers[0], atol=0.05 * np.abs(answers[0]).max())

@@ -148,13 +148,13 @@ def test_file_that_is_missing_or_no_safetensors_is_refused(tmp_path: Path) -> No
 def test_metadata_is_that_of_the_named_weights() -> None:
     newest = registry.metadata(vision("resnet50"))
     oldest = registry.metadata(ModelEntry(model_id="r", builder="torchvision:resnet50@IMAGENET1K_V1"))
-    assert (newest.accuracy, newest.image.resize_px) == (0.80858, 232)
-    assert (oldest.accuracy, oldest.image.resize_px) == (0.7613, 256)
-    assert newest.labels[207] == "golden retriever"
-    assert registry.metadata(vision("efficientnet_b3")).image == ImageInput(
+    assert (newest.accuracy, newest.task.image.resize_px) == (0.80858, 232)
+    assert (oldest.accuracy, oldest.task.image.resize_px) == (0.7613, 256)
+    assert oldest.task.labels == newest.task.labels
+    assert registry.metadata(vision("efficientnet_b3")).task.image == ImageInput(
         resize_px=320, crop_px=300, interpolation="bicubic"
     )
-    assert registry.metadata(tiny("tied")).image == ImageInput()
+    assert registry.metadata(tiny("tied")).task.image == ImageInput()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from exact_heap_process import freed_while_exact_bytes
-from model_support import images
+from model_support import classify, images
 
 from serve_app.models.loader import ModelLoader
 from serve_app.models.process_memory import give_back_free_memory, process_memory
@@ -53,7 +53,7 @@ def test_what_is_freed_while_the_heap_is_exact_is_gone_at_once() -> None:
 
 def test_resident_memory_falls_by_the_bytes_of_a_model_that_is_unloaded(shared: ModelStore) -> None:
     model = ModelLoader(shared).load("squeezenet1_1")
-    model.infer(images())
+    classify(model, images())
     resident = process_memory()
     model.unload()
     fallen_bytes = resident.rss_bytes - process_memory().rss_bytes

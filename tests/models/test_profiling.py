@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from model_support import images, offline
+from model_support import classify, images, offline
 
 from serve_app.cli.main import main
 from serve_app.config.catalog import load_catalog
@@ -136,7 +136,7 @@ def test_weights_that_are_mapped_elsewhere_cannot_be_measured_cold(
     edge: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = ModelLoader(ModelStore(edge.parent / "store")).load("small")
-    model.infer(images(1, 32))
+    classify(model, images(1, 32))
     assert "another process has them mapped" in fails(edge, capsys, 1, "small", "--cold")
     model.unload()
 

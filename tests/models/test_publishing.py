@@ -15,10 +15,11 @@ import numpy as np
 import publisher_process
 import pytest
 import torch
-from model_support import VISION, check_content, images, offline, tiny, vision
+from model_support import VISION, check_content, classify, images, offline, tiny, vision
 from publisher_process import ENTRIES
 
-from serve_app.core.catalog import ImageInput, TensorSpec
+from serve_app.core.contract import TensorSpec
+from serve_app.core.task import ImageInput
 from serve_app.models.builders import torchvision as torchvision_builder
 from serve_app.models.builders.registry import build, metadata
 from serve_app.models.loader import ModelLoader
@@ -145,7 +146,7 @@ def test_constructor_that_reads_values_is_served(store: ModelStore) -> None:
     model = ModelLoader(store).load("reads")
     with torch.inference_mode():
         expected = build(tiny("reads", "ReadsValues"), "random:3")(torch.from_numpy(images(1, 32))).numpy()
-    np.testing.assert_allclose(model.infer(images(1, 32)), expected, atol=1e-6)
+    np.testing.assert_allclose(classify(model, images(1, 32)), expected, atol=1e-6)
     model.unload()
 
 
@@ -176,7 +177,7 @@ def test_input_of_the_entry_decides_the_shape(store: ModelStore) -> None:
     entry = vision("squeezenet1_1")
     assert "squeezenet1_1" not in store.catalog([entry])
     publish(store, [entry], reachable=offline)
-    assert store.catalog([entry])["squeezenet1_1"].image == metadata(entry).image
+    assert store.catalog([entry])["squeezenet1_1"].task.image == metadata(entry).task.image
 
 
 PRETRAINED = [vision("squeezenet1_1", "pretrained"), vision("shufflenet_v2_x0_5", "pretrained")]
@@ -211,7 +212,7 @@ def test_fallback_weights_are_replaced_once_the_real_ones_are_there(store: Model
     model = ModelLoader(store).load("squeezenet1_1")
     with torch.inference_mode():
         expected = source(torch.from_numpy(images())).numpy()
-    np.testing.assert_allclose(model.infer(images()), expected, atol=1e-5)
+    np.testing.assert_allclose(classify(model, images()), expected, atol=1e-5)
     model.unload()
 
 
@@ -313,8 +314,8 @@ def test_workspace_is_the_same_whenever_it_is_measured(shared: ModelStore) -> No
     loader = ModelLoader(shared)
 
     def workspace_bytes() -> int:
-        module = loader.template("squeezenet1_1").module
-        return measure.measure(lambda: loader.load("squeezenet1_1"), images(), module).workspace_bytes
+        contract = shared.manifest("squeezenet1_1").model.contract
+        return measure.measure(lambda: loader.load("squeezenet1_1"), contract, [(1,)]).workspace_bytes
 
     first = workspace_bytes()
     # Freed heap of other sizes is what the allocator would hand out instead of asking the kernel for more.
@@ -324,11 +325,9 @@ def test_workspace_is_the_same_whenever_it_is_measured(shared: ModelStore) -> No
 
 
 def test_workspace_is_estimated_where_the_kernel_cannot_tell(shared: ModelStore, tmp_path: Path) -> None:
-    assert measure.peak_growth_bytes(lambda: None, proc=tmp_path) is None
     loader = ModelLoader(shared)
     model = loader.load("squeezenet1_1")
-    module = loader.template("squeezenet1_1").module
-    workspace = measure.workspace_bytes(module, lambda: model.infer(images()), proc=tmp_path)
+    workspace = measure.workspace_bytes(lambda: classify(model, images()), proc=tmp_path)
     model.unload()
     assert 2_000_000 < workspace < 50_000_000
 
@@ -337,7 +336,7 @@ def test_measuring_restores_the_number_of_threads(shared: ModelStore) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     loader = ModelLoader(shared)
-    measure.measure(lambda: loader.load("tied"), images(1, 32), loader.template("tied").module)
+    measure.measure(lambda: loader.load("tied"), shared.manifest("tied").model.contract, [(1,)])
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from model_support import cached_pages, forget_pages, images, mapped, offline, tiny
+from model_support import cached_pages, classify, forget_pages, images, mapped, offline, tiny
 
 from serve_app.models.loader import ModelLoader
 from serve_app.models.publishing.publish_catalog import publish
@@ -69,7 +69,7 @@ def test_cold_model_answers_as_a_warm_one(wide: ModelStore) -> None:
     answers = []
     for _ in range(2):
         model = loader.load("wide")
-        answers.append(model.infer(images(1, 32)))
+        answers.append(classify(model, images(1, 32)))
         model.unload()
     assert np.array_equal(*answers)
     assert not mapped(path)
@@ -118,7 +118,7 @@ def test_reader_pauses_until_the_model_runs(wide: ModelStore, monkeypatch: pytes
     model = ModelLoader(wide, read_ahead=partial(ReadAhead, patience=1e6)).load("wide")
     assert began.wait(10)
     assert sum(sent) < size_bytes
-    model.infer(images(1, 32))
+    classify(model, images(1, 32))
     deadline_s = time.monotonic() + 30
     while sum(sent) < size_bytes:
         assert time.monotonic() < deadline_s, "the reader still pauses"
@@ -175,5 +175,5 @@ class NoThread(Executor):
 def test_model_loads_where_no_thread_can_be_started(wide: ModelStore) -> None:
     blob_of(wide)
     model = ModelLoader(wide, read_ahead=partial(ReadAhead, background=NoThread())).load("wide")
-    assert np.isfinite(model.infer(images(1, 32))).all()
+    assert np.isfinite(classify(model, images(1, 32))).all()
     model.unload()

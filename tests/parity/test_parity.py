@@ -24,9 +24,9 @@ from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.policies.registry import POLICIES, make_policy
 from serve_app.core.vocabulary import ModelState
-from serve_app.serving.transport.messages import FloatArray
 from serve_app.serving.worker.model_manager import Lease, ModelManager
 from serve_app.simulator.load_delay import replay
+from serve_app.tasks.tensors import Tensors
 from serve_app.workload.spec import parse_trace
 from serve_app.workload.trace import Trace
 
@@ -127,7 +127,7 @@ class FakeModel:
     def __init__(self) -> None:
         self.in_memory = True
 
-    def infer(self, batch: FloatArray) -> FloatArray:
+    def run(self, inputs: Tensors) -> Tensors:
         raise AssertionError("nothing is run here")
 
     def unload(self) -> None:

@@ -31,6 +31,7 @@ from serve_app.simulator.discrete_event.event_queue import EventQueue
 from serve_app.simulator.discrete_event.results import DiscreteEventResults
 from serve_app.simulator.discrete_event.router import SimulatedRouter
 from serve_app.simulator.discrete_event.worker import Job
+from serve_app.tasks.base import RawInput
 
 LOCATIONS = ("paris", "tokyo", "oslo", "lima")
 REQUEST_TIME_S = 5.0
@@ -114,7 +115,7 @@ async def live(scene: Scene) -> Course:
     router = make_router(pool, clock=clock, rules=RULES, locations=LOCATIONS, request_time_s=REQUEST_TIME_S)
     scene.tell(router.view)
     try:
-        await router.serve(InferenceRequest(name="small", location="paris", payload=PAYLOAD))
+        await router.serve(InferenceRequest(name="small", location="paris", payload=RawInput(data=PAYLOAD)))
         pool.course.is_served = True
     except EdgeServeError:
         pass

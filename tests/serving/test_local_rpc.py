@@ -29,11 +29,11 @@ SMALL, LARGE = (1, 3, 4, 4), (2, 3, 224, 224)
 
 def make_task(shape: tuple[int, ...] = SMALL, model_id: str = "a") -> InferenceTask:
     numbers = np.random.default_rng(0).random(shape, np.float32)
-    return InferenceTask(model_id=model_id, origin="paris", payload=numbers, budget_s=5.0)
+    return InferenceTask(model_id=model_id, origin="paris", payload={"input": numbers}, budget_s=5.0)
 
 
 async def echo(asked: InferenceTask) -> Reply:
-    return done("paris-1", logits=asked.payload * 2)
+    return done("paris-1", outputs={"logits": asked.payload["input"] * 2})
 
 
 class Gate:
@@ -82,7 +82,7 @@ async def test_tensors_of_any_size_arrive_unchanged(folder: Path, shape: tuple[i
         asked = make_task(shape)
         reply = await connection.infer(asked)
         assert isinstance(reply, InferenceResult)
-        np.testing.assert_array_equal(reply.logits, asked.payload * 2)
+        np.testing.assert_array_equal(reply.outputs["logits"], asked.payload["input"] * 2)
 
 
 async def test_a_writable_tensor_arrives_writable(folder: Path) -> None:
@@ -95,7 +95,7 @@ async def test_a_writable_tensor_arrives_writable(folder: Path) -> None:
     async with connected(folder, infer) as (connection, _):
         for shape in (SMALL, LARGE):
             await connection.infer(make_task(shape))
-    assert all(asked.payload.flags.writeable and asked.payload.flags.aligned for asked in seen)
+    assert all(each.flags.writeable and each.flags.aligned for asked in seen for each in asked.payload.values())
 
 
 async def test_concurrent_calls_each_get_their_own_reply(folder: Path) -> None:
@@ -104,7 +104,7 @@ async def test_concurrent_calls_each_get_their_own_reply(folder: Path) -> None:
         replies = await asyncio.gather(*(connection.infer(each) for each in asked))
         for each, reply in zip(asked, replies, strict=True):
             assert isinstance(reply, InferenceResult)
-            assert reply.logits.shape == each.payload.shape
+            assert reply.outputs["logits"].shape == each.payload["input"].shape
 
 
 async def test_a_rejection_is_a_reply_and_a_fault_is_an_error(folder: Path) -> None:

@@ -23,8 +23,8 @@ from serve_app.core.catalog import ModelProfile
 from serve_app.core.policies.base import PreloadCandidates
 from serve_app.core.vocabulary import ModelState, Outcome
 from serve_app.errors import Conflict, DoesNotFit, NotFound, StoreError, Unavailable
-from serve_app.serving.transport.messages import FloatArray
 from serve_app.serving.worker.model_manager import Lease, ModelManager
+from serve_app.tasks.tensors import Tensors
 
 A, B, C = profile("a", 50), profile("b", 50), profile("c", 50)
 LARGE = profile("large", 100)
@@ -40,9 +40,9 @@ class FakeModel:
         self.in_memory = True
         self._events = events
 
-    def infer(self, batch: FloatArray) -> FloatArray:
+    def run(self, inputs: Tensors) -> Tensors:
         assert self.in_memory
-        return batch
+        return inputs
 
     def unload(self) -> None:
         assert self.in_memory, f"{self.model_id} is unloaded twice"

@@ -14,8 +14,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from serve_app.core.catalog import ImageInput, ModelProfile, PublishedModel, TensorSpec
-from serve_app.errors import EdgeServeError, InternalError, InvalidRequest, NotFound
+from serve_app.core.catalog import ModelProfile, PublishedModel
+from serve_app.core.contract import Axis, Contract, TensorSpec
+from serve_app.core.task import ImageInput, TaskSpec
+from serve_app.errors import EdgeServeError, InvalidRequest, NotFound
 from serve_app.serving import oip
 from serve_app.serving.oip.tensors import DTYPES
 
@@ -38,14 +40,30 @@ def published(
         weights_actual=weights_actual,
         dtype="float32",
         pinned=False,
-        image=ImageInput(),
-        inputs=inputs,
-        outputs=outputs,
-        labels=("cat", "dog", "axolotl", "tench"),
+        runtime="torch",
+        contract=Contract(
+            inputs=inputs,
+            outputs=outputs,
+            axes=tuple(
+                Axis(name=name, most=8) for name in dict.fromkeys(axis for spec in inputs for axis in spec.axes) if name
+            ),
+        ),
+        task=TaskSpec(kind="image-classification", image=ImageInput(), labels=("cat", "dog", "axolotl", "tench")),
+        row_by_row=True,
         weights_bytes=10,
         workspace_bytes=2,
         profile=ModelProfile(model_id="resnet18", size_bytes=12, load_s=0.1, exec_s=0.01, accuracy=0.7),
     )
+
+
+def _free_axes(specs: tuple[TensorSpec, ...]) -> list[str]:
+    return [name for name in dict.fromkeys(axis for spec in specs for axis in spec.axes) if name]
+
+
+def batch_for(request: oip.InferRequest, model: PublishedModel, max_batch: int) -> Array:
+    """The only input of a model."""
+    (batch,) = oip.tensors_for(request, model, max_batch).values()
+    return batch
 
 
 # A reference client, written from the specification.
@@ -59,14 +77,21 @@ def client_body(
     for name, array in arrays.items():
         tensor: Json = {"name": name, "datatype": oip.datatype_of(array), "shape": list(array.shape)}
         if binary:
-            raw = array.astype(array.dtype.newbyteorder("<")).tobytes()
+            raw = _raw(array)
             tensor["parameters"] = {"binary_data_size": len(raw)}
             tail += raw
         else:
-            tensor["data"] = array.tolist() if nested else array.reshape(-1).tolist()
+            numbers = array.tolist() if nested else array.reshape(-1).tolist()
+            tensor["data"] = [text.decode() for text in array.flat] if array.dtype.hasobject else numbers
         inputs.append(tensor)
     head = json.dumps({"inputs": inputs, **top}).encode()
     return head + tail, len(head) if binary else None
+
+
+def _raw(array: Array) -> bytes:
+    if array.dtype.hasobject:
+        return b"".join(struct.pack("<I", len(text)) + text for text in array.flat)
+    return array.astype(array.dtype.newbyteorder("<")).tobytes()
 
 
 def client_result(response: oip.EncodedResponse) -> tuple[Json, dict[str, Array]]:
@@ -181,11 +206,11 @@ MALFORMED: dict[str, tuple[Json, list[str]]] = {
     "datatype number": (request_json(inputs=[tensor_json(datatype=32)]), ["datatype", "'input'", "32"]),
     "datatype list": (request_json(inputs=[tensor_json(datatype=["FP32"])]), ["datatype", "'input'"]),
     "datatype lower": (request_json(inputs=[tensor_json(datatype="fp32")]), ["datatype", "'fp32'"]),
-    "BYTES": (request_json(inputs=[tensor_json(datatype="BYTES", data=["a"])]), ["BYTES", "'input'", "not supported"]),
-    "BF16": (request_json(inputs=[tensor_json(datatype="BF16")]), ["BF16", "'input'", "FP32"]),
+    "BYTES": (request_json(inputs=[tensor_json(datatype="BYTES", data=["a"])]), ["'input'", "must hold 6"]),
+    "BYTES of numbers": (request_json(inputs=[tensor_json(datatype="BYTES")]), ["'input'", "a string"]),
     "shape missing": (request_json(inputs=[tensor_json(shape=...)]), ["shape", "'input'", "null"]),
     "shape number": (request_json(inputs=[tensor_json(shape=6)]), ["shape", "'input'", "6"]),
-    "shape empty": (request_json(inputs=[tensor_json(shape=[])]), ["shape", "'input'", "a list of 0"]),
+    "shape of a scalar": (request_json(inputs=[tensor_json(shape=[])]), ["'input'", "must hold 1 numbers", "not 6"]),
     "shape zero": (request_json(inputs=[tensor_json(shape=[0, 6])]), ["shape", "'input'", "[0, 6]"]),
     "shape negative": (request_json(inputs=[tensor_json(shape=[-1, 6])]), ["shape", "'input'", "[-1, 6]"]),
     "shape float": (request_json(inputs=[tensor_json(shape=[1.0, 6])]), ["shape", "'input'", "[1.0, 6]"]),
@@ -304,8 +329,8 @@ BINARY_MALFORMED: dict[str, tuple[list[Json], int, list[str]]] = {
     "size zero": ([binary_tensor(0)], 24, ["'input'", "24 bytes", "not 0"]),
     "size huge": ([binary_tensor(2**63)], 24, ["binary_data_size", "'input'", str(2**63)]),
     "shape huge": ([binary_tensor(24, shape=[2**60])], 24, ["'input'", "not 24"]),
-    "BYTES": ([binary_tensor(24, datatype="BYTES")], 24, ["BYTES", "'input'", "not supported"]),
-    "BF16": ([binary_tensor(24, datatype="BF16")], 24, ["BF16", "'input'", "not supported"]),
+    "BYTES": ([binary_tensor(23, datatype="BYTES")], 23, ["BYTES", "'input'", "6 elements"]),
+    "BF16": ([binary_tensor(24, datatype="BF16")], 24, ["BF16", "'input'", "takes 12 bytes"]),
 }
 
 
@@ -516,7 +541,7 @@ def handle(body: bytes, json_length: int | None) -> None:
     request = oip.parse_infer(body, json_length)
     oip.fits(request, model)
     oip.check_outputs(request, model)
-    batch = oip.batch_for(request, model, 8)
+    batch = batch_for(request, model, 8)
     logits = np.zeros((len(batch), 4), np.float32)
     oip.encode_infer(request, model_name="m", outputs={"output": logits}, labels=model.labels)
 
@@ -577,7 +602,7 @@ def test_any_value_in_any_place_is_never_worse_than_a_bad_request(data: st.DataO
 def test_a_batch_is_contiguous_aligned_native_float32(binary: bool, name: str) -> None:
     model = published(inputs=(TensorSpec(name=name, datatype="FP32", shape=(-1, 2, 3)),))
     array = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
-    batch = oip.batch_for(parsed_batch(array, name, binary=binary), model, 2)
+    batch = batch_for(parsed_batch(array, name, binary=binary), model, 2)
     assert batch.dtype == np.float32
     assert batch.dtype.isnative
     assert batch.flags.c_contiguous
@@ -601,7 +626,7 @@ def test_inputs_that_the_model_does_not_take_are_refused_and_do_not_fit(case: st
     tensors, culprits = MISFITS[case]
     request = oip.parse_infer(*client_body(tensors, binary=True))
     assert not oip.fits(request, published())
-    message = refusal(lambda: oip.batch_for(request, published(), 8))
+    message = refusal(lambda: batch_for(request, published(), 8))
     for culprit in culprits:
         assert culprit in message
 
@@ -614,38 +639,105 @@ def test_a_request_fits_the_member_of_its_shape() -> None:
 
 def test_a_batch_over_the_limit_is_refused() -> None:
     request = parsed_batch(np.zeros((5, 2, 3), np.float32))
-    assert oip.batch_for(request, published(), 5).shape == (5, 2, 3)
-    message = refusal(lambda: oip.batch_for(request, published(), 4))
+    assert batch_for(request, published(), 5).shape == (5, 2, 3)
+    message = refusal(lambda: batch_for(request, published(), 4))
     assert "'input'" in message
     assert "1..4, not 5" in message
 
 
 def test_a_model_without_batch_dimension_has_no_batch_limit() -> None:
     model = published(inputs=(TensorSpec(name="input", datatype="FP32", shape=(5, 2)),))
-    assert oip.batch_for(parsed_batch(np.zeros((5, 2), np.float32)), model, 1).shape == (5, 2)
+    assert batch_for(parsed_batch(np.zeros((5, 2), np.float32)), model, 1).shape == (5, 2)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_are_refused(bad: float) -> None:
     array = np.zeros((2, 2, 3), np.float32)
     array[1, 1, 1] = bad
-    assert "'input'" in refusal(lambda: oip.batch_for(parsed_batch(array), published(), 8))
+    assert "'input'" in refusal(lambda: batch_for(parsed_batch(array), published(), 8))
 
 
 def test_infinities_that_cancel_are_refused() -> None:
     array = np.array([[[math.inf, -math.inf, 0], [0, 0, 0]]], np.float32)
-    assert "finite" in refusal(lambda: oip.batch_for(parsed_batch(array), published(), 8))
+    assert "finite" in refusal(lambda: batch_for(parsed_batch(array), published(), 8))
 
 
 def test_large_finite_numbers_whose_sum_overflows_are_taken() -> None:
     array = np.full((1, 2, 3), np.finfo(np.float32).max, np.float32)
-    assert np.array_equal(oip.batch_for(parsed_batch(array), published(), 8), array)
+    assert np.array_equal(batch_for(parsed_batch(array), published(), 8), array)
 
 
-def test_a_model_with_two_inputs_is_a_fault_of_edgeserve() -> None:
-    spec = TensorSpec(name="input", datatype="FP32", shape=(-1, 2, 3))
-    with pytest.raises(InternalError, match="2 inputs"):
-        oip.batch_for(parsed_batch(ZEROS), published(inputs=(spec, spec)), 8)
+STATEFUL = published(
+    inputs=(
+        TensorSpec(name="input", datatype="FP32", shape=(-1, 2)),
+        TensorSpec(name="state", datatype="FP32", shape=(2, -1, 3), axes=("", "batch", ""), default=0.0),
+        TensorSpec(name="rate", datatype="INT64", shape=(), default=16000.0),
+        TensorSpec(name="text", datatype="BYTES", shape=(-1, -1), axes=("batch", "words")),
+    )
+)
+
+
+def test_a_model_gets_each_of_its_inputs_by_name_whatever_their_order() -> None:
+    sent = {
+        "text": np.array([[b"a", b"bc"], [b"", b"d"]], object),
+        "input": np.ones((2, 2), np.float32),
+        "rate": np.array(8000, np.int64),
+    }
+    for binary in (True, False):
+        tensors = oip.tensors_for(oip.parse_infer(*client_body(sent, binary=binary)), STATEFUL, 8)
+        assert tensors.keys() == sent.keys(), "what has a default may be left out"
+        for name, array in sent.items():
+            assert np.array_equal(tensors[name], array)
+            assert tensors[name].dtype == array.dtype
+
+
+@pytest.mark.parametrize(
+    ("left_out", "changed", "culprits"),
+    [
+        ("text", {}, ["'text'", "missing"]),
+        ("", {"text": np.array([[b"a"]], object)}, ["'batch'", "'text'", "must be 2", "not 1"]),
+        ("", {"state": np.zeros((2, 3, 3), np.float32)}, ["'batch'", "'state'", "must be 2", "not 3"]),
+        ("", {"text": np.full((2, 9), b"a", object)}, ["'words'", "'text'", "1..8", "not 9"]),
+        ("", {"rate": np.zeros((1,), np.int64)}, ["'rate'", "[]", "not [1]"]),
+    ],
+)
+def test_inputs_that_contradict_each_other_or_the_limits_are_refused(
+    left_out: str, changed: dict[str, Array], culprits: list[str]
+) -> None:
+    sent = {"input": np.ones((2, 2), np.float32), "text": np.full((2, 1), b"a", object)} | changed
+    sent.pop(left_out, None)
+    message = refusal(lambda: oip.tensors_for(oip.parse_infer(*client_body(sent, binary=True)), STATEFUL, 8))
+    for culprit in culprits:
+        assert culprit in message
+
+
+def test_bfloat16_arrives_as_the_same_numbers() -> None:
+    numbers = np.array([1.0, -2.5, 0.15625], np.float32)
+    raw = (numbers.view(np.uint32) >> 16).astype("<u2").tobytes()
+    assert oip.tensor_from_binary("x", "BF16", (3,), raw).array.tolist() == numbers.tolist()
+
+
+@pytest.mark.parametrize(
+    ("raw", "culprits"),
+    [
+        (b"\x05\x00\x00\x00ab", ["element 0", "5 bytes", "2 are left"]),
+        (b"\x01\x00\x00\x00a", ["2 elements", "there are 1"]),
+        (b"\x00\x00\x00\x00" * 3, ["2 elements", "8 of 12 bytes"]),
+    ],
+)
+def test_texts_whose_lengths_do_not_add_up_are_refused(raw: bytes, culprits: list[str]) -> None:
+    message = refusal(lambda: oip.tensor_from_binary("x", "BYTES", (2,), raw))
+    for culprit in culprits:
+        assert culprit in message
+
+
+def test_texts_come_out_as_bytes_tensors() -> None:
+    texts = np.array(["a", "zürich"], object)
+    request = parse(request_json(parameters={"binary_data_output": True}))
+    encoded = oip.encode_infer(request, model_name="m", outputs={"label": texts})
+    header, tail = json.loads(encoded.body[: encoded.json_length]), encoded.body[encoded.json_length :]
+    assert header["outputs"][0]["datatype"] == "BYTES"
+    assert tail == b"\x01\x00\x00\x00a\x07\x00\x00\x00z\xc3\xbcrich"
 
 
 def test_an_output_that_the_model_lacks_is_refused_before_and_after_inference() -> None:
@@ -788,6 +880,14 @@ def test_metadata_describe_the_model() -> None:
             "accuracy": 0.7,
             "weights": {"requested": "pretrained", "actual": "pretrained"},
             "size_bytes": 12,
+            "workspace_bytes": 2,
+            "runtime": "torch",
+            "precision": "float32",
+            "task": "image-classification",
+            "labels_count": 4,
+            "axes": {"batch": [1, 8]},
+            "stateful": {},
+            "optional": [],
         },
     }
 

@@ -20,7 +20,7 @@ from serve_app.serving.router.request import InferenceRequest
 from serve_app.serving.transport.messages import InferenceRejected, NotResident
 from serve_app.serving.transport.worker_pool import WorkerLost
 
-BATCH = np.zeros((1, 3, 8, 8), np.float32)
+BATCH = {"input": np.zeros((1, 3, 8, 8), np.float32)}
 
 
 def query(name: str = "small", **changes) -> InferenceRequest:

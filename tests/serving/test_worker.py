@@ -31,10 +31,12 @@ from serve_app.serving.worker.model_manager import ModelManager
 from serve_app.serving.worker.process_budget import ProcessBudget
 from serve_app.serving.worker.settings import RetentionRules, WorkerIdentity
 from serve_app.serving.worker.worker import Worker
+from serve_app.tasks.base import RawInput
+from serve_app.tasks.tensors import Tensors
 
 BASE = ProcessMemory(anonymous_bytes=5, file_bytes=2)
 BUDGET = MemoryBudget(capacity_bytes=250, workspace_bytes=0)
-BATCH = np.zeros((2, 3, 8, 8), np.float32)
+BATCH = {"input": np.zeros((2, 3, 8, 8), np.float32)}
 
 
 class FakeModel:
@@ -43,12 +45,12 @@ class FakeModel:
         self.running = 0
         self.unloaded = False
 
-    def infer(self, batch: np.ndarray) -> np.ndarray:
+    def run(self, inputs: Tensors) -> Tensors:
         assert not self.unloaded, "a model in use was unloaded"
         self.running += 1
         self._gate.wait(10)
         self.running -= 1
-        return np.zeros((len(batch), CLASSES), np.float32)
+        return {"logits": np.zeros((len(inputs["input"]), CLASSES), np.float32)}
 
     def unload(self) -> None:
         assert not self.running, "a model in use was unloaded"
@@ -173,7 +175,7 @@ async def test_the_first_request_loads_and_the_second_hits() -> None:
     async with running(backend) as worker:
         first, second = await worker.infer(work()), await worker.infer(work())
     assert (first.outcome, second.outcome) == (Outcome.LOAD, Outcome.HIT)
-    assert second.logits.shape == (2, CLASSES)
+    assert second.outputs["logits"].shape == (2, CLASSES)
     assert backend.loads == ["a"]
 
 
@@ -198,7 +200,7 @@ async def test_a_model_that_must_be_held_and_is_not_is_not_loaded() -> None:
 async def test_a_bad_image_is_refused_before_anything_is_loaded(payload) -> None:
     backend = FakeBackend()
     async with running(backend) as worker:
-        reply = await worker.infer(work(payload=payload))
+        reply = await worker.infer(work(payload=RawInput(data=payload)))
     assert isinstance(reply, InferenceRejected)
     assert isinstance(reply.error, InvalidRequest)
     assert backend.loads == []
@@ -206,9 +208,11 @@ async def test_a_bad_image_is_refused_before_anything_is_loaded(payload) -> None
 
 async def test_an_image_is_decoded_for_the_models_input() -> None:
     async with running(FakeBackend()) as worker:
-        reply = await worker.infer(work(payload=encoded(Image.new("RGB", (20, 10)), "JPEG")))
+        reply = await worker.infer(work(payload=RawInput(data=encoded(Image.new("RGB", (20, 10)), "JPEG"))))
     assert isinstance(reply, InferenceResult)
-    assert reply.logits.shape == (1, CLASSES)
+    assert reply.answer is not None
+    labels = [best["label"] for best in reply.answer["predictions"]]
+    assert labels == [f"label {index}" for index in range(5)]
     assert reply.decode_s > 0
 
 

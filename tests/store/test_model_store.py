@@ -124,8 +124,8 @@ def test_catalog_lays_the_entry_over_the_manifest(small: ModelStore) -> None:
     assert (model.family, model.profile.accuracy, model.pinned) == ("toys", 0.25, True)
     brighter = ImageInput(resize_px=40, crop_px=32, mean=(0, 0, 0))
     entry = dataclasses.replace(entry, input=brighter)
-    assert small.catalog([entry])["tied"].image == brighter
-    assert small.catalog([tiny("tied")])["tied"].image == SMALL_INPUT
+    assert small.catalog([entry])["tied"].task.image == brighter
+    assert small.catalog([tiny("tied")])["tied"].task.image == SMALL_INPUT
 
 
 def test_catalog_keeps_the_order_of_the_entries(shared: ModelStore) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import psutil
+import tagger_model
 import yaml
 from PIL import Image
 
@@ -32,6 +33,8 @@ LARGE = "resnet18"
 TOO_LARGE = "resnet34"
 #: Two locations hold it without requests; one location preloads the other one.
 GUARDED, LISTED = "guarded", "listed"
+#: No image classifier.
+TAGGER = "tagger"
 #: A quarter is workspace, and a fifth may be held back for what the process grows by: the rest is too small for the
 #: large model at two of them.
 MEMORY = {"paris": "56MiB", "tokyo": "56MiB", "virginia": "90MiB"}
@@ -88,6 +91,8 @@ def write_configuration(folder: Path, port: int) -> None:
     size = {"resize_px": 64, "crop_px": 64}
     tiny = {"builder": "torchvision:squeezenet1_1", "weights": f"random:{SEED}", "input": size}
     models |= {GUARDED: {**tiny, "min_copies": 2}, LISTED: tiny}
+    tagger_model.write(folder / "tagger.onnx")
+    models[TAGGER] = {"builder": "onnx:tagger.onnx", **tagger_model.ENTRY}
     edge = {
         "catalog": "catalog.yaml",
         "store": "store",

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from serve_app.core.catalog import Catalog, ImageInput, ModelProfile, PublishedModel, TensorSpec
+from serve_app.core.catalog import Catalog, ModelProfile, PublishedModel
 from serve_app.core.cluster.reports import ViewDelta, WorkerReport
+from serve_app.core.contract import Axis, Contract, TensorSpec
 from serve_app.core.links import Link
 from serve_app.core.routing.rules import RoutingRules
+from serve_app.core.task import ImageInput, TaskSpec
 from serve_app.core.vocabulary import ModelState, Outcome, ResidentModel
 from serve_app.serving.router.router import Router
 from serve_app.serving.transport.messages import InferenceResult, InferenceTask
@@ -29,10 +31,18 @@ def published(model_id: str, *, size_bytes: int = 100, accuracy: float = 0.5, ex
         weights_actual="random:0",
         dtype="float32",
         pinned=False,
-        image=ImageInput(resize_px=8, crop_px=8),
-        inputs=(TensorSpec(name="input", datatype="FP32", shape=(-1, 3, 8, 8)),),
-        outputs=(TensorSpec(name="logits", datatype="FP32", shape=(-1, CLASSES)),),
-        labels=tuple(f"label {index}" for index in range(CLASSES)),
+        runtime="torch",
+        contract=Contract(
+            inputs=(TensorSpec(name="input", datatype="FP32", shape=(-1, 3, 8, 8)),),
+            outputs=(TensorSpec(name="logits", datatype="FP32", shape=(-1, CLASSES)),),
+            axes=(Axis(name="batch", most=32),),
+        ),
+        task=TaskSpec(
+            kind="image-classification",
+            image=ImageInput(resize_px=8, crop_px=8),
+            labels=tuple(f"label {index}" for index in range(CLASSES)),
+        ),
+        row_by_row=True,
         weights_bytes=size_bytes,
         workspace_bytes=0,
         profile=ModelProfile(model_id=model_id, size_bytes=size_bytes, load_s=0.01, exec_s=exec_s, accuracy=accuracy),
@@ -71,7 +81,7 @@ def view(*reports: WorkerReport) -> ViewDelta:
 
 def done(replica: str, **changes: Any) -> InferenceResult:
     fields: dict[str, Any] = {
-        "logits": np.zeros((1, CLASSES), np.float32),
+        "outputs": {"logits": np.zeros((1, CLASSES), np.float32)},
         "outcome": Outcome.HIT,
         "queue_s": 0.0,
         "load_s": 0.0,

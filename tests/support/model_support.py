@@ -6,11 +6,17 @@ import ctypes
 import mmap
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
-from serve_app.core.catalog import ImageInput, ModelEntry
+from serve_app.core.catalog import ModelEntry
+from serve_app.core.task import ImageInput
+from serve_app.models.loader import ModelLoader
+from serve_app.models.runtimes.base import LoadedModel
+from serve_app.models.runtimes.torch_runtime import PreparedModule
 from serve_app.store.durable_files import sha256_of
 from serve_app.store.model_store import ModelStore
 
@@ -30,6 +36,18 @@ VISION = tuple(vision(name) for name in ("squeezenet1_1", "shufflenet_v2_x0_5", 
 
 def images(count: int = 1, side: int = 224, seed: int = 1) -> NDArray[np.float32]:
     return np.random.default_rng(seed).standard_normal((count, 3, side, side), dtype=np.float32)
+
+
+def classify(model: LoadedModel, batch: NDArray[Any]) -> NDArray[Any]:
+    """The logits of a classifier, in memory, for images."""
+    return model.run({"input": batch})["logits"]
+
+
+def module_of(loader: ModelLoader, model_id: str) -> nn.Module:
+    """The module that a loader keeps of a model of torch."""
+    prepared = loader.prepare(model_id)
+    assert isinstance(prepared, PreparedModule)
+    return prepared.template.module
 
 
 def offline(url: str) -> bool:

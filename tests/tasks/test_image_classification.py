@@ -40,7 +40,7 @@ SIZES = [(500, 375), (375, 500), (256, 256), (224, 224), (100, 257), (32, 20), (
 def test_preprocessing_is_that_of_torchvision(name: str, size: tuple[int, int]) -> None:
     image = picture(*size)
     expected = models.get_model_weights(name).DEFAULT.transforms()(image).numpy()
-    actual = preprocess(image, metadata(vision(name)).image)
+    actual = preprocess(image, metadata(vision(name)).task.image)
     assert actual.dtype == np.float32
     assert actual.flags.c_contiguous
     assert actual.shape == expected.shape

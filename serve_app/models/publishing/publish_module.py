@@ -234,7 +234,9 @@ def _require_classifier(entry: ModelEntry, outputs: Sequence[TensorSpec]) -> Non
 
 
 def _labeled(task: TaskSpec, contract: Contract) -> TaskSpec:
-    """Return the task without labels that do not fit: there must be one for each class."""
+    """Return the task of a classifier without labels that do not fit: there must be one for each class."""
+    if not task.kind.endswith("classification"):
+        return task
     classes = contract.outputs[0].shape[-1] if contract.outputs[0].shape else 0
     return task if len(task.labels) == classes else dataclasses.replace(task, labels=())
 
