@@ -16,12 +16,12 @@ from torch import nn
 from serve_app.core.catalog import ModelEntry, RuntimeName
 from serve_app.core.contract import Axis
 from serve_app.core.contract_declaration import TensorDeclaration
+from serve_app.core.task import TaskSpec
 
 WIDTH, HIDDEN = 512, 2048
 
 Arrays = Mapping[str, NDArray[Any]]
 
-#: Of tests: what a request must look like.
 LIMITS = (Axis(name="batch", most=4), Axis(name="steps", most=64))
 
 
@@ -47,6 +47,45 @@ def network() -> Network:
     built = Network().eval()
     torch.random.set_rng_state(state)
     return built
+
+
+def write_onnx(path: Path) -> Path:
+    """Write the network as an ONNX graph, with the same names."""
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    weights = {name.replace(".", "_"): value.detach().numpy() for name, value in network().state_dict().items()}
+    nodes = [
+        helper.make_node("Gather", ["table_weight", "kinds"], ["embedded"]),
+        helper.make_node("Add", ["features", "embedded"], ["summed"]),
+        helper.make_node("MatMul", ["summed", "first_weight"], ["projected"]),
+        helper.make_node("Add", ["projected", "first_bias"], ["shifted"]),
+        helper.make_node("Relu", ["shifted"], ["hidden"]),
+        helper.make_node("MatMul", ["hidden", "second_weight"], ["back"]),
+        helper.make_node("Add", ["back", "second_bias"], ["mixed"]),
+        helper.make_node("ArgMax", ["mixed"], ["largest"], axis=-1, keepdims=0),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "network",
+        [
+            helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", "steps", WIDTH]),
+            helper.make_tensor_value_info("kinds", TensorProto.INT64, ["batch", "steps"]),
+        ],
+        [
+            helper.make_tensor_value_info("mixed", TensorProto.FLOAT, ["batch", "steps", WIDTH]),
+            helper.make_tensor_value_info("largest", TensorProto.INT64, ["batch", "steps"]),
+        ],
+        [
+            numpy_helper.from_array(value.T.copy() if name in ("first_weight", "second_weight") else value, name)
+            for name, value in weights.items()
+        ],
+    )
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+    return path
+
+
+def onnx_entry(path: Path, **fields: Any) -> ModelEntry:
+    return ModelEntry(model_id="network", builder=f"onnx:{path}", limits=LIMITS, **fields)
 
 
 def inputs(batch: int = 2, steps: int = 3, seed: int = 0) -> dict[str, NDArray[Any]]:
@@ -80,7 +119,7 @@ def of_torch(folder: Path) -> Source:
     return Source(
         entry=ModelEntry(
             model_id="network", builder="runtime_models:network", inputs=declared, limits=LIMITS,
-            task=TENSORS,
+            task=TaskSpec(),
         ),
         answer=answer,
     )  # fmt: skip

@@ -90,7 +90,7 @@ def measure(load: Callable[[], LoadedModel], contract: Contract, sizes: Sequence
         model = load()
         try:
             costs, skipped = _costs(model, contract, sizes)
-            _run_in_every_thread(model, least)
+            run_in_every_thread(model, least)
             give_back_free_memory()
             loaded_bytes = process_memory().rss_bytes
         finally:
@@ -163,7 +163,7 @@ def _seconds(model: LoadedModel, inputs: Tensors) -> float:
     return time.perf_counter() - started
 
 
-def _run_in_every_thread(model: LoadedModel, inputs: Tensors) -> None:
+def run_in_every_thread(model: LoadedModel, inputs: Tensors) -> None:
     """Execute a model in as many threads as a worker has: some libraries keep memory for each."""
     count = parallel_inferences()
     together = threading.Barrier(count)

@@ -82,9 +82,13 @@ def limit_to_measured(builder: str, contract: Contract, measurement: Measurement
     if not measurement.skipped:
         return contract
     names = [axis.name for axis in contract.axes]
-    batches = sorted({cost.sizes[names.index(BATCH)] for cost in measurement.costs}) if BATCH in names else []
-    for batch in reversed(batches):
-        if all(skipped.sizes[names.index(BATCH)] > batch for skipped in measurement.skipped):
+    largest = tuple(axis.largest for axis in contract.axes)
+    at = names.index(BATCH) if BATCH in names else None
+    bounded = [] if at is None else sorted({
+        cost.sizes[at] for cost in measurement.costs if cost.sizes == (*largest[:at], cost.sizes[at], *largest[at + 1 :])
+    })  # fmt: skip
+    for batch in reversed(bounded):
+        if all(skipped.sizes[at] > batch for skipped in measurement.skipped):
             logger.warning(
                 "%s: batches are limited to %d, because an execution of more %s",
                 builder, batch, measurement.skipped[0].reason,
