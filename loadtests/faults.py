@@ -39,6 +39,7 @@ from rich.table import Table
 from loadtests.support.clients import Clients
 from loadtests.support.testbed_cluster import HEAD, Lab, LabError, executable, lab, until
 from loadtests.testbed.machine import TestbedError
+from serve_app.store.model_store import ModelStore
 
 LOCATIONS = ("paris", "tokyo", "virginia")
 VICTIM = "paris"
@@ -127,8 +128,7 @@ def _unload(made: Lab, model: str) -> None:
 
 
 def _blob(made: Lab, model: str) -> Path:
-    manifest = json.loads((made.models(VICTIM) / "models" / f"{model}.json").read_text())
-    names = [file["name"] for file in manifest["files"]]
+    names = [file.name for file in ModelStore(made.models(VICTIM)).manifest(model).files]
     return next(path for name in names for path in made.models(VICTIM).rglob(name))
 
 

@@ -131,6 +131,24 @@ class StoreError(EdgeServeError):
     status = 500
 
 
+class ModelChanged(StoreError):
+    """What a worker has in memory of a model is no longer what the store has; the worker loads it again."""
+
+    status = 500
+
+
+class DownloadFailed(StoreError):
+    """A file could not be fetched from where its reference says; it may be there later."""
+
+    status = 500
+
+
+class WeightsUnavailable(StoreError):
+    """Random weights would have to stand in for real ones, and the command forbids it."""
+
+    status = 500
+
+
 class ConfigError(EdgeServeError):
     """A configuration file or value is wrong; the command line exits with code 2."""
 

@@ -27,10 +27,20 @@ STATUSES = {
     errors.DoesNotFit: 507,
     errors.InternalError: 500,
     errors.StoreError: 500,
+    errors.ModelChanged: 500,
+    errors.DownloadFailed: 500,
+    errors.WeightsUnavailable: 500,
     errors.ConfigError: 400,
     errors.TraceError: 400,
 }
-FAULTS = {EdgeServeError, errors.InternalError, errors.StoreError}
+FAULTS = {
+    EdgeServeError,
+    errors.InternalError,
+    errors.StoreError,
+    errors.ModelChanged,
+    errors.DownloadFailed,
+    errors.WeightsUnavailable,
+}
 TREE = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, EdgeServeError)]
 SENTENCE = "the model 'été' is not here; ask for {another} one, 100 % sure"
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from serve_app.core.task import ImageInput
 from serve_app.models.torchvision_compat import import_torchvision
-from serve_app.tasks.image_classification import decode_image, preprocess, top_k
+from serve_app.tasks.classes import top_k
+from serve_app.tasks.images import decode_image, preprocess
 
 _MAX_PIXELS = 50_000_000
 #: Their constructors draw initial weights slowly, and build what only training uses, unless told not to.

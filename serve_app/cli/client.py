@@ -1,10 +1,8 @@
-"""Commands that send requests to a running EdgeServe: ``infer``, ``models``, ``load``, ``unload``."""
+"""Commands that send requests to a running EdgeServe: ``models``, ``load``, ``unload``."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -12,7 +10,7 @@ import click
 import httpx
 from rich.table import Table
 
-from serve_app.cli.console import stdout, warn
+from serve_app.cli.console import stdout
 from serve_app.errors import ConfigError, EdgeServeError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -33,34 +31,6 @@ def server_options(command: _Command) -> _Command:
     )
     token = click.option("--token", envvar="EDGESERVE_TOKEN", help="Token, if the service asks for one.")
     return url(token(command))
-
-
-@click.command()
-@click.argument("model")
-@click.argument("image", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@server_options
-@click.option("--location", help="Ask this location.")
-@click.option("--top-k", default=5, show_default=True, type=click.IntRange(1, 1000), help="How many labels.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def infer(
-    model: str, image: Path, url: str, token: str | None, location: str | None, top_k: int, as_json: bool
-) -> None:
-    """Classify IMAGE (JPEG, PNG or WebP) with MODEL, a model or a family."""
-    headers = {"Content-Type": "application/octet-stream"}
-    if location is not None:
-        headers["X-Edge-Location"] = location
-    params = {"model": model, "top_k": str(top_k)}
-    answer = request("POST", f"{url}/v1/classify", token, params=params, content=image.read_bytes(), headers=headers)
-    if as_json:
-        click.echo(json.dumps(answer))
-        return
-    out = stdout()
-    for best in answer["predictions"]:
-        out.print(f"{best['probability']:7.2%}  {best['label']}")
-    timing = ", ".join(f"{name} {ms:.1f} ms" for name, ms in answer["timing_ms"].items() if ms)
-    out.print(f"[dim]{answer['model']} at {answer['location']}: {answer['outcome']} ({timing})[/]")
-    if "warning" in answer:
-        warn(answer["warning"])
 
 
 @click.command()

@@ -15,10 +15,10 @@ from rich.table import Table
 
 from serve_app.cli.client import request, server_options
 from serve_app.cli.console import stdout, warn
-from serve_app.cli.publish import publish_catalog
+from serve_app.cli.publish import publish_catalog, require_weights_option
 from serve_app.config.default_files import find_default
 from serve_app.config.environment import ray_temp_dir
-from serve_app.errors import EdgeServeError, StoreError
+from serve_app.errors import EdgeServeError, StoreError, WeightsUnavailable
 
 # Ray and torch take seconds to import; --help and status need neither.
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--detach", is_flag=True, help="Return once everything is ready; edgeserve down stops it.")
-def up(config: Path | None, detach: bool) -> None:
+@require_weights_option
+def up(config: Path | None, detach: bool, require_weights: bool) -> None:
     """Publish missing models, start the locations of CONFIG, and wait until they are ready.
 
     CONFIG is a Serve configuration file. Without it, local.yaml of the working directory if edgeserve init has written
@@ -54,7 +55,9 @@ def up(config: Path | None, detach: bool) -> None:
     show(f"configuration {serve_file.path}")
     deployment.require_writable_state()
     try:
-        publish_catalog(edge)
+        publish_catalog(edge, require_weights=require_weights)
+    except WeightsUnavailable:
+        raise
     except StoreError as error:
         # The models that are published can be served all the same.
         warn(error.message)

@@ -21,7 +21,7 @@ COMMANDS = {
     "down": "deployment",
     "status": "deployment",
     "init": "init",
-    "infer": "client",
+    "infer": "infer",
     "models": "client",
     "load": "client",
     "unload": "client",

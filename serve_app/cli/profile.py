@@ -17,8 +17,9 @@ from serve_app.cli.publish import chosen_entries, edge_option, store_option
 from serve_app.config.default_files import find_default
 from serve_app.config.edge import EdgeSettings, load_edge
 from serve_app.core.catalog import ModelEntry
-from serve_app.errors import ConfigError, StoreError
-from serve_app.store.model_store import ModelStore, is_published_from
+from serve_app.errors import ConfigError
+from serve_app.store.manifest import Manifest
+from serve_app.store.model_store import ModelStore
 
 # torch takes seconds to import, and --help should not wait for it.
 if TYPE_CHECKING:
@@ -81,7 +82,13 @@ def _profiles(
     from serve_app.models.threads import use_threads
 
     use_threads(settings.worker.threads_per_inference, settings.worker.parallel_inferences)
-    profiles = list(_each(entries, "profiling", lambda entry: model_profile.profile(store, entry.model_id, cold=cold)))
+    profiles = list(
+        _each(
+            entries,
+            "profiling",
+            lambda entry: model_profile.profile(store, entry.model_id, cold=cold, manifest=_manifest(store, entry)),
+        )
+    )
     _write(model_profile.as_json(profiles), as_json, out)
     if not as_json:
         _show_profiles(profiles)
@@ -90,7 +97,7 @@ def _profiles(
 def _variants(store: ModelStore, entries: Sequence[ModelEntry], as_json: bool, out: Path | None) -> None:
     from serve_app.models.profiling.optimization_comparison import compare
 
-    rows = list(_each(entries, "comparing", lambda entry: compare(entry, store.manifest(entry.model_id).model)))
+    rows = list(_each(entries, "comparing", lambda entry: compare(entry, _manifest(store, entry).model)))
     _write([row.as_json() for row in rows], as_json, out)
     if not as_json:
         _show_variants(rows)
@@ -113,11 +120,13 @@ def _published(
     return [entry for entry in entries if entry.model_id not in missing]
 
 
+def _manifest(store: ModelStore, entry: ModelEntry) -> Manifest:
+    key = store.find(entry)
+    return store.manifest(entry.model_id) if key is None else store.read(key)
+
+
 def _is_published(store: ModelStore, entry: ModelEntry) -> bool:
-    try:
-        return is_published_from(store.manifest(entry.model_id), entry)
-    except StoreError:
-        return False
+    return store.find(entry) is not None
 
 
 def _each(entries: Sequence[ModelEntry], doing: str, measure: Callable[[ModelEntry], Any]) -> Iterator[Any]:

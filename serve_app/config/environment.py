@@ -50,6 +50,20 @@ def sockets_dir() -> Path:
     return ray_temp_dir() / f"edgeserve-{os.getuid()}"
 
 
+def downloads_dir() -> Path:
+    """The folder in which files of models are kept once they are downloaded."""
+    return state_dir() / "downloads"
+
+
+def ca_bundle() -> Path | None:
+    """The certificates of the authorities to trust, where the user has named them for Python's HTTP libraries.
+
+    OpenSSL itself reads ``SSL_CERT_FILE``.
+    """
+    named = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+    return Path(named) if named and not os.environ.get("SSL_CERT_FILE") else None
+
+
 def state_dir() -> Path:
     """The folder in which ``edgeserve up`` records what it has started for this user."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "edgeserve"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
 from serve_app.core.contract import Axis, Contract, SizeCost, TensorSpec, cost_at
 from serve_app.core.contract_declaration import TensorDeclaration
+from serve_app.core.reference import FORMS, is_reference, parse_reference
 from serve_app.core.task import ImageInput, TaskSpec
+from serve_app.core.versions import VersionRoute, split_key, version_key
 from serve_app.errors import InvalidRequest
 
 MODEL_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -33,7 +36,8 @@ class ModelEntry:
 
     Attributes:
         builder: ``torchvision:NAME``, ``timm:NAME``, ``onnx:FILE`` or ``package.module:factory``.
-        weights: ``pretrained``, ``random:SEED`` or ``file:PATH`` (a safetensors file).
+        weights: ``pretrained``, ``random:SEED``, or a reference to a file or folder of weights, see
+            ``reference.py``.
         accuracy, input, task: may be left to the metadata of the weights; ``accuracy`` lies in 0..1.
         inputs, outputs: the tensors as far as the model does not say them itself.
         limits: of the free axes.
@@ -41,6 +45,7 @@ class ModelEntry:
         min_copies: so many workers hold the model, at different locations as far as there are so many, whether or not
             it is requested.
         pinned: the model is in the memory of every worker.
+        fingerprint: of what decides the content of the model, see ``store/fingerprint.py``; empty until it is known.
     """
 
     model_id: str
@@ -57,6 +62,7 @@ class ModelEntry:
     dtype: Dtype = "float32"
     pinned: bool = False
     min_copies: int = 0
+    fingerprint: str = ""
 
     def __post_init__(self) -> None:
         _require(self.min_copies >= 0, f"min_copies must be >= 0, not {self.min_copies}")
@@ -70,9 +76,14 @@ class ModelEntry:
         )
         _require(":" in self.builder, f"builder {self.builder!r} must look like 'torchvision:resnet50'")
         _require(
-            self.weights == "pretrained" or re.fullmatch(r"random:\d{1,9}|file:.+", self.weights) is not None,
-            f"weights {self.weights!r} must be 'pretrained', 'random:SEED' or 'file:PATH'",
+            re.fullmatch(r"pretrained|random:\d{1,9}", self.weights) is not None or is_reference(self.weights),
+            f"weights {self.weights!r} must be pretrained, random:SEED, {FORMS}",
         )
+        kind, _, place = self.builder.partition(":")
+        task = self.task or TaskSpec()
+        for reference in (self.weights, place if kind == "onnx" else "", task.tokenizer, task.labels_from):
+            if reference is not None and is_reference(reference):
+                parse_reference(reference)
         _require(self.accuracy is None or 0 <= self.accuracy <= 1, f"accuracy must lie in 0..1, not {self.accuracy}")
 
 
@@ -101,10 +112,13 @@ class PublishedModel:
     """A model that the store holds: everything a router needs to know, without torch.
 
     Attributes:
+        model_id: its key, which is its name for version 1; see ``core/versions.py``.
+        fingerprint: of the catalog entry that it was published from.
         weights_requested, weights_actual: differ when pretrained weights could not be fetched.
         row_by_row: the rows of a batch are executed one after another, each in the workspace of one.
         workspace_bytes: what one execution needs beside the weights, while it runs; see ``memory_budget.py``.
         costs: measured at several sizes of the free axes; empty where the costs of one row say it all.
+        prepared_bytes: what every worker keeps of it while it is not in memory.
     """
 
     model_id: str
@@ -121,7 +135,19 @@ class PublishedModel:
     weights_bytes: int
     workspace_bytes: int
     costs: tuple[SizeCost, ...] = ()
+    prepared_bytes: int = 0
     profile: ModelProfile
+    fingerprint: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name of the model, which all of its versions share."""
+        return split_key(self.model_id)[0]
+
+    @property
+    def version(self) -> int:
+        """The number of this version."""
+        return split_key(self.model_id)[1]
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -137,6 +163,11 @@ class PublishedModel:
     def labels(self) -> tuple[str, ...]:
         """One label for each class; empty: classes are known by their numbers."""
         return self.task.labels
+
+    @property
+    def has_random_weights(self) -> bool:
+        """Whether the answers mean nothing, because the catalog asks for random weights or gets them."""
+        return self.weights_actual.startswith("random:")
 
     @property
     def fallback(self) -> bool:
@@ -165,25 +196,54 @@ def task_for(entry: ModelEntry, default: TaskSpec) -> TaskSpec:
     """
     task = entry.task or default
     is_same_kind = task.kind == default.kind
+    is_of_images = task.kind == "embedding" and task.tokenizer is None
     return replace(
         task,
-        image=entry.input or task.image or (default.image if is_same_kind else None),
-        labels=task.labels or (default.labels if is_same_kind else ()),
+        image=entry.input or task.image or (default.image if is_same_kind or is_of_images else None),
+        labels=task.labels or (default.labels if is_same_kind or task.labels_from else ()),
         tokenizer=default.tokenizer if task.tokenizer else None,
+        activation=task.activation or default.activation,
     )
 
 
 class Catalog:
-    """The published models of one deployment, by name and by family."""
+    """The published models of one deployment, by key, by name and by family.
 
-    def __init__(self, models: tuple[PublishedModel, ...]) -> None:
+    Args:
+        models: every version of every model.
+        routes: which version answers for a name; a name without a route has one version.
+        problems: why a model of the catalog file cannot be served at all, by name.
+    """
+
+    def __init__(
+        self,
+        models: tuple[PublishedModel, ...],
+        routes: Mapping[str, VersionRoute] = MappingProxyType({}),
+        problems: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self._models = {model.model_id: model for model in models}
-        self._families: dict[str, tuple[PublishedModel, ...]] = {}
+        self.routes = routes
+        self.problems = problems
+        #: What a request may name, and which models that means.
+        self._named: dict[str, tuple[PublishedModel, ...]] = {}
+        self._versions: dict[str, tuple[int, ...]] = {}
+        self._canaries: dict[str, tuple[PublishedModel, float]] = {}
         for model in models:
-            if model.family is not None:
-                self._families[model.family] = (*self._families.get(model.family, ()), model)
-        clash = self._models.keys() & self._families.keys()
+            self._versions[model.name] = (*self._versions.get(model.name, ()), model.version)
+            self._named[f"{model.name}@{model.version}"] = (model,)
+        names = dict.fromkeys(model.name for model in models)
+        self._families: dict[str, tuple[PublishedModel, ...]] = {}
+        for name in names:
+            route = routes.get(name) or VersionRoute(current=self._versions[name][-1])
+            current = self._models[version_key(name, route.current)]
+            self._named[name] = (current,)
+            if route.canary is not None:
+                self._canaries[name] = self._models[version_key(name, route.canary)], route.canary_share
+            if current.family is not None:
+                self._families[current.family] = (*self._families.get(current.family, ()), current)
+        clash = names.keys() & self._families.keys()
         _require(not clash, f"{sorted(clash)} name both a model and a family")
+        self._named |= self._families
 
     def __len__(self) -> int:
         return len(self._models)
@@ -196,37 +256,71 @@ class Catalog:
 
     @property
     def models(self) -> tuple[PublishedModel, ...]:
-        """All published models, in catalog order."""
+        """All versions of all published models, in catalog order."""
         return tuple(self._models.values())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all models, in catalog order."""
+        return tuple(self._versions)
 
     @property
     def families(self) -> tuple[str, ...]:
         """The names of all families."""
         return tuple(self._families)
 
+    @property
+    def canaries(self) -> Mapping[str, tuple[PublishedModel, float]]:
+        """The canary of each model that has one, and its share of the requests that name no version."""
+        return self._canaries
+
     def members(self, family: str) -> tuple[PublishedModel, ...]:
         """The functionally equivalent models of a family; empty if there is no such family."""
         return self._families.get(family, ())
 
+    def named(self, name: str) -> tuple[PublishedModel, ...]:
+        """What a request may mean by ``name``: a model, ``MODEL@VERSION``, or the members of a family; else nothing."""
+        return self._named.get(name, ())
+
+    def versions(self, name: str) -> tuple[int, ...]:
+        """The versions of a model, oldest first; empty if there is no such model."""
+        return self._versions.get(name, ())
+
+    def answering(self) -> tuple[PublishedModel, ...]:
+        """The versions that answer requests which name none: the current one of each model, and its canary."""
+        return tuple(
+            model for name in self._versions for model in (*self._named[name], *self._canaries.get(name, ())[:1])
+        )
+
+    def with_current(self, current: Mapping[str, int]) -> Catalog:
+        """Return a catalog in which these versions answer for their names."""
+        routes = {
+            name: replace(route, current=current[name]) if name in current else route
+            for name, route in self.routes.items()
+        }
+        return Catalog(self.models, routes, self.problems)
+
     def profiles(self) -> dict[str, ModelProfile]:
-        """Profile of every model, by name."""
+        """Profile of every version of every model, by key."""
         return {model_id: model.profile for model_id, model in self._models.items()}
 
 
 def most_accurate_first(models: tuple[PublishedModel, ...], min_accuracy: float | None) -> tuple[PublishedModel, ...]:
-    """The members of a family that are accurate enough, best first.
+    """The members of a family that are accurate enough: those with real weights first, and the best of them first.
+
+    The accuracy of a model is that of its real weights: where random ones stand in, it does not count.
 
     Raises:
         InvalidRequest: no member reaches ``min_accuracy``.
     """
-    enough = [
-        model
-        for model in models
-        if min_accuracy is None or (model.profile.accuracy is not None and model.profile.accuracy >= min_accuracy)
-    ]
+    enough = [model for model in models if min_accuracy is None or _accuracy(model) >= min_accuracy]
     if not enough:
-        best = max((model.profile.accuracy or 0.0 for model in models), default=0.0)
+        best = max((_accuracy(model) for model in models), default=0.0)
         raise InvalidRequest(
             f"min_accuracy {min_accuracy} is out of reach: the most accurate model of that name has {best:.3f}"
         )
-    return tuple(sorted(enough, key=lambda model: -(model.profile.accuracy or 0.0)))
+    return tuple(sorted(enough, key=lambda model: (model.has_random_weights, -(model.profile.accuracy or 0.0))))
+
+
+def _accuracy(model: PublishedModel) -> float:
+    return 0.0 if model.fallback else model.profile.accuracy or 0.0

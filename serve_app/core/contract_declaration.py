@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from serve_app.core.contract import BATCH, FREE, Axis, Contract, TensorSpec
+from serve_app.core.contract import BATCH, DATATYPES, FREE, Axis, Contract, TensorSpec
 
 #: The batch axis of a model that names no limit for it.
 DEFAULT_BATCH = Axis(name=BATCH, most=32)
@@ -23,6 +23,15 @@ class TensorDeclaration:
     shape: tuple[int | str, ...] | None = None
     default: float | None = None
     returned_by: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.datatype is not None and self.datatype not in DATATYPES:
+            raise ValueError(
+                f"datatype of tensor {self.name!r} must be one of {', '.join(DATATYPES)}, not {self.datatype!r}"
+            )
+        for size in self.shape or ():
+            if isinstance(size, int) and size != FREE and size < 1:
+                raise ValueError(f"shape of tensor {self.name!r} must hold positive numbers, -1 or names, not {size}")
 
 
 def complete_contract(
@@ -50,7 +59,8 @@ def complete_contract(
         listed = ", ".join(f"{name!r} of input {free[name]!r}" for name in missing)
         cure = ", ".join(f"{name}: LARGEST" for name in missing)
         raise ValueError(
-            f"axis {listed} {'is' if len(missing) == 1 else 'are'} free and without a limit, which memory depends on; "
+            f"axis {listed} {'is free and has' if len(missing) == 1 else 'are free and have'} no limit, which "
+            f"memory depends on; "
             f"add limits: {{{cure}}}"
         )
     axes = [given.pop(name, DEFAULT_BATCH) for name in free]

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from serve_app.errors import StoreError
+from serve_app.models.guarded_model import GuardedModel, signatures
 from serve_app.models.readahead import ReadAhead
 from serve_app.models.runtimes import registry
 from serve_app.models.runtimes.base import LoadedModel, PreparedModel, StartReadAhead
+from serve_app.store.blob_store import check_size
 from serve_app.store.manifest import Manifest
-from serve_app.store.model_store import ModelStore, check_size
+from serve_app.store.model_store import ManifestKey, ModelStore
 
 
 class ModelLoader:
@@ -38,6 +40,18 @@ class ModelLoader:
         self._releases = ThreadPoolExecutor(1, thread_name_prefix="release") if release_page_cache else None
         self._prepared: dict[str, PreparedModel] = {}
         self._locks: dict[str, threading.Lock] = {}
+        #: What may be loaded, by key; None: whatever the store has, by name.
+        self._selected: Mapping[str, ManifestKey] | None = None
+
+    def select(self, manifests: Mapping[str, ManifestKey]) -> None:
+        """Load these manifests from now on and no others, by the keys of their models.
+
+        What a key stood for before is replaced in memory as soon as it is to run again.
+        """
+        before, self._selected = self._selected or {}, dict(manifests)
+        for key, manifest in manifests.items():
+            if before.get(key) != manifest:
+                self._prepared.pop(key, None)
 
     def prepare(self, model_id: str) -> PreparedModel:
         """Do once per process, and model, what a load need not do.
@@ -50,7 +64,7 @@ class ModelLoader:
             return ready
         with self._locks.setdefault(model_id, threading.Lock()):
             if model_id not in self._prepared:
-                self._prepared[model_id] = registry.prepare(self._store.manifest(model_id), self._store)
+                self._prepared[model_id] = registry.prepare(self._manifest(model_id), self._store)
             return self._prepared[model_id]
 
     def check(self, model_id: str) -> None:
@@ -67,7 +81,7 @@ class ModelLoader:
                 check_size(file, self._store.blob_path(file.name), model_id)
         except StoreError:
             # A model that was published again is loaded from other files.
-            if self._store.manifest(model_id).files == prepared.manifest.files:
+            if self._manifest(model_id).files == prepared.manifest.files:
                 raise
 
     def load(self, model_id: str) -> LoadedModel:
@@ -77,15 +91,26 @@ class ModelLoader:
             StoreError: the model is not published, or a file is missing, truncated or corrupt.
         """
         prepared = self.prepare(model_id)
+        files = signatures(prepared.manifest, self._store)
         try:
-            return prepared.load(self._read_ahead, self._release)
+            loaded = prepared.load(self._read_ahead, self._release)
         except StoreError:
             # The model may have been published again, and its earlier files swept.
-            newer = self._store.manifest(model_id)
+            newer = self._manifest(model_id)
             if newer.files == prepared.manifest.files:
                 raise
-            self._prepared[model_id] = replaced = registry.prepare(newer, self._store)
-            return replaced.load(self._read_ahead, self._release)
+            self._prepared[model_id] = prepared = registry.prepare(newer, self._store)
+            files = signatures(newer, self._store)
+            loaded = prepared.load(self._read_ahead, self._release)
+        return GuardedModel(loaded, files, lambda: self._prepared.get(model_id) is prepared)
+
+    def _manifest(self, model_id: str) -> Manifest:
+        """Return the manifest of a model; raises ``StoreError`` if there is none."""
+        if self._selected is None:
+            return self._store.manifest(model_id)
+        if model_id not in self._selected:
+            raise StoreError(f"this deployment has not published model {model_id!r}; run: edgeserve publish")
+        return self._store.read(self._selected[model_id])
 
     def _release(self, manifest: Manifest, readers: Sequence[ReadAhead]) -> None:
         if self._releases is not None:

@@ -13,7 +13,7 @@ from PIL import Image
 from serve_app.core.catalog import Catalog, PublishedModel
 from serve_app.errors import EdgeServeError
 from serve_app.models.loader import ModelLoader
-from serve_app.tasks.image_classification import decode_image
+from serve_app.tasks.images import decode_image
 from serve_app.tasks.tensors import probe
 
 logger = logging.getLogger(__name__)

@@ -20,6 +20,8 @@ from serve_app.serving.replica_config import ReplicaConfig
 from serve_app.serving.replicas import RouterReplica, WorkerReplica
 from serve_app.serving.transport.named_replica_request_router import NamedReplicaRequestRouter
 from serve_app.serving.transport.worker_client import WORKER_DEPLOYMENT
+from serve_app.store.model_store import ModelStore
+from serve_app.store.projects import Project
 
 #: Above every limit of ``limits``: Serve's own limit answers without EdgeServe's error format.
 _SERVE_LIMIT = 100_000
@@ -68,8 +70,10 @@ def build(args: AppArgs) -> Any:
         raise ConfigError(f"{args.edge}: no location {args.location!r}; there are {', '.join(settings.locations)}")
     config = ReplicaConfig(
         settings=settings,
-        entries=load_catalog(settings.catalog),
+        # Here, where the files that it names are: the nodes of the replicas need not have them.
+        entries=ModelStore(settings.store).fingerprinted(load_catalog(settings.catalog)),
         location=args.location,
+        project=Project.of(find(settings.catalog)).key,
         issued=max(_written_ns(path) for path in (edge, settings.catalog)),
     )
     token = load_token(settings)

@@ -34,12 +34,14 @@ class ReplicaConfig:
         entries: ``catalog.yaml``.
         location: the location of the replica; None for the gateway.
         issued: when the configuration was written; of two configurations, the coordinator follows the newer.
+        project: the key of the catalog's project in the store, whose versions are served; see ``store/projects.py``.
     """
 
     settings: EdgeSettings
     entries: tuple[ModelEntry, ...]
     location: str | None
     issued: int = 0
+    project: str = ""
 
     def to_json(self) -> Any:
         """Return plain values, which is all that Serve takes."""
@@ -81,16 +83,17 @@ class ReplicaConfig:
             staleness_s=2 * self.settings.coordinator.report_every,
         )
 
-    def min_copies(self) -> dict[str, int]:
-        """Return the number of copies that the cluster must have, for each model with such a number."""
-        return {entry.model_id: entry.min_copies for entry in self.entries if entry.min_copies}
+    def min_copies(self, catalog: Catalog) -> dict[str, int]:
+        """Return the number of copies that the cluster must have, for each model with such a number, by key."""
+        wanted = {entry.model_id: entry.min_copies for entry in self.entries if entry.min_copies}
+        return {model.model_id: wanted[model.name] for model in catalog.answering() if model.name in wanted}
 
-    def retention_rules(self) -> RetentionRules:
+    def retention_rules(self, catalog: Catalog) -> RetentionRules:
         """Return which models a worker holds whatever its policy says; raises ``ConfigError`` for the gateway."""
         worker = self.settings.worker
         return RetentionRules(
             preload=self.settings.locations[self.worker_location()].preload,
-            min_copies=self.min_copies(),
+            min_copies=self.min_copies(catalog),
             idle_unload_s=worker.idle_unload,
             hand_over_s=worker.hand_over,
         )
@@ -104,7 +107,7 @@ class ReplicaConfig:
                 routing=self.routing_rules(catalog),
                 every_s=coordinator.placement_every,
                 payload_bytes=_PAYLOAD_BYTES,
-                min_copies=self.min_copies(),
+                min_copies=self.min_copies(catalog),
                 rules=PlacementRules(withdraw_after_s=coordinator.withdraw_after),
             )
         return CoordinatorRules(

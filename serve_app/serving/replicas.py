@@ -17,7 +17,7 @@ from serve_app.config.environment import sockets_dir
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import Catalog
 from serve_app.core.memory_budget import MemoryBudget
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, EdgeServeError
 from serve_app.serving import ray_internals
 from serve_app.serving.api import fast_path
 from serve_app.serving.api.http_app import build_http_app
@@ -30,6 +30,7 @@ from serve_app.serving.router.router import Router
 from serve_app.serving.transport.local_rpc import LocalRpcServer
 from serve_app.serving.transport.messages import InferenceRejected, InferenceTask, Reply
 from serve_app.serving.transport.worker_client import ServeWorkerPool
+from serve_app.serving.version_watcher import VersionWatcher
 from serve_app.serving.worker.model_manager import ModelManager
 from serve_app.serving.worker.process_budget import ProcessBudget
 from serve_app.serving.worker.settings import WorkerIdentity
@@ -46,7 +47,10 @@ class WorkerReplica:
         _log_to_serve()
         self._config = config
         self._identity = _identity(config)
-        self._loader = _make_loader(config.settings)
+        self._changing = asyncio.Lock()
+        self._store = ModelStore(config.settings.store)
+        self._loader = _make_loader(config.settings, self._store)
+        self._versions = VersionWatcher(self._store.projects, config.project, self._go_on, self._served)
         catalog = self._prepare_models(config)
         await self._warm_up(catalog)
         self._worker = self._make_worker(catalog)
@@ -54,17 +58,23 @@ class WorkerReplica:
         await self._open_local_rpc()
         await self._worker.preload_pinned()
         self._worker.start(config.settings.coordinator.report_every)
+        self._versions.start()
 
     def _prepare_models(self, config: ReplicaConfig) -> Catalog:
-        """Return the models in the store of this node, each prepared for loading."""
-        catalog = _published(config)
-        for model in catalog.models:
+        """Return the models in the store of this node, those that answer prepared for loading."""
+        selection = self._store.select(config.entries, config.project)
+        self._loader.select(selection.manifests)
+        unusable = {}
+        for model in selection.catalog.answering():
             try:
                 self._loader.prepare(model.model_id)
-            except Exception:
+            except Exception as error:
                 # A factory may fail in any way, and one unusable model must not keep the others from being served.
                 logger.exception("model %s cannot be served", model.model_id)
-        return catalog
+                is_foreseen = isinstance(error, EdgeServeError)
+                unusable[model.model_id] = str(error) if is_foreseen else f"{type(error).__name__}: {error}"
+        self._unusable = unusable
+        return selection.catalog
 
     async def _warm_up(self, catalog: Catalog) -> None:
         from serve_app.models.warm_up import warm_up
@@ -82,11 +92,12 @@ class WorkerReplica:
             exec_slots=config.settings.worker.parallel_inferences,
             coordinator=_make_client(config, catalog),
             rules=config.routing_rules(catalog),
-            retention=config.retention_rules(),
+            retention=config.retention_rules(catalog),
             metrics=metrics,
             process_budget=_make_process_budget(budget),
             max_pixels=config.settings.limits.image_pixels,
-            find_blob=ModelStore(config.settings.store).blob_path,
+            find_blob=self._store.blob_path,
+            unusable=self._unusable,
         )
 
     def _make_manager(self, cache: ModelCache, metrics: WorkerMetrics) -> ModelManager:
@@ -113,23 +124,34 @@ class WorkerReplica:
         config = ReplicaConfig.from_json(user_config)
         if config == self._config:
             return
-        catalog = await asyncio.to_thread(self._prepare_models, config)
-        is_other_policy = config.settings.policy != self._config.settings.policy
-        try:
-            self._worker.reconfigure(
-                catalog=catalog,
-                budget=config.memory_budget(catalog),
-                policy=config.eviction_policy(self._identity.replica) if is_other_policy else None,
-                rules=config.routing_rules(catalog),
-                retention=config.retention_rules(),
-                coordination=config.coordinator_rules(catalog),
-            )
-        except ValueError as error:
-            # An exception would have Serve replace this replica by one that cannot take the configuration either.
-            logger.error("going on with the configuration of before: %s", error)
-            return
-        self._config = config
+        await self._versions.follow(config.project)
+        await self._go_on(config)
         logger.info("going on with the new configuration")
+
+    async def _go_on(self, config: ReplicaConfig | None = None) -> None:
+        """Go on with another configuration, or with other versions of the models."""
+        async with self._changing:
+            config = config or self._config
+            catalog = await asyncio.to_thread(self._prepare_models, config)
+            is_other_policy = config.settings.policy != self._config.settings.policy
+            try:
+                self._worker.reconfigure(
+                    catalog=catalog,
+                    budget=config.memory_budget(catalog),
+                    policy=config.eviction_policy(self._identity.replica) if is_other_policy else None,
+                    rules=config.routing_rules(catalog),
+                    retention=config.retention_rules(catalog),
+                    coordination=config.coordinator_rules(catalog),
+                    unusable=self._unusable,
+                )
+            except ValueError as error:
+                # An exception would have Serve replace this replica by one that cannot take the configuration either.
+                logger.error("going on with the configuration of before: %s", error)
+                return
+            self._config = config
+
+    def _served(self) -> tuple[str, ...]:
+        return tuple(entry.model_id for entry in self._config.entries)
 
     async def infer(self, task: InferenceTask, replica: str | None = None) -> Reply:
         """``Worker.infer``; ``replica`` is for ``NamedReplicaRequestRouter``."""
@@ -151,6 +173,7 @@ class WorkerReplica:
         return await self._worker.unload(model_id)
 
     async def __del__(self) -> None:
+        self._versions.stop()
         # Serve has drained its own calls by now. While the worker leaves, routers stop sending it requests.
         await self._worker.leave()
         await self._local_rpc.close()
@@ -169,9 +192,12 @@ class RouterReplica:
     def __init__(self, config: ReplicaConfig, token: str | None, worker: Any = None) -> None:
         _log_to_serve()
         settings = config.settings
-        catalog = _published(config)
+        self._store = ModelStore(settings.store)
+        catalog = self._store.select(config.entries, config.project).catalog
         self._config = config
         self._token = token
+        self._versions = VersionWatcher(self._store.projects, config.project, self._go_on, self._served)
+        self._changing = asyncio.Lock()
         self._router = Router(
             catalog=catalog,
             locations=tuple(settings.locations),
@@ -189,6 +215,7 @@ class RouterReplica:
         """Called by Serve on the replica's event loop, after the constructor."""
         settings = self._config.settings
         self._router.start(settings.coordinator.report_every, self._config.location or "gateway")
+        self._versions.start()
         http = HttpSettings(
             location=self._config.location,
             default_location=settings.gateway_location,
@@ -204,14 +231,29 @@ class RouterReplica:
         config = ReplicaConfig.from_json(user_config)
         if config == self._config:
             return
-        catalog = await asyncio.to_thread(_published, config)
-        self._router.reconfigure(
-            catalog, tuple(config.settings.locations), config.routing_rules(catalog), config.coordinator_rules(catalog)
-        )
-        self._config = config
+        await self._versions.follow(config.project)
+        await self._go_on(config)
         logger.info("going on with the new configuration")
 
+    async def _go_on(self, config: ReplicaConfig | None = None) -> None:
+        """Go on with another configuration, or with other versions of the models."""
+        async with self._changing:
+            config = config or self._config
+            selection = await asyncio.to_thread(self._store.select, config.entries, config.project)
+            catalog = selection.catalog
+            self._router.reconfigure(
+                catalog,
+                tuple(config.settings.locations),
+                config.routing_rules(catalog),
+                config.coordinator_rules(catalog),
+            )
+            self._config = config
+
+    def _served(self) -> tuple[str, ...]:
+        return tuple(entry.model_id for entry in self._config.entries)
+
     async def __del__(self) -> None:
+        self._versions.stop()
         # Serve has drained its own requests by now, but those of the fast path bypass it.
         await self._router.drained()
 
@@ -232,22 +274,17 @@ def _identity(config: ReplicaConfig) -> WorkerIdentity:
     return WorkerIdentity(location=location, replica=context.replica_id.unique_id)
 
 
-def _published(config: ReplicaConfig) -> Catalog:
-    """Return the models that the store of this node holds."""
-    return ModelStore(config.settings.store).catalog(config.entries)
-
-
 def _make_client(config: ReplicaConfig, catalog: Catalog) -> CoordinatorClient:
     return CoordinatorClient(config.coordinator_rules(catalog), config.location)
 
 
-def _make_loader(settings: EdgeSettings) -> Any:
+def _make_loader(settings: EdgeSettings, store: ModelStore) -> Any:
     # Imported here: the process of a router must not load torch.
     from serve_app.models.loader import ModelLoader
     from serve_app.models.threads import use_threads
 
     use_threads(settings.worker.threads_per_inference, settings.worker.parallel_inferences)
-    return ModelLoader(ModelStore(settings.store), release_page_cache=settings.worker.release_page_cache)
+    return ModelLoader(store, release_page_cache=settings.worker.release_page_cache)
 
 
 def _make_cache(config: ReplicaConfig, catalog: Catalog, budget: MemoryBudget, replica: str) -> ModelCache:

@@ -42,6 +42,16 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def stat_signature(path: Path) -> list[int]:
+    """Return what changes when a file is written to or replaced: inode, size, and the times of content and inode.
+
+    Raises:
+        OSError: it is missing.
+    """
+    status = path.stat()
+    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file, and wait until the disk has it."""
     path.write_bytes(content)

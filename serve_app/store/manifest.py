@@ -7,6 +7,7 @@ single tensors, without a change of format. This module does not import torch: r
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -20,7 +21,7 @@ from serve_app.core.catalog import PublishedModel, RuntimeName
 from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
 
-FORMAT = 3
+FORMAT = 4
 
 BLOB_NAME = re.compile(r"[0-9a-f]{64}\.[a-z]{1,16}")
 
@@ -160,6 +161,14 @@ class Manifest:
                 raise ValueError(f"tensor {place.name!r} lies in {place.file!r}, which is not among the files")
             if place.offset + place.nbytes > sizes[place.file]:
                 raise ValueError(f"tensor {place.name!r} ends after the end of its file")
+
+    @property
+    def content_id(self) -> str:
+        """Return 16 hexadecimal digits that are equal for manifests which answer alike, whenever they were measured."""
+        content = dataclasses.asdict(self)
+        model = content.pop("model")
+        content["model"] = [model[key] for key in ("contract", "runtime", "dtype", "weights_actual", "row_by_row")]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> bytes:
         """Convert to UTF-8 JSON that ``from_json`` converts back unchanged."""

@@ -19,8 +19,10 @@ from serve_app.config.environment import STORE_VARIABLE, preset, ray_address, st
 from serve_app.config.policy_parameters import parse_parameters
 from serve_app.config.units import parse_duration, parse_size
 from serve_app.config.yaml_files import load_yaml
+from serve_app.core.contract import Axis
+from serve_app.core.contract_declaration import TensorDeclaration
 from serve_app.core.links import Link
-from serve_app.core.task import ImageInput
+from serve_app.core.task import ImageInput, TaskSpec
 from serve_app.errors import ConfigError
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -306,6 +308,19 @@ def test_a_catalog_becomes_entries_in_its_order(write: Write, tmp_path: Path) ->
             "models.m: mean and std must have one value",
         ),
         (MODEL | {"pinned": "perhaps"}, "models.m.pinned: .*boolean"),
+        (MODEL | {"precision": "int4"}, "models.m.precision: .*float32"),
+        (MODEL | {"task": "classify"}, "models.m.task.kind: .*image-classification"),
+        (MODEL | {"task": {"kind": "detection", "least": 1}}, "unknown key models.m.task.least; there are kind, image"),
+        (MODEL | {"runtime": "tensorflow"}, "models.m.runtime: .*onnxruntime"),
+        (MODEL | {"limits": {"batch": "1-4"}}, r"models.m.limits.batch: must be a number, .* or a range, .*'1-4'"),
+        (MODEL | {"limits": {"batch": 0}}, "models.m.limits.batch.most: "),
+        (
+            MODEL | {"limits": {"side": {"most": 2, "least": 3}}},
+            r"models.m: axis 'side' must have limits .*",
+        ),
+        (MODEL | {"inputs": [{"name": "x", "shape": [1.5]}]}, "models.m.inputs.0.shape.0: an axis must be .* not 1.5"),
+        (MODEL | {"inputs": [{"name": "x", "shape": [0]}]}, "models.m: shape of tensor 'x' must hold positive numbers"),
+        (MODEL | {"inputs": [{"name": "x", "datatype": "FLOAT"}]}, "models.m: datatype of tensor 'x' must be one of"),
         ("torchvision:resnet18", "models.m: "),
     ],
 )
@@ -457,3 +472,23 @@ def test_settings_survive_json_whatever_their_units() -> None:
     )
     for settings in (written, EdgeSettings.model_validate({"locations": {"paris": {"memory": "1GiB"}}})):
         assert EdgeSettings.model_validate(json.loads(json.dumps(settings.model_dump(mode="json")))) == settings
+
+
+def test_a_model_declares_its_tensors_limits_and_task(tmp_path: Path) -> None:
+    model = MODEL | {
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": ["batch", 3, "side", -1], "default": 0}],
+        "limits": {"batch": 8, "side": "32..512", "x_3": {"most": 64, "multiple": 8}},
+        "task": "tensors",
+        "precision": "bfloat16",
+    }
+    catalog = tmp_path / "catalog.yaml"
+    catalog.write_text(yaml.safe_dump({"models": {"m": model}}))
+    (entry,) = load_catalog(catalog)
+    assert entry.inputs == (TensorDeclaration(name="x", datatype="FP32", shape=("batch", 3, "side", -1), default=0.0),)
+    assert entry.limits == (
+        Axis(name="batch", most=8),
+        Axis(name="side", least=32, most=512),
+        Axis(name="x_3", most=64, multiple=8),
+    )
+    assert entry.task == TaskSpec(kind="tensors")
+    assert entry.dtype == "bfloat16"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import signal
@@ -18,6 +17,7 @@ from deployment_support import LOCATIONS, SMALL
 
 from serve_app.serving import code_version
 from serve_app.serving.coordinator import actor
+from serve_app.store.model_store import ModelStore
 
 HEADERS = {"Content-Type": "image/jpeg"}
 
@@ -250,8 +250,8 @@ def test_a_truncated_weights_file_fails_its_own_model_only_and_the_log_says_why(
     for location in LOCATIONS:
         httpx.post(f"{deployment.location(location)}/v2/repository/models/{model}/unload", timeout=60)
     until(lambda: not _held(deployment, model), "the model is absent everywhere")
-    manifest = json.loads((deployment.folder / "store" / "models" / f"{model}.json").read_text())
-    blob = deployment.folder / "store" / "blobs" / manifest["files"][0]["name"]
+    store = ModelStore(deployment.folder / "store")
+    blob = store.blob_path(store.manifest(model).files[0].name)
     whole = blob.rename(blob.with_suffix(".whole"))
     blob.write_bytes(b"cut short")
     try:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from model_support import VISION, cached_pages, classify, images, mapped, module_of, offline, tiny, vision
 
-from serve_app.errors import InvalidRequest, StoreError
+from serve_app.errors import InvalidRequest, ModelChanged, StoreError
 from serve_app.models.builders import registry
 from serve_app.models.graph_optimizations import named_slots
 from serve_app.models.loader import ModelLoader
@@ -220,16 +220,27 @@ def test_unknown_model_is_refused(shared: ModelStore) -> None:
         ModelLoader(shared).load("unknown")
 
 
-def test_model_published_again_is_found_by_a_loader_of_the_old_one(small: ModelStore) -> None:
-    loader = ModelLoader(small)
+def test_what_a_name_stands_for_is_what_the_loader_was_told_to_select(small: ModelStore) -> None:
+    loader, changed = ModelLoader(small), tiny("tied", weights="random:4")
+    loader.select(small.select([tiny("tied")]).manifests)
     model = loader.load("tied")
     before = classify(model, images(1, 32))
-    publish(small, [tiny("tied", weights="random:4")], reachable=offline)
-    assert np.array_equal(classify(model, images(1, 32)), before), "a loaded model must survive the sweep of its file"
+    publish(small, [changed], reachable=offline)
+    assert np.array_equal(classify(model, images(1, 32)), before), "it was published by others"
+    loader.select(small.select([changed]).manifests)
+    with pytest.raises(ModelChanged, match="published again"):
+        classify(model, images(1, 32))
     model.unload()
     model = loader.load("tied")
     assert not np.array_equal(classify(model, images(1, 32)), before)
     model.unload()
+
+
+def test_a_loader_that_was_told_to_select_loads_nothing_else(small: ModelStore) -> None:
+    loader = ModelLoader(small)
+    loader.select({})
+    with pytest.raises(StoreError, match="this deployment has not published model 'tied'"):
+        loader.load("tied")
 
 
 def test_builder_that_changed_since_publishing_is_refused(small: ModelStore) -> None:

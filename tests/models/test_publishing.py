@@ -20,13 +20,15 @@ from publisher_process import ENTRIES
 
 from serve_app.core.contract import TensorSpec
 from serve_app.core.task import ImageInput
-from serve_app.models.builders import torchvision as torchvision_builder
+from serve_app.errors import DownloadFailed
 from serve_app.models.builders.registry import build, metadata
 from serve_app.models.loader import ModelLoader
 from serve_app.models.profiling import measure
 from serve_app.models.publishing.publish_catalog import PublishEvent, publish
+from serve_app.models.sources.download_cache import OnBytes, ignore_bytes
+from serve_app.models.sources.fetcher import Fetcher
+from serve_app.models.sources.pretrained import Pretrained, WeightSource, url_reachable
 from serve_app.models.torchvision_compat import import_torchvision
-from serve_app.models.weight_sources import Download, DownloadFailed, WeightSource, download_torchvision, url_reachable
 from serve_app.store.model_store import ModelStore
 
 pytestmark = pytest.mark.slow
@@ -91,10 +93,11 @@ def test_publisher_killed_at_any_moment_is_resumed_by_the_next(store: ModelStore
     check_content(store, "first")
     if moment == "half-written":
         assert list((store.root / "tmp").iterdir())
-    committed = (store.root / "models" / "first.json").stat().st_mtime_ns
+    (first,) = store.manifest_keys("first")
+    committed = store.manifest_path(first).stat().st_mtime_ns
     report = publish(store, ENTRIES, reachable=offline)
     assert report.published == ENTRIES_AFTER[moment]
-    assert (store.root / "models" / "first.json").stat().st_mtime_ns == committed
+    assert store.manifest_path(first).stat().st_mtime_ns == committed
     for entry in ENTRIES:
         check_content(store, entry.model_id)
     assert len(list((store.root / "blobs").iterdir())) == len(ENTRIES)
@@ -155,13 +158,13 @@ def test_changed_weights_builder_or_crop_are_published_again(store: ModelStore) 
     blobs = set((store.root / "blobs").iterdir())
     assert publish(store, [tiny("tied", family="toys", accuracy=0.5)], reachable=never).skipped == ("tied",)
     assert publish(store, [tiny("tied", weights="random:4")], reachable=offline).published == ("tied",)
-    assert not blobs & set((store.root / "blobs").iterdir()), "the replaced weights must be swept"
+    assert blobs < set((store.root / "blobs").iterdir()), "who else has published them may serve them"
     assert publish(store, [tiny("tied", "ReadsValues", "random:4")], reachable=offline).published == ("tied",)
 
 
 def test_model_of_an_older_format_is_left_out_until_it_is_published_again(store: ModelStore) -> None:
     publish(store, [tiny("tied")], reachable=offline)
-    path = store.root / "models" / "tied.json"
+    path = store.manifest_path(store.manifest_keys("tied")[0])
     older = json.loads(path.read_bytes()) | {"format": 1}
     del older["execution"]
     path.write_text(json.dumps(older))
@@ -216,20 +219,33 @@ def test_fallback_weights_are_replaced_once_the_real_ones_are_there(store: Model
     model.unload()
 
 
-@pytest.mark.usefixtures("hub")
-def test_download_that_fails_after_the_probe_falls_back_and_is_not_tried_again(
-    store: ModelStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried: list[str] = []
+class BrokenFetcher(Fetcher):
+    def __init__(self, cache: Path) -> None:
+        super().__init__(cache)
+        self.tried: list[str] = []
 
-    def fail(weights: object) -> None:
-        tried.append(str(weights))
+    def fetch(self, reference: str, on_bytes: OnBytes = ignore_bytes) -> Path:
+        self.tried.append(reference)
         raise DownloadFailed("the connection broke")
 
-    monkeypatch.setattr(torchvision_builder, "download_torchvision", fail)
-    report = publish(store, PRETRAINED, reachable=lambda url: True)
-    assert len(tried) == 1
+
+@pytest.mark.usefixtures("hub")
+def test_download_that_fails_after_the_probe_falls_back_and_is_not_tried_again(
+    store: ModelStore, tmp_path: Path
+) -> None:
+    fetcher = BrokenFetcher(tmp_path)
+    report = publish(store, PRETRAINED, reachable=lambda url: True, fetcher=fetcher)
+    assert len(fetcher.tried) == 1
     assert report.fallbacks == ("squeezenet1_1", "shufflenet_v2_x0_5")
+
+
+@pytest.mark.usefixtures("hub")
+def test_no_random_weights_stand_in_where_real_ones_are_required(store: ModelStore) -> None:
+    entries = [*PRETRAINED, tiny("tied")]
+    report = publish(store, entries, reachable=offline, require_weights=True)
+    assert report.refused == ("squeezenet1_1", "shufflenet_v2_x0_5")
+    assert (report.published, report.fallbacks, report.failures) == (("tied",), (), ())
+    assert store.published() == ("tied",)
 
 
 def test_weights_of_a_factory_need_no_download(store: ModelStore) -> None:
@@ -238,15 +254,17 @@ def test_weights_of_a_factory_need_no_download(store: ModelStore) -> None:
     assert store.manifest("tied").model.weights_actual == "pretrained"
 
 
-def test_every_host_is_probed_once() -> None:
+def test_every_host_is_probed_once(tmp_path: Path) -> None:
     asked: list[str] = []
-    source = WeightSource(lambda url: bool(asked.append(url)) or "good" in url)
+    source = WeightSource(Fetcher(tmp_path), lambda url: bool(asked.append(url)) or "good" in url)
+    good, bad = (Pretrained(references=(f"https://{name}.example/a",)) for name in ("good", "bad"))
     for _ in range(2):
-        assert source.choose("pretrained", Download(url="https://good.example/a", cached=False)) == "pretrained"
-        assert source.choose("pretrained", Download(url="https://bad.example/b", cached=False)) == "random:0"
-        assert source.choose("pretrained", Download(url="https://bad.example/b", cached=True)) == "pretrained"
-        assert source.choose("random:4", Download(url="https://bad.example/b", cached=False)) == "random:4"
-    assert asked == ["https://good.example/a", "https://bad.example/b"]
+        assert source.choose("pretrained", good) == "pretrained"
+        assert source.choose("pretrained", bad) == "random:0"
+        assert source.choose("pretrained", Pretrained(references=bad.references, file=tmp_path)) == "pretrained"
+        assert source.choose("pretrained", Pretrained(references=bad.references + good.references)) == "pretrained"
+        assert source.choose("random:4", bad) == "random:4"
+    assert asked == ["https://good.example/a", "https://bad.example/a"]
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -289,21 +307,6 @@ def test_probe_of_a_silent_host_gives_up_in_time() -> None:
         assert time.perf_counter() - started < 1
 
 
-class BrokenWeights:
-    url = "https://download.example/model-12345678.pth"
-
-    def get_state_dict(self, **options: object) -> None:
-        assert options == {"progress": False, "check_hash": True, "map_location": "cpu", "weights_only": True}
-        assert socket.getdefaulttimeout() is not None
-        raise TimeoutError("timed out")
-
-
-def test_stalled_download_is_a_failed_download() -> None:
-    with pytest.raises(DownloadFailed, match="check the network and publish again"):
-        download_torchvision(BrokenWeights())
-    assert socket.getdefaulttimeout() is None
-
-
 def test_peak_growth_sees_memory_that_is_already_given_back() -> None:
     growth = measure.peak_growth_bytes(lambda: np.ones(8_000_000))
     assert growth is not None
@@ -315,7 +318,7 @@ def test_workspace_is_the_same_whenever_it_is_measured(shared: ModelStore) -> No
 
     def workspace_bytes() -> int:
         contract = shared.manifest("squeezenet1_1").model.contract
-        return measure.measure(lambda: loader.load("squeezenet1_1"), contract, [(1,)]).workspace_bytes
+        return measure.measure(lambda: loader.prepare("squeezenet1_1"), contract, [(1,)]).workspace_bytes
 
     first = workspace_bytes()
     # Freed heap of other sizes is what the allocator would hand out instead of asking the kernel for more.
@@ -336,7 +339,7 @@ def test_measuring_restores_the_number_of_threads(shared: ModelStore) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     loader = ModelLoader(shared)
-    measure.measure(lambda: loader.load("tied"), shared.manifest("tied").model.contract, [(1,)])
+    measure.measure(lambda: loader.prepare("tied"), shared.manifest("tied").model.contract, [(1,)])
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
 

@@ -45,7 +45,10 @@ async def test_a_location_is_ready_once_it_has_a_worker() -> None:
 async def test_a_model_is_ready_where_a_worker_can_hold_it() -> None:
     async with client(report("paris", capacity_bytes=99)) as http:
         answer = await http.get("/v2/models/small/ready")
-    assert (answer.status_code, answer.json()) == (503, {"name": "small", "ready": False})
+    assert (answer.status_code, answer.json()) == (
+        503,
+        {"name": "small", "ready": False, "reason": "no worker has memory for small"},
+    )
     async with client(report("paris", capacity_bytes=100)) as http:
         assert (await http.get("/v2/models/small/versions/1/ready")).status_code == 200
 

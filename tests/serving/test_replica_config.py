@@ -43,13 +43,17 @@ def test_the_memory_of_a_worker_is_that_of_its_location() -> None:
 
 def test_the_gateway_has_neither_memory_nor_models() -> None:
     gateway = config(None)
-    for ask in (gateway.worker_location, gateway.retention_rules, lambda: gateway.memory_budget(CATALOG)):
+    for ask in (
+        gateway.worker_location,
+        lambda: gateway.retention_rules(CATALOG),
+        lambda: gateway.memory_budget(CATALOG),
+    ):
         with pytest.raises(ConfigError, match="gateway"):
             ask()
 
 
 def test_a_worker_retains_what_its_location_lists_and_what_must_have_copies() -> None:
-    rules = config().retention_rules()
+    rules = config().retention_rules(CATALOG)
     assert rules.preload == ("small",)
     assert rules.min_copies == {"small": 2}
     assert (rules.idle_unload_s, rules.hand_over_s) == (60.0, 3.0)

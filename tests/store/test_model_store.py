@@ -143,13 +143,18 @@ def test_catalog_leaves_out_what_was_published_from_another_entry(
 def test_one_malformed_manifest_does_not_hide_the_other_models(
     small: ModelStore, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (small.root / "models" / "bad.json").write_text("{")
-    assert [model.model_id for model in small.catalog([tiny("bad"), tiny("tied")]).models] == ["tied"]
-    assert "bad.json is malformed" in caplog.text
+    bad, tied = small.fingerprinted([tiny("bad"), tiny("tied")])
+    path = small.root / "models" / "bad" / f"{bad.fingerprint}-{'0' * 16}.json"
+    path.parent.mkdir()
+    path.write_text("{")
+    catalog = small.catalog([bad, tied])
+    assert [model.model_id for model in catalog.models] == ["tied"]
+    assert "is malformed" in catalog.problems["bad"]
+    assert f"{path} is malformed" in caplog.text
 
 
 def test_manifest_under_the_name_of_another_model_is_refused(small: ModelStore) -> None:
-    shutil.copy(small.root / "models" / "tied.json", small.root / "models" / "other.json")
+    shutil.copytree(small.root / "models" / "tied", small.root / "models" / "other")
     with pytest.raises(StoreError, match="is of model 'tied'"):
         small.manifest("other")
 

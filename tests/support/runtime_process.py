@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from serve_app.models.loader import ModelLoader
 from serve_app.models.process_memory import give_back_free_memory, process_memory
 from serve_app.models.profiling.grid import grid
 from serve_app.models.profiling.measure import run_in_every_thread
-from serve_app.models.threads import use_threads
+from serve_app.models.threads import parallel_inferences, use_threads
 from serve_app.store.model_store import ModelStore
 from serve_app.tasks.tensors import probe
 
@@ -29,9 +30,11 @@ def main() -> None:
     contract = loader.prepare(model_id).manifest.model.contract
     largest = probe(contract, grid(contract.axes)[-1])
 
+    threads = ThreadPoolExecutor(parallel_inferences())
+
     def cycle() -> int:
         model = loader.load(model_id)
-        run_in_every_thread(model, largest)
+        run_in_every_thread(model, largest, threads)
         loaded = resident_bytes()
         model.unload()
         return loaded - resident_bytes()
@@ -44,7 +47,8 @@ def main() -> None:
     for _ in range(int(cycles)):
         cycle()
     maps = Path("/proc/self/maps").read_text()
-    print(json.dumps({"given_back": given_back, "growth": resident_bytes() - before, "mapped": root in maps}))
+    found = {"given_back": given_back, "growth": resident_bytes() - before, "mapped": root in maps}
+    sys.stdout.write(json.dumps(found))
 
 
 main()

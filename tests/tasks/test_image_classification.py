@@ -13,7 +13,8 @@ from serve_app.core.task import ImageInput
 from serve_app.errors import InvalidRequest
 from serve_app.models.builders.registry import metadata
 from serve_app.models.torchvision_compat import import_torchvision
-from serve_app.tasks.image_classification import decode_image, preprocess, top_k
+from serve_app.tasks.classes import top_k
+from serve_app.tasks.images import decode_image, preprocess
 
 models = import_torchvision().models
 LIMIT = 1_000_000

@@ -10,7 +10,7 @@ from serve_app.core.catalog import ModelProfile
 
 #: Why a model leaves: room for a request's load, room for a preload, an operator, placement, no use for long, another
 #: configuration, or unaccounted bytes.
-EvictionReason = Literal["capacity", "preload", "unload", "placement", "idle", "reconfigure", "memory"]
+EvictionReason = Literal["capacity", "preload", "unload", "placement", "idle", "reconfigure", "memory", "changed"]
 
 
 class RejectReason(enum.StrEnum):

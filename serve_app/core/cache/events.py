@@ -72,6 +72,16 @@ class WithdrawSuggested:
 
 
 @dataclass(frozen=True, slots=True)
+class ContentChanged:
+    """What is in memory of a model is not what the store has any more: unless it is in use it leaves, even if pinned.
+
+    The next request for the model, or any preload, brings it back.
+    """
+
+    model_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class IdleChecked:
     """Withdraw every model that no request has used since ``since_s``."""
 
@@ -161,6 +171,7 @@ Event = (
     | WaitCanceled
     | UnloadRequested
     | WithdrawSuggested
+    | ContentChanged
     | IdleChecked
     | PreloadSuggested
     | ModelsKnown

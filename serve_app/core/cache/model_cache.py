@@ -9,11 +9,12 @@ import math
 from collections.abc import Collection
 from typing import assert_never
 
-from serve_app.core.cache.accounting import CacheEntry
 from serve_app.core.cache.decisions import Action, Answer, Evict, EvictionReason, Reject, Wait
+from serve_app.core.cache.entries import CacheEntry
 from serve_app.core.cache.events import (
     CapacityChanged,
     CatalogChanged,
+    ContentChanged,
     Event,
     ForwardCostsChanged,
     IdleChecked,
@@ -140,7 +141,7 @@ class ModelCache:
             case PreloadSuggested():
                 self._preload_queue.suggest(event.model, now, required=event.required)
                 return self._preload_queue.start(now)
-            case UnloadRequested() | WithdrawSuggested() | IdleChecked():
+            case UnloadRequested() | WithdrawSuggested() | ContentChanged() | IdleChecked():
                 return self._unload(event, now)
             case WaitCanceled():
                 self._wait_queue.cancel(event.ticket, now)
@@ -221,7 +222,9 @@ class ModelCache:
 
     # Events
 
-    def _unload(self, event: UnloadRequested | WithdrawSuggested | IdleChecked, now: float) -> tuple[Action, ...]:
+    def _unload(
+        self, event: UnloadRequested | WithdrawSuggested | ContentChanged | IdleChecked, now: float
+    ) -> tuple[Action, ...]:
         residents, entries = self._residents, self._entries
         match event:
             case UnloadRequested(model_id):
@@ -233,6 +236,12 @@ class ModelCache:
                     return ()
                 residents.withdraw(entry, now)
                 return (Evict(model_id, "placement"), *self._settle(now))
+            case ContentChanged(model_id):
+                entry = entries.get(model_id)
+                if entry is None or not _is_settled(entry):
+                    return ()
+                residents.unload(entry, now)
+                return (Evict(model_id, "changed"), *self._settle(now))
             case IdleChecked(since_s):
                 unused = [entry for entry in entries.values() if entry.used_s <= since_s and _is_spare(entry)]
                 for entry in unused:
@@ -306,7 +315,7 @@ class ModelCache:
                 for entry in sorted(self._entries.values(), key=lambda entry: entry.used_s):
                     policy.on_load(entry.model, now)
                 self._policy = residents.policy = policy
-                self._accounting.set_policy(policy, now)
+                self._accounting.victims.set_policy(policy, now)
             case _:
                 assert_never(event)
 

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Sized
 from dataclasses import dataclass
 
-from serve_app.core.cache.accounting import idle
 from serve_app.core.cache.decisions import Action, Evict, StartLoad
+from serve_app.core.cache.entries import idle
 from serve_app.core.cache.residents import Residents
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.lazy_heap import HeapEntry
@@ -79,7 +79,7 @@ class PreloadQueue:
                 continue
             if required or self._is_more_useful(model, victims, now):
                 return self._load(model, victims, now)
-            self._accounting.spare(victims, now)
+            self._accounting.victims.spare(victims, now)
         return []
 
     def _best_candidate(self, now: float) -> list[Action]:
@@ -97,7 +97,7 @@ class PreloadQueue:
             if verdict.accepted:
                 _next_candidate(candidates, verdict)
                 return self._load(model, victims, now)
-            self._accounting.spare(victims, now)
+            self._accounting.victims.spare(victims, now)
         return []
 
     def _victims(self, model: ModelProfile, now: float, *, required: bool) -> list[HeapEntry] | None:
@@ -105,7 +105,7 @@ class PreloadQueue:
         if not self._residents.may_preload(model.model_id, required=required, now=now):
             return None
         # Unaccounted bytes do not yield to a preload, which would have to leave again at once.
-        return self._accounting.choose_victims(self._accounting.excess_bytes + model.size_bytes, now, idle)
+        return self._accounting.victims.choose(self._accounting.excess_bytes + model.size_bytes, now, idle)
 
     def _is_more_useful(self, model: ModelProfile, victims: list[HeapEntry], now: float) -> bool:
         utility = self._residents.policy.utility

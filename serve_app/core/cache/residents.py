@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from serve_app.core.cache.accounting import CacheAccounting, CacheEntry
+from serve_app.core.cache.accounting import CacheAccounting
 from serve_app.core.cache.decisions import Reject, RejectReason
+from serve_app.core.cache.entries import CacheEntry
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.lazy_heap import HeapEntry
 from serve_app.core.policies.base import EvictionPolicy

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from serve_app.core.cache.accounting import evictable, idle
 from serve_app.core.cache.decisions import (
     HIT,
     JOIN,
@@ -20,6 +19,7 @@ from serve_app.core.cache.decisions import (
     RejectReason,
     Wait,
 )
+from serve_app.core.cache.entries import evictable, idle
 from serve_app.core.cache.residents import Residents
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.lazy_heap import HeapEntry
@@ -58,7 +58,7 @@ class WaitQueue:
             if self.waiting or self._accounting.excess_bytes > 0:
                 return None
             # The load that it was drained for has come to nothing.
-            self._accounting.drain(())
+            self._accounting.victims.drain(())
         entry.uses += 1
         entry.used_s = now
         entry.speculative = False
@@ -96,13 +96,13 @@ class WaitQueue:
     def evict_excess(self, reason: EvictionReason, now: float) -> list[Action]:
         """Evict what is idle of the models beyond the capacity, drain the rest, and let requests go on."""
         excess_bytes = self._accounting.excess_bytes
-        victims = self._accounting.take_least_useful(excess_bytes, now, idle)
+        victims = self._accounting.victims.take_least_useful(excess_bytes, now, idle)
         self._residents.evict(victims, now)
         if self._accounting.excess_bytes > 0:
             self._drain_victims_for_head(now)
         elif not self.waiting:
             # Memory was taken away and given back before the drained models were idle.
-            self._accounting.drain(())
+            self._accounting.victims.drain(())
         return [*(Evict(victim.model.model_id, reason) for victim in victims), *self.advance(now)]
 
     def _enqueue(self, model: ModelProfile, now: float) -> Wait | Reject:
@@ -119,7 +119,7 @@ class WaitQueue:
         if self._residents.loading >= self.max_loads or model.model_id in self._entries:
             return None
         self._accounting.limit_protected(model.size_bytes, now)
-        victims = self._accounting.choose_victims(self._accounting.missing_bytes(model.size_bytes), now, idle)
+        victims = self._accounting.victims.choose(self._accounting.missing_bytes(model.size_bytes), now, idle)
         if victims is None:
             return None
         return Load(self._residents.admit(model, victims, now, uses=1, preload=False))
@@ -137,11 +137,11 @@ class WaitQueue:
             if self._residents.loading >= self.max_loads:
                 # The head would wait with every byte free: nothing is gained by turning hits away meanwhile.
                 return
-            victims = accounting.choose_victims(accounting.missing_bytes(head.size_bytes), now, evictable) or []
+            victims = accounting.victims.choose(accounting.missing_bytes(head.size_bytes), now, evictable) or []
         if not victims and accounting.excess_bytes > 0:
-            victims = accounting.take_least_useful(accounting.excess_bytes, now, evictable)
-        accounting.spare(victims, now)
-        accounting.drain(victims)
+            victims = accounting.victims.take_least_useful(accounting.excess_bytes, now, evictable)
+        accounting.victims.spare(victims, now)
+        accounting.victims.drain(victims)
 
     def _grant_resident(self, now: float) -> list[Action]:
         """Answer the requests further back whose own model is resident and stays."""
@@ -163,6 +163,6 @@ class WaitQueue:
         was_head = ticket == next(iter(self.waiting))
         del self.waiting[ticket]
         if was_head:
-            self._accounting.drain([])
+            self._accounting.victims.drain([])
             if self._accounting.excess_bytes > 0:
                 self._drain_victims_for_head(now)

@@ -80,8 +80,12 @@ class DirectoryEntry:
         touched = self._moved(published, report)
         if is_due:
             touched |= self._remeasured(report)
-        if not (touched or is_due or self._is_notable(published, report)):
+        is_other = report.unusable != published.unusable
+        if not (touched or is_due or is_other or self._is_notable(published, report)):
             return ()
+        if is_other:
+            # Rare, and not in changes: readers get a whole report.
+            self.compacted_version = version
         self.published, self.published_version = report, version
         if touched or is_due:
             self._derived.unevictable = None

@@ -53,6 +53,8 @@ class WorkerReport:
     ``capacity_bytes`` is what the worker may take beyond ``base_bytes``, which the process took before its first model.
     ``workspace_bytes`` of the capacity are set aside for executions; models take ``used_bytes`` of the rest, and leave
     ``unaccounted_bytes`` to what the kernel sees of the process (``rss_bytes``) beyond base, models and workspace.
+
+    ``unusable`` has, by key, why the worker could not load a model that requests may name.
     """
 
     location: str
@@ -81,6 +83,7 @@ class WorkerReport:
     demand: tuple[Demand, ...] = ()
     primary_for: frozenset[str] = frozenset()
     leaving: bool = False
+    unusable: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def model_capacity_bytes(self) -> int:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
 
 from serve_app.core.task import ImageInput, Interpolation, TaskSpec
 from serve_app.errors import StoreError
-from serve_app.models.weight_sources import Download
+from serve_app.models.sources.pretrained import Pretrained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,14 +32,14 @@ class Builder(Protocol):
     #: Children that only training uses; they are dropped after construction, and their weights are not stored.
     unused: tuple[str, ...]
 
-    def download(self) -> Download | None:
-        """Return where pretrained weights come from; None if they need no download."""
+    def pretrained_source(self) -> Pretrained | None:
+        """Return where the file of pretrained weights comes from; None if ``pretrained`` needs no file."""
 
     def construct(self, weights: str) -> nn.Module:
         """Build a module of the structure that these weights expect, with initial values from the current seed."""
 
-    def pretrained(self) -> nn.Module:
-        """Build a module with its pretrained weights."""
+    def pretrained(self, file: Path | None) -> nn.Module:
+        """Build a module with its pretrained weights, which are in ``file``."""
 
     def metadata(self) -> Metadata:
         """Return what is known about the pretrained weights without fetching them."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import nn
 
 from serve_app.errors import StoreError
 from serve_app.models.builders.base import Metadata
-from serve_app.models.weight_sources import PRETRAINED
+from serve_app.models.sources.pretrained import PRETRAINED
 
 
 class FactoryBuilder:
@@ -33,7 +34,7 @@ class FactoryBuilder:
                 f"builder {builder!r} cannot be imported ({error}); name it package.module:factory"
             ) from error
 
-    def download(self) -> None:
+    def pretrained_source(self) -> None:
         """Return None: a factory fetches its weights itself."""
         return
 
@@ -44,7 +45,7 @@ class FactoryBuilder:
             raise StoreError(f"builder {self._builder!r} returned a {type(module).__name__}, not a torch.nn.Module")
         return module
 
-    def pretrained(self) -> nn.Module:
+    def pretrained(self, file: Path | None) -> nn.Module:
         """Call the factory."""
         return self.construct(PRETRAINED)
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from serve_app.core.catalog import ModelEntry
+from serve_app.core.reference import is_reference
 from serve_app.models.builders.base import Builder, Metadata
+from serve_app.models.builders.efficientnet_lite import EfficientNetLiteBuilder
 from serve_app.models.builders.factory import FactoryBuilder
 from serve_app.models.builders.timm import TimmBuilder
 from serve_app.models.builders.torchvision import TorchvisionBuilder
-from serve_app.models.weight_sources import PRETRAINED, Download, load_strictly, read_safetensors
+from serve_app.models.sources.download_cache import OnBytes, ignore_bytes
+from serve_app.models.sources.pretrained import PRETRAINED, Pretrained, WeightSource
+from serve_app.models.sources.state_dicts import load_strictly, read_state
 
 logger = logging.getLogger(__name__)
 
 
 def resolve(builder: str) -> Builder:
-    """Find a builder by its name: ``torchvision:NAME[@WEIGHTS]``, ``timm:NAME`` or ``package.module:factory``.
+    """Find a builder by its name: ``torchvision:NAME[@WEIGHTS]``, ``timm:NAME``, ``efficientnet-lite:N`` or
+    ``package.module:factory``.
 
     Raises:
         StoreError: there is none, or a library that it needs is not installed.
@@ -29,10 +33,14 @@ def resolve(builder: str) -> Builder:
         return TorchvisionBuilder(name)
     if kind == "timm":
         return TimmBuilder(name)
+    if kind == "efficientnet-lite":
+        return EfficientNetLiteBuilder(name)
     return FactoryBuilder(builder)
 
 
-def build(entry: ModelEntry, weights: str) -> nn.Module:
+def build(
+    entry: ModelEntry, weights: str, source: WeightSource | None = None, on_bytes: OnBytes = ignore_bytes
+) -> nn.Module:
     """Build a model with its weights, in eval mode.
 
     Args:
@@ -40,25 +48,25 @@ def build(entry: ModelEntry, weights: str) -> nn.Module:
         weights: the weights to use, which may differ from those that the entry asks for. ``random:SEED`` is
             ``torch.manual_seed(SEED)`` followed by the builder's own initialization; the caller's random state is
             left alone.
+        source: fetches files of weights.
+        on_bytes: called as they come.
 
     Raises:
-        DownloadFailed: pretrained weights could not be fetched.
+        DownloadFailed: the weights could not be fetched.
         StoreError: there is no such builder, or the weights do not fit.
     """
     builder = resolve(entry.builder)
+    source = source or WeightSource()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seed(weights))
-        module = builder.pretrained() if weights == PRETRAINED else builder.construct(weights)
+        if weights == PRETRAINED:
+            origin = builder.pretrained_source()
+            module = builder.pretrained(source.file(origin, on_bytes) if origin is not None else None)
+        else:
+            module = builder.construct(weights)
     _drop_unused(module, builder)
-    if weights.startswith("file:"):
-        path = Path(weights.removeprefix("file:"))
-        unused = tuple(f"{name}." for name in builder.unused)
-        tensors = {key: value for key, value in read_safetensors(path).items() if not key.startswith(unused)}
-        # Some modules refuse a state dict that lacks their version, and safetensors files cannot.
-        state = module.state_dict()
-        state.clear()
-        state.update(tensors)
-        load_strictly(module, state, str(path))
+    if is_reference(weights):
+        _fill(module, builder, read_state(source.fetcher.fetch(weights, on_bytes)), weights)
     return module.requires_grad_(False).eval()
 
 
@@ -95,13 +103,27 @@ def metadata(entry: ModelEntry) -> Metadata:
     return resolve(entry.builder).metadata()
 
 
-def download(entry: ModelEntry) -> Download | None:
-    """Return where pretrained weights of the entry come from; None if it needs no download.
+def pretrained_source(entry: ModelEntry) -> Pretrained | None:
+    """Return where the pretrained weights that the entry asks for come from; None if it needs no file of them.
 
     Raises:
         StoreError: there is no such builder, or it has no pretrained weights.
     """
-    return resolve(entry.builder).download() if entry.weights == PRETRAINED else None
+    return resolve(entry.builder).pretrained_source() if entry.weights == PRETRAINED else None
+
+
+def _fill(module: nn.Module, builder: Builder, state: dict[str, torch.Tensor], source: str) -> None:
+    """Copy tensors into a module, but for those of its unused children."""
+    unused = tuple(f"{name}." for name in builder.unused)
+    for name in [name for name in state if name.startswith(unused)]:
+        del state[name]
+    if not hasattr(state, "_metadata"):
+        # Some modules refuse a state dict that lacks their version, and safetensors files cannot have it.
+        versioned = module.state_dict()
+        versioned.clear()
+        versioned.update(state)
+        state = versioned
+    load_strictly(module, state, source)
 
 
 def _seed(weights: str) -> int:

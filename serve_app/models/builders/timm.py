@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,8 +12,8 @@ from torch import nn
 from serve_app.core.task import ImageInput, TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.builders.base import Metadata, interpolation_named, rgb, suggest
+from serve_app.models.sources.pretrained import Pretrained, torch_hub_file
 from serve_app.models.torchvision_compat import import_torchvision
-from serve_app.models.weight_sources import Download, DownloadFailed, hub_file
 
 
 class TimmBuilder:
@@ -37,15 +38,13 @@ class TimmBuilder:
         if self._config is None:
             raise StoreError(f"timm has no model {name!r}{suggest(name, self._timm.list_models())}")
 
-    def download(self) -> Download:
+    def pretrained_source(self) -> Pretrained:
         """Return the model hub's file, or the plain URL of older models."""
         repository, url = self._config.hf_hub_id, self._config.url
         if repository:
-            hub = importlib.import_module("huggingface_hub")
-            cached = hub.try_to_load_from_cache(repository, "model.safetensors")
-            return Download(url=f"{hub.constants.ENDPOINT}/{repository}", cached=isinstance(cached, str))
+            return Pretrained(references=(f"hf://{repository}/model.safetensors",))
         if url:
-            return Download(url=url, cached=hub_file(url).is_file())
+            return Pretrained(references=(url,), file=torch_hub_file(url))
         raise StoreError(f"timm:{self._name} has no pretrained weights; ask for random:SEED or file:PATH")
 
     def construct(self, weights: str) -> nn.Module:
@@ -53,12 +52,14 @@ class TimmBuilder:
         module: nn.Module = self._timm.create_model(self._name)
         return module
 
-    def pretrained(self) -> nn.Module:
-        """Call ``timm.create_model(NAME, pretrained=True)``."""
+    def pretrained(self, file: Path | None) -> nn.Module:
+        """Call ``timm.create_model(NAME, pretrained=True)`` with the file."""
+        overlay = {"file": str(file)} if file is not None else None
         try:
-            module: nn.Module = self._timm.create_model(self._name, pretrained=True)
-        except Exception as error:
-            raise DownloadFailed(f"cannot fetch the weights of timm:{self._name}: {error}") from error
+            module: nn.Module = self._timm.create_model(self._name, pretrained=True, pretrained_cfg_overlay=overlay)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise StoreError(f"the weights {file} do not fit timm:{self._name}: {reason}") from error
         return module
 
     def metadata(self) -> Metadata:

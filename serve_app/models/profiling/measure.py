@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
 from serve_app.core.contract import Contract, SizeCost, non_decreasing
 from serve_app.models.process_memory import exact_heap, give_back_free_memory, process_memory
-from serve_app.models.runtimes.base import LoadedModel
+from serve_app.models.readahead import ReadAhead
+from serve_app.models.runtimes.base import LoadedModel, PreparedModel
 from serve_app.models.threads import one_thread, parallel_inferences
 from serve_app.tasks.tensors import Tensors, probe
 
@@ -48,14 +52,21 @@ class Skipped:
 class Measurement:
     """One model on this machine: one thread, weights in the page cache.
 
-    ``costs`` has what an execution takes at every one of the sizes that were measured, the least first; they never
-    fall where a size grows. ``resident_bytes`` is by how much resident memory falls with an unload, once every thread
-    that executes models has executed it.
+    Attributes:
+        costs: what an execution takes at every one of the sizes that were measured, the least first; they never fall
+            where a size grows. ``exec_s`` and ``workspace_bytes`` are of these.
+        prepared_bytes: what a process keeps of the model while it is not in memory.
+        resident_bytes: by how much resident memory falls with an unload, once every thread that executes models has
+            executed it.
+        kept_bytes: by how much it is larger after a load and an unload than before.
+        skipped: sizes at which it was not measured.
     """
 
     load_s: float
     costs: tuple[SizeCost, ...]
+    prepared_bytes: int
     resident_bytes: int
+    kept_bytes: int
     skipped: tuple[Skipped, ...] = ()
 
     @property
@@ -69,50 +80,90 @@ class Measurement:
         return max(cost.workspace_bytes for cost in self.costs)
 
 
-def measure(load: Callable[[], LoadedModel], contract: Contract, sizes: Sequence[tuple[int, ...]]) -> Measurement:
-    """Load and run a model ``REPEATS`` times each, and take medians.
+def measure(
+    prepare: Callable[[], PreparedModel],
+    contract: Contract,
+    sizes: Sequence[tuple[int, ...]],
+    highest: Mapping[str, int] = MappingProxyType({}),
+) -> Measurement:
+    """Prepare, load and run a model ``REPEATS`` times each, and take medians.
 
-    Sizes at which an execution would take too long, or too much of the memory of this machine, are skipped.
+    Memory is that of the model alone only in a process that has had no other one, see ``measure_published``. Sizes at
+    which an execution would take too long, or too much of the memory of this machine, are skipped.
 
     Args:
-        load: loads the model; it is loaded and unloaded several times, and unloaded at the end.
+        prepare: prepares the model; it is called twice.
         contract: of the model.
         sizes: of the free axes, at which executions are measured; the least first, see ``grid.grid``.
+        highest: the largest whole number of an input, by its name, where it is known.
     """
-    least = probe(contract, sizes[0])
-    with one_thread():
-        load_times = []
-        for _ in range(REPEATS):
-            started = time.perf_counter()
-            model = load()
-            load_times.append(time.perf_counter() - started)
-            model.unload()
-        model = load()
+    inputs = partial(probe, contract, highest=highest)
+    with one_thread(), ThreadPoolExecutor(parallel_inferences()) as threads:
+        first = prepare()
+        # Once without measuring: libraries set themselves up, which no unload gives back and no further model takes.
+        _load_and_run(first, inputs(sizes[0]), threads)
+        before = _resident_bytes()
+        prepared = prepare()
+        prepared_bytes = max(0, _resident_bytes() - before)
+        model = prepared.load(ReadAhead, None)
         try:
-            costs, skipped = _costs(model, contract, sizes)
-            run_in_every_thread(model, least)
-            give_back_free_memory()
-            loaded_bytes = process_memory().rss_bytes
+            costs, skipped = _costs(model, contract, sizes, inputs)
         finally:
             model.unload()
-        give_back_free_memory()
+        largest = max((cost.sizes for cost in costs if cost.exec_s <= _ONCE_S), key=contract.elements, default=sizes[0])
+        # The first one also brings the heaps of the threads to their size.
+        cycles = [_load_and_run(prepared, inputs(largest), threads) for _ in range(REPEATS + 1)][1:]
     return Measurement(
-        load_s=statistics.median(load_times),
+        load_s=statistics.median(cycle.load_s for cycle in cycles),
         costs=non_decreasing(costs),
-        resident_bytes=max(0, loaded_bytes - process_memory().rss_bytes),
+        prepared_bytes=prepared_bytes,
+        resident_bytes=max(0, int(statistics.median(cycle.resident_bytes for cycle in cycles))),
+        kept_bytes=max(0, int(statistics.median(cycle.kept_bytes for cycle in cycles))),
         skipped=tuple(skipped),
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cycle:
+    """A load, an execution and an unload."""
+
+    load_s: float
+    resident_bytes: int
+    kept_bytes: int
+
+
+def _load_and_run(prepared: PreparedModel, inputs: Tensors, threads: ThreadPoolExecutor) -> _Cycle:
+    before = _resident_bytes()
+    started = time.perf_counter()
+    model = prepared.load(ReadAhead, None)
+    load_s = time.perf_counter() - started
+    try:
+        run_in_every_thread(model, inputs, threads)
+        loaded = _resident_bytes()
+    finally:
+        model.unload()
+    after = _resident_bytes()
+    return _Cycle(load_s=load_s, resident_bytes=loaded - after, kept_bytes=after - before)
+
+
+def _resident_bytes() -> int:
+    gc.collect()
+    give_back_free_memory()
+    return process_memory().rss_bytes
+
+
 def _costs(
-    model: LoadedModel, contract: Contract, sizes: Sequence[tuple[int, ...]]
+    model: LoadedModel,
+    contract: Contract,
+    sizes: Sequence[tuple[int, ...]],
+    inputs: Callable[[tuple[int, ...]], Tensors],
 ) -> tuple[list[SizeCost], list[Skipped]]:
     costs: list[SizeCost] = []
     skipped: list[Skipped] = []
     for each in sizes:
         reason = _too_much(each, costs, skipped, contract)
         if reason is None:
-            costs.append(_cost(model, probe(contract, each), each))
+            costs.append(_cost(model, inputs(each), each))
         else:
             skipped.append(Skipped(sizes=each, reason=reason))
     return costs, skipped
@@ -163,8 +214,8 @@ def _seconds(model: LoadedModel, inputs: Tensors) -> float:
     return time.perf_counter() - started
 
 
-def run_in_every_thread(model: LoadedModel, inputs: Tensors) -> None:
-    """Execute a model in as many threads as a worker has: some libraries keep memory for each."""
+def run_in_every_thread(model: LoadedModel, inputs: Tensors, threads: ThreadPoolExecutor) -> None:
+    """Execute a model in as many threads as a worker has, at the same time: some libraries keep memory for each."""
     count = parallel_inferences()
     together = threading.Barrier(count)
 
@@ -177,9 +228,8 @@ def run_in_every_thread(model: LoadedModel, inputs: Tensors) -> None:
             together.abort()
             raise
 
-    with ThreadPoolExecutor(count) as threads:
-        for ended in [threads.submit(run) for _ in range(count)]:
-            ended.result()
+    for ended in [threads.submit(run) for _ in range(count)]:
+        ended.result()
 
 
 def workspace_bytes(run: Callable[[], object], *, proc: Path = PROC, repeats: int = REPEATS) -> int:

@@ -110,18 +110,19 @@ class Summary:
     cold_over_bound: dict[str, float]
 
 
-def profile(store: ModelStore, model_id: str, *, cold: bool) -> Profile:
+def profile(store: ModelStore, model_id: str, *, cold: bool, manifest: Manifest | None = None) -> Profile:
     """Measure one published model, with the number of threads that ``use_threads`` has set.
 
     Args:
         store: where the model is published; its weights are in the page cache afterwards.
         model_id: the name of the model.
         cold: measure with weights that must be read from the disk as well.
+        manifest: of the model; by default the one that was published last.
 
     Raises:
         StoreError: the model is not published or broken, or the kernel keeps its weights in memory.
     """
-    prepared = registry.prepare(store.manifest(model_id), store)
+    prepared = registry.prepare(manifest or store.manifest(model_id), store)
     published = prepared.manifest.model
     inputs = probe(published.contract, grid(published.contract.axes)[0])
 

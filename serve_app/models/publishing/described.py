@@ -36,6 +36,7 @@ def describe(
     """Describe a model as far as it is known before it is measured."""
     return PublishedModel(
         model_id=entry.model_id,
+        fingerprint=entry.fingerprint,
         builder=entry.builder,
         family=entry.family,
         weights_requested=entry.weights,
@@ -69,6 +70,7 @@ def with_measurement(model: PublishedModel, measurement: Measurement, size_bytes
         weights_bytes=size_bytes,
         workspace_bytes=measurement.workspace_bytes,
         costs=() if model.row_by_row else measurement.costs,
+        prepared_bytes=measurement.prepared_bytes,
         profile=profile,
     )
 
@@ -82,19 +84,18 @@ def limit_to_measured(builder: str, contract: Contract, measurement: Measurement
     if not measurement.skipped:
         return contract
     names = [axis.name for axis in contract.axes]
-    largest = tuple(axis.largest for axis in contract.axes)
-    at = names.index(BATCH) if BATCH in names else None
-    bounded = [] if at is None else sorted({
-        cost.sizes[at] for cost in measurement.costs if cost.sizes == (*largest[:at], cost.sizes[at], *largest[at + 1 :])
-    })  # fmt: skip
-    for batch in reversed(bounded):
-        if all(skipped.sizes[at] > batch for skipped in measurement.skipped):
+    if BATCH in names:
+        at = names.index(BATCH)
+        others = tuple(axis.largest for axis in contract.axes if axis.name != BATCH)
+        bounded = {cost.sizes[at] for cost in measurement.costs if (*cost.sizes[:at], *cost.sizes[at + 1 :]) == others}
+        allowed = [batch for batch in bounded if all(each.sizes[at] > batch for each in measurement.skipped)]
+        if allowed:
             logger.warning(
-                "%s: batches are limited to %d, because an execution of more %s",
-                builder, batch, measurement.skipped[0].reason,
+                "%s: batches are limited to %d: an execution of more %s",
+                builder, max(allowed), measurement.skipped[0].reason,
             )  # fmt: skip
-            axes = tuple(replace(axis, most=batch) if axis.name == BATCH else axis for axis in contract.axes)
-            return replace(contract, axes=axes)
+            axes = (replace(axis, most=max(allowed)) if axis.name == BATCH else axis for axis in contract.axes)
+            return replace(contract, axes=tuple(axes))
     first = measurement.skipped[0]
     sizes = ", ".join(f"{name} {size}" for name, size in zip(names, first.sizes, strict=True))
     raise StoreError(f"{builder}: an execution at {sizes} {first.reason}; lower its limits")

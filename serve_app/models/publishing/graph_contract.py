@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from serve_app.core.catalog import ModelEntry
 from serve_app.core.contract import BATCH, FREE, Contract, TensorSpec
 from serve_app.core.contract_declaration import complete_contract
 from serve_app.errors import StoreError
+from serve_app.models.profiling.grid import trial_sizes
 from serve_app.models.runtimes import onnx_runtime
 from serve_app.models.runtimes.session import reason_of
-from serve_app.tasks.tensors import probe
+from serve_app.tasks.tensors import NUMPY_TYPES, probe
 
 #: Names of an axis that mean a batch, whatever a model calls it.
 _BATCH_NAMES: Final = ("batch", "batch_size", "batchsize", "n", "bs")
@@ -27,6 +29,10 @@ _DATATYPES: Final = {
     "int8": "INT8", "int16": "INT16", "int32": "INT32", "int64": "INT64",
     "float16": "FP16", "float": "FP32", "double": "FP64", "string": "BYTES",
 }  # fmt: skip
+
+
+#: The largest table that ``highest_numbers`` looks for has so many bits.
+_TABLE_BITS: Final = 17
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,17 +79,47 @@ def read_contract(entry: ModelEntry, session: Any) -> Contract:
         raise StoreError(f"{entry.builder}: {error}") from error
 
 
-def run_trials(entry: ModelEntry, contract: Contract, session: Any) -> tuple[Contract, tuple[Trial, ...]]:
+def highest_numbers(contract: Contract, session: Any) -> dict[str, int]:
+    """Find how large the numbers may be in inputs of tables of whole numbers, such as the tokens of a text.
+
+    A table of embeddings refuses what it does not have. Numbers from the whole table make trial runs like real ones, in
+    their answers as in the memory that they touch.
+    """
+    names = [spec.name for spec in contract.outputs]
+    least = tuple(axis.smallest for axis in contract.axes)
+    highest: dict[str, int] = {}
+    for spec in contract.inputs:
+        kind = NUMPY_TYPES[spec.datatype].kind
+        if kind not in "iu" or len(spec.shape) < 2 or spec.default is not None:
+            continue
+        for bits in range(_TABLE_BITS, 1, -1):
+            number = 2**bits - 1
+            if number > np.iinfo(NUMPY_TYPES[spec.datatype]).max:
+                continue
+            inputs = probe(contract, least)
+            inputs[spec.name] = np.full_like(inputs[spec.name], number)
+            with contextlib.suppress(Exception):
+                session.run(names, {name: _with_texts(array) for name, array in inputs.items()})
+                highest[spec.name] = number
+                break
+    return highest
+
+
+def run_trials(
+    entry: ModelEntry, contract: Contract, session: Any, highest: Mapping[str, int]
+) -> tuple[Contract, tuple[Trial, ...]]:
     """Run a graph at two sizes of every free axis; return the contract with its outputs as they came, and the runs.
+
+    ``highest`` are the largest numbers of inputs, see ``highest_numbers``.
 
     Raises:
         StoreError: it fails.
     """
     names = [spec.name for spec in contract.outputs]
     trials = []
-    all_sizes = trial_sizes(contract)
+    all_sizes = trial_sizes(contract.axes)
     for sizes in all_sizes:
-        inputs = probe(contract, sizes)
+        inputs = probe(contract, sizes, highest=highest)
         try:
             answers = session.run(names, {name: _with_texts(array) for name, array in inputs.items()})
         except Exception as error:
@@ -98,13 +134,6 @@ def run_trials(entry: ModelEntry, contract: Contract, session: Any) -> tuple[Con
         for position, spec in enumerate(contract.outputs)
     )
     return dataclasses.replace(contract, outputs=outputs), tuple(trials)
-
-
-def trial_sizes(contract: Contract) -> tuple[tuple[int, ...], ...]:
-    """Return two sizes of every free axis: the least ones, and one step more of each."""
-    least = tuple(axis.smallest for axis in contract.axes)
-    larger = tuple(min(axis.largest, size + axis.multiple) for axis, size in zip(contract.axes, least, strict=True))
-    return tuple(dict.fromkeys((least, larger)))
 
 
 def _with_texts(array: NDArray[Any]) -> NDArray[Any]:

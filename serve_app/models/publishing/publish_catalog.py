@@ -6,35 +6,43 @@ killed at any moment: finished models stay, and the next publisher sweeps the re
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
 
 from serve_app.core.catalog import ModelEntry, runtime_of
-from serve_app.errors import StoreError
+from serve_app.errors import DownloadFailed, StoreError, WeightsUnavailable
 from serve_app.models.builders import registry
+from serve_app.models.profiling.fresh_process import prepare_server
 from serve_app.models.publishing.described import ModuleStage
 from serve_app.models.publishing.publish_graph import publish_graph
 from serve_app.models.publishing.publish_module import publish_module
 from serve_app.models.runtimes.registry import is_made_here
-from serve_app.models.weight_sources import FALLBACK, DownloadFailed, Probe, WeightSource
-from serve_app.store.model_store import ModelStore, is_published_from
+from serve_app.models.sources.download_cache import OnBytes
+from serve_app.models.sources.fetcher import Fetcher
+from serve_app.models.sources.labels import read_labels
+from serve_app.models.sources.pretrained import FALLBACK, PRETRAINED, Probe, WeightSource
+from serve_app.store.model_store import ModelStore
+from serve_app.store.project_recorder import ProjectRecorder
+from serve_app.store.projects import Project
 
 logger = logging.getLogger(__name__)
 
 #: Of one model in a run of the publisher.
-PublishStage = Literal["waiting", "skipped", "building", "failed"] | ModuleStage
+PublishStage = Literal["waiting", "skipped", "downloading", "building", "failed"] | ModuleStage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishEvent:
     """Progress: model ``index`` (from 0) of ``total`` has reached ``stage``; ``bytes`` of weights, 0 while unknown.
 
-    ``waiting`` means that another publisher holds the store.
+    ``waiting`` means that another publisher holds the store. While ``downloading``, there are ``bytes`` of
+    ``total_bytes``, 0 where nobody knows.
     """
 
     model_id: str
@@ -42,6 +50,7 @@ class PublishEvent:
     index: int
     total: int
     bytes: int = 0
+    total_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,20 +66,23 @@ class PublishReport:
     """The outcome of a run, by model name.
 
     ``fallbacks`` are all models of the run, published now or before, that serve seeded random weights because the
-    pretrained ones could not be fetched.
+    pretrained ones could not be fetched; ``refused`` those that would, and were not published for that reason.
+    ``versions`` has the new version of each model that had one before.
     """
 
     published: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     fallbacks: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
     failures: tuple[PublishFailure, ...] = ()
+    versions: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def warning(self) -> str | None:
         """Return one sentence about fallback weights that the user must see; None if no model has them."""
         if not self.fallbacks:
             return None
-        total = len(self.published) + len(self.skipped) + len(self.failures)
+        total = len(self.published) + len(self.skipped) + len(self.refused) + len(self.failures)
         return (
             f"pretrained weights cannot be downloaded: {len(self.fallbacks)} of {total} models serve seeded random "
             f"weights ({FALLBACK}), whose predictions mean nothing; publish again once the network is there"
@@ -84,6 +96,10 @@ def publish(
     on_progress: Callable[[PublishEvent], None] = lambda event: None,
     force: bool = False,
     reachable: Probe | None = None,
+    project: Project | None = None,
+    canary: float | None = None,
+    fetcher: Fetcher | None = None,
+    require_weights: bool = False,
 ) -> PublishReport:
     """Publish every entry that is missing, incomplete, changed, or on fallback weights that can now be replaced.
 
@@ -95,13 +111,20 @@ def publish(
         on_progress: called at every stage of every model.
         force: publish again also what is published already.
         reachable: whether a URL can be fetched; called once per host.
+        project: the catalog file, whose versions the models become; None: of no catalog.
+        canary: new versions answer this share of the requests, and the versions before go on with the rest.
+        fetcher: fetches what references name.
+        require_weights: publish no model with random weights in the place of pretrained ones.
 
     Raises:
         StoreError: the store cannot be written at all.
     """
-    publisher = Publisher(store, entries, on_progress, WeightSource(reachable))
+    entries = store.fingerprinted(entries)
+    recorder = ProjectRecorder(store, project, canary)
+    publisher = Publisher(store, entries, on_progress, WeightSource(fetcher, reachable), recorder, require_weights)
     if not force and not any(publisher.is_pending(entry) for entry in entries):
         return publisher.skip_all()
+    prepare_server()
     with store.exclusive(on_wait=publisher.report_wait):
         store.sweep()
         for index, entry in enumerate(entries):
@@ -121,6 +144,8 @@ class Publisher:
         entries: the catalog.
         on_progress: called at every stage of every model.
         source: decides which weights a model gets.
+        recorder: makes what is published a version of its project.
+        require_weights: see ``publish``.
     """
 
     def __init__(
@@ -129,22 +154,31 @@ class Publisher:
         entries: Sequence[ModelEntry],
         on_progress: Callable[[PublishEvent], None],
         source: WeightSource,
+        recorder: ProjectRecorder,
+        require_weights: bool = False,
     ) -> None:
         self._store = store
         self._entries = entries
         self._on_progress = on_progress
         self._source = source
+        self._recorder = recorder
+        self._require_weights = require_weights
         self._published: list[str] = []
         self._skipped: list[str] = []
+        self._refused: list[str] = []
         self._failures: list[PublishFailure] = []
 
     def is_pending(self, entry: ModelEntry) -> bool:
         """Return whether the store does not have the model as the entry asks for it."""
         try:
-            manifest = self._store.manifest(entry.model_id)
-            self._store.check_sizes(entry.model_id)
-            if not is_published_from(manifest, entry) or not is_made_here(manifest):
+            key = self._store.find(entry, self._recorder.state())
+            if key is None:
                 return True
+            manifest = self._store.read(key)
+            if not is_made_here(manifest):
+                return True
+            for file in manifest.files:
+                self._store.require_verified(file, entry.model_id)
             return manifest.model.fallback and self._available_weights(entry) != manifest.model.weights_actual
         except StoreError:
             return True
@@ -161,8 +195,11 @@ class Publisher:
         return self.report()
 
     def skip(self, index: int, entry: ModelEntry) -> None:
-        """Leave a model as it is in the store."""
+        """Leave a model as it is in the store; it may be new to the project."""
         self._skipped.append(entry.model_id)
+        with contextlib.suppress(StoreError):
+            # A store that only others write to is served as it is.
+            self._recorder.record(entry, is_new=False)
         self._report_stage(index, entry, "skipped")
 
     def publish(self, index: int, entry: ModelEntry) -> None:
@@ -174,12 +211,22 @@ class Publisher:
         try:
             on_stage("building", 0)
             kind, _, place = entry.builder.partition(":")
+
+            def on_bytes(done: int, total: int) -> None:
+                self._report_stage(index, entry, "downloading", done, total)
+
+            entry = self._with_task_files(entry, on_bytes)
             if kind == "onnx":
-                publish_graph(self._store, entry, Path(place), on_stage)
+                publish_graph(self._store, entry, self._source.fetcher.fetch(place, on_bytes), on_stage)
             elif runtime_of(entry) != "torch":
                 raise StoreError(f"{entry.builder} is a module, which {entry.runtime} cannot run; leave runtime out")
             else:
-                publish_module(self._store, entry, *self._build(entry), on_stage)
+                publish_module(self._store, entry, *self._build(entry, on_bytes), on_stage)
+            self._recorder.record(entry, is_new=True)
+        except WeightsUnavailable as error:
+            logger.error("model %s is not published: %s", entry.model_id, error)
+            self._refused.append(entry.model_id)
+            on_stage("failed", 0)
         except Exception as error:
             is_foreseen = isinstance(error, StoreError)
             message = str(error) if is_foreseen else f"{type(error).__name__}: {error}"
@@ -191,38 +238,62 @@ class Publisher:
 
     def report(self) -> PublishReport:
         """Return the outcome of the run so far, and log its warning."""
-        failed = {failure.model_id for failure in self._failures}
-        done = [entry.model_id for entry in self._entries if entry.model_id not in failed]
+        failed = {failure.model_id for failure in self._failures} | set(self._refused)
+        done = [entry for entry in self._entries if entry.model_id not in failed]
         report = PublishReport(
             published=tuple(self._published),
             skipped=tuple(self._skipped),
-            fallbacks=tuple(model_id for model_id in done if self._store.manifest(model_id).model.fallback),
+            fallbacks=tuple(entry.model_id for entry in done if self._falls_back(entry)),
+            refused=tuple(self._refused),
             failures=tuple(self._failures),
+            versions=self._recorder.versions,
         )
         if report.warning:
             logger.warning("%s", report.warning)
         return report
 
+    def _falls_back(self, entry: ModelEntry) -> bool:
+        key = self._store.find(entry, self._recorder.state())
+        return key is not None and self._store.read(key).model.fallback
+
     def _available_weights(self, entry: ModelEntry) -> str:
         if entry.builder.startswith("onnx:"):
             return entry.weights
-        return self._source.choose(entry.weights, registry.download(entry))
+        return self._source.choose(entry.weights, registry.pretrained_source(entry))
 
-    def _build(self, entry: ModelEntry) -> tuple[str, nn.Module]:
+    def _with_task_files(self, entry: ModelEntry, on_bytes: OnBytes) -> ModelEntry:
+        """Return the entry with the files of its task on this machine."""
+        task = entry.task
+        if task is None:
+            return entry
+        if task.tokenizer is not None:
+            task = dataclasses.replace(task, tokenizer=f"file:{self._source.fetcher.fetch(task.tokenizer, on_bytes)}")
+        if task.labels_from is not None:
+            labels = read_labels(self._source.fetcher.fetch(task.labels_from, on_bytes))
+            task = dataclasses.replace(task, labels=labels)
+        return dataclasses.replace(entry, task=task)
+
+    def _build(self, entry: ModelEntry, on_bytes: OnBytes) -> tuple[str, nn.Module]:
         """Build the module of an entry; return it after the weights that it was built with."""
         weights = self._available_weights(entry)
-        try:
-            return weights, registry.build(entry, weights)
-        except DownloadFailed as error:
-            logger.warning("model %s gets %s: %s", entry.model_id, FALLBACK, error)
-            download = registry.download(entry)
-            if download is not None:
-                self._source.mark_unreachable(download)
-            return FALLBACK, registry.build(entry, FALLBACK)
+        if weights != FALLBACK or entry.weights == FALLBACK:
+            try:
+                return weights, registry.build(entry, weights, self._source, on_bytes)
+            except DownloadFailed as error:
+                if entry.weights != PRETRAINED:
+                    raise
+                logger.warning("model %s: %s", entry.model_id, error)
+        if self._require_weights:
+            raise WeightsUnavailable(f"the pretrained weights of {entry.model_id} cannot be fetched")
+        logger.warning("model %s gets %s", entry.model_id, FALLBACK)
+        return FALLBACK, registry.build(entry, FALLBACK)
 
-    def _report_stage(self, index: int, entry: ModelEntry, stage: PublishStage, weights_bytes: int = 0) -> None:
+    def _report_stage(
+        self, index: int, entry: ModelEntry, stage: PublishStage, weights_bytes: int = 0, total_bytes: int = 0
+    ) -> None:
         self._on_progress(
             PublishEvent(
-                model_id=entry.model_id, stage=stage, index=index, total=len(self._entries), bytes=weights_bytes
+                model_id=entry.model_id, stage=stage, index=index, total=len(self._entries), bytes=weights_bytes,
+                total_bytes=total_bytes,
             )
-        )
+        )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,13 +14,13 @@ from serve_app.core.catalog import Dtype, ModelEntry, runtime_of, task_for
 from serve_app.core.task import TaskSpec
 from serve_app.errors import EdgeServeError, StoreError
 from serve_app.models.profiling.grid import grid
-from serve_app.models.profiling.measure import measure
+from serve_app.models.profiling.measure_published import measure_published
 from serve_app.models.publishing.described import OnStage, describe, runs_row_by_row, with_measurement
-from serve_app.models.publishing.graph_contract import Trial, open_graph, read_contract, run_trials
+from serve_app.models.publishing.graph_contract import Trial, highest_numbers, open_graph, read_contract, run_trials
 from serve_app.models.publishing.graph_files import WRITERS
+from serve_app.models.publishing.task_files import with_task
 from serve_app.models.readahead import ReadAhead
-from serve_app.models.runtimes.base import LoadedModel
-from serve_app.models.runtimes.registry import RUNTIMES
+from serve_app.models.runtimes.registry import RUNTIMES, prepare
 from serve_app.models.threads import one_thread
 from serve_app.store.manifest import ExecutionFormat, Manifest
 from serve_app.store.model_store import ModelStore
@@ -52,7 +52,8 @@ def publish_graph(store: ModelStore, entry: ModelEntry, path: Path, on_stage: On
     made_for = RUNTIMES[runtime].environment()
     with one_thread():
         original = open_graph(entry, path)
-        contract, trials = run_trials(entry, read_contract(entry, original), original)
+        highest = highest_numbers(contract := read_contract(entry, original), original)
+        contract, trials = run_trials(entry, contract, original, highest)
         del original
         task = task_for(entry, TaskSpec())
         on_stage("writing", path.stat().st_size)
@@ -66,23 +67,20 @@ def publish_graph(store: ModelStore, entry: ModelEntry, path: Path, on_stage: On
         )  # fmt: skip
         execution = ExecutionFormat(runtime=runtime, made_for=made_for)
         manifest = Manifest(model=model, default_task=task, execution=execution, tensors=(), files=files)
-        prepared = RUNTIMES[runtime].prepare(manifest, store)
-
-        def load() -> LoadedModel:
-            return prepared.load(ReadAhead, None)
-
-        _verify(entry, load, trials)
-        on_stage("measuring", weights_bytes)
-        sizes = grid(contract.axes)
-        measurement = measure(load, contract, sizes[:1] if row_by_row else sizes)
+        answers = dict(zip((spec.name for spec in contract.outputs), trials[-1].answers, strict=True))
+        manifest = with_task(store, entry, manifest, answers)
+        _verify(entry, manifest, store, trials)
+    on_stage("measuring", weights_bytes)
+    sizes = grid(contract.axes)
+    measurement = measure_published(manifest, store, sizes[:1] if row_by_row else sizes, highest)
     size_bytes = measurement.resident_bytes
-    store.commit(dataclasses.replace(manifest, model=with_measurement(model, measurement, size_bytes)))
+    store.commit(dataclasses.replace(manifest, model=with_measurement(manifest.model, measurement, size_bytes)))
     on_stage("published", size_bytes)
 
 
-def _verify(entry: ModelEntry, load: Callable[[], LoadedModel], trials: Sequence[Trial]) -> None:
+def _verify(entry: ModelEntry, manifest: Manifest, store: ModelStore, trials: Sequence[Trial]) -> None:
     """Compare the answers of the model, as workers will run it, with those of the original graph."""
-    model = load()
+    model = prepare(manifest, store).load(ReadAhead, None)
     try:
         for trial in trials:
             for (name, answer), original in zip(model.run(trial.inputs).items(), trial.answers, strict=True):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from serve_app.core.catalog import Dtype, ModelEntry, task_for
-from serve_app.core.contract import BATCH, Axis, Contract, TensorSpec
+from serve_app.core.contract import BATCH, Contract, TensorSpec
 from serve_app.core.contract_declaration import TensorDeclaration, complete_contract
 from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
@@ -21,9 +21,10 @@ from serve_app.models.builders import registry
 from serve_app.models.graph_optimizations import ROUNDING, largest_difference, named_slots, optimize, order_of_use
 from serve_app.models.module_call import call_module, ordered_outputs, takes_keywords
 from serve_app.models.module_template import TORCH_COMPUTE_DTYPES, TORCH_DTYPES, ModuleTemplate
-from serve_app.models.profiling.grid import grid
-from serve_app.models.profiling.measure import measure
+from serve_app.models.profiling.grid import grid, trial_sizes
+from serve_app.models.profiling.measure_published import measure_published, require_counted
 from serve_app.models.publishing.described import OnStage, describe, runs_row_by_row, with_measurement
+from serve_app.models.publishing.task_files import with_task
 from serve_app.models.runtimes.torch_runtime import PreparedModule
 from serve_app.models.torch_internals import STATE_TABLES
 from serve_app.store.manifest import BlobFile, ExecutionFormat, Layout, Manifest, TensorPlace
@@ -84,11 +85,15 @@ def publish_module(store: ModelStore, entry: ModelEntry, weights: str, module: n
     manifest = Manifest(
         model=model, default_task=_labeled(metadata.task, contract), execution=execution, tensors=places, files=(blob,)
     )
+    answers = {spec.name: tensor.numpy() for spec, tensor in zip(contract.outputs, first.outputs, strict=True)}
+    manifest = with_task(store, entry, manifest, answers)
+    model = manifest.model
     prepared = PreparedModule(ModuleTemplate(manifest), store)
     _verify(prepared, trials, entry.dtype)
     on_stage("measuring", weights_bytes)
     sizes = (_least(contract),) if model.row_by_row else grid(contract.axes)
-    measurement = measure(prepared.load, contract, sizes)
+    measurement = measure_published(manifest, store, sizes)
+    require_counted(entry.builder, measurement, weights_bytes)
     store.commit(dataclasses.replace(manifest, model=with_measurement(model, measurement, weights_bytes)))
     on_stage("published", weights_bytes)
 
@@ -131,7 +136,7 @@ def _trial_runs(
     entry: ModelEntry, module: nn.Module, task: TaskSpec, known: Contract, execution: ExecutionFormat
 ) -> tuple[Contract, list[_Trial]]:
     """Run the module at different sizes of every free axis; return the contract that this shows, and the runs."""
-    all_sizes = _trial_sizes(known)
+    all_sizes = trial_sizes(known.axes)
     runs: list[tuple[Mapping[str, NDArray[Any]], dict[str, torch.Tensor]]] = []
     for sizes in all_sizes:
         inputs = probe(known, sizes)
@@ -162,19 +167,8 @@ def _trial_runs(
     return contract, trials
 
 
-def _trial_sizes(contract: Contract) -> list[tuple[int, ...]]:
-    """Return two sizes of every free axis: the least ones, and larger ones."""
-    least = _least(contract)
-    larger = tuple(_larger(axis, size) for axis, size in zip(contract.axes, least, strict=True))
-    return list(dict.fromkeys([least, larger]))
-
-
 def _least(contract: Contract) -> tuple[int, ...]:
     return grid(contract.axes)[0]
-
-
-def _larger(axis: Axis, least: int) -> int:
-    return min(axis.most // axis.multiple * axis.multiple, least + axis.multiple)
 
 
 def _observed(

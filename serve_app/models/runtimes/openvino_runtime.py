@@ -29,6 +29,8 @@ DEVICE = "CPU"
 #: Left alone, it computes in bfloat16 wherever the processor can.
 _PRECISIONS: Mapping[str, str] = {"float32": "f32", "bfloat16": "bf16"}
 
+_SHAPES_KEPT = 4
+
 
 @cache
 def library() -> Any:
@@ -62,6 +64,8 @@ def settings(dtype: Dtype | str) -> dict[str, Any]:
         "INFERENCE_NUM_THREADS": streams * inference_threads(),
         # Compiled models refer to the file of their weights instead of holding them.
         "CACHE_MODE": "OPTIMIZE_SIZE",
+        # It keeps what it has made for every shape that it has seen, else, which is memory that grows without end.
+        "CPU_RUNTIME_CACHE_CAPACITY": _SHAPES_KEPT,
     }
 
 

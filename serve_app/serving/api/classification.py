@@ -5,16 +5,14 @@ from __future__ import annotations
 from fastapi import Request
 from fastapi.responses import Response
 
-from serve_app.core.vocabulary import Forwarding
 from serve_app.errors import InvalidRequest
-from serve_app.serving import oip
 from serve_app.serving.api.error_responses import JsonResponse
-from serve_app.serving.api.inference import outcome_headers, parts_s
+from serve_app.serving.api.inference import outcome_headers
+from serve_app.serving.api.predict import raw_request, required_model, task_content
 from serve_app.serving.api.request_reader import RequestReader, check_content_type
-from serve_app.serving.router.request import InferenceRequest, InferenceResponse
 from serve_app.serving.router.router import Router
 from serve_app.tasks.base import RawInput
-from serve_app.tasks.image_classification import label_count
+from serve_app.tasks.classes import label_count
 
 _CONTENT_TYPES = frozenset({"image/jpeg", "image/png", "image/webp", "application/octet-stream"})
 
@@ -41,28 +39,16 @@ class ClassificationEndpoints:
         content_type = check_content_type(
             request, _CONTENT_TYPES, "image/jpeg, image/png, image/webp or application/octet-stream"
         )
-        name = request.query_params.get("model")
-        if not name:
-            raise InvalidRequest(
-                "query parameter model is missing; name a model or a family: /v1/classify?model=resnet50"
-            )
-        label_count(request.query_params.get("top_k", "5"))
+        options = dict(request.query_params)
+        name = required_model(options, "/v1/classify")
+        label_count(options.get("top_k", "5"))
         self._require_classifier(name)
-        options = oip.RequestOptions.from_query(dict(request.query_params))
         body = await self._reader.body(request)
         if not body:
             raise InvalidRequest("the body is empty; send the bytes of a JPEG, PNG or WebP image")
-        response = await self._router.serve(
-            InferenceRequest(
-                name=name,
-                location=self._reader.location(request),
-                payload=RawInput(data=bytes(body), content_type=content_type, options=dict(request.query_params)),
-                deadline_s=options.deadline_s,
-                min_accuracy=options.min_accuracy,
-                forwarding=Forwarding(options.forward),
-            )
-        )
-        return JsonResponse(_content(response), headers=outcome_headers(response))
+        raw = RawInput(data=bytes(body), content_type=content_type, options=options)
+        response = await self._router.serve(raw_request(name, self._reader.location(request), raw))
+        return JsonResponse(task_content(response, {}), headers=outcome_headers(response))
 
     def _require_classifier(self, name: str) -> None:
         model = self._router.models_named(name)[0]
@@ -71,16 +57,3 @@ class ClassificationEndpoints:
                 f"model {model.model_id!r} has the task {model.task.kind!r} and does not classify images; "
                 f"ask /v1/predict?model={model.model_id}, or /v2/models/{model.model_id}/infer with tensors"
             )
-
-
-def _content(response: InferenceResponse) -> dict[str, object]:
-    content: dict[str, object] = {
-        "model": response.model.model_id,
-        "location": response.location,
-        "outcome": response.outcome.value,
-        **(response.answer or {}),
-        "timing_ms": {name: round(part_s * 1000, 3) for name, part_s in parts_s(response).items()},
-    }
-    if response.model.fallback:
-        content["warning"] = f"the weights are {response.model.weights_actual}: the labels mean nothing"
-    return content

@@ -13,10 +13,12 @@ from serve_app import __version__
 from serve_app.errors import EdgeServeError
 from serve_app.serving.api.auth import AuthorizationMiddleware, require_token
 from serve_app.serving.api.classification import ClassificationEndpoints
+from serve_app.serving.api.embeddings import EmbeddingEndpoints
 from serve_app.serving.api.error_responses import on_any_error, on_disconnect, on_error, on_fault, on_http_error
 from serve_app.serving.api.fast_path import FastPath, FastPathApp
 from serve_app.serving.api.inference import InferenceEndpoints
 from serve_app.serving.api.monitoring import MonitoringEndpoints
+from serve_app.serving.api.predict import PredictionEndpoints
 from serve_app.serving.api.repository import RepositoryEndpoints
 from serve_app.serving.api.request_reader import HttpSettings, RequestReader
 from serve_app.serving.router.router import Router
@@ -43,14 +45,14 @@ def build_http_app(router: Router, settings: HttpSettings, scrape: Callable[[], 
         version=__version__,
         description="Many models from edge locations with little memory.",
     )
+    classification, prediction = ClassificationEndpoints(router, reader), PredictionEndpoints(router, reader)
     # Serve matches every request with the routes from the first one on, to label its metrics: the frequent ones lead.
     routes: list[tuple[str, str, Handler]] = [
         *(("POST", f"{path}/infer", inference.infer) for path in _MODEL_PATHS),
-        *_other_routes(
-            RepositoryEndpoints(router, reader),
-            ClassificationEndpoints(router, reader),
-            MonitoringEndpoints(router, scrape),
-        ),
+        ("POST", "/v1/predict", prediction.predict),
+        ("POST", "/v1/classify", classification.classify),
+        ("POST", "/v1/embeddings", EmbeddingEndpoints(router, reader).embeddings),
+        *_other_routes(RepositoryEndpoints(router, reader), MonitoringEndpoints(router, scrape)),
     ]
     for method, path, handler in routes:
         app.add_api_route(path, handler, methods=[method], response_class=Response)
@@ -63,14 +65,11 @@ def build_http_app(router: Router, settings: HttpSettings, scrape: Callable[[], 
     return app
 
 
-def _other_routes(
-    repository: RepositoryEndpoints, classification: ClassificationEndpoints, monitoring: MonitoringEndpoints
-) -> list[tuple[str, str, Handler]]:
+def _other_routes(repository: RepositoryEndpoints, monitoring: MonitoringEndpoints) -> list[tuple[str, str, Handler]]:
     routes: list[tuple[str, str, Handler]] = [
         ("GET", "/v2", repository.server),
         ("GET", "/v2/health/live", repository.live),
         ("GET", "/v2/health/ready", repository.ready),
-        ("POST", "/v1/classify", classification.classify),
         ("GET", "/v1/locations", monitoring.locations),
         ("GET", "/metrics", monitoring.metrics),
         ("POST", "/v2/repository/index", repository.repository_index),

@@ -8,6 +8,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from serve_app.core.catalog import PublishedModel
+from serve_app.core.versions import FIRST_VERSION
 from serve_app.core.vocabulary import Forwarding
 from serve_app.serving import oip
 from serve_app.serving.api.fast_path import FastResponse, InferenceHttpRequest
@@ -59,7 +60,7 @@ class InferenceEndpoints:
         options = parsed.options
         response = await self._router.serve(
             InferenceRequest(
-                name=request.path_params["model"],
+                name=self._reader.name(request),
                 location=self._reader.location(request),
                 payload=tensors,
                 deadline_s=options.deadline_s,
@@ -70,7 +71,8 @@ class InferenceEndpoints:
         )
         encoded = oip.encode_infer(
             parsed,
-            model_name=response.model.model_id,
+            model_name=response.model.name,
+            version=str(response.model.version),
             outputs=response.outputs,
             labels=response.model.labels,
         )
@@ -101,9 +103,14 @@ def parts_s(response: InferenceResponse) -> dict[str, float]:
 def outcome_headers(response: InferenceResponse) -> dict[str, str]:
     """Return the HTTP headers that say how and where an inference ran."""
     parts = ", ".join(f"{name};dur={part_s * 1000:.3f}" for name, part_s in parts_s(response).items())
-    return {
+    headers = {
         "X-EdgeServe-Outcome": response.outcome.value,
         "X-EdgeServe-Location": response.location,
-        "X-EdgeServe-Model": response.model.model_id,
+        "X-EdgeServe-Model": response.model.name,
         "Server-Timing": parts,
     }
+    if response.model.version != FIRST_VERSION:
+        headers["X-EdgeServe-Version"] = str(response.model.version)
+    if response.model.fallback:
+        headers["X-EdgeServe-Weights"] = "fallback"
+    return headers

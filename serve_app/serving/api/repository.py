@@ -42,13 +42,24 @@ class RepositoryEndpoints:
         return JsonResponse({"ready": is_ready}, _ready_status(is_ready))
 
     async def model(self, request: Request) -> Response:
-        """Open Inference Protocol: one model's tensors, family, accuracy and weights."""
-        return JsonResponse(oip.model_metadata(self._reader.models(request)[0]))
+        """Open Inference Protocol: one model's tensors, versions, family, accuracy and weights."""
+        models = self._reader.models(request)
+        versions = self._router.catalog.versions(models[0].name)
+        content = oip.model_metadata(models[0], tuple(map(str, versions)))
+        content["parameters"]["version"] = str(models[0].version)
+        problem = self._router.problem(models)
+        if problem is not None:
+            content["parameters"]["problem"] = problem
+        return JsonResponse(content)
 
     async def model_ready(self, request: Request) -> Response:
         """Open Inference Protocol: whether a model can be served, from memory or after a load."""
-        is_ready = self._router.can_serve(self._reader.models(request))
-        return JsonResponse({"name": request.path_params["model"], "ready": is_ready}, _ready_status(is_ready))
+        name = request.path_params["model"]
+        problem = self._router.catalog.problems.get(name)
+        if problem is None:
+            problem = self._router.problem(self._reader.models(request))
+        content = {"name": name, "ready": problem is None, **({} if problem is None else {"reason": problem})}
+        return JsonResponse(content, _ready_status(problem is None))
 
     async def repository_index(self, request: Request) -> Response:
         """Model repository extension: every model, and whether this location holds it."""
@@ -56,11 +67,16 @@ class RepositoryEndpoints:
         ready = self._router.ready_models(location)
         index = [
             {
-                "name": model.model_id,
-                "version": oip.VERSION,
+                "name": model.name,
+                "version": str(model.version),
                 "state": "READY" if model.model_id in ready else "UNAVAILABLE",
+                "reason": self._router.problem((model,)) or "",
             }
             for model in self._router.catalog.models
+        ]
+        index += [
+            {"name": name, "version": "", "state": "UNAVAILABLE", "reason": problem}
+            for name, problem in self._router.catalog.problems.items()
         ]
         return JsonResponse(index)
 

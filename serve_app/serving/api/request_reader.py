@@ -59,8 +59,25 @@ class RequestReader:
         Raises:
             NotFound: there is neither, or not in this version.
         """
-        oip.check_version(request.path_params.get("version"))
-        return self._router.models_named(request.path_params["model"])
+        return self._router.models_named(self.name(request))
+
+    def name(self, request: InferenceHttpRequest) -> str:
+        """Return the name that the path has for a model or a family, as ``MODEL@VERSION`` where it has a version.
+
+        Raises:
+            NotFound: there is no such version.
+        """
+        name: str = request.path_params["model"]
+        version: str | None = request.path_params.get("version")
+        if not version:
+            return name
+        versions = self._router.catalog.versions(name)
+        if not versions:
+            # A family has no versions of its own.
+            oip.check_version(version)
+            return name
+        oip.check_version(version, tuple(map(str, versions)))
+        return f"{name}@{version}"
 
     async def body(self, request: InferenceHttpRequest) -> bytearray:
         """Receive the body.

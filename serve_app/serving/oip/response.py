@@ -38,14 +38,14 @@ class EncodedResponse:
         return {"Content-Type": "application/octet-stream", JSON_LENGTH_HEADER: str(self.json_length)}
 
 
-def check_version(version: str | None) -> None:
+def check_version(version: str | None, versions: Sequence[str] = (VERSION,)) -> None:
     """Make sure that the version in a request exists; None and the empty string mean any version.
 
     Raises:
-        NotFound: it is not the one version that every model has.
+        NotFound: it is none of ``versions``.
     """
-    if version and version != VERSION:
-        raise NotFound(f"there is no version {describe(version)}; every model has the single version {VERSION!r}")
+    if version and version not in versions:
+        raise NotFound(f"there is no version {describe(version)}; there is {', '.join(map(repr, versions))}")
 
 
 def encode_infer(
@@ -100,7 +100,7 @@ def model_metadata(model: PublishedModel, versions: Sequence[str] = (VERSION,)) 
             " had: its answers mean nothing until it is published again"
         )
     return {
-        "name": model.model_id,
+        "name": model.name,
         "versions": list(versions),
         "platform": PLATFORMS[model.runtime],
         "inputs": [_tensor_metadata(spec) for spec in model.inputs],

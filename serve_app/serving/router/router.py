@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
 
 from serve_app.core.catalog import Catalog, PublishedModel, most_accurate_first
@@ -30,6 +31,7 @@ from serve_app.core.routing.dispatch import (
 )
 from serve_app.core.routing.router_view import RouterView
 from serve_app.core.routing.rules import RoutingRules
+from serve_app.core.routing.version_switch import VersionSwitch
 from serve_app.core.vocabulary import ModelState, Outcome
 from serve_app.errors import DeadlineExceeded, EdgeServeError, NotFound, Unavailable
 from serve_app.serving.coordinator.client import CoordinatorClient
@@ -64,6 +66,7 @@ class Router:
         stands_in: the router may run anywhere: the links that it measures are its own, and not those of ``home``.
         unknown_location_timeout_s: how long a request waits for a location of which no worker is known.
         clock: monotonic seconds.
+        rng: which requests a canary answers.
 
     Attributes:
         view: what the router knows of the cluster.
@@ -84,10 +87,15 @@ class Router:
         stands_in: bool = False,
         unknown_location_timeout_s: float = 15.0,
         clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
     ) -> None:
         self.catalog = catalog
         self.locations = locations
         self.view = RouterView()
+        #: With the versions that are to answer; in ``catalog``, those answer that do so by now.
+        self._wanted = catalog
+        self._switch = VersionSwitch()
+        self._switch.advance(catalog, (), clock())
         self._home = home
         self._stands_in = stands_in
         self._rules = rules
@@ -107,6 +115,8 @@ class Router:
         self._request_time_s = request_time_s
         self._max_inflight = max_inflight
         self._clock = clock
+        self._rng = rng or random.Random()
+        self._waiting: dict[str, int] = {}
         self._inflight = 0
         self._idle = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -132,11 +142,13 @@ class Router:
         self, catalog: Catalog, locations: tuple[str, ...], rules: RoutingRules, coordination: CoordinatorRules
     ) -> None:
         """Go on with other models, locations or rules; requests under way are not disturbed."""
-        self.catalog = catalog
+        self._wanted = catalog
         self.locations = locations
         self._rules = rules
         self._links.configure(rules.link)
         self._coordinator.configure(coordination)
+        self._waiting = {}
+        self._follow_versions(is_new=True)
 
     # The cluster
 
@@ -151,8 +163,17 @@ class Router:
         if delta is not None:
             # Dead or hanging workers.
             self._calls.fail_calls(self.view.apply(delta, self._clock()))
+        if self._waiting:
+            self._follow_versions()
         # Links change without a delta as well.
         self.view.precompute(self._home, self._rules, self._links)
+
+    def _follow_versions(self, *, is_new: bool = False) -> None:
+        """Let those versions answer that are to, and are loaded."""
+        workers = self.view.workers() if self._stands_in else self.view.workers_at(self._home)
+        waiting = self._switch.advance(self._wanted, tuple(workers), self._clock())
+        if is_new or waiting != self._waiting:
+            self.catalog, self._waiting = self._wanted.with_current(waiting), waiting
 
     async def probe(self) -> None:
         """Measure the links to some locations, in turn to all of them; those that do not answer are cut off."""
@@ -185,11 +206,6 @@ class Router:
         """Whether a worker of a location is there to serve."""
         return bool(self.workers_at(location)) and len(self.catalog) > 0
 
-    def can_serve(self, models: Iterable[PublishedModel]) -> bool:
-        """Whether any worker has memory for any of these models."""
-        workers = self.view.workers()
-        return any(report.can_hold(model.profile) for model in models for report in workers)
-
     def ready_models(self, location: str) -> set[str]:
         """The models that are in memory at a location, by id."""
         return {
@@ -205,15 +221,30 @@ class Router:
         """The model, or the members of the family, of that name.
 
         Raises:
-            NotFound: there is neither.
+            NotFound: there is neither, or the store does not have what the catalog says.
         """
-        models = (self.catalog[name],) if name in self.catalog else self.catalog.members(name)
+        models = self.catalog.named(name)
         if not models:
+            if name in self.catalog.problems:
+                raise NotFound(f"model {name} is in the catalog and not served: {self.catalog.problems[name]}")
             raise NotFound(
                 f"no model or family is called {name[:64]!r}; POST /v2/repository/index lists the models, "
                 f"and the families are {', '.join(self.catalog.families) or 'none'}"
             )
         return models
+
+    def problem(self, models: Sequence[PublishedModel]) -> str | None:
+        """Return why none of these models can be served: no worker can load them, or none has memory for them."""
+        workers = self.view.workers()
+        if not workers:
+            return "no worker is known; try again later"
+        reasons = [
+            report.unusable.get(model.model_id) or f"no worker has memory for {model.model_id}"
+            for model in models
+            for report in workers
+            if model.model_id in report.unusable or not report.can_hold(model.profile)
+        ]
+        return reasons[0] if len(reasons) == len(models) * len(workers) else None
 
     async def load(self, location: str, name: str) -> None:
         """Load a model at a location for an operator; raises the tree of ``errors.py``."""
@@ -227,9 +258,10 @@ class Router:
         await self._control.unload(location, replicas, model.model_id)
 
     def _single(self, name: str) -> PublishedModel:
-        if name not in self.catalog:
+        models = self.catalog.named(name)
+        if not models or name in self.catalog.families:
             raise NotFound(f"no model is called {name[:64]!r}; POST /v2/repository/index lists them")
-        return self.catalog[name]
+        return models[0]
 
     # Requests
 
@@ -263,10 +295,14 @@ class Router:
 
     def _select(self, request: InferenceRequest) -> PublishedModel:
         models = self.models_named(request.name)
-        if request.name in self.catalog:
-            candidates = most_accurate_first(models, request.min_accuracy)
-            return require_in_time(candidates[0], request, self.view)
-        return select_member(models, request, self.view, self._rules, self._links)
+        if len(models) > 1 or request.name in self.catalog.families:
+            return select_member(models, request, self.view, self._rules, self._links)
+        candidates = most_accurate_first(models, request.min_accuracy)
+        if self.catalog.canaries and request.name in self.catalog.canaries:
+            canary, share = self.catalog.canaries[request.name]
+            if self._rng.random() < share and request.fits(canary):
+                return require_in_time(canary, request, self.view)
+        return require_in_time(candidates[0], request, self.view)
 
     async def _dispatch(self, request: InferenceRequest, model: PublishedModel, began_s: float) -> InferenceResponse:
         """Send the request where its ``Dispatch`` says, until a worker has executed it or it has failed."""
@@ -344,7 +380,7 @@ class Router:
 
     def count(self, location: str, name: str, outcome: str, status: int) -> None:
         """Count one request that has ended; names that users made up must not become label values."""
-        model_id = name if name in self.catalog or self.catalog.members(name) else "none"
+        model_id = name if name in self.catalog or self.catalog.named(name) else "none"
         tags = {"location": location, "model": model_id, "outcome": outcome, "code": str(int(status))}
         self._metrics.requests.inc(tags=tags)
 

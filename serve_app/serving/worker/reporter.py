@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from serve_app.core.cache.events import (
@@ -104,6 +104,7 @@ class WorkerReporter:
 
     Attributes:
         measured: what requests have shown.
+        unusable: models that cannot be loaded here, and why.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class WorkerReporter:
         self._report_every_s = 0.0
         self._reporting: asyncio.Task[None] | None = None
         self._has_left = False
+        self.unusable: Mapping[str, str] = {}
 
     @property
     def next_sequence(self) -> int:
@@ -193,6 +195,7 @@ class WorkerReporter:
             load_s={model_id: max(0.0, seconds) for model_id, seconds in measured.load_s.seconds.items()},
             outcomes=dict(measured.outcomes),
             demand=self._follower.take_demand(),
+            unusable=self.unusable,
         )
 
     async def _exchange(self) -> ViewDelta | None:

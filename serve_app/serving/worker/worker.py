@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from serve_app.core.cache.events import (
     CapacityChanged,
     CatalogChanged,
+    ContentChanged,
     ModelsKnown,
     PolicyChanged,
     PreloadSuggested,
@@ -23,7 +25,8 @@ from serve_app.core.coordination.rules import CoordinatorRules
 from serve_app.core.memory_budget import MemoryBudget
 from serve_app.core.policies.base import EvictionPolicy
 from serve_app.core.routing.rules import RoutingRules
-from serve_app.errors import DeadlineExceeded, EdgeServeError, StoreError
+from serve_app.core.versions import split_key
+from serve_app.errors import DeadlineExceeded, EdgeServeError, ModelChanged, StoreError
 from serve_app.serving.coordinator.client import CoordinatorClient
 from serve_app.serving.metrics import WorkerMetrics
 from serve_app.serving.transport.messages import (
@@ -63,6 +66,7 @@ class Worker:
         max_pixels: the largest image that is decoded.
         find_blob: returns the path of a file in the store, by its name.
         retention: what it holds beside what is worth it to its policy.
+        unusable: models that cannot be loaded here, and why.
         clock: monotonic seconds.
 
     Attributes:
@@ -83,6 +87,7 @@ class Worker:
         max_pixels: int,
         find_blob: Callable[[str], Path] = Path,
         retention: RetentionRules = _NO_RETENTION,
+        unusable: Mapping[str, str] = MappingProxyType({}),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._identity = identity
@@ -110,6 +115,7 @@ class Worker:
             metrics=metrics,
             clock=clock,
         )
+        self._reporter.unusable = unusable
         self._measured = self._reporter.measured
 
     # Life
@@ -157,6 +163,7 @@ class Worker:
         rules: RoutingRules,
         retention: RetentionRules,
         coordination: CoordinatorRules,
+        unusable: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Go on by another configuration; requests under way are not affected.
 
@@ -166,6 +173,7 @@ class Worker:
             policy: a fresh one; None: the present one goes on.
             rules, retention: as at birth, but ``retention.preload`` has no effect any more.
             coordination: for the coordinator.
+            unusable: models that cannot be loaded here, and why.
 
         Raises:
             ValueError: the pinned models need more memory; nothing has changed.
@@ -175,23 +183,34 @@ class Worker:
         if sum(held.get(model.model_id, 0) for model in pinned) > budget.model_capacity_bytes:
             raise ValueError(f"{budget.model_capacity_bytes} bytes for models are less than what the pinned ones need")
         self._catalog = catalog
+        self._reporter.unusable = unusable
         self._reporter.reconfigure(catalog, rules, retention)
         self._manager.handle(CatalogChanged(tuple(catalog.profiles().values()), [model.model_id for model in pinned]))
         self._manager.handle(CapacityChanged(budget.capacity_bytes, budget.workspace_bytes))
         self._budget.divide(budget)
         if policy is not None:
             self._manager.handle(PolicyChanged(policy))
-        for model in pinned:
+        for model in (*pinned, *self._successors()):
             self._manager.handle(PreloadSuggested(model.profile, required=True))
         self._coordinator.configure(coordination)
 
+    def _successors(self) -> list[PublishedModel]:
+        """Return the versions that are to answer from now on, of models of which another version is in memory."""
+        held = {split_key(model.model_id)[0] for model in self._manager.cache.models()}
+        return [
+            model
+            for model in self._catalog.answering()
+            if model.name in held and self._manager.cache.state(model.model_id) is None
+        ]
+
     def _preload_listed(self) -> None:
         free_bytes = self._manager.cache.model_capacity_bytes - self._manager.cache.used_bytes
-        for model_id in self._preload_at_start:
-            if model_id not in self._catalog:
-                logger.error("model %s is to be preloaded, but not in the store", model_id)
-            elif self._manager.cache.state(model_id) is None:
-                model = self._catalog[model_id].profile
+        for name in self._preload_at_start:
+            models = self._catalog.named(name)
+            if not models:
+                logger.error("model %s is to be preloaded, but not in the store", name)
+            elif self._manager.cache.state(models[0].model_id) is None:
+                model = models[0].profile
                 free_bytes -= model.size_bytes
                 # They may displace what the policy preloads meanwhile, but not each other.
                 self._manager.handle(PreloadSuggested(model, required=free_bytes >= 0))
@@ -208,7 +227,12 @@ class Worker:
         self._measured.inflight += 1
         try:
             async with asyncio.timeout(work.budget_s):
-                return await self._infer(work, model)
+                try:
+                    return await self._infer(work, model)
+                except ModelChanged:
+                    # What is in memory must not answer; what is in the store may, if it was published again.
+                    self._manager.handle(ContentChanged(work.model_id))
+                    return await self._infer(work, model)
         except TimeoutError:
             return InferenceRejected(
                 error=DeadlineExceeded(f"model {work.model_id} did not answer before its deadline")
@@ -259,7 +283,7 @@ class Worker:
     def _begin(self, raw: RawInput, model: PublishedModel) -> tuple[Solution, Tensors, tuple[int, ...]]:
         """Start the task of a model, up to the inputs of its first execution."""
         known = TaskModel(
-            model_id=model.model_id,
+            model_id=model.name,
             contract=model.contract,
             task=model.task,
             max_pixels=self._max_pixels,

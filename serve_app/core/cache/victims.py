@@ -1,0 +1,113 @@
+"""Chooses victims: the models that leave so that a load fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from serve_app.core.cache.entries import CacheEntry
+from serve_app.core.lazy_heap import HeapEntry, LazyHeap
+from serve_app.core.policies.base import EvictionPolicy
+
+
+class VictimRanking:
+    """The evictable models of one cache by their utility. Unevictable ones are not on the heap, hence never chosen.
+
+    Args:
+        entries: of the cache, by model.
+        policy: ranks them.
+    """
+
+    def __init__(self, entries: Mapping[str, CacheEntry], policy: EvictionPolicy) -> None:
+        self._entries = entries
+        self._draining: list[CacheEntry] = []
+        self._policy = policy
+        self._heap = LazyHeap(policy.utility)
+
+    def add(self, entry: CacheEntry, now: float) -> None:
+        """Rank a model from now on."""
+        self._heap.push(entry.model, now)
+
+    def remove(self, entry: CacheEntry) -> None:
+        """Rank a model no more; it is unevictable now, or has left."""
+        self._heap.remove(entry.model.model_id)
+
+    def forget(self, entry: CacheEntry) -> None:
+        """The model has left."""
+        if entry.draining:
+            self._draining.remove(entry)
+        self.remove(entry)
+
+    def set_policy(self, policy: EvictionPolicy, now: float) -> None:
+        """Rank by another policy; models of equal utility in the order of their last use."""
+        self._policy = policy
+        self._heap = LazyHeap(policy.utility)
+        for entry in sorted(self._entries.values(), key=lambda entry: entry.used_s):
+            if not entry.unevictable:
+                self.add(entry, now)
+
+    def choose(self, missing_bytes: int, now: float, eligible: Callable[[CacheEntry], bool]) -> list[HeapEntry] | None:
+        """Remove from the heap what to evict for ``missing_bytes``; None if all eligible models are not enough.
+
+        Takes the lowest utilities until enough bytes are free. If the policy says so, only the largest victims that
+        suffice remain: a small model is spared when its bytes are not needed.
+        """
+        if missing_bytes <= 0:
+            return []
+        taken = self.take_least_useful(missing_bytes, now, eligible)
+        freed_bytes = sum(victim.model.size_bytes for victim in taken)
+        chosen = taken if freed_bytes >= missing_bytes else []
+        if len(chosen) > 1 and self._policy.trim_victims:
+            chosen = _largest_that_suffice(taken, missing_bytes)
+        if chosen is not taken:
+            self.spare((victim for victim in taken if victim not in chosen), now)
+        return chosen or None
+
+    def take_least_useful(
+        self, missing_bytes: int, now: float, eligible: Callable[[CacheEntry], bool]
+    ) -> list[HeapEntry]:
+        """Remove the lowest utilities from the heap until they make so many bytes or no eligible model is left."""
+        for model_id in self._policy.lowered(now):
+            self._heap.decrease_key(model_id, now)
+        # A draining model goes first: it was ranked lowest a moment ago and has been emptied since.
+        taken: list[HeapEntry] = []
+        freed_bytes = 0
+        for entry in self._draining:
+            if freed_bytes < missing_bytes and eligible(entry):
+                victim = self._heap.remove(entry.model.model_id)
+                if victim is not None:
+                    taken.append(victim)
+                    freed_bytes += entry.model.size_bytes
+        passed_over: list[HeapEntry] = []
+        while freed_bytes < missing_bytes and (victim := self._heap.pop(now)) is not None:
+            if eligible(self._entries[victim.model.model_id]):
+                taken.append(victim)
+                freed_bytes += victim.model.size_bytes
+            else:
+                passed_over.append(victim)
+        self.spare(passed_over, now)
+        return taken
+
+    def spare(self, victims: Iterable[HeapEntry], now: float) -> None:
+        """Put victims back on the heap: they are not evicted after all."""
+        for victim in victims:
+            self._heap.push_back(victim)
+            # The policy may have announced a lower utility while the model was off the heap.
+            self._heap.decrease_key(victim.model.model_id, now)
+
+    def drain(self, victims: Iterable[HeapEntry]) -> None:
+        """Drain these models from now on, and no others."""
+        for entry in self._draining:
+            entry.draining = False
+        self._draining = [self._entries[victim.model.model_id] for victim in victims]
+        for entry in self._draining:
+            entry.draining = True
+
+
+def _largest_that_suffice(victims: list[HeapEntry], missing_bytes: int) -> list[HeapEntry]:
+    largest: list[HeapEntry] = []
+    for victim in sorted(victims, key=lambda victim: -victim.model.size_bytes):
+        if missing_bytes <= 0:
+            break
+        largest.append(victim)
+        missing_bytes -= victim.model.size_bytes
+    return largest

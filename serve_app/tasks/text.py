@@ -1,0 +1,169 @@
+"""Texts to tokens, by a ``tokenizer.json`` and the library tokenizers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve_app.errors import InvalidRequest, StoreError
+from serve_app.tasks.base import RawInput, TaskModel
+from serve_app.tasks.tensors import NUMPY_TYPES
+
+_IDS, _MASK, _TYPES = "input_ids", "attention_mask", "token_type_ids"
+
+#: Inputs that a text can be made for, by their names in a model.
+TOKEN_INPUTS = (_IDS, _MASK, _TYPES)
+
+#: Tokenizers that a process keeps; each takes some megabytes.
+_KEPT = 4
+
+
+def decode_text(data: bytes) -> str:
+    """Decode UTF-8.
+
+    Raises:
+        InvalidRequest: it is empty, or not UTF-8.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"the body is not text in UTF-8 (byte {error.start} is {data[error.start]:#04x}); send text/plain in UTF-8"
+        ) from error
+    if not text.strip():
+        raise InvalidRequest("the text is empty; send at least one word")
+    return text
+
+
+def texts_of(raw: RawInput) -> list[str]:
+    """Return the texts of a request: the body, or of JSON a string or a list of strings.
+
+    Raises:
+        InvalidRequest: the body is neither.
+    """
+    if raw.content_type != "application/json":
+        return [decode_text(raw.data)]
+    try:
+        content = json.loads(raw.data)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the body is not JSON ({error}); send a string, or a list of strings") from error
+    texts = [content] if isinstance(content, str) else content
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        found = f"a list of {len(content)}" if isinstance(content, list) else type(content).__name__
+        raise InvalidRequest(f"the body must be a JSON string or a list of strings, not {found}")
+    for position, text in enumerate(texts):
+        if not text.strip():
+            raise InvalidRequest(f"text {position} is empty; send at least one word")
+    return texts
+
+
+def one_text(raw: RawInput) -> str:
+    """Return the text of a request.
+
+    Raises:
+        InvalidRequest: there is none, or more than one.
+    """
+    texts = texts_of(raw)
+    if len(texts) > 1:
+        raise InvalidRequest(f"the task takes one text, not {len(texts)}; send one request for each")
+    return texts[0]
+
+
+def count_tokens(texts: Sequence[str], model: TaskModel) -> list[int]:
+    """Return the number of tokens of each text.
+
+    Raises:
+        InvalidRequest: a text has more tokens than the model takes.
+    """
+    return [len(encoding.ids) for encoding in _encodings(texts, model)]
+
+
+def token_inputs(texts: Sequence[str], model: TaskModel) -> dict[str, NDArray[Any]]:
+    """Return the inputs of a model for some texts, one row for each, filled up to the longest.
+
+    A model without a tokenizer takes the texts themselves.
+
+    Raises:
+        InvalidRequest: a text has more tokens than the model takes.
+    """
+    inputs = model.contract.inputs
+    if model.tokenizer is None:
+        tensor = inputs[0]
+        rows = np.array([text.encode() for text in texts], np.object_)
+        return {tensor.name: rows.reshape((len(texts), *[1] * (len(tensor.shape) - 1)))}
+    encodings = _encodings(texts, model)
+    columns = {_IDS: "ids", _MASK: "attention_mask", _TYPES: "type_ids"}
+    width, least = max(len(encoding.ids) for encoding in encodings), _limits(model)[0]
+    width = max(width, least)
+    tensors: dict[str, NDArray[Any]] = {}
+    for spec in inputs:
+        if spec.name not in columns:
+            continue
+        filling = _padding_id(model.tokenizer) if spec.name == _IDS else 0
+        rows = np.full((len(texts), width), filling, NUMPY_TYPES[spec.datatype])
+        for row, encoding in zip(rows, encodings, strict=True):
+            values = getattr(encoding, columns[spec.name])
+            row[: len(values)] = values
+        tensors[spec.name] = rows
+    return tensors
+
+
+def _encodings(texts: Sequence[str], model: TaskModel) -> list[Any]:
+    assert model.tokenizer is not None
+    tokenizer = open_tokenizer(model.tokenizer)
+    # One by one: the library would use threads of its own for a batch.
+    encodings = [tokenizer.encode(text) for text in texts]
+    most = _limits(model)[1]
+    for position, encoding in enumerate(encodings):
+        if len(encoding.ids) > most:
+            which = f"text {position}" if len(texts) > 1 else "the text"
+            raise InvalidRequest(
+                f"{which} has {len(encoding.ids)} tokens, more than the limit of {most} of model "
+                f"{model.model_id!r}; send a shorter text"
+            )
+    return encodings
+
+
+def _limits(model: TaskModel) -> tuple[int, int]:
+    """Return the least and the largest number of tokens."""
+    spec = model.contract.input(_IDS) or model.contract.inputs[0]
+    if not spec.axes[-1]:
+        return spec.shape[-1], spec.shape[-1]
+    axis = next(axis for axis in model.contract.axes if axis.name == spec.axes[-1])
+    return axis.least, axis.most
+
+
+@lru_cache(maxsize=_KEPT)
+def open_tokenizer(path: Path) -> Any:
+    """Read a tokenizer, which neither cuts nor fills up what it encodes; a process keeps the last few.
+
+    Raises:
+        StoreError: the library is not installed, or the file is not a tokenizer.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise StoreError(f"tokenizers cannot be imported ({error}); run: pip install 'edgeserve[text]'") from error
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises Exception itself
+        raise StoreError(f"{path} is not a tokenizer.json ({error}); save one with tokenizers or transformers") from (
+            error
+        )
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+@lru_cache(maxsize=_KEPT)
+def _padding_id(path: Path) -> int:
+    """Return the token that fills up; 0 where the tokenizer names none, which the mask takes out anyway."""
+    tokenizer = open_tokenizer(path)
+    names = ("[PAD]", "<pad>", "<|endoftext|>")
+    return next((found for name in names if (found := tokenizer.token_to_id(name)) is not None), 0)

