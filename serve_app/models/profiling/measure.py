@@ -58,7 +58,8 @@ class Measurement:
         prepared_bytes: what a process keeps of the model while it is not in memory.
         resident_bytes: by how much resident memory falls with an unload, once every thread that executes models has
             executed it.
-        kept_bytes: by how much it is larger after a load and an unload than before.
+        kept_bytes: by how much it is larger after a load and an unload than before, every time; heaps that grow to
+            their size keep something now and then.
         skipped: sizes at which it was not measured.
     """
 
@@ -118,7 +119,7 @@ def measure(
         costs=non_decreasing(costs),
         prepared_bytes=prepared_bytes,
         resident_bytes=max(0, int(statistics.median(cycle.resident_bytes for cycle in cycles))),
-        kept_bytes=max(0, int(statistics.median(cycle.kept_bytes for cycle in cycles))),
+        kept_bytes=max(0, min(cycle.kept_bytes for cycle in cycles)),
         skipped=tuple(skipped),
     )
 
