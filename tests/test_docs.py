@@ -119,6 +119,9 @@ def check_edgeserve(words: list[str]) -> None:
         return
     command = cli.get_command(click.Context(cli), name)
     assert command is not None, f"edgeserve has no command {name!r}"
+    if isinstance(command, click.Group) and len(words) > 1:
+        command = command.get_command(click.Context(command), words[1])
+        assert command is not None, f"edgeserve {name} has no command {words[1]!r}"
     known = {option for parameter in command.params for option in parameter.opts if isinstance(parameter, click.Option)}
     used = {re.sub(r"[\[\]]", "", word).partition("=")[0] for word in words[1:]}
     assert {word for word in used if word.startswith("--")} <= known | {"--help"}, " ".join(words)
@@ -153,7 +156,7 @@ def test_lines_of_prose_are_no_longer_than_those_of_code(page: Path) -> None:
 def test_the_readme_is_short_and_has_the_two_commands() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 130
-    assert "pip install -e . && edgeserve up" in lines
+    assert "pip install -e '.[weights]' && edgeserve up" in lines
     assert "pip install -e '.[test]' && pytest" in lines
 
 

@@ -16,9 +16,15 @@ from rich.table import Table
 from serve_app.cli.client import request, server_options
 from serve_app.cli.console import stdout, warn
 from serve_app.cli.publish import publish_catalog, require_weights_option
+from serve_app.config.catalog import load_catalog
 from serve_app.config.default_files import find_default
+from serve_app.config.edge import load_edge, load_token
 from serve_app.config.environment import ray_temp_dir
 from serve_app.errors import EdgeServeError, StoreError, WeightsUnavailable
+from serve_app.store.model_store import ModelStore
+
+#: Within this time every worker has reported what it took over from a changed configuration.
+_REPORTS_S = 1.5
 
 # Ray and torch take seconds to import; --help and status need neither.
 if TYPE_CHECKING:
@@ -65,14 +71,27 @@ def up(config: Path | None, detach: bool, require_weights: bool) -> None:
     if earlier is not None:
         deployment.update(earlier, serve_file, show)
         show("everything is as configured; edgeserve down stops it")
+        time.sleep(_REPORTS_S)
+        _warn_of_unusable_models(serve_file.url, edge)
         return
     running = deployment.start(serve_file, show)
-    _show_addresses(out, serve_file.url, serve_file.locations)
+    _warn_of_unusable_models(serve_file.url, edge)
+    _show_addresses(out, serve_file.url, serve_file.locations, _classifier(edge))
     if detach:
         out.print("running in the background; stop it with: edgeserve down")
         return
     out.print("Ctrl-C stops it")
     _wait_for_the_end(running, show)
+
+
+def _warn_of_unusable_models(url: str, edge: Path) -> None:
+    """Say which models of the catalog workers cannot load, and why, before a request finds out."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in request("GET", f"{url}/v1/locations", load_token(load_edge(edge)))["locations"]:
+        for model, reason in row["unusable"].items():
+            reasons.setdefault((model, reason), []).append(row["name"])
+    for (model, reason), locations in reasons.items():
+        warn(f"model {model} cannot be served at {', '.join(locations)}: {reason}")
 
 
 def _interrupt(*_: object) -> None:
@@ -101,17 +120,25 @@ def _wait_for_the_end(running: RunningDeployment, show: Callable[[str], None]) -
     show("stopped by edgeserve down")
 
 
-def _show_addresses(out: Console, url: str, locations: dict[str, str]) -> None:
+def _classifier(edge: Path) -> str | None:
+    """The first image classifier of the catalog, of those with real weights if there are any."""
+    settings = load_edge(edge)
+    models = ModelStore(settings.store).catalog(load_catalog(settings.catalog)).models
+    classifiers = [model for model in models if model.task.kind == "image-classification"]
+    return min(classifiers, key=lambda model: model.has_random_weights).name if classifiers else None
+
+
+def _show_addresses(out: Console, url: str, locations: dict[str, str], classifier: str | None) -> None:
     out.print()
     for name, location_url in locations.items():
         out.print(f"  {name:<12} {location_url}")
     out.print(f"  {'any location':<12} {url}  (header X-Edge-Location)")
-    out.print("\ntry it:")
-    first = next(iter(locations.values()), url)
-    out.print(
-        f"  curl -H 'Content-Type: image/jpeg' --data-binary @photo.jpg '{first}/v1/classify?model=resnet50'\n",
-        markup=False,
-    )
+    out.print()
+    if classifier is not None:
+        first = next(iter(locations.values()), url)
+        address = f"{first}/v1/classify?model={classifier}"
+        out.print("try it:")
+        out.print(f"  curl -H 'Content-Type: image/jpeg' --data-binary @photo.jpg '{address}'\n", markup=False)
 
 
 @click.command()

@@ -25,6 +25,7 @@ def init(folder: Path, force: bool) -> None:
 
     \b
     local.yaml, edge.yaml, catalog.yaml   locations on one machine: edgeserve up
+    edge-catalog.yaml, models/            models of text, sound, boxes, masks, files and tables
     cluster.yaml, cluster-edge.yaml       locations on hosts of their own
     ray-cluster.yaml, stop-ray.sh         the hosts themselves: ray up ray-cluster.yaml
     redis.conf, prometheus/               what a cluster that outlives its head needs; monitoring
@@ -33,15 +34,20 @@ def init(folder: Path, force: bool) -> None:
     if existing and not force:
         raise EdgeServeError(f"{existing[0]} exists and is left as it is; --force overwrites it")
     # All of them before any is written: in a checkout they may be written over one another.
-    texts = {name: _for_one_folder(read_text(shipped_file(name))) for name in SHIPPED}
-    for name, text in texts.items():
+    contents = {name: _content(name) for name in SHIPPED}
+    for name, content in contents.items():
         path = folder / name
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(content)
     is_here = folder.absolute() == Path.cwd()
     command = "edgeserve up" if is_here else f"edgeserve up {shlex.quote(str(folder / 'local.yaml'))}"
     stdout().print(f"start the locations of {folder / 'local.yaml'} with: {command}", markup=False)
+
+
+def _content(name: str) -> bytes:
+    path = shipped_file(name)
+    return path.read_bytes() if path.suffix == ".onnx" else _for_one_folder(read_text(path)).encode()
 
 
 def _for_one_folder(text: str) -> str:

@@ -26,6 +26,11 @@ COMMANDS = {
     "load": "client",
     "unload": "client",
     "publish": "publish",
+    "versions": "versions",
+    "rollback": "versions",
+    "canary": "versions",
+    "remove": "versions",
+    "store": "versions",
     "profile": "profile",
     "simulate": "simulate",
 }

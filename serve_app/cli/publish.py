@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -30,6 +30,25 @@ store_option = click.option(
 )
 
 
+class _Share(click.ParamType[float]):
+    """A share of the requests, ``10%`` or ``0.1``."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the share, 0..1."""
+        text = str(value).strip()
+        try:
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share <= 1:
+            self.fail(f"{value!r} is not a share of the requests; write it like 10%", param, ctx)
+        return share
+
+
+SHARE = _Share()
+
 require_weights_option = click.option(
     "--require-weights", is_flag=True, help="Fail where random weights would stand in for pretrained ones."
 )
@@ -40,13 +59,30 @@ require_weights_option = click.option(
 @edge_option
 @store_option
 @click.option("--force", is_flag=True, help="Publish again what is in the store, too.")
+@click.option("--canary", type=SHARE, metavar="SHARE", help="Let new versions answer this share of the requests: 10%.")
 @require_weights_option
-def publish(names: tuple[str, ...], edge: Path | None, store: Path | None, force: bool, require_weights: bool) -> None:
+def publish(
+    names: tuple[str, ...],
+    edge: Path | None,
+    store: Path | None,
+    force: bool,
+    canary: float | None,
+    require_weights: bool,
+) -> None:
     """Put models into the store: download or build them, convert, verify and measure.
 
-    Without MODEL, the whole catalog. What is there already is left alone; a run that was killed goes on.
+    Without MODEL, the whole catalog. What is there already is left alone; a run that was killed goes on. A model whose
+    entry, or a file that it names, has changed gets a new version, to which running deployments of the same catalog go
+    over as soon as they have loaded it; edgeserve rollback takes that back.
     """
-    publish_catalog(edge or find_default("edge.yaml"), names, force=force, store=store, require_weights=require_weights)
+    publish_catalog(
+        edge or find_default("edge.yaml"),
+        names,
+        force=force,
+        store=store,
+        canary=canary,
+        require_weights=require_weights,
+    )
 
 
 def chosen_entries(settings: EdgeSettings, names: Sequence[str]) -> tuple[ModelEntry, ...]:
@@ -118,6 +154,8 @@ def publish_catalog(
     out.print(f"{len(report.published)} models published, {len(report.skipped)} were in the store at {root}")
     if report.published:
         out.print(_measured(ModelStore(root), [entry for entry in entries if entry.model_id in report.published]))
+    for line in _held_back(ModelStore(root), Project.of(settings.catalog), report.skipped):
+        out.print(line)
     for name, version in report.versions.items():
         out.print(f"{name} has the new version {version}" + (f", a canary of {canary:.0%}" if canary else ""))
     if report.warning and not require_weights:
@@ -131,6 +169,21 @@ def publish_catalog(
         )
     if report.failures:
         raise StoreError(f"{len(report.failures)} of {len(entries)} models could not be published; see above")
+
+
+def _held_back(store: ModelStore, project: Project, names: Sequence[str]) -> list[str]:
+    """Models of which an earlier version answers than the one that the catalog asks for."""
+    state = store.projects.read(project.key)
+    lines = []
+    for name in names:
+        versions = state.models.get(name) if state is not None else None
+        latest = versions.latest_number if versions is not None else None
+        if versions is not None and latest not in (None, versions.current, versions.canary):
+            lines.append(
+                f"{name} stays at version {versions.current}, to which it was rolled back; "
+                f"edgeserve rollback {name} --to {latest} goes on to what the catalog asks for"
+            )
+    return lines
 
 
 def _downloaded(event: PublishEvent) -> str:

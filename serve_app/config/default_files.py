@@ -16,6 +16,8 @@ DEFAULTS = ("catalog.yaml", "edge.yaml", "local.yaml")
 #: All shipped files, as ``edgeserve init`` writes them: those of one machine, of a cluster, and of its monitoring.
 SHIPPED = (
     *DEFAULTS,
+    "edge-catalog.yaml",
+    "models/iris.onnx",
     "cluster.yaml",
     "cluster-edge.yaml",
     "ray-cluster.yaml",

@@ -40,6 +40,7 @@ class ModelEntry:
             ``reference.py``.
         accuracy, input, task: may be left to the metadata of the weights; ``accuracy`` lies in 0..1.
         inputs, outputs: the tensors as far as the model does not say them itself.
+        example: ``package.module:function`` that returns an example of the inputs, which then says what they are.
         limits: of the free axes.
         runtime: the library that runs it; ``auto``: the first that can.
         min_copies: so many workers hold the model, at different locations as far as there are so many, whether or not
@@ -57,6 +58,7 @@ class ModelEntry:
     task: TaskSpec | None = None
     inputs: tuple[TensorDeclaration, ...] = ()
     outputs: tuple[TensorDeclaration, ...] = ()
+    example: str | None = None
     limits: tuple[Axis, ...] = ()
     runtime: RuntimeName | Literal["auto"] = "auto"
     dtype: Dtype = "float32"
@@ -84,6 +86,10 @@ class ModelEntry:
         for reference in (self.weights, place if kind == "onnx" else "", task.tokenizer, task.labels_from):
             if reference is not None and is_reference(reference):
                 parse_reference(reference)
+        _require(
+            self.example is None or re.fullmatch(r"[\w.]+:[\w.]+", self.example) is not None,
+            f"example {self.example!r} must name a function: package.module:function",
+        )
         _require(self.accuracy is None or 0 <= self.accuracy <= 1, f"accuracy must lie in 0..1, not {self.accuracy}")
 
 

@@ -56,11 +56,9 @@ def complete_contract(
     free = _free_axes(all_inputs)
     missing = [name for name in free if name not in given and name != BATCH]
     if missing:
-        listed = ", ".join(f"{name!r} of input {free[name]!r}" for name in missing)
         cure = ", ".join(f"{name}: LARGEST" for name in missing)
         raise ValueError(
-            f"axis {listed} {'is free and has' if len(missing) == 1 else 'are free and have'} no limit, which "
-            f"memory depends on; "
+            f"axis {missing[0]!r} of input {free[missing[0]]!r} is free and has no limit, which its memory depends on; "
             f"add limits: {{{cure}}}"
         )
     axes = [given.pop(name, DEFAULT_BATCH) for name in free]

@@ -82,7 +82,8 @@ class TaskSpec:
             find it; of a published model, the name of its file in the store.
         labels: one for each class, in order; empty: classes are known by their numbers.
         labels_from: a reference to a file with one label a line, which is read when the model is published.
-        activation: of classifications; None: what publishing has found out.
+        activation: of classifications; None: what publishing has found out. A segmentation with one class and without
+            activation gives probabilities, else scores above or below 0.
         pooling, normalize: of ``embedding``; a normalized embedding has length 1.
         min_score: of ``detection``: what scores less is left out.
         max_overlap: of ``detection``: of two boxes of one class whose intersection over union is larger, only the

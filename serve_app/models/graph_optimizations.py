@@ -36,11 +36,21 @@ ROUNDING = 1e-4
 
 _TINY = float(np.finfo(np.float32).tiny)
 
-_NORM_AFTER: dict[type, type] = {
+#: A convolution that pads in its own way and then calls the inherited ``_conv_forward`` computes the same with other
+#: weights; whether the answers stay is compared in any case.
+_NORM_AFTER: dict[type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d], type] = {
     nn.Conv1d: nn.BatchNorm1d,
     nn.Conv2d: nn.BatchNorm2d,
     nn.Conv3d: nn.BatchNorm3d,
 }
+
+
+class _ConvolutionTracer(fx.Tracer):
+    """Does not look into convolutions, also not into those that pad in a way of their own."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Return whether a module stays one call in the graph."""
+        return isinstance(m, tuple(_NORM_AFTER)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def named_slots(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], str]]:
@@ -122,7 +132,7 @@ def foldable_norms(module: nn.Module, name: str) -> tuple[FoldedNorm, ...]:
         # A trace hands symbols to foreign code, which nothing is gained by here.
         return ()
     try:
-        graph = fx.Tracer().trace(module)
+        graph = _ConvolutionTracer().trace(module)
     except Exception as error:
         # A forward that depends on values, or on anything else that a trace cannot follow.
         reason = " ".join(str(error).split())
@@ -192,8 +202,11 @@ def order_of_use(module: nn.Module, execute: Callable[[], object]) -> dict[str, 
 
 
 def _fits(conv: nn.Module, norm: nn.Module) -> bool:
-    """Return whether these are plain modules without hooks, of which the second can be folded into the first."""
-    if _NORM_AFTER.get(type(conv)) is not type(norm) or norm.running_mean is None:
+    """Return whether these are modules without hooks, of which the second can be folded into the first."""
+    kind: Any = next((kind for kind in _NORM_AFTER if isinstance(conv, kind)), None)
+    if kind is None or _NORM_AFTER[kind] is not type(norm) or norm.running_mean is None:
+        return False
+    if getattr(type(conv), "_conv_forward", None) is not kind._conv_forward:
         return False
     return not any(has_forward_hooks(part) for part in (conv, norm))
 

@@ -13,6 +13,9 @@ from torch import nn
 from serve_app.core.contract import TensorSpec
 from serve_app.store.manifest import ExecutionFormat
 
+_PLAIN, _KEYWORD_ONLY = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+_ANY_KEYWORD = inspect.Parameter.VAR_KEYWORD
+
 
 def call_module(
     module: nn.Module,
@@ -48,9 +51,12 @@ def ordered_outputs(results: Mapping[str, torch.Tensor], outputs: Sequence[Tenso
 
 
 def takes_keywords(module: nn.Module, names: Sequence[str]) -> bool:
-    """Return whether the parameters of ``forward`` have these names, in whatever order."""
+    """Return whether ``forward`` can be called with arguments of these names, in whatever order."""
     parameters = inspect.signature(module.forward).parameters
-    return all(name in parameters for name in names)
+    kinds = {each.kind for each in parameters.values()}
+    if all(name in parameters for name in names):
+        return all(parameters[name].kind in (_PLAIN, _KEYWORD_ONLY) for name in names)
+    return _ANY_KEYWORD in kinds and not kinds & {_PLAIN, inspect.Parameter.POSITIONAL_ONLY}
 
 
 def _as_argument(tensor: torch.Tensor, execution: ExecutionFormat, dtype: torch.dtype) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from serve_app.errors import StoreError
 from serve_app.models.builders.registry import build_on_meta
 from serve_app.models.graph_optimizations import fold, named_slots
-from serve_app.models.torch_internals import as_parameter
+from serve_app.models.torch_internals import STATE_TABLES, as_parameter
 from serve_app.store.manifest import ITEM_BYTES, Manifest, TensorPlace
 
 #: torch's names for the element types of safetensors.
@@ -38,10 +38,13 @@ TORCH_COMPUTE_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloa
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """One name in the module: the table that owns it, its stored tensor, and the meta tensor while none is bound."""
+    """One place in the module: the table that holds it, its stored tensor, and the meta tensor while none is bound.
 
-    table: dict[str, Any]
-    key: str
+    The table is one of parameters or buffers, or a list or dictionary in which a module keeps some of them once more.
+    """
+
+    table: Any
+    key: Any
     tensor: int
     meta: torch.Tensor
 
@@ -77,6 +80,7 @@ class ModuleTemplate:
         self._slots: list[_Slot] = []
         self._files = [file.name for file in manifest.files]
         self._match_slots({place.name: place for place in manifest.tensors})
+        self._slots.extend(self._repeated_slots())
         self._views = {(tensor.file, tensor.dtype) for tensor in self._tensors}
 
     def bind_weights(self, files: list[mmap.mmap]) -> None:
@@ -125,6 +129,21 @@ class ModuleTemplate:
                 f"{model.builder} does not have the tensors {sorted(by_name)[:3]} of model {model.model_id!r} "
                 "any more; publish the model again"
             )
+
+    def _repeated_slots(self) -> list[_Slot]:
+        """Return where modules keep parameters a second time, as recurrent ones do in ``_flat_weights``."""
+        by_identity = {id(slot.meta): slot for slot in self._slots}
+        repeated = []
+        for owner in self.module.modules():
+            for name, value in vars(owner).items():
+                if name in STATE_TABLES:
+                    continue
+                items = enumerate(value) if type(value) is list else value.items() if type(value) is dict else ()
+                for key, item in items:
+                    slot = by_identity.get(id(item))
+                    if slot is not None:
+                        repeated.append(replace(slot, table=value, key=key))
+        return repeated
 
     def _stored_tensor(self, place: TensorPlace) -> _StoredTensor:
         return _StoredTensor(

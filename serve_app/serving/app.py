@@ -68,12 +68,14 @@ def build(args: AppArgs) -> Any:
     settings = load_edge(edge)
     if args.location is not None and args.location not in settings.locations:
         raise ConfigError(f"{args.edge}: no location {args.location!r}; there are {', '.join(settings.locations)}")
+    store, project = ModelStore(settings.store), Project.of(find(settings.catalog)).key
     config = ReplicaConfig(
         settings=settings,
         # Here, where the files that it names are: the nodes of the replicas need not have them.
-        entries=ModelStore(settings.store).fingerprinted(load_catalog(settings.catalog)),
+        entries=store.fingerprinted(load_catalog(settings.catalog)),
         location=args.location,
-        project=Project.of(find(settings.catalog)).key,
+        project=project,
+        versions=store.projects.read(project),
         issued=max(_written_ns(path) for path in (edge, settings.catalog)),
     )
     token = load_token(settings)

@@ -18,6 +18,7 @@ from serve_app.core.policies.registry import make_policy
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.errors import ConfigError
 from serve_app.serving.worker.settings import RetentionRules
+from serve_app.store.projects import ProjectState
 
 #: Size of a typical request, for placement: a photograph.
 _PAYLOAD_BYTES = 200_000
@@ -35,6 +36,7 @@ class ReplicaConfig:
         location: the location of the replica; None for the gateway.
         issued: when the configuration was written; of two configurations, the coordinator follows the newer.
         project: the key of the catalog's project in the store, whose versions are served; see ``store/projects.py``.
+        versions: of the project, when the configuration was written.
     """
 
     settings: EdgeSettings
@@ -42,6 +44,7 @@ class ReplicaConfig:
     location: str | None
     issued: int = 0
     project: str = ""
+    versions: ProjectState | None = None
 
     def to_json(self) -> Any:
         """Return plain values, which is all that Serve takes."""

@@ -62,9 +62,9 @@ class WorkerReplica:
 
     def _prepare_models(self, config: ReplicaConfig) -> Catalog:
         """Return the models in the store of this node, those that answer prepared for loading."""
-        selection = self._store.select(config.entries, config.project)
+        selection = self._store.select(config.entries, config.project, config.versions)
         self._loader.select(selection.manifests)
-        unusable = {}
+        unusable = dict(selection.catalog.problems)
         for model in selection.catalog.answering():
             try:
                 self._loader.prepare(model.model_id)
@@ -193,7 +193,7 @@ class RouterReplica:
         _log_to_serve()
         settings = config.settings
         self._store = ModelStore(settings.store)
-        catalog = self._store.select(config.entries, config.project).catalog
+        catalog = self._store.select(config.entries, config.project, config.versions).catalog
         self._config = config
         self._token = token
         self._versions = VersionWatcher(self._store.projects, config.project, self._go_on, self._served)
@@ -239,7 +239,7 @@ class RouterReplica:
         """Go on with another configuration, or with other versions of the models."""
         async with self._changing:
             config = config or self._config
-            selection = await asyncio.to_thread(self._store.select, config.entries, config.project)
+            selection = await asyncio.to_thread(self._store.select, config.entries, config.project, config.versions)
             catalog = selection.catalog
             self._router.reconfigure(
                 catalog,

@@ -26,7 +26,7 @@ from serve_app.store.durable_files import sha256_of, stat_signature
 #: What ``ModelStore.catalog`` takes from the entry whenever it reads the store.
 OVERLAY_FIELDS: Final = frozenset({"model_id", "family", "accuracy", "pinned", "min_copies", "fingerprint"})
 _OVERLAY_TASK_FIELDS: Final = frozenset(
-    {"image", "labels", "pooling", "normalize", "min_score", "max_overlap", "sample_rate"}
+    {"image", "labels", "activation", "pooling", "normalize", "min_score", "max_overlap", "sample_rate", "context"}
 )
 
 #: Kinds of references to a file of this machine.
@@ -86,7 +86,7 @@ class Fingerprints:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 files.append(importlib.metadata.version(package[1]))
             return text
-        found = _FILE.fullmatch(text)
+        found = _FILE.fullmatch(text.partition("#sha256=")[0])
         if found is None:
             return text
         kind, place = found[1], Path(found[2])

@@ -183,7 +183,7 @@ class ModelStore(BlobStore):
         """Return those of ``entries`` that are published, in their order, each in one version; see ``select``."""
         return self.select(entries).catalog
 
-    def select(self, entries: Sequence[ModelEntry], project: str = "") -> Selection:
+    def select(self, entries: Sequence[ModelEntry], project: str = "", known: ProjectState | None = None) -> Selection:
         """Return what a deployment of ``entries`` serves.
 
         Family, pinning, accuracy and task are those of the entry. A model whose entry was not published, or whose
@@ -192,8 +192,11 @@ class ModelStore(BlobStore):
         Args:
             entries: the catalog file.
             project: whose versions are served; without its state, each entry is served as it is, as version 1.
+            known: the state of the project when its deployment was configured, for nodes with stores of their own.
         """
         state = self.projects.read(project) if project else None
+        if known is not None and (state is None or known.serial > state.serial):
+            state = known
         models: list[PublishedModel] = []
         routes: dict[str, VersionRoute] = {}
         problems: dict[str, str] = {}
@@ -209,9 +212,9 @@ class ModelStore(BlobStore):
                 logger.error("model %s is left out: %s", entry.model_id, error)
                 problems[entry.model_id] = str(error)
                 continue
-            known = [model for model in read.values() if model is not None]
-            models += known
-            keys = {model.model_id for model in known}
+            readable = [model for model in read.values() if model is not None]
+            models += readable
+            keys = {model.model_id for model in readable}
             manifests |= {key: manifest for key, manifest in versions.items() if key in keys}
             if route.canary is not None and version_key(entry.model_id, route.canary) not in keys:
                 route = dataclasses.replace(route, canary=None, canary_share=0.0)
@@ -221,9 +224,11 @@ class ModelStore(BlobStore):
     def _versions(self, entry: ModelEntry, state: ProjectState | None) -> tuple[dict[str, ManifestKey], VersionRoute]:
         """Return the manifests of an entry by the keys of its versions, and which of them answers."""
         versions = state.models.get(entry.model_id) if state is not None else None
+        if state is not None and versions is None:
+            raise StoreError(f"{state.catalog} has not published it; run: edgeserve publish {entry.model_id}")
         if versions is not None:
             return {
-                version_key(entry.model_id, version.number): ManifestKey(name=entry.model_id, stem=version.manifest)
+                version_key(entry.model_id, version.number): self._here(entry.model_id, version.manifest)
                 for version in versions.versions
             }, versions.route
         key = self.find(entry)
@@ -231,6 +236,13 @@ class ModelStore(BlobStore):
             reason = "its entry changed since" if self.has(entry.model_id) else "it is not in the store"
             raise StoreError(f"{reason}; run: edgeserve publish {entry.model_id}")
         return {entry.model_id: key}, VersionRoute(current=FIRST_VERSION)
+
+    def _here(self, name: str, stem: str) -> ManifestKey:
+        """Return the place of a version; a node with a store of its own has optimized the model for itself."""
+        key = ManifestKey(name=name, stem=stem)
+        if self._has(key):
+            return key
+        return next((each for each in self.manifest_keys(name) if each.fingerprint == key.fingerprint), key)
 
     def _overlaid(self, key: str, place: ManifestKey, entry: ModelEntry, route: VersionRoute) -> PublishedModel | None:
         """Return a published version with what its entry lays over it; None if it cannot be read."""
@@ -303,6 +315,10 @@ class ModelStore(BlobStore):
             except (OSError, ValueError, TypeError, KeyError) as error:
                 raise StoreError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
         return names
+
+    def blobs_of(self, keys: Iterable[ManifestKey]) -> set[str]:
+        """Return the names of all blobs of these manifests; raises ``StoreError`` if one cannot be read."""
+        return {file.name for key in keys if self._has(key) for file in self.read(key).files}
 
     def outdated_manifests(self) -> tuple[Path, ...]:
         """Return the manifests of earlier formats, which only earlier versions of EdgeServe read."""

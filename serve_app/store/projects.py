@@ -72,6 +72,11 @@ class ModelVersions:
         """The numbers of all versions, oldest first."""
         return tuple(version.number for version in self.versions)
 
+    @property
+    def latest_number(self) -> int | None:
+        """The number of what was published last; None if that version was removed."""
+        return next((each.number for each in self.versions if each.manifest == self.latest), None)
+
     def with_number(self, number: int) -> Version:
         """Return one version; raises ``NotFound`` if there is none of that number."""
         for version in self.versions:
@@ -142,11 +147,17 @@ def first_published(manifest: str, now_s: float) -> ModelVersions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectState:
-    """What a project has published; ``catalog`` and ``host`` say where its catalog file is."""
+    """What a project has published.
+
+    Attributes:
+        catalog, host: where its catalog file is.
+        serial: how often the state has changed; of two copies the one with more changes counts.
+    """
 
     catalog: str
     host: str
     models: Mapping[str, ModelVersions] = field(default_factory=dict)
+    serial: int = 0
 
     def versions(self, model_id: str) -> ModelVersions:
         """Return the versions of a model; raises ``NotFound`` if the project has not published it."""
@@ -189,7 +200,7 @@ class Projects:
         self._store = store
         self._folder = store.root / "projects"
 
-    def keys(self) -> tuple[str, ...]:
+    def known(self) -> tuple[str, ...]:
         """The keys of all projects, sorted."""
         return tuple(sorted(path.stem for path in self._folder.glob("*.json")))
 
@@ -225,6 +236,7 @@ class Projects:
             before = self.read(project.key) or ProjectState(catalog=project.catalog, host=project.host)
             after = change(before)
             if after != before:
+                after = replace(after, serial=before.serial + 1)
                 with (
                     self._store.temporary(".json") as temporary,
                     explain_os_errors("write versions", self._store.root),

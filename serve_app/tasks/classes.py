@@ -101,10 +101,12 @@ def label_of(index: int, labels: Sequence[str]) -> str:
 def classification(outputs: Tensors, model: TaskModel, count: int) -> Answer:
     """Return the answer of a classification: its best classes, from the last output of one input."""
     scores = outputs[scores_output(model)].reshape(-1)
-    best = top_k(scores, model.task.labels, count, model.task.activation)
-    return {
-        "predictions": [{"label": each.label, "index": each.index, "probability": each.probability} for each in best]
-    }
+    return {"predictions": prediction_rows(top_k(scores, model.task.labels, count, model.task.activation))}
+
+
+def prediction_rows(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
+    """Return predictions as JSON has them."""
+    return [{"label": each.label, "index": each.index, "probability": each.probability} for each in predictions]
 
 
 def scores_output(model: TaskModel) -> str:

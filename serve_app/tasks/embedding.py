@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ def _solve_image(raw: RawInput, model: TaskModel) -> Solution:
     inputs, _ = image_input(raw.data, model)
     outputs = yield inputs
     vectors = _vectors(outputs, None, model)
+    if model.task.normalize:
+        vectors = _normalized(vectors)
     return {"embeddings": vectors.tolist(), "dimensions": vectors.shape[1]}
 
 
@@ -36,6 +39,20 @@ def _solve_texts(raw: RawInput, model: TaskModel) -> Solution:
     texts = texts_of(raw)
     if len(texts) > MAX_TEXTS:
         raise InvalidRequest(f"there may be {MAX_TEXTS} texts in a request, not {len(texts)}")
+    vectors, tokens = yield from text_vectors(texts, model)
+    if model.task.normalize:
+        vectors = _normalized(vectors)
+    return {"embeddings": vectors.tolist(), "dimensions": vectors.shape[1], "tokens": tokens}
+
+
+def text_vectors(
+    texts: Sequence[str], model: TaskModel
+) -> Generator[Tensors, Tensors, tuple[NDArray[np.float64], int]]:
+    """Return the vector of each text, and the tokens of all of them, by as few executions as the model allows.
+
+    Raises:
+        InvalidRequest: a text has more tokens than the model takes.
+    """
     tokens = count_tokens(texts, model) if model.tokenizer is not None else [0] * len(texts)
     # The longest first: the memory of a request is counted by its first execution. Texts of one length are executed
     # together, as far as the model takes a batch.
@@ -48,16 +65,17 @@ def _solve_texts(raw: RawInput, model: TaskModel) -> Solution:
         inputs = token_inputs([texts[position] for position in positions], model)
         outputs = yield inputs
         found.update(zip(positions, _vectors(outputs, inputs.get("attention_mask"), model), strict=True))
-    vectors = [found[position].tolist() for position in range(len(texts))]
-    return {"embeddings": vectors, "dimensions": len(vectors[0]), "tokens": sum(tokens)}
+    return np.stack([found[position] for position in range(len(texts))]), sum(tokens)
 
 
 def _vectors(outputs: Tensors, mask: NDArray[Any] | None, model: TaskModel) -> NDArray[np.float64]:
     values = outputs[_output(model)].astype(np.float64)
-    vectors = pooled(values, mask, model.task.pooling)
-    if model.task.normalize:
-        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return vectors
+    return pooled(values, mask, model.task.pooling)
+
+
+def _normalized(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    result: NDArray[np.float64] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return result
 
 
 def _output(model: TaskModel) -> str:

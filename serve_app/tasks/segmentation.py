@@ -26,7 +26,8 @@ def solve(raw: RawInput, model: TaskModel) -> Solution:
         raise InvalidRequest(f"mask must be true or false, not {wants_mask[:32]!r}")
     inputs, placement = image_input(raw.data, model)
     outputs = yield inputs
-    classes = classes_of_pixels(outputs[model.contract.outputs[0].name][0], placement)
+    threshold = 0.5 if model.task.activation == "none" else 0.0
+    classes = classes_of_pixels(outputs[model.contract.outputs[0].name][0], placement, threshold)
     counts = np.bincount(classes.reshape(-1))
     order = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
     answer: dict[str, Any] = {
@@ -41,18 +42,18 @@ def solve(raw: RawInput, model: TaskModel) -> Solution:
     return answer
 
 
-def classes_of_pixels(scores: NDArray[Any], placement: Placement) -> NDArray[np.uint8]:
+def classes_of_pixels(scores: NDArray[Any], placement: Placement, threshold: float = 0.0) -> NDArray[np.uint8]:
     """Return the class of every pixel of the picture.
 
     Args:
-        scores: shape (classes, height, width) of the model's output, which may be smaller than its input; one class is
-            the score of there being anything, from 0 on.
+        scores: shape (classes, height, width) of the model's output, which may be smaller than its input.
         placement: of the picture in the input.
+        threshold: with a single class, pixels of a higher score are of class 1, and the others of class 0.
 
     Returns:
         Shape (height, width) of the picture; pixels that the model has not seen are of class 0.
     """
-    best = (scores[0] > 0).astype(np.uint8) if len(scores) == 1 else scores.argmax(axis=0).astype(np.uint8)
+    best = (scores[0] > threshold).astype(np.uint8) if len(scores) == 1 else scores.argmax(axis=0).astype(np.uint8)
     height, width = best.shape
     # The output covers the whole input, in a resolution of its own.
     columns = _positions(placement.width, placement.scale_x, placement.left, width / placement.input_width)

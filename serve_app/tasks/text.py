@@ -141,7 +141,12 @@ def _limits(model: TaskModel) -> tuple[int, int]:
 
 @lru_cache(maxsize=_KEPT)
 def open_tokenizer(path: Path) -> Any:
-    """Read a tokenizer, which neither cuts nor fills up what it encodes; a process keeps the last few.
+    """Read a tokenizer of the store, see ``read_tokenizer``; a process keeps the last few."""
+    return read_tokenizer(path)
+
+
+def read_tokenizer(path: Path) -> Any:
+    """Read a tokenizer, which neither cuts nor fills up what it encodes.
 
     Raises:
         StoreError: the library is not installed, or the file is not a tokenizer.

@@ -63,7 +63,7 @@ def test_files_written_over_the_shipped_ones_are_still_those_of_before(
     shutil.copytree(default_files.shipped_dir(), folder / "deploy")
     monkeypatch.setattr(default_files, "_PACKAGE", folder / "serve_app")
     init("--force")
-    assert all((folder / name).read_text() == (folder / "elsewhere" / name).read_text() for name in SHIPPED)
+    assert all((folder / name).read_bytes() == (folder / "elsewhere" / name).read_bytes() for name in SHIPPED)
 
 
 @pytest.mark.parametrize("name", ["local.yaml", "cluster.yaml"])
@@ -89,7 +89,7 @@ def test_in_its_folder_the_commands_and_serve_find_its_files(folder: Path) -> No
 def test_no_file_names_one_of_the_repository(folder: Path) -> None:
     init()
     for name in SHIPPED:
-        text = (folder / name).read_text()
+        text = (folder / name).read_bytes().decode(errors="replace")
         assert "deploy/" not in text
         assert "serve_app/docs" not in text
 

@@ -177,3 +177,48 @@ def test_absent_timm_is_refused_with_the_command_that_installs_it(monkeypatch: p
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(StoreError, match=r"pip install 'edgeserve\[timm\]'"):
         registry.resolve("timm:mobilenetv1_100")
+
+
+def test_boxes_are_suppressed_as_by_definition() -> None:
+    ops = import_torchvision().ops
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(200, 2, generator=generator) * 100
+    boxes = torch.cat([corners, corners + torch.rand(200, 2, generator=generator) * 60], dim=1)
+    scores = torch.rand(200, generator=generator)
+    overlaps = ops.box_iou(boxes, boxes)
+    kept: list[int] = []
+    for position in scores.argsort(descending=True, stable=True).tolist():
+        if all(overlaps[position, other] <= 0.4 for other in kept):
+            kept.append(position)
+    assert ops.nms(boxes, scores, 0.4).tolist() == kept
+    assert 0 < len(kept) < 200
+
+
+@pytest.mark.parametrize(
+    ("boxes", "scores", "kept"),
+    [
+        ([], [], []),
+        ([[0, 0, 10, 10]], [0.5], [0]),
+        ([[0, 0, 10, 10], [0, 0, 10, 10], [20, 20, 30, 30]], [0.5, 0.9, 0.1], [1, 2]),
+        # An intersection over union of exactly the threshold is not more than it.
+        ([[0, 0, 10, 10], [0, 0, 10, 5]], [0.9, 0.8], [0, 1]),
+        # Boxes without an area overlap nothing.
+        ([[5, 5, 5, 5], [5, 5, 5, 5]], [0.9, 0.8], [0, 1]),
+    ],
+)
+def test_boxes_at_the_edges_are_suppressed_rightly(
+    boxes: list[list[float]], scores: list[float], kept: list[int]
+) -> None:
+    nms = import_torchvision().ops.nms
+    assert nms(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), torch.tensor(scores), 0.5).tolist() == kept
+
+
+def test_regions_of_a_ramp_are_aligned_to_known_values() -> None:
+    ramp = torch.arange(36.0).reshape(1, 1, 6, 6)
+    align = import_torchvision().ops.roi_align
+    # The mean of a linear ramp is its value in the middle: rows 0.5 and 2.5 times 6, and the same columns.
+    aligned = align(ramp, torch.tensor([[0.0, 0.5, 0.5, 4.5, 4.5]]), (2, 2), 1.0, 2, True)
+    assert torch.allclose(aligned.flatten(), torch.tensor([7.0, 9.0, 19.0, 21.0]))
+    assert align(ramp, torch.zeros(0, 5), (2, 2), 1.0, 2, True).shape == (0, 1, 2, 2)
+    many = torch.tensor([[0.0, 0.5, 0.5, 4.5, 4.5]]).repeat(40, 1)
+    assert torch.equal(align(ramp, many, (2, 2), 1.0, 2, True), aligned.repeat(40, 1, 1, 1))

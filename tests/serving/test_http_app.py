@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
-from fakes import FakePool, done, make_router, report
+from fakes import FakePool, done, make_router, published, report
 
 from serve_app.config.edge import LimitSettings
+from serve_app.core.catalog import Catalog
 from serve_app.serving.api.http_app import build_http_app
 from serve_app.serving.api.request_reader import HttpSettings
 
 IMAGE = {"Content-Type": "image/png"}
 
 
-def client(*reports: Any, pool: FakePool | None = None, location: str | None = "paris", **limits: int) -> Any:
+def client(
+    *reports: Any,
+    pool: FakePool | None = None,
+    location: str | None = "paris",
+    catalog: Catalog | None = None,
+    **limits: int,
+) -> Any:
     settings = HttpSettings(
         location=location, default_location="paris", limits=LimitSettings(**{"body": 4096, **limits}), token=None
     )
@@ -23,7 +31,8 @@ def client(*reports: Any, pool: FakePool | None = None, location: str | None = "
     async def scrape() -> str:
         return "ray_edgeserve_resident_models 1\n"
 
-    app = build_http_app(make_router(pool or FakePool(), *reports), settings, scrape)
+    changes = {"catalog": catalog} if catalog else {}
+    app = build_http_app(make_router(pool or FakePool(), *reports, **changes), settings, scrape)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://edge")
 
 
@@ -99,6 +108,18 @@ async def test_an_image_is_answered_with_the_labels_that_the_worker_found() -> N
     assert (content["outcome"], response.headers["X-EdgeServe-Outcome"]) == ("hit", "hit")
     assert set(content["timing_ms"]) == {"queue", "load", "decode", "exec", "forward"}
     assert "warning" not in content
+
+
+@pytest.mark.parametrize(("actual", "header"), [("random:0", "fallback"), ("pretrained", None)])
+async def test_every_answer_says_that_random_weights_stand_in_for_real_ones(actual: str, header: str | None) -> None:
+    catalog = Catalog((replace(published("small"), weights_requested="pretrained", weights_actual=actual),))
+    pool = FakePool(paris=[done("paris-1"), done("paris-1", outputs={}, answer={"predictions": []})])
+    tensor = {"name": "input", "datatype": "FP32", "shape": [1, 3, 8, 8], "data": [0.0] * 192}
+    async with client(report("paris", "small"), pool=pool, catalog=catalog) as http:
+        inferred = await http.post("/v2/models/small/infer", json={"inputs": [tensor]})
+        classified = await http.post("/v1/classify?model=small", content=b"image", headers=IMAGE)
+    assert [answer.status_code for answer in (inferred, classified)] == [200, 200]
+    assert [answer.headers.get("X-EdgeServe-Weights") for answer in (inferred, classified)] == [header, header]
 
 
 @pytest.mark.parametrize("query", ["", "model=small&top_k=0", "model=small&top_k=1001", "model=small&deadline_ms=soon"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -172,6 +173,18 @@ async def test_a_family_is_served_by_the_most_accurate_member_in_time() -> None:
     assert (await router.serve(query("digits", deadline_s=0.5))).model.model_id == "small"
     with pytest.raises(DeadlineExceeded, match="min_accuracy"):
         await router.serve(query("digits", deadline_s=0.5, min_accuracy=0.8))
+
+
+async def test_a_member_with_real_weights_goes_before_a_more_accurate_one_that_lacks_its_own() -> None:
+    fallback = replace(published("lacking", accuracy=0.9), weights_requested="pretrained")
+    real = replace(published("real", accuracy=0.5), weights_requested="pretrained", weights_actual="pretrained")
+    router = make_router(
+        FakePool(paris=[done("paris-1")] * 2), report("paris", "lacking"), catalog=Catalog((fallback, real))
+    )
+    assert (await router.serve(query("digits"))).model.model_id == "real"
+    assert (await router.serve(query("digits", min_accuracy=0.4))).model.model_id == "real"
+    with pytest.raises(InvalidRequest, match=r"min_accuracy 0\.6 is out of reach: .* has 0\.500"):
+        await router.serve(query("digits", min_accuracy=0.6))
 
 
 async def test_a_member_that_no_worker_can_hold_is_passed_over() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 
 import numpy as np
@@ -62,3 +63,11 @@ def test_one_class_is_there_where_its_score_is_positive() -> None:
     found = answer(halves(), segmenter(classes=1), lambda inputs: {"out": inputs["x"][:, :1, ::2, ::2] - 0.5})
     assert set(np.unique(mask_of(found))) == {0, 1}
     assert (mask_of(found)[:, :46] == 1).all()
+
+
+def test_one_class_of_probabilities_is_there_where_it_is_likely() -> None:
+    model = segmenter(classes=1)
+    likely = dataclasses.replace(model, task=dataclasses.replace(model.task, activation="none"))
+    found = answer(halves(), likely, lambda inputs: {"out": inputs["x"][:, :1, ::2, ::2] * 0.4 + 0.2})
+    assert (mask_of(found)[:, :46] == 1).all()
+    assert (mask_of(found)[:, 50:] == 0).all()

@@ -13,7 +13,7 @@ from serve_app.core.contract import Axis
 from serve_app.core.task import TaskSpec
 from serve_app.errors import InvalidRequest, StoreError
 from serve_app.tasks.embedding import pooled
-from serve_app.tasks.text import open_tokenizer
+from serve_app.tasks.text import read_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -148,4 +148,16 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")
     with pytest.raises(StoreError, match=r"is not a tokenizer\.json"):
-        open_tokenizer(path)
+        read_tokenizer(path)
+
+
+def test_a_model_of_vectors_names_the_label_that_a_text_is_most_like(tokenizer: Path) -> None:
+    task = TaskSpec(kind="text-classification", tokenizer="blob", labels=("cat", "dog"))
+    model = text_model(tokenizer, task, tensor("hidden", "FP32", -1, -1, 2, axes=("batch", "tokens", "")))
+    found = answer(b"dog sleeps", model, hidden)["predictions"]
+    assert [best["label"] for best in found] == ["dog", "cat"]
+    assert sum(best["probability"] for best in found) == pytest.approx(1)
+    found = answer(b"dog sleeps", model, hidden, labels="a, sleeps", top_k="1")["predictions"]
+    assert found[0]["label"] == "sleeps"
+    with pytest.raises(InvalidRequest, match="name two or more, such as labels=sport,music"):
+        answer(b"dog", model, hidden, labels="cat")

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from serve_app.core.contract import Axis, TensorSpec
 from serve_app.core.task import ImageInput, Interpolation, TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.sources.pretrained import Pretrained
@@ -20,10 +21,15 @@ from serve_app.models.sources.pretrained import Pretrained
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metadata:
-    """What weights say about themselves: top-1 accuracy (0..1), and their task, with its labels and input preset."""
+    """What weights say about themselves: top-1 accuracy (0..1), and their task, with its labels and input preset.
+
+    ``inputs`` and the limits of their free ``axes`` are what the model itself says of them; empty if it says nothing.
+    """
 
     accuracy: float | None = None
     task: TaskSpec = field(default_factory=lambda: TaskSpec(kind="image-classification", image=ImageInput()))
+    inputs: tuple[TensorSpec, ...] = ()
+    axes: tuple[Axis, ...] = ()
 
 
 class Builder(Protocol):

@@ -10,7 +10,9 @@ from torch import nn
 
 from serve_app.errors import StoreError
 from serve_app.models.builders.base import Metadata
+from serve_app.models.builders.refusals import require_module
 from serve_app.models.sources.pretrained import PRETRAINED
+from serve_app.models.torchvision_compat import declare_missing_operators, let_operators_be_called
 
 
 class FactoryBuilder:
@@ -26,6 +28,8 @@ class FactoryBuilder:
 
     def __init__(self, builder: str) -> None:
         self._builder = builder
+        # The factory may import torchvision, as transformers and others do.
+        declare_missing_operators()
         module, _, attribute = builder.partition(":")
         try:
             self._factory: Callable[[], object] = getattr(importlib.import_module(module), attribute)
@@ -41,9 +45,8 @@ class FactoryBuilder:
     def construct(self, weights: str) -> nn.Module:
         """Call the factory."""
         module = self._factory()
-        if not isinstance(module, nn.Module):
-            raise StoreError(f"builder {self._builder!r} returned a {type(module).__name__}, not a torch.nn.Module")
-        return module
+        let_operators_be_called()
+        return require_module(module, f"builder {self._builder!r}")
 
     def pretrained(self, file: Path | None) -> nn.Module:
         """Call the factory."""

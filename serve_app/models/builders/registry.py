@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from serve_app.core.reference import is_reference
 from serve_app.models.builders.base import Builder, Metadata
 from serve_app.models.builders.efficientnet_lite import EfficientNetLiteBuilder
 from serve_app.models.builders.factory import FactoryBuilder
+from serve_app.models.builders.refusals import require_servable
 from serve_app.models.builders.timm import TimmBuilder
 from serve_app.models.builders.torchvision import TorchvisionBuilder
 from serve_app.models.sources.download_cache import OnBytes, ignore_bytes
@@ -64,6 +66,7 @@ def build(
             module = builder.pretrained(source.file(origin, on_bytes) if origin is not None else None)
         else:
             module = builder.construct(weights)
+    require_servable(module, entry.builder)
     _drop_unused(module, builder)
     if is_reference(weights):
         _fill(module, builder, read_state(source.fetcher.fetch(weights, on_bytes)), weights)
@@ -82,7 +85,9 @@ def build_on_meta(builder_name: str, weights: str) -> nn.Module:
     """
     builder = resolve(builder_name)
     try:
-        with torch.device("meta"):
+        with warnings.catch_warnings(), torch.device("meta"):
+            # Of a factory that reads weights: once for each tensor.
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
             module = builder.construct(weights)
     except (RuntimeError, NotImplementedError) as error:
         # A constructor that reads the values of tensors cannot run without them.

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from serve_app.core.reference import is_reference
-from serve_app.core.task import ImageInput, TaskSpec
+from serve_app.core.task import Fit, ImageInput, TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.builders.base import Metadata, interpolation_named, rgb, suggest
 from serve_app.models.sources.pretrained import PRETRAINED, Pretrained, torch_hub_file
@@ -23,20 +23,37 @@ _PACKAGED = {
     "mobilenet_v2-b0353104.pth#sha256=b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889"
 }
 
+#: The folders of models that are not classifiers of images.
+_KINDS = ("segmentation", "detection", "video", "optical_flow")
+
+#: The side of the image that a detector is given.
+_DETECTOR_PX = 320
+
 
 class TorchvisionBuilder:
     """``torchvision:NAME`` or ``torchvision:NAME@WEIGHTS``; without WEIGHTS the enum's DEFAULT.
 
+    NAME is any of torchvision's: classifiers, segmenters, detectors, models of video and of optical flow.
+
     Raises:
-        StoreError: torchvision has no such classifier or no such weights.
+        StoreError: torchvision has no such model or no such weights.
     """
 
     def __init__(self, name: str) -> None:
         models = import_torchvision().models
         self._name, _, member = name.partition("@")
-        known = models.list_models(module=models)
+        known = models.list_models()
         if self._name not in known:
-            raise StoreError(f"torchvision has no classifier {self._name!r}{suggest(self._name, known)}")
+            raise StoreError(f"torchvision has no model {self._name!r}{suggest(self._name, known)}")
+        if self._name.startswith("quantized_"):
+            raise StoreError(
+                f"torchvision:{self._name} packs its weights outside of parameters and buffers; use "
+                f"torchvision:{self._name.removeprefix('quantized_')} with dtype: bfloat16, or an int8 ONNX file"
+            )
+        self._kind = next(
+            (kind for kind in _KINDS if self._name in models.list_models(module=getattr(models, kind))),
+            "classification",
+        )
         self._builder = models.get_model_builder(self._name)
         self._explicit = bool(member)
         enum = models.get_model_weights(self._name)
@@ -73,6 +90,11 @@ class TorchvisionBuilder:
             arguments = {"init_weights": True, "transform_input": given}
         if given and self._name.startswith("vit_"):
             arguments["image_size"] = self._weights.meta["min_size"][0]
+        if self._kind in ("segmentation", "detection"):
+            # They would download one otherwise.
+            arguments["weights_backbone"] = None
+        if given and self._kind == "segmentation" and not self._name.startswith("lraspp"):
+            arguments["aux_loss"] = True
         module: nn.Module = self._builder(weights=None, **arguments)
         return module
 
@@ -85,22 +107,38 @@ class TorchvisionBuilder:
         return module
 
     def metadata(self) -> Metadata:
-        """Return accuracy on ImageNet-1K, categories and preset of the weights enum."""
+        """Return the task of the weights enum; of a classifier also its accuracy on ImageNet-1K."""
         meta, preset = self._weights.meta, self._weights.transforms()
+        labels = tuple(meta.get("categories", ()))
+        if self._kind == "segmentation":
+            side = preset.resize_size[0]
+            image = _image_input(preset, side, side, fit="stretch")
+            return Metadata(task=TaskSpec(kind="segmentation", labels=labels, image=image))
+        if self._kind == "detection":
+            # They scale and normalize images themselves.
+            image = ImageInput(crop_px=_DETECTOR_PX, mean=(0.0,) * 3, std=(1.0,) * 3, fit="letterbox")
+            return Metadata(task=TaskSpec(kind="detection", labels=labels, image=image))
+        if self._kind != "classification":
+            return Metadata(task=TaskSpec(labels=labels))
         return Metadata(
             accuracy=round(meta["_metrics"]["ImageNet-1K"]["acc@1"] / 100, 5),
             task=TaskSpec(
                 kind="image-classification",
-                labels=tuple(meta["categories"]),
-                image=ImageInput(
-                    resize_px=preset.resize_size[0],
-                    crop_px=preset.crop_size[0],
-                    interpolation=interpolation_named(preset.interpolation.value),
-                    mean=rgb(preset.mean),
-                    std=rgb(preset.std),
-                ),
+                labels=labels,
+                image=_image_input(preset, preset.resize_size[0], preset.crop_size[0], fit="crop"),
             ),
         )
+
+
+def _image_input(preset: Any, resize_px: int, crop_px: int, fit: Fit) -> ImageInput:
+    return ImageInput(
+        resize_px=resize_px,
+        crop_px=crop_px,
+        interpolation=interpolation_named(preset.interpolation.value),
+        mean=rgb(preset.mean),
+        std=rgb(preset.std),
+        fit=fit,
+    )
 
 
 def _rename_old_keys(state: dict[str, torch.Tensor]) -> None:

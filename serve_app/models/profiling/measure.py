@@ -24,6 +24,9 @@ from serve_app.tasks.tensors import Tensors, probe
 
 REPEATS = 3
 
+#: Loads after which libraries, and the heaps of threads, have mostly come to their size.
+_SETTLING = 3
+
 #: An execution that takes longer is too long to be measured, unless it is at the least sizes.
 LONGEST_S = 5.0
 
@@ -55,7 +58,7 @@ class Measurement:
     Attributes:
         costs: what an execution takes at every one of the sizes that were measured, the least first; they never fall
             where a size grows. ``exec_s`` and ``workspace_bytes`` are of these.
-        prepared_bytes: what a process keeps of the model while it is not in memory.
+        prepared_bytes: what a process keeps of the model while it is not in memory, once it has run.
         resident_bytes: by how much resident memory falls with an unload, once every thread that executes models has
             executed it.
         kept_bytes: by how much it is larger after a load and an unload than before, every time; heaps that grow to
@@ -101,11 +104,13 @@ def measure(
     inputs = partial(probe, contract, highest=highest)
     with one_thread(), ThreadPoolExecutor(parallel_inferences()) as threads:
         first = prepare()
-        # Once without measuring: libraries set themselves up, which no unload gives back and no further model takes.
-        _load_and_run(first, inputs(sizes[0]), threads)
+        # First without measuring: libraries set themselves up, which no unload gives back and no further model takes.
+        for _ in range(_SETTLING):
+            _load_and_run(first, inputs(sizes[0]), threads)
         before = _resident_bytes()
         prepared = prepare()
-        prepared_bytes = max(0, _resident_bytes() - before)
+        _load_and_run(prepared, inputs(sizes[0]), threads)
+        prepared_bytes = _resident_bytes() - before
         model = prepared.load(ReadAhead, None)
         try:
             costs, skipped = _costs(model, contract, sizes, inputs)
@@ -117,7 +122,7 @@ def measure(
     return Measurement(
         load_s=statistics.median(cycle.load_s for cycle in cycles),
         costs=non_decreasing(costs),
-        prepared_bytes=prepared_bytes,
+        prepared_bytes=max(0, prepared_bytes),
         resident_bytes=max(0, int(statistics.median(cycle.resident_bytes for cycle in cycles))),
         kept_bytes=max(0, min(cycle.kept_bytes for cycle in cycles)),
         skipped=tuple(skipped),
@@ -199,13 +204,13 @@ def _covers(sizes: tuple[int, ...], others: tuple[int, ...]) -> bool:
 
 def _cost(model: LoadedModel, inputs: Tensors, sizes: tuple[int, ...]) -> SizeCost:
     seconds = [_seconds(model, inputs)]
-    if seconds[0] > _ONCE_S:
-        return SizeCost(
-            sizes=sizes, workspace_bytes=workspace_bytes(lambda: model.run(inputs), repeats=1), exec_s=seconds[0]
-        )
-    seconds = [_seconds(model, inputs) for _ in range(REPEATS)]
+    repeats = 1 if seconds[0] > _ONCE_S else REPEATS
+    if repeats > 1:
+        seconds = [_seconds(model, inputs) for _ in range(repeats)]
     return SizeCost(
-        sizes=sizes, workspace_bytes=workspace_bytes(lambda: model.run(inputs)), exec_s=statistics.median(seconds)
+        sizes=sizes,
+        workspace_bytes=workspace_bytes(lambda: model.run(inputs), repeats=repeats),
+        exec_s=statistics.median(seconds),
     )
 
 
@@ -234,7 +239,7 @@ def run_in_every_thread(model: LoadedModel, inputs: Tensors, threads: ThreadPool
 
 
 def workspace_bytes(run: Callable[[], object], *, proc: Path = PROC, repeats: int = REPEATS) -> int:
-    """Measure the bytes that one call of ``run`` takes in addition to what is resident."""
+    """Measure the bytes that one call of ``run`` takes in addition to what is resident; the median of ``repeats``."""
     # With the usual heap the result would depend on what the allocator has kept, or takes in advance. A thread has a
     # heap of its own, without free room of earlier models.
     with exact_heap(), ThreadPoolExecutor(1) as thread:

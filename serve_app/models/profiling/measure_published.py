@@ -29,8 +29,8 @@ FREE_BYTES = 2 * 2**20
 FREE_SHARE = 0.05
 
 #: What a process may keep of a model that is not in memory, in parts of its size: the objects of its structure.
-PREPARED_BYTES = 8 * 2**20
-PREPARED_SHARE = 0.25
+PREPARED_BYTES = 4 * 2**20
+PREPARED_SHARE = 0.1
 
 _MEGABYTE = 1e6
 

@@ -17,7 +17,7 @@ from serve_app.core.task import Activation, TaskSpec
 from serve_app.errors import StoreError
 from serve_app.store.manifest import BlobFile, Manifest
 from serve_app.store.model_store import ModelStore
-from serve_app.tasks.text import TOKEN_INPUTS, open_tokenizer
+from serve_app.tasks.text import TOKEN_INPUTS, read_tokenizer
 
 _CLASSIFICATIONS: Final = ("image-classification", "text-classification", "bytes-classification")
 _IMAGES: Final = ("image-classification", "detection", "segmentation")
@@ -126,7 +126,7 @@ def _put_tokenizer(store: ModelStore, reference: str) -> BlobFile:
     path = Path(reference.removeprefix("file:")).expanduser()
     if not path.is_file():
         raise StoreError(f"there is no tokenizer {path}; name a tokenizer.json")
-    open_tokenizer(path)
+    read_tokenizer(path)
     return store.put_blob(lambda place: _copy(path, place), role="tokenizer", ending="json")
 
 

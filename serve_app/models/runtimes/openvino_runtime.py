@@ -20,7 +20,7 @@ from serve_app.core.catalog import Dtype
 from serve_app.errors import StoreError
 from serve_app.models.runtimes.processor import processor
 from serve_app.models.runtimes.session import PreparedSession, require_made_here
-from serve_app.models.threads import inference_threads, parallel_inferences
+from serve_app.models.threads import inference_threads
 from serve_app.store.manifest import Manifest
 from serve_app.store.model_store import ModelStore
 
@@ -54,14 +54,13 @@ def core() -> Any:
 def settings(dtype: Dtype | str) -> dict[str, Any]:
     """Return the settings of compiling and of loading, for models that compute in ``dtype``.
 
-    A stream runs one inference at a time, and its threads are its own.
+    One inference at a time: with several streams, loads and runs in threads of their own have stopped for ever.
     """
-    streams = parallel_inferences()
     return {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype],
-        "NUM_STREAMS": streams,
-        "INFERENCE_NUM_THREADS": streams * inference_threads(),
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": inference_threads(),
         # Compiled models refer to the file of their weights instead of holding them.
         "CACHE_MODE": "OPTIMIZE_SIZE",
         # It keeps what it has made for every shape that it has seen, else, which is memory that grows without end.
@@ -75,23 +74,18 @@ class _OpenVinoSession:
     def __init__(self, compiled: Any, outputs: list[str]) -> None:
         self._compiled = compiled
         self._outputs = [compiled.output(name) for name in outputs]
-        self._running = 0
         self._lock = threading.Lock()
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """Run the model, see ``Session.run``."""
+        """Run the model, one inference at a time, see ``Session.run``."""
         with self._lock:
-            self._running += 1
-        try:
-            # A request cannot be used by two threads; a new one costs microseconds, and keeps no input alive.
-            results = self._compiled.create_infer_request().infer(feeds, share_inputs=True, share_outputs=True)
-            return [np.array(results[output]) for output in self._outputs]
-        finally:
-            with self._lock:
-                self._running -= 1
-                if not self._running:
-                    # It keeps the activations of the largest execution, and gives them back only while none runs.
-                    self._compiled.release_memory()
+            try:
+                # A new request costs microseconds, and keeps no input alive.
+                results = self._compiled.create_infer_request().infer(feeds, share_inputs=True, share_outputs=True)
+                return [np.array(results[output]) for output in self._outputs]
+            finally:
+                # It keeps the activations of the largest execution else.
+                self._compiled.release_memory()
 
 
 def _open(manifest: Manifest, store: ModelStore) -> _OpenVinoSession:

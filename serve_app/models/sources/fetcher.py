@@ -10,6 +10,7 @@ from serve_app.errors import StoreError
 from serve_app.models.sources import hub, packages
 from serve_app.models.sources.digests import check_digest
 from serve_app.models.sources.download_cache import DownloadCache, OnBytes, ignore_bytes
+from serve_app.models.sources.probe import url_reachable
 from serve_app.models.sources.remote_files import FileSystemFile, HttpFile
 
 #: Where downloads are kept by default; they are made again when they are deleted.
@@ -49,7 +50,7 @@ class Fetcher:
         elif parsed.kind == "package":
             path = packages.find(parsed, self._root) or packages.download(parsed, self._root)
         elif parsed.kind == "hf":
-            path = hub.fetch(parsed, on_bytes)
+            path = hub.fetch(parsed, on_bytes, self._answers)
         else:
             return self._cache.fetch(parsed.place, parsed.sha256, self._remote(parsed), on_bytes)
         check_digest(path, parsed.sha256, reference)
@@ -72,6 +73,9 @@ class Fetcher:
             return ssl.create_default_context(cafile=str(self._ca_bundle) if self._ca_bundle else None)
         except (OSError, ssl.SSLError) as error:
             raise StoreError(f"{self._ca_bundle}: no certificates can be read from it ({error})") from error
+
+    def _answers(self, url: str) -> bool:
+        return url_reachable(url, context=self.ssl_context(), any_answer=True)
 
     def _remote(self, reference: Reference) -> HttpFile | FileSystemFile:
         if reference.kind in ("http", "https"):

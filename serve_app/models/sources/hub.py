@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,21 +15,34 @@ from serve_app.models.sources.download_cache import OnBytes
 _WANTED: Final = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
-def fetch(reference: Reference, on_bytes: OnBytes) -> Path:
+def fetch(reference: Reference, on_bytes: OnBytes, is_reachable: Callable[[str], bool]) -> Path:
     """Return the local file of a reference, or the folder of a whole repository.
+
+    Args:
+        reference: to a file or a repository.
+        on_bytes: called as they come.
+        is_reachable: whether the server of a URL answers; where not, what is in the cache will do. The library itself
+            would try for half a minute.
 
     Raises:
         DownloadFailed: it cannot be downloaded.
         StoreError: huggingface_hub is not installed.
     """
-    library = _library()
+    library, address = _library(), endpoint()
     repository, revision, file = hub_parts(reference)
-    options = {"revision": revision, "etag_timeout": 10, "tqdm_class": _progress(library, on_bytes)}
+    options = {
+        "revision": revision,
+        "etag_timeout": 10,
+        "tqdm_class": _progress(on_bytes),
+        "local_files_only": not is_reachable(address),
+    }
     try:
         if file:
             return Path(library.hf_hub_download(repository, file, **options))
         return Path(library.snapshot_download(repository, allow_patterns=list(_WANTED), **options))
     except Exception as error:  # its own errors, and those of its HTTP library
+        if options["local_files_only"]:
+            raise DownloadFailed(f"cannot download hf://{reference.place}: {address} cannot be reached") from error
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise DownloadFailed(f"cannot download hf://{reference.place}: {reason}") from error
 
@@ -44,8 +58,13 @@ def has(reference: Reference) -> bool:
 
 
 def endpoint() -> str:
-    """Return the address of the hub."""
-    address: str = _library().constants.ENDPOINT
+    """Return the address of the hub.
+
+    Raises:
+        StoreError: huggingface_hub is not installed.
+    """
+    _library()
+    address: str = importlib.import_module("huggingface_hub.constants").ENDPOINT
     return address
 
 
@@ -56,7 +75,7 @@ def _library() -> Any:
         raise StoreError("hf:// needs huggingface_hub; run: pip install 'edgeserve[hub]'") from error
 
 
-def _progress(library: Any, on_bytes: OnBytes) -> Any:
+def _progress(on_bytes: OnBytes) -> Any:
     """Return a class of progress bars that draws nothing, and reports to ``on_bytes``."""
     base = importlib.import_module("huggingface_hub.utils").tqdm
 

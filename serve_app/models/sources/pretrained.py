@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import logging
-import ssl
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Final
 from urllib.parse import urlparse
@@ -20,6 +15,7 @@ from serve_app.core.reference import parse_reference
 from serve_app.errors import DownloadFailed
 from serve_app.models.sources.download_cache import OnBytes, ignore_bytes
 from serve_app.models.sources.fetcher import Fetcher, probe_url
+from serve_app.models.sources.probe import url_reachable
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +23,6 @@ PRETRAINED: Final = "pretrained"
 
 #: What is served instead of pretrained weights that cannot be fetched.
 FALLBACK: Final = "random:0"
-
-#: Longest wait for the one probe of a download host.
-PROBE_TIMEOUT_S: Final = 3.0
 
 #: Returns whether the URL or reference can be fetched from this machine.
 Probe = Callable[[str], bool]
@@ -119,27 +112,6 @@ class WeightSource:
             logger.info("%s", error)
             return False
         return True
-
-
-def url_reachable(url: str, timeout_s: float = PROBE_TIMEOUT_S, context: ssl.SSLContext | None = None) -> bool:
-    """Return whether the URL answers within ``timeout_s``, by the proxy that the system is set up with.
-
-    A refused connection answers at once. The resolution of the name has no time-out of its own, hence the thread.
-    """
-    answers: list[bool] = []
-
-    def probe() -> None:
-        request = urllib.request.Request(url, method="HEAD")
-        try:
-            with urllib.request.urlopen(request, timeout=timeout_s, context=context):
-                answers.append(True)
-        except (OSError, HTTPException):
-            answers.append(False)
-
-    thread = threading.Thread(target=probe, name="probe-download-host", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    return answers == [True]
 
 
 def torch_hub_file(url: str) -> Path | None:

@@ -175,7 +175,7 @@ def _conditional(by_tag: str, by_time: str, version: str) -> dict[str, str]:
 
 def _http_chunks(response: httpx.Response) -> Iterator[bytes]:
     try:
-        yield from response.iter_bytes(_CHUNK_BYTES)
+        yield from response.iter_bytes()  # as they come: what has come of a larger chunk would be lost with it
     except httpx.TransportError as error:
         raise Interrupted(_reason(error)) from error
 
