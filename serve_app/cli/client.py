@@ -8,9 +8,11 @@ from urllib.parse import quote
 
 import click
 import httpx
+from rich.markup import escape
 from rich.table import Table
 
 from serve_app.cli.console import stdout
+from serve_app.core.versions import FIRST_VERSION, version_key
 from serve_app.errors import ConfigError, EdgeServeError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -36,7 +38,7 @@ def server_options(command: _Command) -> _Command:
 @click.command()
 @server_options
 def models(url: str, token: str | None) -> None:
-    """List the catalog, with the state of every model at every location."""
+    """List the catalog, with the state of every model at every location, or why it cannot be served."""
     index = request("POST", f"{url}/v2/repository/index", token)
     locations = request("GET", f"{url}/v1/locations", token)["locations"]
     states = {(row["name"], resident["model"]): resident["state"] for row in locations for resident in row["resident"]}
@@ -44,8 +46,10 @@ def models(url: str, token: str | None) -> None:
     table.add_column("model")
     for row in locations:
         table.add_column(row["name"])
+    table.add_column("")
     for model in index:
-        table.add_row(model["name"], *(states.get((row["name"], model["name"]), "-") for row in locations))
+        key = version_key(model["name"], int(model["version"] or FIRST_VERSION))
+        table.add_row(key, *(states.get((row["name"], key), "-") for row in locations), escape(model.get("reason", "")))
     stdout().print(table)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from serve_app.cli.client import request, server_options
@@ -106,7 +107,7 @@ def _print_detections(answer: dict[str, Any], out: Console) -> None:
     for side in ("left", "top", "right", "bottom"):
         table.add_column(side, justify="right")
     for found in answer["detections"]:
-        table.add_row(f"{found['score']:.2f}", found["label"], *(f"{side:.0f}" for side in found["box"]))
+        table.add_row(f"{found['score']:.2f}", escape(found["label"]), *(f"{side:.0f}" for side in found["box"]))
     out.print(table)
 
 

@@ -126,7 +126,7 @@ def cli() -> None:
 
     \b
     edgeserve up                          start three locations on this machine
-    edgeserve infer resnet50 cat.jpg      classify an image
+    edgeserve infer mobilenet_v2 cat.jpg  classify an image
     edgeserve status                      show the models in memory at every location
     edgeserve init                        write a configuration to edit
     edgeserve profile                     measure loads and inferences on this machine

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from serve_app.cli.console import stderr, stdout, warn
 from serve_app.config.catalog import load_catalog
-from serve_app.config.default_files import find_default
+from serve_app.config.default_files import find, find_default
 from serve_app.config.edge import EdgeSettings, load_edge
 from serve_app.config.environment import ca_bundle, downloads_dir
 from serve_app.core.catalog import ModelEntry
@@ -146,7 +146,7 @@ def publish_catalog(
             entries,
             on_progress=show,
             force=force,
-            project=Project.of(settings.catalog),
+            project=Project.of(find(settings.catalog)),
             canary=canary,
             fetcher=Fetcher(downloads_dir(), ca_bundle=ca_bundle()),
             require_weights=require_weights,
@@ -154,7 +154,7 @@ def publish_catalog(
     out.print(f"{len(report.published)} models published, {len(report.skipped)} were in the store at {root}")
     if report.published:
         out.print(_measured(ModelStore(root), [entry for entry in entries if entry.model_id in report.published]))
-    for line in _held_back(ModelStore(root), Project.of(settings.catalog), report.skipped):
+    for line in _held_back(ModelStore(root), Project.of(find(settings.catalog)), report.skipped):
         out.print(line)
     for name, version in report.versions.items():
         out.print(f"{name} has the new version {version}" + (f", a canary of {canary:.0%}" if canary else ""))

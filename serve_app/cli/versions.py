@@ -13,7 +13,7 @@ from rich.table import Table
 from serve_app.cli.console import stderr, stdout
 from serve_app.cli.publish import SHARE, edge_option, store_option
 from serve_app.config.catalog import load_catalog
-from serve_app.config.default_files import find_default
+from serve_app.config.default_files import find, find_default
 from serve_app.config.edge import EdgeSettings, load_edge
 from serve_app.errors import EdgeServeError, StoreError
 from serve_app.store.garbage import collect
@@ -149,7 +149,7 @@ def gc(keep: int | None, dry_run: bool, edge: Path | None, store: Path | None) -
 
 def _opened(edge: Path | None, store: Path | None) -> tuple[ModelStore, Project, EdgeSettings]:
     settings = load_edge(edge or find_default("edge.yaml"))
-    return ModelStore(store or settings.store), Project.of(settings.catalog), settings
+    return ModelStore(store or settings.store), Project.of(find(settings.catalog)), settings
 
 
 def _published(root: ModelStore, project: Project, model: str) -> ModelVersions:

@@ -122,7 +122,7 @@ def _entry(path: Path, model_id: str, model: _ModelSettings) -> ModelEntry:
     try:
         return ModelEntry(
             model_id=model_id,
-            builder=_beside(path, model.builder, ("onnx",)),
+            builder=_builder(path, model.builder),
             weights=_beside(path, model.weights, ("file",)),
             family=model.family,
             accuracy=model.accuracy,
@@ -160,6 +160,13 @@ def _read_labels(path: Path, reference: str) -> tuple[str, ...]:
         return tuple(file.read_text(encoding="utf-8").splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"labels {reference} cannot be read ({error}); name a file with one label a line") from None
+
+
+def _builder(path: Path, builder: str) -> str:
+    """Make the path of a file relative to the folder of the catalog; of transformers a name that is a folder there."""
+    kind, _, place = builder.partition(":")
+    is_folder = kind == "transformers" and beside(path, Path(place)).is_dir()
+    return _beside(path, builder, ("onnx", "export", *(("transformers",) if is_folder else ())))
 
 
 def _beside(path: Path, reference: str, kinds: tuple[str, ...]) -> str:

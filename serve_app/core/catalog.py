@@ -35,7 +35,8 @@ class ModelEntry:
     """One line of the catalog: what to build, from which weights, for which family.
 
     Attributes:
-        builder: ``torchvision:NAME``, ``timm:NAME``, ``onnx:FILE`` or ``package.module:factory``.
+        builder: ``torchvision:NAME``, ``timm:NAME``, ``transformers:NAME``, ``onnx:FILE``, ``export:FILE`` or
+            ``package.module:factory``.
         weights: ``pretrained``, ``random:SEED``, or a reference to a file or folder of weights, see
             ``reference.py``.
         accuracy, input, task: may be left to the metadata of the weights; ``accuracy`` lies in 0..1.
@@ -83,7 +84,7 @@ class ModelEntry:
         )
         kind, _, place = self.builder.partition(":")
         task = self.task or TaskSpec()
-        for reference in (self.weights, place if kind == "onnx" else "", task.tokenizer, task.labels_from):
+        for reference in (self.weights, place if kind in ("onnx", "export") else "", task.tokenizer, task.labels_from):
             if reference is not None and is_reference(reference):
                 parse_reference(reference)
         _require(

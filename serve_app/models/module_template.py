@@ -66,25 +66,26 @@ class ModuleTemplate:
 
     Args:
         manifest: of the published model.
+        structure: what the store has of the structure of the module; None if its builder makes it anew.
 
     Raises:
         StoreError: the module does not have the tensors that the manifest lists.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, structure: bytes | None = None) -> None:
         self.manifest = manifest
-        self.module = build_on_meta(manifest.model.builder, manifest.model.weights_actual)
+        self.module = build_on_meta(manifest.model.builder, manifest.model.weights_actual, structure)
         self.dtype = TORCH_COMPUTE_DTYPES[manifest.model.dtype]
         self._repeat_optimizations()
         self._tensors: list[_StoredTensor] = []
         self._slots: list[_Slot] = []
-        self._files = [file.name for file in manifest.files]
+        self._files = [file.name for file in manifest.files if file.role == "weights"]
         self._match_slots({place.name: place for place in manifest.tensors})
         self._slots.extend(self._repeated_slots())
         self._views = {(tensor.file, tensor.dtype) for tensor in self._tensors}
 
     def bind_weights(self, files: list[mmap.mmap]) -> None:
-        """Bind every slot to its bytes in the mapped ``files``, which are in the manifest's order."""
+        """Bind every slot to its bytes in the mapped ``files``: those of weights, in the manifest's order."""
         # Inference mode skips the bookkeeping of autograd for each tensor, which is half of the time.
         with torch.inference_mode():
             views = {(file, dtype): _elements(files[file], dtype) for file, dtype in self._views}
@@ -138,11 +139,20 @@ class ModuleTemplate:
             for name, value in vars(owner).items():
                 if name in STATE_TABLES:
                     continue
-                items = enumerate(value) if type(value) is list else value.items() if type(value) is dict else ()
+                table: Any = vars(owner) if isinstance(value, torch.Tensor) else value
+                items = (
+                    [(name, value)]
+                    if isinstance(value, torch.Tensor)
+                    else enumerate(value)
+                    if type(value) is list
+                    else value.items()
+                    if type(value) is dict
+                    else ()
+                )
                 for key, item in items:
                     slot = by_identity.get(id(item))
                     if slot is not None:
-                        repeated.append(replace(slot, table=value, key=key))
+                        repeated.append(replace(slot, table=table, key=key))
         return repeated
 
     def _stored_tensor(self, place: TensorPlace) -> _StoredTensor:

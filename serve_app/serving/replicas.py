@@ -98,6 +98,7 @@ class WorkerReplica:
             max_pixels=config.settings.limits.image_pixels,
             find_blob=self._store.blob_path,
             unusable=self._unusable,
+            look_for_versions=self._versions.look,
         )
 
     def _make_manager(self, cache: ModelCache, metrics: WorkerMetrics) -> ModelManager:

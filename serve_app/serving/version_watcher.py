@@ -39,6 +39,7 @@ class VersionWatcher:
         self._served = served
         self._seen = projects.signature(project) if project else []
         self._looks = 0
+        self._looking = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -57,14 +58,15 @@ class VersionWatcher:
 
     async def look(self) -> None:
         """Look once."""
-        if not self._project:
-            return
-        # In a thread: a file system of the network may hang.
-        signature = await asyncio.to_thread(self._look, self._project)
-        if signature != self._seen:
-            logger.info("the published versions have changed")
-            await self._on_change()
-            self._seen = signature
+        async with self._looking:
+            if not self._project:
+                return
+            # In a thread: a file system of the network may hang.
+            signature = await asyncio.to_thread(self._look, self._project)
+            if signature != self._seen:
+                logger.info("the published versions have changed")
+                await self._on_change()
+                self._seen = signature
 
     def _look(self, project: str) -> list[int]:
         if self._looks % _RECORD_EVERY == 0:

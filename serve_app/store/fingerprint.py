@@ -30,7 +30,7 @@ _OVERLAY_TASK_FIELDS: Final = frozenset(
 )
 
 #: Kinds of references to a file of this machine.
-_FILE = re.compile(r"(file|onnx|openvino|export|torchscript):(.+)", re.DOTALL)
+_FILE = re.compile(r"(file|onnx|openvino|export|transformers):(.+)", re.DOTALL)
 _PACKAGE = re.compile(r"package:([^/:]+)")
 
 #: A file whose content is in other files besides, as an ONNX graph keeps its large tensors.
@@ -94,6 +94,8 @@ class Fingerprints:
             place = Path(found[2].removeprefix("file:"))
         elif re.match(r"[a-z][a-z0-9]+:", found[2]):
             return text if self._reference(found[2], files) == found[2] else kind
+        if kind == "transformers" and not place.exists():  # a name of the hub
+            return text
         for path in _files_of(kind, place):
             files.append(self._digest(path))
         return kind

@@ -71,6 +71,7 @@ class ModelStore(BlobStore):
         super().__init__(root)
         self._fingerprints = Fingerprints(self.root / "sources")
         self.projects = Projects(self)
+        self._committed: dict[str, ManifestKey] = {}
 
     # Manifests
 
@@ -151,7 +152,12 @@ class ModelStore(BlobStore):
                 temporary.replace(path)
                 fsync_path(path.parent)
                 fsync_path(self._models)
+        self._committed[model_id] = key
         return key
+
+    def committed(self, model_id: str) -> ManifestKey | None:
+        """Return what this instance has published last of a model."""
+        return self._committed.get(model_id)
 
     # What a catalog asks for
 

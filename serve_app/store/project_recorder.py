@@ -32,7 +32,7 @@ class ProjectRecorder:
         return self._store.projects.read(self._project.key) if self._project is not None else None
 
     def record(self, entry: ModelEntry, *, is_new: bool) -> None:
-        """Make the manifest of an entry a version, unless it is one; ``is_new``: the one that was committed last.
+        """Make the manifest of an entry a version, unless it is one; ``is_new``: the one just committed.
 
         Raises:
             StoreError: the store cannot be written.
@@ -40,7 +40,7 @@ class ProjectRecorder:
         if self._project is None:
             return
         state = self.state()
-        key = self._store.manifest_keys(entry.model_id)[0] if is_new else self._store.find(entry, state)
+        key = self._store.committed(entry.model_id) if is_new else self._store.find(entry, state)
         if key is None:
             return
         stem, now_s = key.stem, time.time()

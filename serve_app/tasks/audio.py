@@ -27,18 +27,19 @@ class _Format:
     bits: int
 
 
-def decode_wav(data: bytes, sample_rate: int) -> NDArray[np.float32]:
+def decode_wav(data: bytes, sample_rate: int, max_s: float = 600) -> NDArray[np.float32]:
     """Decode a WAV of 8, 16, 24 or 32 bits or of floats.
 
     Args:
         data: the file.
         sample_rate: samples a second that are wanted.
+        max_s: seconds that it may take.
 
     Returns:
         Samples in -1..1, the mean over the channels.
 
     Raises:
-        InvalidRequest: it is no WAV, compressed, damaged, empty, or has numbers that are not finite.
+        InvalidRequest: it is no WAV, compressed, damaged, empty, too long, or has numbers that are not finite.
     """
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
         found = "empty" if not data else f"no WAV file: it begins with {bytes(data[:4])!r}"
@@ -48,14 +49,18 @@ def decode_wav(data: bytes, sample_rate: int) -> NDArray[np.float32]:
     frames = len(samples) // (form.channels * form.bits // 8)
     if not frames:
         raise InvalidRequest("the WAV file has no samples; send one that was recorded to its end")
+    if frames > max_s * form.rate:
+        raise InvalidRequest(
+            f"the recording takes {frames / form.rate:.0f} s, more than the limit of {max_s:g} s; send it in parts"
+        )
     values = _values(samples[: frames * form.channels * form.bits // 8], form)
-    mono: NDArray[np.float64] = values.reshape(frames, form.channels).mean(axis=1)
+    mono: NDArray[np.float32] = values.reshape(frames, form.channels).mean(axis=1)
     if not np.isfinite(mono).all():
         raise InvalidRequest("the WAV file has samples that are not finite numbers; send only finite ones")
-    return resample(mono, form.rate, sample_rate).astype(np.float32)
+    return resample(mono, form.rate, sample_rate)
 
 
-def resample(samples: NDArray[np.float64], rate: int, wanted: int) -> NDArray[np.float64]:
+def resample(samples: NDArray[np.float32], rate: int, wanted: int) -> NDArray[np.float32]:
     """Return samples at another rate, by a windowed sinc that takes out what the lower rate cannot hold."""
     if rate == wanted:
         return samples
@@ -67,14 +72,14 @@ def resample(samples: NDArray[np.float64], rate: int, wanted: int) -> NDArray[np
     offsets = np.arange(-reach, reach + 1)
     # One row for each place that the filter may be at.
     places = np.lib.stride_tricks.sliding_window_view(np.pad(samples, reach), len(offsets))
-    result = np.empty(count)
+    result = np.empty(count, np.float32)
     # Every up-th sample lies at the same distance from those given, and so has the same weights.
     for phase in range(min(up, count)):
         whole, part = divmod(phase * down, up)
         distance = offsets - part / up
         weights = cutoff * np.sinc(cutoff * distance) * np.cos(distance * (math.pi / 2 / (reach + 1))) ** 2
         wanted_here = result[phase::up]
-        wanted_here[:] = places[whole::down][: len(wanted_here)] @ weights
+        wanted_here[:] = places[whole::down][: len(wanted_here)] @ weights.astype(np.float32)
     return result
 
 
@@ -107,18 +112,19 @@ def _format(chunk: bytes) -> _Format:
     return _Format(kind=kind, channels=channels, rate=rate, bits=bits)
 
 
-def _values(samples: bytes, form: _Format) -> NDArray[np.float64]:
+def _values(samples: bytes, form: _Format) -> NDArray[np.float32]:
     if form.kind == _FLOAT:
         floats = np.frombuffer(samples, np.dtype(f"<f{form.bits // 8}"))
-        return floats.astype(np.float64)
-    if form.bits == 8:
-        return (np.frombuffer(samples, np.uint8).astype(np.float64) - 128) / 128
+        return floats.astype(np.float32)
     bits = form.bits
+    if bits == 8:
+        # Without a sign, alone among the widths.
+        samples = (np.frombuffer(samples, np.uint8) ^ 0x80).tobytes()
     if bits == 24:
         thirds = np.frombuffer(samples, np.uint8).reshape(-1, 3)
         wide = np.zeros((len(thirds), 4), np.uint8)
         wide[:, 1:] = thirds
         samples, bits = wide.tobytes(), 32
     whole = np.frombuffer(samples, np.dtype(f"<i{bits // 8}"))
-    values: NDArray[np.float64] = whole.astype(np.float64) / 2 ** (bits - 1)
+    values: NDArray[np.float32] = whole.astype(np.float32) / 2 ** (bits - 1)
     return values

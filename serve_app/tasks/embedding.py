@@ -13,7 +13,7 @@ from serve_app.errors import InvalidRequest
 from serve_app.tasks.base import RawInput, Solution, TaskModel
 from serve_app.tasks.images import image_input
 from serve_app.tasks.tensors import Tensors
-from serve_app.tasks.text import count_tokens, texts_of, token_inputs
+from serve_app.tasks.text import encode, texts_of, token_inputs
 
 #: Texts of one request.
 MAX_TEXTS = 2048
@@ -53,19 +53,19 @@ def text_vectors(
     Raises:
         InvalidRequest: a text has more tokens than the model takes.
     """
-    tokens = count_tokens(texts, model) if model.tokenizer is not None else [0] * len(texts)
+    encoded = encode(texts, model)
     # The longest first: the memory of a request is counted by its first execution. Texts of one length are executed
     # together, as far as the model takes a batch.
-    order = sorted(range(len(texts)), key=lambda position: -tokens[position])
+    order = sorted(range(len(texts)), key=lambda position: -encoded[position].length)
     batch = model.contract.batch
     rows = batch.most if batch is not None else 1
     found: dict[int, NDArray[np.float64]] = {}
     for start in range(0, len(order), rows):
         positions = order[start : start + rows]
-        inputs = token_inputs([texts[position] for position in positions], model)
+        inputs = token_inputs([encoded[position] for position in positions], model)
         outputs = yield inputs
         found.update(zip(positions, _vectors(outputs, inputs.get("attention_mask"), model), strict=True))
-    return np.stack([found[position] for position in range(len(texts))]), sum(tokens)
+    return np.stack([found[position] for position in range(len(texts))]), sum(each.length for each in encoded)
 
 
 def _vectors(outputs: Tensors, mask: NDArray[Any] | None, model: TaskModel) -> NDArray[np.float64]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -75,59 +76,64 @@ def one_text(raw: RawInput) -> str:
     return texts[0]
 
 
-def count_tokens(texts: Sequence[str], model: TaskModel) -> list[int]:
-    """Return the number of tokens of each text.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedText:
+    """A text, and its tokens: a list of numbers for each of ``TOKEN_INPUTS``; none for a model without a tokenizer."""
+
+    text: str
+    tokens: Mapping[str, list[int]]
+
+    @property
+    def length(self) -> int:
+        """The number of tokens."""
+        return len(self.tokens.get(_IDS, ()))
+
+
+def encode(texts: Sequence[str], model: TaskModel) -> list[EncodedText]:
+    """Encode texts.
 
     Raises:
         InvalidRequest: a text has more tokens than the model takes.
     """
-    return [len(encoding.ids) for encoding in _encodings(texts, model)]
+    if model.tokenizer is None:
+        return [EncodedText(text=text, tokens={}) for text in texts]
+    tokenizer, most = open_tokenizer(model.tokenizer), _limits(model)[1]
+    encoded = []
+    for position, text in enumerate(texts):
+        # One by one: the library would use threads of its own for a batch.
+        found = tokenizer.encode(text)
+        if len(found.ids) > most:
+            which = f"text {position}" if len(texts) > 1 else "the text"
+            raise InvalidRequest(
+                f"{which} has {len(found.ids)} tokens, more than the limit of {most} of model {model.model_id!r}; "
+                "send a shorter text"
+            )
+        tokens = {_IDS: found.ids, _MASK: found.attention_mask, _TYPES: found.type_ids}
+        encoded.append(EncodedText(text=text, tokens=tokens))
+    return encoded
 
 
-def token_inputs(texts: Sequence[str], model: TaskModel) -> dict[str, NDArray[Any]]:
+def token_inputs(texts: Sequence[EncodedText], model: TaskModel) -> dict[str, NDArray[Any]]:
     """Return the inputs of a model for some texts, one row for each, filled up to the longest.
 
     A model without a tokenizer takes the texts themselves.
-
-    Raises:
-        InvalidRequest: a text has more tokens than the model takes.
     """
     inputs = model.contract.inputs
     if model.tokenizer is None:
         tensor = inputs[0]
-        rows = np.array([text.encode() for text in texts], np.object_)
+        rows = np.array([each.text.encode() for each in texts], np.object_)
         return {tensor.name: rows.reshape((len(texts), *[1] * (len(tensor.shape) - 1)))}
-    encodings = _encodings(texts, model)
-    columns = {_IDS: "ids", _MASK: "attention_mask", _TYPES: "type_ids"}
-    width, least = max(len(encoding.ids) for encoding in encodings), _limits(model)[0]
-    width = max(width, least)
+    width = max(_limits(model)[0], *(each.length for each in texts))
     tensors: dict[str, NDArray[Any]] = {}
     for spec in inputs:
-        if spec.name not in columns:
+        if spec.name not in TOKEN_INPUTS:
             continue
         filling = _padding_id(model.tokenizer) if spec.name == _IDS else 0
         rows = np.full((len(texts), width), filling, NUMPY_TYPES[spec.datatype])
-        for row, encoding in zip(rows, encodings, strict=True):
-            values = getattr(encoding, columns[spec.name])
-            row[: len(values)] = values
+        for row, each in zip(rows, texts, strict=True):
+            row[: each.length] = each.tokens[spec.name]
         tensors[spec.name] = rows
     return tensors
-
-
-def _encodings(texts: Sequence[str], model: TaskModel) -> list[Any]:
-    assert model.tokenizer is not None
-    tokenizer = open_tokenizer(model.tokenizer)
-    # One by one: the library would use threads of its own for a batch.
-    encodings = [tokenizer.encode(text) for text in texts]
-    most = _limits(model)[1]
-    for position, encoding in enumerate(encodings):
-        if len(encoding.ids) > most:
-            which = f"text {position}" if len(texts) > 1 else "the text"
-            raise InvalidRequest(
-                f"{which} has {len(encoding.ids)} tokens, more than the limit of {most} of model "
-                f"{model.model_id!r}; send a shorter text"
-            )
-    return encodings
 
 
 def _limits(model: TaskModel) -> tuple[int, int]:

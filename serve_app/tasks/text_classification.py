@@ -15,7 +15,7 @@ from serve_app.errors import InvalidRequest
 from serve_app.tasks.base import RawInput, Solution, TaskModel
 from serve_app.tasks.classes import classification, prediction_rows, scores_output, top_k, wanted_labels
 from serve_app.tasks.embedding import text_vectors
-from serve_app.tasks.text import one_text, token_inputs
+from serve_app.tasks.text import encode, one_text, token_inputs
 
 #: What cosines are multiplied by to be scores: with it, sentence transformers are trained.
 _SCALE: Final = 20.0
@@ -30,7 +30,7 @@ def solve(raw: RawInput, model: TaskModel) -> Solution:
 
 
 def _classify(text: str, count: int, model: TaskModel) -> Solution:
-    outputs = yield token_inputs([text], model)
+    outputs = yield token_inputs(encode([text], model), model)
     return classification(outputs, model, count)
 
 

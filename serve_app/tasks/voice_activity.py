@@ -45,11 +45,7 @@ def solve(raw: RawInput, model: TaskModel) -> Solution:
     """The task; option ``min_score``: how probable speech must be, 0.5 by default."""
     threshold = share(raw, "min_score", _THRESHOLD)
     rate = model.task.sample_rate
-    samples = decode_wav(raw.data, rate)
-    if len(samples) > MAX_S * rate:
-        raise InvalidRequest(
-            f"the recording takes {len(samples) / rate:.0f} s, more than the limit of {MAX_S}; send it in parts"
-        )
+    samples = decode_wav(raw.data, rate, MAX_S)
     audio, state = _inputs(model)
     window = audio.shape[-1] - model.task.context
     given: dict[str, NDArray[Any]] = {

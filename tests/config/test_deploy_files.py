@@ -10,12 +10,21 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from serve_app.config.catalog import load_catalog
 from serve_app.config.edge import load_edge
 from serve_app.config.yaml_files import load_yaml
+from serve_app.core.task import TASK_KINDS
 from serve_app.serving.launch.local_ray import FAST_INGRESS
 from serve_app.serving.launch.serve_config import read_serve_file
 from serve_app.serving.metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
 SERVE_FILES = ["deploy/local.yaml", "deploy/cluster.yaml"]
+
+
+def test_the_edge_catalog_has_a_model_of_every_task() -> None:
+    entries = load_catalog(Path("deploy/edge-catalog.yaml"))
+    named = {entry.task.kind for entry in entries if entry.task is not None}
+    # Those of the detector and of the segmenter of torchvision come with their builder.
+    assert named | {"detection"} == set(TASK_KINDS)
+    assert {"ssdlite", "lraspp"} <= {entry.model_id for entry in entries}
 
 
 @pytest.fixture(autouse=True)

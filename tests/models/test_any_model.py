@@ -216,7 +216,7 @@ def test_what_cannot_be_counted_is_refused_with_a_cure(store: ModelStore, factor
 def test_free_axis_without_a_limit_is_refused(store: ModelStore) -> None:
     message = refusal(store, entry("UNet", inputs=UNET.inputs))
     assert "axis 'h' of input 'scan' is free and has no limit" in message
-    assert "add limits: {h: LARGEST}" in message
+    assert "add limits: {h: LARGEST, w: LARGEST}" in message
 
 
 def test_model_that_nothing_is_known_of_is_refused(store: ModelStore) -> None:

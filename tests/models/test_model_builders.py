@@ -161,7 +161,7 @@ def test_metadata_is_that_of_the_named_weights() -> None:
     ("builder", "complaint"),
     [
         ("torchvision:resnet5", "did you mean resnet50"),
-        ("torchvision:fasterrcnn_resnet50_fpn", "has no classifier"),
+        ("torchvision:quantized_resnet18", "packs its weights outside of parameters and buffers"),
         ("torchvision:resnet50@BEST", r"it has \['IMAGENET1K_V1', 'IMAGENET1K_V2'\]"),
         ("no_such_package:factory", "cannot be imported"),
         ("tiny_models:no_such_factory", "cannot be imported"),

@@ -134,6 +134,7 @@ def test_truncated_weights_are_refused_before_they_are_mapped(small: ModelStore,
     blob = small.blob_path(small.manifest("tied").files[0].name)
     loader = ModelLoader(small)
     loader.prepare("tied")
+    blob.chmod(0o644)
     os.truncate(blob, left if left >= 0 else blob.stat().st_size + left)
     with pytest.raises(StoreError, match=r"have \d+ bytes instead of \d+; publish it again"):
         loader.load("tied")
@@ -150,6 +151,7 @@ def test_a_check_finds_what_a_load_would_fail_on(small: ModelStore) -> None:
     with pytest.raises(StoreError, match="publish it again"):
         loader.check("tied")
     (small.root / "away").rename(blob)
+    blob.chmod(0o644)
     os.truncate(blob, 100)
     with pytest.raises(StoreError, match="have 100 bytes instead of"):
         loader.check("tied")
@@ -171,6 +173,7 @@ def test_corrupt_weights_are_refused_and_load_again_once_they_are_mended(small: 
     loader = ModelLoader(small)
     loader.load("tied").unload()
     good = blob.read_bytes()
+    blob.chmod(0o644)
     blob.write_bytes(good[:-8] + bytes(8))
     for _ in range(2):
         with pytest.raises(StoreError, match="corrupt"):

@@ -129,7 +129,9 @@ def test_bad_usage_is_one_line_and_exit_code_2(
 
 def test_broken_weights_are_one_line_and_exit_code_1(edge: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = ModelStore(edge.parent / "store")
-    store.blob_path(store.manifest("small").files[0].name).write_bytes(b"short")
+    blob = store.blob_path(store.manifest("small").files[0].name)
+    blob.chmod(0o644)
+    blob.write_bytes(b"short")
     assert "publish it again" in fails(edge, capsys, 1, "small")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +21,10 @@ from serve_app.core.contract_declaration import TensorDeclaration
 from serve_app.core.task import ImageInput, TaskSpec
 from serve_app.models.loader import ModelLoader
 from serve_app.models.publishing.publish_catalog import publish
+from serve_app.models.torchvision_compat import import_torchvision
 from serve_app.store.model_store import ModelStore
 from serve_app.tasks.base import TaskModel
+from serve_app.tasks.tensors import Tensors
 from serve_app.tasks.voice_activity import speech_segments
 
 pytestmark = pytest.mark.slow
@@ -259,3 +263,61 @@ def test_the_table_of_the_edge_catalog_is_what_scikit_learn_says(tmp_path: Path)
         one = answer(b'{"X": [5.1, 3.5, 1.4, 0.2]}', model, run)
     assert one["labels"] == ["setosa"]
     assert np.mean(np.array(found["outputs"]["label"]) == species) > 0.95
+
+
+def photograph() -> Any:
+    from PIL import Image
+
+    return Image.fromarray(pytest.importorskip("skimage.data").astronaut()).crop((0, 0, 512, 400))
+
+
+def test_boxes_are_those_of_torchvision(tmp_path: Path) -> None:
+    import torch
+
+    entry = ModelEntry(model_id="ssdlite", builder="torchvision:ssdlite320_mobilenet_v3_large", weights="random:1")
+    torchvision = import_torchvision()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        bare = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval()
+    image = photograph()
+    with served(tmp_path, entry) as (model, run):
+        given: list[np.ndarray] = []
+
+        def watched(inputs: Tensors) -> dict[str, np.ndarray]:
+            given.append(inputs[model.contract.inputs[0].name])
+            return run(inputs)
+
+        found = answer(encoded(image), model, watched, min_score="0")["detections"]
+    with torch.inference_mode():
+        (expected,) = bare(list(torch.from_numpy(given[0])))
+    assert found
+    assert [each["index"] for each in found] == expected["labels"].tolist()[: len(found)]
+    assert [each["score"] for each in found] == pytest.approx(expected["scores"].tolist()[: len(found)], abs=1e-4)
+    # 512 x 400 pixels lie in 320 x 250, with 35 above and below.
+    boxes = (expected["boxes"].numpy()[: len(found)] - [0, 35, 0, 35]) * 1.6
+    assert np.abs(np.array([each["box"] for each in found]) - np.clip(boxes, 0, [512, 400, 512, 400])).max() < 0.1
+
+
+def test_masks_are_those_of_torchvision(tmp_path: Path) -> None:
+    import torch
+    from PIL import Image
+
+    entry = ModelEntry(model_id="lraspp", builder="torchvision:lraspp_mobilenet_v3_large", weights="random:1")
+    torchvision = import_torchvision()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        bare = torchvision.models.segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None).eval()
+    image = photograph()
+    normalize = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    resized = torchvision.transforms.functional.pil_to_tensor(image.resize((520, 520), Image.Resampling.BILINEAR))
+    with torch.inference_mode():
+        scores = bare(normalize(resized / 255)[None])["out"][0].numpy()
+    with served(tmp_path, entry) as (model, run):
+        found = answer(encoded(image), model, run)
+    mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(found["mask"]["data"]))))
+    assert mask.shape == (400, 512)
+    rows = np.floor((np.arange(400) + 0.5) * 520 / 400).astype(int)
+    columns = np.floor((np.arange(512) + 0.5) * 520 / 512).astype(int)
+    expected = scores.argmax(axis=0)[rows][:, columns]
+    assert np.mean(mask == expected) > 0.999
+    assert found["classes"][0]["share"] == pytest.approx(np.mean(expected == found["classes"][0]["index"]), abs=1e-3)

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import random
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,13 +19,14 @@ from PIL import Image
 
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import Catalog, ModelProfile, PublishedModel
+from serve_app.core.coordination.rules import CoordinatorRules
 from serve_app.core.links import Link
 from serve_app.core.memory_budget import MemoryBudget, ProcessMemory
 from serve_app.core.policies.base import EvictionPolicy, PreloadCandidates
 from serve_app.core.policies.registry import make_policy
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import ModelState, Outcome
-from serve_app.errors import DeadlineExceeded, DoesNotFit, InvalidRequest, StoreError, Unavailable
+from serve_app.errors import DeadlineExceeded, DoesNotFit, InvalidRequest, ModelChanged, StoreError, Unavailable
 from serve_app.serving.transport.messages import InferenceRejected, InferenceResult, InferenceTask, NotResident
 from serve_app.serving.worker.model_manager import ModelManager
 from serve_app.serving.worker.process_budget import ProcessBudget
@@ -40,13 +41,17 @@ BATCH = {"input": np.zeros((2, 3, 8, 8), np.float32)}
 
 
 class FakeModel:
-    def __init__(self, gate: threading.Event) -> None:
+    def __init__(self, gate: threading.Event, backend: FakeBackend) -> None:
         self._gate = gate
+        self._backend = backend
         self.running = 0
         self.unloaded = False
 
     def run(self, inputs: Tensors) -> Tensors:
         assert not self.unloaded, "a model in use was unloaded"
+        if self._backend.changed:
+            self._backend.changed = False
+            raise ModelChanged("a file was changed")
         self.running += 1
         self._gate.wait(10)
         self.running -= 1
@@ -64,6 +69,8 @@ class FakeBackend:
         self.loads: list[str] = []
         self.broken: set[str] = set()
         self.missing: set[str] = set()
+        #: The next execution finds that a file has changed.
+        self.changed = False
         self.gate = threading.Event()
         self.gate.set()
 
@@ -75,7 +82,7 @@ class FakeBackend:
         self.loads.append(model_id)
         if model_id in self.broken:
             raise StoreError(f"{model_id} is corrupt")
-        return FakeModel(self.gate)
+        return FakeModel(self.gate, self)
 
 
 class WishesForAll(EvictionPolicy):
@@ -115,6 +122,7 @@ async def running(
     metrics: Any = None,
     pinned: str = "",
     others: Sequence[PublishedModel] = (),
+    look_for_versions: Callable[[], Awaitable[None]] | None = None,
 ) -> AsyncIterator[Worker]:
     """A worker with memory for two of its models; at the end every pin must be back and the bytes add up."""
     models = [dataclasses.replace(published(name), pinned=name in pinned) for name in "abc"]
@@ -151,6 +159,7 @@ async def running(
             process_budget=memory,
             max_pixels=10_000,
             retention=retention or RetentionRules(),
+            look_for_versions=look_for_versions,
             clock=clock or loop.time,
         )
         yield worker
@@ -177,6 +186,58 @@ async def test_the_first_request_loads_and_the_second_hits() -> None:
     assert (first.outcome, second.outcome) == (Outcome.LOAD, Outcome.HIT)
     assert second.outputs["logits"].shape == (2, CLASSES)
     assert backend.loads == ["a"]
+
+
+async def test_a_model_whose_files_changed_is_loaded_again_for_the_request_that_noticed() -> None:
+    backend = FakeBackend()
+    async with running(backend, pinned="a") as worker:
+        await worker.infer(work())
+        backend.changed = True
+        reply = await worker.infer(work())
+        assert backend.changed is False
+    assert reply.outcome is Outcome.LOAD
+    assert backend.loads == ["a", "a"]
+
+
+async def test_a_model_whose_files_are_broken_says_so_and_others_are_served() -> None:
+    backend = FakeBackend()
+    async with running(backend) as worker:
+        await worker.infer(work())
+        backend.changed, backend.broken = True, {"a"}
+        reply = await worker.infer(work())
+        assert isinstance(reply, InferenceRejected)
+        assert "a is corrupt" in str(reply.error)
+        assert isinstance(await worker.infer(work("b")), InferenceResult)
+
+
+class ConfiguredLink(FakeLink):
+    def configure(self, rules: CoordinatorRules) -> None:
+        return None
+
+
+async def test_a_version_that_a_router_saw_first_is_looked_for_before_it_is_refused() -> None:
+    both = Catalog((published("a"), published("a@2")))
+    rules = RoutingRules(
+        profiles=both.profiles(), links={}, default_link=Link(rtt_s=0.001, bytes_per_s=1e9), horizon_s=10
+    )
+    looks = 0
+
+    async def look() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 2:
+            worker.reconfigure(
+                catalog=both,
+                budget=BUDGET,
+                policy=None,
+                rules=rules,
+                retention=RetentionRules(),
+                coordination=CoordinatorRules(half_life_s=60.0, stale_after_s=2.0),
+            )
+
+    async with running(FakeBackend(), ConfiguredLink(), look_for_versions=look) as worker:
+        assert isinstance(await worker.infer(work("a@2")), InferenceRejected)
+        assert isinstance(await worker.infer(work("a@2")), InferenceResult)
 
 
 async def test_a_third_model_evicts_another_and_names_it() -> None:

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tagger_model
+import yaml
 from model_support import images, offline, tiny
+from safetensors.torch import save_file
+from tiny_models import Tied
 
+from serve_app.config.catalog import load_catalog
 from serve_app.core.catalog import ModelEntry
 from serve_app.core.contract_declaration import TensorDeclaration
 from serve_app.core.task import TaskSpec
@@ -139,12 +144,7 @@ def test_the_fingerprint_travels_to_nodes_without_the_file(tmp_path: Path) -> No
 
 def test_a_source_file_may_go_once_it_is_published(tmp_path: Path) -> None:
     store, path = ModelStore(tmp_path / "store"), tmp_path / "weights.safetensors"
-    torch = pytest.importorskip("torch")
-    from safetensors.torch import save_file
-    from tiny_models import Tied
-
     save_file({name: tensor.clone() for name, tensor in Tied().state_dict().items()}, path)
-    assert torch.is_tensor(Tied().state_dict()[next(iter(Tied().state_dict()))])
     entry = tiny("tied", weights=f"file:{path}")
     assert publish(store, [entry], reachable=offline).published == ("tied",)
     path.unlink()
@@ -164,3 +164,20 @@ def test_manifests_of_an_earlier_format_are_ignored_and_published_again(tmp_path
     assert publish(store, [MINE], reachable=offline).published == ("tied",)
     assert "tied" in store.catalog([MINE])
     assert store.outdated_manifests() == (old,), "an earlier version of EdgeServe may still read it"
+
+
+def test_a_graph_that_was_optimized_for_another_machine_is_published_again(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    tagger_model.write(tmp_path / "tagger.onnx")
+    (tmp_path / "catalog.yaml").write_text(
+        yaml.safe_dump({"models": {"tagger": {"builder": "onnx:tagger.onnx", **tagger_model.ENTRY}}})
+    )
+    store, entries = ModelStore(tmp_path / "store"), load_catalog(tmp_path / "catalog.yaml")
+    publish(store, entries, reachable=offline)
+    assert publish(store, entries, reachable=offline).skipped == ("tagger",)
+    (key,) = store.all_manifest_keys()
+    manifest = store.read(key)
+    store.manifest_path(key).unlink()
+    execution = dataclasses.replace(manifest.execution, made_for="another processor")
+    store.commit(dataclasses.replace(manifest, execution=execution))
+    assert publish(store, entries, reachable=offline).published == ("tagger",)

@@ -92,6 +92,7 @@ def test_flipped_bit_that_sizes_do_not_show_is_found(small: ModelStore) -> None:
     check_content(small, "tied")
     content = bytearray(blob.read_bytes())
     content[-1] ^= 1
+    blob.chmod(0o644)
     blob.write_bytes(content)
     small.check_sizes("tied")
     with pytest.raises(StoreError, match="are corrupt"):
@@ -100,6 +101,7 @@ def test_flipped_bit_that_sizes_do_not_show_is_found(small: ModelStore) -> None:
 
 def test_publishing_with_force_heals_a_corrupt_blob(small: ModelStore) -> None:
     blob = blob_of(small)
+    blob.chmod(0o644)
     blob.write_bytes(bytes(blob.stat().st_size))
     publish(small, [tiny("tied")], reachable=offline, force=True)
     check_content(small, "tied")
@@ -109,6 +111,7 @@ def test_publishing_with_force_heals_a_corrupt_blob(small: ModelStore) -> None:
 def test_incomplete_blob_is_found_and_published_again(small: ModelStore, damage: str) -> None:
     blob = blob_of(small)
     if damage == "truncate":
+        blob.chmod(0o644)
         os.truncate(blob, blob.stat().st_size - 1)
     else:
         blob.unlink()

@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from model_support import offline, tiny
+from safetensors.torch import save_file
+from tiny_models import Tied
 
 from serve_app.core.versions import VersionRoute, split_key, version_key
 from serve_app.errors import NotFound, StoreError
@@ -141,3 +144,19 @@ def test_of_two_states_the_one_that_changed_more_often_counts(tmp_path: Path) ->
     assert store.select([entry], project.key, older).catalog.named("tied")[0].version == 2
     newer = ProjectState(catalog="c", host="h", models=older.models if older else {}, serial=99)
     assert store.select([entry], project.key, newer).catalog.named("tied")[0].version == 1
+
+
+def test_a_changed_weights_file_is_a_new_version_and_the_old_one_stays(tmp_path: Path) -> None:
+    store, project = ModelStore(tmp_path / "store"), Project.of(tmp_path / "catalog.yaml")
+    path = tmp_path / "weights.safetensors"
+    entry = tiny("tied", weights=f"file:{path}")
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        save_file({name: tensor.clone() for name, tensor in Tied().state_dict().items()}, path)
+        assert publish(store, [entry], reachable=offline, project=project).published == ("tied",)
+        assert publish(store, [entry], reachable=offline, project=project).skipped == ("tied",)
+    selection = store.select([entry], project.key)
+    assert selection.catalog.versions("tied") == (1, 2)
+    assert selection.catalog.named("tied")[0].version == 2
+    files = {store.read(key).files for key in selection.manifests.values()}
+    assert len(files) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import socket
 import subprocess
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import embedder_model
 import httpx
 import psutil
 import tagger_model
@@ -35,6 +37,8 @@ TOO_LARGE = "resnet34"
 GUARDED, LISTED = "guarded", "listed"
 #: No image classifier.
 TAGGER = "tagger"
+#: Takes texts.
+EMBEDDER = "embedder"
 #: A quarter is workspace, and a fifth may be held back for what the process grows by: the rest is too small for the
 #: large model at two of them.
 MEMORY = {"paris": "56MiB", "tokyo": "56MiB", "virginia": "90MiB"}
@@ -93,6 +97,9 @@ def write_configuration(folder: Path, port: int) -> None:
     models |= {GUARDED: {**tiny, "min_copies": 2}, LISTED: tiny}
     tagger_model.write(folder / "tagger.onnx")
     models[TAGGER] = {"builder": "onnx:tagger.onnx", **tagger_model.ENTRY}
+    if importlib.util.find_spec("tokenizers") is not None:
+        embedder_model.write(folder)
+        models[EMBEDDER] = {"builder": "onnx:embedder.onnx", **embedder_model.ENTRY}
     edge = {
         "catalog": "catalog.yaml",
         "store": "store",

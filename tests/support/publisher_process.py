@@ -7,7 +7,7 @@ from pathlib import Path
 
 from model_support import offline, tiny
 
-from serve_app.models.publishing import publish_module
+from serve_app.models.publishing import module_files
 from serve_app.models.publishing.publish_catalog import PublishEvent, publish
 from serve_app.models.threads import use_threads
 from serve_app.store.model_store import ModelStore
@@ -30,7 +30,7 @@ def main(root: Path, victim: str, moment: str) -> None:
 
     def on_progress(event: PublishEvent) -> None:
         if event.model_id == victim and event.stage == "writing" and moment == "half-written":
-            publish_module.write_blob = die_half_written
+            module_files.write_blob = die_half_written
         if event.model_id == victim and event.stage == moment:
             die()
 

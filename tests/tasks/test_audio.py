@@ -52,7 +52,7 @@ def test_a_tone_stays_the_same_tone_at_another_rate(rate: int) -> None:
 
 
 def test_what_the_lower_rate_cannot_hold_does_not_come_back_as_another_tone() -> None:
-    assert np.abs(resample(tone(48000, frequency=12000), 48000, 16000)[200:-200]).max() < 1e-3
+    assert np.abs(resample(tone(48000, frequency=12000).astype(np.float32), 48000, 16000)[200:-200]).max() < 1e-3
 
 
 @pytest.mark.parametrize(

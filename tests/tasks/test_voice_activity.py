@@ -73,5 +73,5 @@ def test_short_noises_are_no_speech_and_short_pauses_no_silence() -> None:
 
 
 def test_a_recording_that_takes_too_long_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="takes 601 s, more than the limit of 600"):
+    with pytest.raises(InvalidRequest, match="takes 601 s, more than the limit of 600 s"):
         answer(wav(np.zeros((601 * 1000, 1)), 1000), detector(), dict)

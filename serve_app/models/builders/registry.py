@@ -4,28 +4,47 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from serve_app.core.catalog import ModelEntry
 from serve_app.core.reference import is_reference
+from serve_app.errors import StoreError
 from serve_app.models.builders.base import Builder, Metadata
 from serve_app.models.builders.efficientnet_lite import EfficientNetLiteBuilder
+from serve_app.models.builders.exported import ExportBuilder, rebuild_program
 from serve_app.models.builders.factory import FactoryBuilder
 from serve_app.models.builders.refusals import require_servable
 from serve_app.models.builders.timm import TimmBuilder
 from serve_app.models.builders.torchvision import TorchvisionBuilder
+from serve_app.models.builders.transformers import TransformersBuilder, rebuild_transformer
 from serve_app.models.sources.download_cache import OnBytes, ignore_bytes
 from serve_app.models.sources.pretrained import PRETRAINED, Pretrained, WeightSource
 from serve_app.models.sources.state_dicts import load_strictly, read_state
 
 logger = logging.getLogger(__name__)
 
+#: Builders whose structure is stored: kind -> builds the module from it.
+_FROM_STRUCTURE: dict[str, Callable[[bytes], nn.Module]] = {
+    "export": rebuild_program,
+    "transformers": rebuild_transformer,
+}
+
+#: What people may look for, and what to do instead.
+_REFUSED = {
+    "torchscript": "TorchScript copies its weights and is deprecated; export the module (torch.export.save) and use "
+    "export:FILE.pt2, or as ONNX and use onnx:FILE",
+    "aoti": "packages of AOTInductor can never be unloaded; save the exported program and use export:FILE.pt2",
+    "sklearn": "convert the model to ONNX (skl2onnx, options={'zipmap': False}) and use onnx:FILE",
+    "pickle": "a pickle runs any code; convert the model to ONNX and use onnx:FILE, or name package.module:factory",
+}
+
 
 def resolve(builder: str) -> Builder:
-    """Find a builder by its name: ``torchvision:NAME[@WEIGHTS]``, ``timm:NAME``, ``efficientnet-lite:N`` or
-    ``package.module:factory``.
+    """Find a builder by its name: ``torchvision:NAME[@WEIGHTS]``, ``timm:NAME``, ``efficientnet-lite:N``,
+    ``export:FILE``, ``transformers:NAME`` or ``package.module:factory``.
 
     Raises:
         StoreError: there is none, or a library that it needs is not installed.
@@ -37,6 +56,12 @@ def resolve(builder: str) -> Builder:
         return TimmBuilder(name)
     if kind == "efficientnet-lite":
         return EfficientNetLiteBuilder(name)
+    if kind == "export":
+        return ExportBuilder(name)
+    if kind == "transformers":
+        return TransformersBuilder(name)
+    if kind in _REFUSED:
+        raise StoreError(f"builder {builder!r}: {_REFUSED[kind]}")
     return FactoryBuilder(builder)
 
 
@@ -73,16 +98,20 @@ def build(
     return module.requires_grad_(False).eval()
 
 
-def build_on_meta(builder_name: str, weights: str) -> nn.Module:
+def build_on_meta(builder_name: str, weights: str, structure: bytes | None = None) -> nn.Module:
     """Build a model without storage: every parameter and buffer is on the meta device, in eval mode.
 
     Args:
         builder_name: as ``resolve`` takes it.
         weights: those of the stored model, which may decide the structure.
+        structure: what was stored of it; None if the builder makes it anew.
 
     Raises:
         StoreError: there is no such builder.
     """
+    if structure is not None:
+        rebuild = _FROM_STRUCTURE[builder_name.partition(":")[0]]
+        return rebuild(structure).to("meta").requires_grad_(False).eval()
     builder = resolve(builder_name)
     try:
         with warnings.catch_warnings(), torch.device("meta"):

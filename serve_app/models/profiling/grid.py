@@ -38,11 +38,20 @@ def grid(axes: Sequence[Axis]) -> tuple[tuple[int, ...], ...]:
 
 
 def trial_sizes(axes: Sequence[Axis]) -> list[tuple[int, ...]]:
-    """Return two sizes of every free axis: the least ones, and a few steps more of each."""
+    """Return two sizes of every free axis: the least ones, and larger ones that differ from each other."""
     least = tuple(axis.smallest for axis in axes)
-    # A different number of steps for each axis tells them apart.
-    larger = tuple(min(axis.largest, axis.smallest + step * axis.multiple) for step, axis in enumerate(axes, start=1))
+    larger = tuple(_larger(axis, position) for position, axis in enumerate(axes))
     return list(dict.fromkeys((least, larger)))
+
+
+def _larger(axis: Axis, position: int) -> int:
+    """Return a size that differs from that of other axes, so that the outputs show which axis they follow.
+
+    One more is enough of a batch; an output may be much shorter than the axis that it follows otherwise.
+    """
+    middle = math.isqrt(axis.smallest * axis.largest) // axis.multiple * axis.multiple
+    start = axis.smallest if axis.name == BATCH else max(axis.smallest, middle)
+    return min(axis.largest, start + (position + 1) * axis.multiple)
 
 
 def _steps(axis: Axis, count: int) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from serve_app.core.catalog import ModelEntry
-from serve_app.core.contract import FREE, Contract, TensorSpec
+from serve_app.core.contract import FREE, Axis, Contract, TensorSpec
 from serve_app.core.contract_declaration import complete_contract
 from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
@@ -45,11 +46,8 @@ def input_contract(entry: ModelEntry, task: TaskSpec, metadata: Metadata, exampl
     unknown = TensorSpec(name="output", datatype="FP32", shape=(FREE,))
     # Which output returns a state is checked once outputs are known.
     stateless = [dataclasses.replace(each, returned_by=None) for each in entry.inputs]
-    given = {axis.name for axis in entry.limits}
-    free = {axis for each in said for axis in each.axes}
-    limits = [*entry.limits, *(axis for axis in metadata.axes if axis.name not in given and axis.name in free)]
     try:
-        return complete_contract(said, (unknown,), stateless, (), limits)
+        return complete_contract(said, (unknown,), stateless, (), _limits(entry, said, metadata))
     except ValueError as error:
         raise StoreError(f"{entry.builder}: {error}") from error
 
@@ -134,3 +132,19 @@ def _image(entry: ModelEntry, task: TaskSpec) -> TensorSpec:
     batch = 1 if task.kind == "detection" else FREE
     shape = (batch, task.image.channels, task.image.crop_px, task.image.crop_px)
     return TensorSpec(name=_IMAGE, datatype="FP32", shape=shape)
+
+
+def _limits(entry: ModelEntry, inputs: Sequence[TensorSpec], metadata: Metadata) -> list[Axis]:
+    """Return the limits of the entry, and those of the model for the axes that the entry does not name."""
+    said = {axis.name: axis for axis in metadata.axes}
+    free = {axis for each in inputs for axis in each.axes}
+    given = [_narrowed(axis, said.get(axis.name)) for axis in entry.limits]
+    names = {axis.name for axis in given}
+    return [*given, *(axis for axis in metadata.axes if axis.name not in names and axis.name in free)]
+
+
+def _narrowed(axis: Axis, said: Axis | None) -> Axis:
+    """Return the limits of an entry within what the model says: it may be made for every fourth size only."""
+    if said is None or axis.most < said.least:
+        return axis
+    return dataclasses.replace(axis, least=max(axis.least, said.least), multiple=math.lcm(axis.multiple, said.multiple))

@@ -176,6 +176,7 @@ class Publisher:
                 return True
             manifest = self._store.read(key)
             if not is_made_here(manifest):
+                # The library or the processor is another one since.
                 return True
             for file in manifest.files:
                 self._store.require_verified(file, entry.model_id)

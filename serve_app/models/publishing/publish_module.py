@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from serve_app.core.contract import Contract
 from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.builders import registry
+from serve_app.models.builders.described_module import DescribedModule
 from serve_app.models.graph_optimizations import ROUNDING, largest_difference, optimize, order_of_use
 from serve_app.models.module_call import takes_keywords
-from serve_app.models.module_template import TORCH_COMPUTE_DTYPES, ModuleTemplate
+from serve_app.models.module_template import TORCH_COMPUTE_DTYPES
 from serve_app.models.profiling.grid import grid
 from serve_app.models.profiling.measure_published import measure_published, require_counted
 from serve_app.models.publishing.described import OnStage, describe, runs_row_by_row, with_measurement
@@ -26,9 +28,9 @@ from serve_app.models.publishing.module_files import distinct_tensors, write_mod
 from serve_app.models.publishing.module_inputs import input_contract, read_example
 from serve_app.models.publishing.module_trials import Trial, compute_dtype, run_module, run_trials
 from serve_app.models.publishing.task_files import with_task
-from serve_app.models.runtimes.torch_runtime import PreparedModule
+from serve_app.models.runtimes.torch_runtime import PreparedModule, TorchRuntime
 from serve_app.models.torch_internals import STATE_TABLES
-from serve_app.store.manifest import ExecutionFormat, Manifest
+from serve_app.store.manifest import BlobFile, ExecutionFormat, Manifest
 from serve_app.store.model_store import ModelStore
 
 #: Largest difference allowed between the outputs of the stored and of the directly built model, in parts of the largest
@@ -49,7 +51,7 @@ def publish_module(store: ModelStore, entry: ModelEntry, weights: str, module: n
     Raises:
         StoreError: the module does not answer as its entry says, does not load back as it was, or cannot be written.
     """
-    metadata = registry.metadata(entry)
+    metadata = module.metadata if isinstance(module, DescribedModule) else registry.metadata(entry)
     task = task_for(entry, metadata.task)
     _require_compute_dtype(entry, module)
     example = read_example(entry, module)
@@ -64,24 +66,37 @@ def publish_module(store: ModelStore, entry: ModelEntry, weights: str, module: n
     weights_bytes = sum(tensor.nbytes for tensor in distinct_tensors(module).values())
     on_stage("writing", weights_bytes)
     places, blob = write_module(store, module, order, execution)
+    files = (blob, *_write_structure(store, module))
     on_stage("verifying", weights_bytes)
     model = describe(
         entry, weights=weights, runtime="torch", contract=contract, task=_labeled(task, contract),
         row_by_row=runs_row_by_row(contract), weights_bytes=weights_bytes, accuracy=metadata.accuracy,
     )  # fmt: skip
     manifest = Manifest(
-        model=model, default_task=_labeled(metadata.task, contract), execution=execution, tensors=places, files=(blob,)
+        model=model, default_task=_labeled(metadata.task, contract), execution=execution, tensors=places, files=files
     )
     answers = {spec.name: tensor.numpy() for spec, tensor in zip(contract.outputs, trials[-1].outputs, strict=True)}
     manifest = with_task(store, entry, manifest, answers)
     model = manifest.model
-    _verify(PreparedModule(ModuleTemplate(manifest), store), trials, entry.dtype)
+    _verify(TorchRuntime().prepare(manifest, store), trials, entry.dtype)
     on_stage("measuring", weights_bytes)
     sizes = grid(contract.axes)
     measurement = measure_published(manifest, store, sizes[:1] if model.row_by_row else sizes)
     require_counted(entry.builder, measurement, weights_bytes)
     store.commit(dataclasses.replace(manifest, model=with_measurement(model, measurement, weights_bytes)))
     on_stage("published", weights_bytes)
+
+
+def _write_structure(store: ModelStore, module: nn.Module) -> tuple[BlobFile, ...]:
+    """Store what a worker builds the module from, where its builder alone could not."""
+    if not isinstance(module, DescribedModule):
+        return ()
+    structure = module.structure
+
+    def write(path: Path) -> None:
+        path.write_bytes(structure)
+
+    return (store.put_blob(write, role="graph", ending="structure"),)
 
 
 def _require_compute_dtype(entry: ModelEntry, module: nn.Module) -> None:

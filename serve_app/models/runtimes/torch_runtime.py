@@ -134,4 +134,13 @@ class TorchRuntime:
 
     def prepare(self, manifest: Manifest, store: ModelStore) -> PreparedModule:
         """Build the module without weights, see ``Runtime.prepare``."""
-        return PreparedModule(ModuleTemplate(manifest), store)
+        return PreparedModule(ModuleTemplate(manifest, _structure(manifest, store)), store)
+
+
+def _structure(manifest: Manifest, store: ModelStore) -> bytes | None:
+    """Return what the store has of the structure of a module, if anything."""
+    graph = next((file for file in manifest.files if file.role == "graph"), None)
+    if graph is None:
+        return None
+    store.require_verified(graph, manifest.model.model_id)
+    return store.blob_path(graph.name).read_bytes()

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
 from serve_app.errors import DownloadFailed, StoreError
@@ -125,7 +125,7 @@ class _Entry:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def record(self) -> dict[str, str]:
+    def record(self) -> dict[str, Any]:
         """Return version and digest of the file that is kept."""
         return _read_json(self._record)
 
@@ -134,9 +134,15 @@ class _Entry:
         return self.file if self.file.is_file() and self.record() else None
 
     def partial_state(self) -> tuple[int, str | None]:
-        """Return the bytes of a broken download, and the version that they are of."""
-        version = _read_json(self._partial_record).get("version")
-        return (self.partial.stat().st_size, version) if version and self.partial.is_file() else (0, None)
+        """Return the bytes of a broken download, and the version that they are of.
+
+        What has come whole without being put in place is downloaded again: there is no rest to ask for.
+        """
+        record = _read_json(self._partial_record)
+        version, size_bytes = record.get("version"), record.get("size_bytes")
+        if not version or not self.partial.is_file() or self.partial.stat().st_size == size_bytes:
+            return 0, None
+        return self.partial.stat().st_size, version
 
     def append(self, download: Download, on_bytes: OnBytes) -> None:
         """Write a download behind what is there of it.
@@ -144,7 +150,7 @@ class _Entry:
         Raises:
             Interrupted: it broke off.
         """
-        self._partial_record.write_text(json.dumps({"version": download.version}))
+        self._partial_record.write_text(json.dumps({"version": download.version, "size_bytes": download.size_bytes}))
         done = download.offset
         with self.partial.open("ab" if done else "wb") as file:
             on_bytes(done, download.size_bytes)
@@ -164,7 +170,7 @@ class _Entry:
         return self.file
 
 
-def _read_json(path: Path) -> dict[str, str]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):

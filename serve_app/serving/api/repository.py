@@ -11,6 +11,7 @@ from serve_app import __version__
 from serve_app.serving import oip
 from serve_app.serving.api.error_responses import JsonResponse
 from serve_app.serving.api.request_reader import RequestReader
+from serve_app.serving.router.model_problems import problem_of, unusable_reason
 from serve_app.serving.router.router import Router
 
 
@@ -47,7 +48,7 @@ class RepositoryEndpoints:
         versions = self._router.catalog.versions(models[0].name)
         content = oip.model_metadata(models[0], tuple(map(str, versions)))
         content["parameters"]["version"] = str(models[0].version)
-        problem = self._router.problem(models)
+        problem = problem_of(models, self._router.view.workers())
         if problem is not None:
             content["parameters"]["problem"] = problem
         return JsonResponse(content)
@@ -57,7 +58,7 @@ class RepositoryEndpoints:
         name = request.path_params["model"]
         problem = self._router.catalog.problems.get(name)
         if problem is None:
-            problem = self._router.problem(self._reader.models(request))
+            problem = problem_of(self._reader.models(request), self._router.view.workers())
         content = {"name": name, "ready": problem is None, **({} if problem is None else {"reason": problem})}
         return JsonResponse(content, _ready_status(problem is None))
 
@@ -70,7 +71,7 @@ class RepositoryEndpoints:
                 "name": model.name,
                 "version": str(model.version),
                 "state": "READY" if model.model_id in ready else "UNAVAILABLE",
-                "reason": self._router.problem((model,)) or "",
+                "reason": unusable_reason(model, self._router.view.workers()) or "",
             }
             for model in self._router.catalog.models
         ]

@@ -233,19 +233,6 @@ class Router:
             )
         return models
 
-    def problem(self, models: Sequence[PublishedModel]) -> str | None:
-        """Return why none of these models can be served: no worker can load them, or none has memory for them."""
-        workers = self.view.workers()
-        if not workers:
-            return "no worker is known; try again later"
-        reasons = [
-            report.unusable.get(model.model_id) or f"no worker has memory for {model.model_id}"
-            for model in models
-            for report in workers
-            if model.model_id in report.unusable or not report.can_hold(model.profile)
-        ]
-        return reasons[0] if len(reasons) == len(models) * len(workers) else None
-
     async def load(self, location: str, name: str) -> None:
         """Load a model at a location for an operator; raises the tree of ``errors.py``."""
         await self._control.load(location, self._single(name).model_id)

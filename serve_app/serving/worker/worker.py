@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -67,6 +67,7 @@ class Worker:
         find_blob: returns the path of a file in the store, by its name.
         retention: what it holds beside what is worth it to its policy.
         unusable: models that cannot be loaded here, and why.
+        look_for_versions: reconfigures the worker if other versions have been published.
         clock: monotonic seconds.
 
     Attributes:
@@ -88,6 +89,7 @@ class Worker:
         find_blob: Callable[[str], Path] = Path,
         retention: RetentionRules = _NO_RETENTION,
         unusable: Mapping[str, str] = MappingProxyType({}),
+        look_for_versions: Callable[[], Awaitable[None]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._identity = identity
@@ -98,6 +100,7 @@ class Worker:
         self._budget = process_budget
         self._max_pixels = max_pixels
         self._find_blob = find_blob
+        self._look_for_versions = look_for_versions or _nothing_new
         self._preload_at_start = retention.preload
         self._clock = clock
         self.executor = InferenceExecutor(
@@ -220,7 +223,10 @@ class Worker:
     async def infer(self, work: InferenceTask) -> Reply:
         """Run one inference; a failure that is no fault of the worker's comes back as a value."""
         if work.model_id not in self._catalog:
-            return self._not_in_store(work.model_id)
+            # The router may have seen a new version first.
+            await self._look_for_versions()
+            if work.model_id not in self._catalog:
+                return self._not_in_store(work.model_id)
         model = self._catalog[work.model_id]
         if work.only_if_resident and self._manager.cache.state(work.model_id) is None:
             return NotResident(replica=self._identity.replica, sequence=self._reporter.next_sequence)
@@ -325,6 +331,10 @@ class Worker:
     def _not_in_store(self, model_id: str) -> InferenceRejected:
         here = self._identity.location
         return InferenceRejected(error=StoreError(f"the store at {here} has no model {model_id}; publish it there"))
+
+
+async def _nothing_new() -> None:
+    """Find no other versions."""
 
 
 def _run(

@@ -72,6 +72,17 @@ def test_download_that_is_given_up_goes_on_in_the_next_run(server: FileServer, t
     assert server.requests[-1]["Range"] == "bytes=1500000-"
 
 
+def test_download_that_ended_before_it_was_kept_is_made_again(server: FileServer, tmp_path: Path) -> None:
+    def killed_at_the_end(done: int, total: int) -> None:
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Fetcher(tmp_path).fetch(server.url, killed_at_the_end)
+    assert Fetcher(tmp_path).fetch(server.url).read_bytes() == CONTENT
+    assert "Range" not in server.requests[-1]
+
+
 def test_file_that_changed_within_a_broken_download_is_downloaded_from_its_start(
     server: FileServer, tmp_path: Path
 ) -> None:

@@ -68,6 +68,16 @@ def test_file_of_a_package_that_is_not_installed_comes_from_the_index_once(index
 
 
 @pytest.mark.slow
+def test_index_that_cannot_be_reached_is_told_from_a_package_that_it_lacks(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    with pytest.raises(DownloadFailed, match="package edgeserve-test-absent: the package index cannot be reached"):
+        Fetcher(tmp_path / "downloads").fetch("package:edgeserve-test-absent/b")
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("index")
 def test_package_without_the_file_or_that_the_index_does_not_have_is_refused(tmp_path: Path) -> None:
     fetcher = Fetcher(tmp_path / "downloads")
