@@ -29,7 +29,7 @@ _SOON = "running deployments follow within about a second"
 @store_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def versions(model: str | None, edge: Path | None, store: Path | None, as_json: bool) -> None:
-    """List the published versions of MODEL, or of every model, and which of them answer.
+    """List published versions, and which of them answer.
 
     Versions are those of the catalog that the settings name; other catalogs in the same store have their own.
     """
@@ -95,9 +95,10 @@ def canary(model: str, share: float, number: int | None, edge: Path | None, stor
 @edge_option
 @store_option
 def remove(model: str, number: int | None, edge: Path | None, store: Path | None) -> None:
-    """Take MODEL, or one version of it, out of what is served; edgeserve store gc then frees the space.
+    """Take MODEL, or one version of it, out of service.
 
-    A model that is still in the catalog is published again by the next edgeserve up.
+    edgeserve store gc then frees the space. A model that is still in the catalog is published again by the next
+    edgeserve up.
     """
     if number is not None:
         _change(model, edge, store, lambda before: before.without(number))
@@ -108,7 +109,7 @@ def remove(model: str, number: int | None, edge: Path | None, store: Path | None
     stdout().print(f"{model} is removed; {_SOON}; edgeserve store gc frees the space")
 
 
-@click.group()
+@click.group(no_args_is_help=False)
 def store() -> None:
     """Look after the model store."""
 

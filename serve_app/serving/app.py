@@ -76,7 +76,7 @@ def build(args: AppArgs) -> Any:
         location=args.location,
         project=project,
         versions=store.projects.read(project),
-        issued=max(_written_ns(path) for path in (edge, settings.catalog)),
+        issued=max(*(_written_ns(path) for path in (edge, settings.catalog)), store.projects.written_ns(project)),
     )
     token = load_token(settings)
     common = {"user_config": config.to_json()}

@@ -101,8 +101,8 @@ class ReplicaConfig:
             hand_over_s=worker.hand_over,
         )
 
-    def coordinator_rules(self, catalog: Catalog) -> CoordinatorRules:
-        """Return the rules that the coordinator is to follow."""
+    def coordinator_rules(self, catalog: Catalog, published_ns: int = 0) -> CoordinatorRules:
+        """Return the rules that the coordinator is to follow; ``published_ns``: when the versions last changed."""
         coordinator = self.settings.coordinator
         placement = None
         if coordinator.placement_every is not None:
@@ -114,7 +114,7 @@ class ReplicaConfig:
                 rules=PlacementRules(withdraw_after_s=coordinator.withdraw_after),
             )
         return CoordinatorRules(
-            issued=self.issued,
+            issued=max(self.issued, published_ns),
             half_life_s=coordinator.popularity_half_life,
             stale_after_s=coordinator.stale_after,
             placement=placement,

@@ -142,7 +142,7 @@ class WorkerReplica:
                     policy=config.eviction_policy(self._identity.replica) if is_other_policy else None,
                     rules=config.routing_rules(catalog),
                     retention=config.retention_rules(catalog),
-                    coordination=config.coordinator_rules(catalog),
+                    coordination=config.coordinator_rules(catalog, self._store.projects.written_ns(config.project)),
                     unusable=self._unusable,
                 )
             except ValueError as error:
@@ -246,7 +246,7 @@ class RouterReplica:
                 catalog,
                 tuple(config.settings.locations),
                 config.routing_rules(catalog),
-                config.coordinator_rules(catalog),
+                config.coordinator_rules(catalog, self._store.projects.written_ns(config.project)),
             )
             self._config = config
 

@@ -63,12 +63,13 @@ def collect(
     """
     with store.exclusive(on_wait=on_wait), explain_os_errors(f"tidy up {store.root}", store.root):
         states = {key: state for key in store.projects.known() if (state := store.projects.read(key)) is not None}
+        is_known = project.key in states
         own = states.get(project.key) or ProjectState(catalog=project.catalog, host=project.host)
         trimmed = _trimmed(own, entries, store.projects.in_use(project.key, _IN_USE_S), keep)
         abandoned = tuple(
             key for key, state in states.items() if key != project.key and _is_abandoned(store, project, key, state)
         )
-        if own.models:
+        if is_known:
             states[project.key] = trimmed
         kept = {
             ManifestKey(name=name, stem=version.manifest)
@@ -77,8 +78,9 @@ def collect(
             for name, model in state.models.items()
             for version in model.versions
         }
-        # What was published for no project, but is what the catalog asks for.
-        kept |= {found for entry in entries if entry.model_id not in own.models and (found := store.find(entry))}
+        if not is_known:
+            # Its models may have been published for no project, and be served all the same.
+            kept |= {found for entry in entries if (found := store.find(entry))}
         manifests = tuple(key for key in store.all_manifest_keys() if key not in kept)
         paths = [*map(store.manifest_path, manifests), *store.outdated_manifests()]
         used = store.blobs_of(kept)
@@ -94,7 +96,7 @@ def collect(
             # The states first: what they name must be there as long as they name it.
             for key in abandoned:
                 store.projects.forget(key)
-            if own.models:
+            if is_known:
                 store.projects.update(project, lambda _: trimmed)
             for path in paths:
                 path.unlink(missing_ok=True)

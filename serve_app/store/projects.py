@@ -211,6 +211,10 @@ class Projects:
         except OSError:
             return []
 
+    def written_ns(self, key: str) -> int:
+        """Return when the state of a project last changed, in nanoseconds since 1970; 0 while it has none."""
+        return max(self.signature(key)[2:], default=0) if key else 0
+
     def read(self, key: str) -> ProjectState | None:
         """Read the state of a project; None if it has published nothing.
 

@@ -7,6 +7,7 @@ from fakes import published
 
 from serve_app.config.edge import EdgeSettings
 from serve_app.core.catalog import Catalog, ModelEntry
+from serve_app.core.versions import VersionRoute
 from serve_app.errors import ConfigError
 from serve_app.serving.replica_config import ReplicaConfig
 
@@ -81,3 +82,14 @@ def test_without_a_period_there_is_no_placement() -> None:
 
 def test_the_policy_is_the_one_that_is_configured() -> None:
     assert type(config().eviction_policy("paris-1")).__name__.lower() == "lru"
+
+
+def test_the_coordinator_follows_versions_that_were_published_since() -> None:
+    assert config().coordinator_rules(CATALOG).issued == 5
+    assert config().coordinator_rules(CATALOG, published_ns=9).issued == 9
+    assert config().coordinator_rules(CATALOG, published_ns=4).issued == 5
+
+
+def test_the_version_that_answers_has_the_copies_that_its_model_must_have() -> None:
+    changed = Catalog((published("small"), published("small@2")), {"small": VersionRoute(current=2)})
+    assert config().retention_rules(changed).min_copies == {"small@2": 2}

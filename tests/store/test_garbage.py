@@ -76,6 +76,12 @@ def test_a_model_that_left_the_catalog_stays_while_a_deployment_serves_it(store:
     assert blobs(store) == 0
 
 
+def test_a_model_that_was_removed_goes_although_the_catalog_still_has_it(store: ModelStore, mine: Project) -> None:
+    store.projects.update(mine, lambda state: state.with_versions("tied", None))
+    collect(store, mine, [SECOND])
+    assert blobs(store) == 0
+
+
 def test_manifests_of_earlier_formats_go(store: ModelStore, mine: Project) -> None:
     old = store.root / "models" / "old.json"
     old.write_text('{"format": 2, "files": []}')

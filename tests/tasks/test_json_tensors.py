@@ -56,10 +56,10 @@ def test_a_wrong_body_is_refused_with_the_input_and_what_it_takes(body: str, sen
 
 @pytest.mark.parametrize(("value", "is_right"), [(255, True), (256, False), (-1, False), (1.5, False), (2**70, False)])
 def test_whole_numbers_must_be_in_the_range_of_their_type(value: float, is_right: bool) -> None:
-    model = model_of(TaskSpec(), [tensor("x", "UINT8", 1)], [tensor("y", "UINT8", 1)])
-    body = json.dumps({"x": [value]}).encode()
+    model = model_of(TaskSpec(), [tensor("x", "UINT8", 2)], [tensor("y", "UINT8", 2)])
+    body = json.dumps({"x": [value, 7]}).encode()
     if is_right:
-        assert answer(body, model, lambda inputs: {"y": inputs["x"]})["outputs"] == {"y": [value]}
+        assert answer(body, model, lambda inputs: {"y": inputs["x"]})["outputs"] == {"y": [value, 7]}
     else:
         with pytest.raises(InvalidRequest, match=r"whole numbers in its range|not all of that type"):
             answer(body, model, dict)

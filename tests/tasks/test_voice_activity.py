@@ -69,7 +69,9 @@ def test_short_noises_are_no_speech_and_short_pauses_no_silence() -> None:
     assert not segments((0.0, 5), (0.9, 7), (0.0, 9))
     assert len(segments((0.9, 20), (0.1, 3), (0.9, 20))) == 1
     assert len(segments((0.9, 20), (0.4, 30), (0.9, 20))) == 1
-    assert len(segments((0.9, 20), (0.1, 9), (0.9, 20))) == 2
+    # A tenth of a second is three windows and a bit.
+    assert len(segments((0.9, 20), (0.1, 4), (0.9, 20))) == 1
+    assert len(segments((0.9, 20), (0.1, 5), (0.9, 20))) == 2
 
 
 def test_a_recording_that_takes_too_long_is_refused() -> None:
