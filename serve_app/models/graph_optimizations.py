@@ -70,7 +70,12 @@ Execute = Callable[[ExecutionFormat], list[torch.Tensor]]
 
 
 def optimize(
-    module: nn.Module, execute: Execute, expected: Sequence[torch.Tensor], execution: ExecutionFormat, name: str
+    module: nn.Module,
+    execute: Execute,
+    expected: Sequence[torch.Tensor],
+    execution: ExecutionFormat,
+    name: str,
+    folded: tuple[FoldedNorm, ...],
 ) -> ExecutionFormat:
     """Apply in place the fastest optimizations with which a module still answers as expected.
 
@@ -80,11 +85,11 @@ def optimize(
         expected: the outputs of the unchanged module.
         execution: how to call the module.
         name: of the model, for the log.
+        folded: the batch norms to fold, see ``foldable_norms``.
 
     Returns:
         What was done, so that it can be repeated; nothing where the answers would change or the module would fail.
     """
-    folded = foldable_norms(module, name)
     channels_last = any(isinstance(child, nn.Conv2d) for child in module.modules())
     candidates = [
         replace(execution, folded=folded, channels_last=channels_last),
@@ -128,7 +133,7 @@ def foldable_norms(module: nn.Module, name: str) -> tuple[FoldedNorm, ...]:
 
     Neither module may be called twice, and only the call of a module may read its tensors.
     """
-    if not any(type(child) in _NORM_AFTER.values() for child in module.modules()):
+    if not has_norms(module):
         # A trace hands symbols to foreign code, which nothing is gained by here.
         return ()
     try:
@@ -153,6 +158,11 @@ def foldable_norms(module: nn.Module, name: str) -> tuple[FoldedNorm, ...]:
         if used_once and _fits(conv, norm) and names_of[id(conv.weight)] == 1:
             folded.append(pair)
     return tuple(folded)
+
+
+def has_norms(module: nn.Module) -> bool:
+    """Return whether a module has batch norms that might be folded."""
+    return any(type(child) in _NORM_AFTER.values() for child in module.modules())
 
 
 def fold(module: nn.Module, folded: Iterable[FoldedNorm]) -> Callable[[], None]:

@@ -237,6 +237,12 @@ def test_crash_in_another_process_is_a_refusal(store: ModelStore, monkeypatch: p
     assert "crashes its process (SIGSEGV)" in message
 
 
+def test_trace_that_crashes_leaves_the_batch_norms(store: ModelStore, caplog: pytest.LogCaptureFixture) -> None:
+    published(store, entry("CrashesWhenTraced", task=None, input=ImageInput(resize_px=32, crop_px=32)))
+    assert store.manifest("model").execution.folded == ()
+    assert "keeps its batch norms: the trace of any_models:CrashesWhenTraced crashes its process" in caplog.text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "ssdlite320_mobilenet_v3_large"])
 def test_segmenters_and_detectors_of_torchvision_are_served(store: ModelStore, name: str) -> None:

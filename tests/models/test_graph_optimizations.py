@@ -107,7 +107,10 @@ def test_module_whose_answers_would_change_is_left_as_it_is(caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING):
         expected = [torch.from_numpy(logits(module, batch) + 1)]
         execute = partial(executed, module, torch.from_numpy(batch))
-        assert optimize(module, execute, expected, ExecutionFormat(), "m") == ExecutionFormat()
+        assert (
+            optimize(module, execute, expected, ExecutionFormat(), "m", foldable_norms(module, "m"))
+            == ExecutionFormat()
+        )
     assert isinstance(module.first_norm, torch.nn.BatchNorm2d)
     assert caplog.text.count("its outputs would change by") == 3
 

@@ -207,3 +207,16 @@ class CrashesApart(Tabular):
         if os.environ.get("EDGESERVE_TEST_PROCESS") not in (None, str(os.getpid())):
             ctypes.string_at(0)
         return super().forward(features)
+
+
+class CrashesWhenTraced(nn.Module):
+    """Ends its process natively when it is called with what is no tensor, as a wrapper of another runtime does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not isinstance(images, torch.Tensor):
+            ctypes.string_at(0)
+        return self.norm(images).mean((2, 3))

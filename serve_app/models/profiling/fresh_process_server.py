@@ -15,11 +15,15 @@ import warnings
 from typing import Any
 
 from serve_app.errors import EdgeServeError
+from serve_app.models.builders.registry import build_on_meta
 from serve_app.models.threads import use_threads
 from serve_app.models.torchvision_compat import import_torchvision
 
 #: Without a request for so long, the server ends; the next one starts another.
 IDLE_S = 20.0
+
+#: A module that takes milliseconds to build.
+_SMALL = "torchvision:squeezenet1_1"
 
 # prctl(2)
 _PR_SET_PDEATHSIG = 1
@@ -33,6 +37,8 @@ def serve(descriptor: int) -> None:
     use_threads(1)
     import_torchvision()
     importlib.import_module("serve_app.models.profiling.measure_published")
+    # The first module without storage imports much more.
+    build_on_meta(_SMALL, "random:0")
     # What is imported stays: its objects need not be looked through by every process that collects garbage.
     gc.collect()
     gc.freeze()

@@ -59,8 +59,8 @@ class Measurement:
         costs: what an execution takes at every one of the sizes that were measured, the least first; they never fall
             where a size grows. ``exec_s`` and ``workspace_bytes`` are of these.
         prepared_bytes: what a process keeps of the model while it is not in memory, once it has run.
-        resident_bytes: by how much resident memory falls with an unload, once every thread that executes models has
-            executed it.
+        resident_bytes: by how much resident memory falls with an unload at most, once every thread that executes models
+            has executed it.
         kept_bytes: by how much it is larger after a load and an unload than before, every time; heaps that grow to
             their size keep something now and then.
         skipped: sizes at which it was not measured.
@@ -96,21 +96,25 @@ def measure(
     which an execution would take too long, or too much of the memory of this machine, are skipped.
 
     Args:
-        prepare: prepares the model; it is called twice.
+        prepare: prepares the model; it is called twice. What imports and hidden weights take can be told apart only
+            if it prepares it anew then; it may return the same again where nothing is hidden.
         contract: of the model.
         sizes: of the free axes, at which executions are measured; the least first, see ``grid.grid``.
         highest: the largest whole number of an input, by its name, where it is known.
     """
     inputs = partial(probe, contract, highest=highest)
     with one_thread(), ThreadPoolExecutor(parallel_inferences()) as threads:
+        started = process_memory().anonymous_bytes
         first = prepare()
+        # Files that are mapped here for the first time are code of libraries.
+        first_bytes = process_memory().anonymous_bytes - started
         # First without measuring: libraries set themselves up, which no unload gives back and no further model takes.
         for _ in range(_SETTLING):
             _load_and_run(first, inputs(sizes[0]), threads)
         before = _resident_bytes()
         prepared = prepare()
         _load_and_run(prepared, inputs(sizes[0]), threads)
-        prepared_bytes = _resident_bytes() - before
+        prepared_bytes = _resident_bytes() - before + (first_bytes if prepared is first else 0)
         model = prepared.load(ReadAhead, None)
         try:
             costs, skipped = _costs(model, contract, sizes, inputs)
@@ -123,7 +127,7 @@ def measure(
         load_s=statistics.median(cycle.load_s for cycle in cycles),
         costs=non_decreasing(costs),
         prepared_bytes=max(0, prepared_bytes),
-        resident_bytes=max(0, int(statistics.median(cycle.resident_bytes for cycle in cycles))),
+        resident_bytes=max(0, *(cycle.resident_bytes for cycle in cycles)),
         kept_bytes=max(0, min(cycle.kept_bytes for cycle in cycles)),
         skipped=tuple(skipped),
     )

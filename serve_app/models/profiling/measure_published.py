@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +19,7 @@ from serve_app.errors import StoreError
 from serve_app.models.profiling.fresh_process import call_in_fresh_process
 from serve_app.models.profiling.measure import Measurement, Skipped, measure
 from serve_app.models.runtimes import registry
+from serve_app.models.runtimes.base import PreparedModel
 from serve_app.models.threads import expect_parallel, parallel_inferences
 from serve_app.store.manifest import Manifest
 from serve_app.store.model_store import ModelStore
@@ -31,6 +33,9 @@ FREE_SHARE = 0.05
 #: What a process may keep of a model that is not in memory, in parts of its size: the objects of its structure.
 PREPARED_BYTES = 4 * 2**20
 PREPARED_SHARE = 0.1
+
+#: Builders of libraries that are imported already, and whose modules have no weights but parameters and buffers.
+KNOWN_BUILDERS = ("torchvision:", "timm:", "efficientnet-lite:")
 
 _MEGABYTE = 1e6
 
@@ -67,6 +72,9 @@ def measure_published(
     costs = tuple(SizeCost(**{**cost, "sizes": tuple(cost["sizes"])}) for cost in raw.pop("costs"))
     skipped = tuple(Skipped(sizes=tuple(each["sizes"]), reason=each["reason"]) for each in raw.pop("skipped"))
     measurement = Measurement(costs=costs, skipped=skipped, **raw)
+    if model.runtime != "torch":
+        # Prepared, it is the place of its files and no more. What is seen besides is the library's, and comes and goes.
+        measurement = dataclasses.replace(measurement, prepared_bytes=0)
     require_given_back(model.builder, measurement, model.weights_bytes)
     return measurement
 
@@ -78,9 +86,13 @@ def measure_here(
     read = Manifest.from_json(manifest.encode(), "of the publisher")
     store = ModelStore(Path(root))
     expect_parallel(parallel)
-    measured = measure(
-        lambda: registry.prepare(read, store), read.model.contract, [tuple(each) for each in sizes], highest
-    )  # fmt: skip
+
+    def prepare() -> PreparedModel:
+        return registry.prepare(read, store)
+
+    is_known = read.model.builder.startswith(KNOWN_BUILDERS)
+    sizes_of_axes = [tuple(each) for each in sizes]
+    measured = measure(cache(prepare) if is_known else prepare, read.model.contract, sizes_of_axes, highest)
     return dataclasses.asdict(measured)
 
 

@@ -28,6 +28,7 @@ from serve_app.models.publishing.module_files import distinct_tensors, write_mod
 from serve_app.models.publishing.module_inputs import input_contract, read_example
 from serve_app.models.publishing.module_trials import Trial, compute_dtype, run_module, run_trials
 from serve_app.models.publishing.task_files import with_task
+from serve_app.models.publishing.traced_apart import norms_to_fold
 from serve_app.models.runtimes.torch_runtime import PreparedModule, TorchRuntime
 from serve_app.models.torch_internals import STATE_TABLES
 from serve_app.store.manifest import BlobFile, ExecutionFormat, Manifest
@@ -59,7 +60,7 @@ def publish_module(store: ModelStore, entry: ModelEntry, weights: str, module: n
     is_named = bool(entry.inputs or metadata.inputs or example)
     execution = ExecutionFormat(by_keyword=is_named and takes_keywords(module, [spec.name for spec in known.inputs]))
     contract, trials = run_trials(entry, module, task, known, example, execution)
-    execution = _optimized(entry, module, contract, trials[-1], execution)
+    execution = _optimized(entry, weights, module, contract, trials[-1], execution)
     dtype = TORCH_COMPUTE_DTYPES[entry.dtype]
     module.to(dtype)
     order = order_of_use(module, partial(run_module, module, contract, trials[0].inputs, execution, dtype))
@@ -112,7 +113,7 @@ def _require_compute_dtype(entry: ModelEntry, module: nn.Module) -> None:
 
 
 def _optimized(
-    entry: ModelEntry, module: nn.Module, contract: Contract, trial: Trial, execution: ExecutionFormat
+    entry: ModelEntry, weights: str, module: nn.Module, contract: Contract, trial: Trial, execution: ExecutionFormat
 ) -> ExecutionFormat:
     """Make a module faster where its answers stay; one whose weights are bfloat16 already stays as it is."""
     if compute_dtype(module) is torch.bfloat16:
@@ -124,6 +125,7 @@ def _optimized(
         trial.outputs,
         execution,
         entry.model_id,
+        norms_to_fold(entry, weights, module),
     )
 
 
