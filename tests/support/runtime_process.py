@@ -41,7 +41,7 @@ def main() -> None:
         return loaded - resident_bytes()
 
     # Libraries set up what they keep, and the heaps of the threads grow to their size.
-    given_back = [cycle() for _ in range(10)][-1]
+    given_back = [cycle() for _ in range(30)][-1]
     before = resident_bytes()
     for _ in range(int(cycles)):
         cycle()
