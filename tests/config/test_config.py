@@ -511,5 +511,5 @@ def test_builders_of_files_are_relative_to_the_catalog_and_names_are_not(write: 
 
 def test_an_example_must_be_a_function(write: Write) -> None:
     models = {"own": {"builder": "package.module:factory", "example": "inputs.npz"}}
-    with pytest.raises(ConfigError, match="must name a function: package.module:function"):
+    with pytest.raises(ConfigError, match=r"must name a function: package\.module:function"):
         load_catalog(write({"models": models}))
