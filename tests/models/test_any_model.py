@@ -155,6 +155,11 @@ def test_every_datatype_of_numbers_is_taken(store: ModelStore, datatype: str) ->
     assert np.array_equal(answers["output"], value.astype(np.float64) * 2)
 
 
+def test_what_declares_its_inputs_takes_tensors_only_unless_it_names_a_task(store: ModelStore) -> None:
+    assert published(store, entry("Tabular", task=None, inputs=FEATURES)).task == TENSORS
+    assert published(store, entry("Tabular", task=None, example="any_models:tabular_example")).task == TENSORS
+
+
 def test_texts_are_refused(store: ModelStore) -> None:
     message = refusal(store, entry("Takes", inputs=(takes("value", "BYTES", ("batch",)),)))
     assert "'value'" in message
