@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from serve_app.errors import StoreError
+from serve_app.errors import InvalidRequest, StoreError
 from serve_app.models.module_call import call_module, ordered_outputs
 from serve_app.models.module_template import ModuleTemplate
 from serve_app.models.readahead import ReadAhead
@@ -75,9 +75,11 @@ class TorchModel:
 
     def _call(self, template: ModuleTemplate, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         execution = template.manifest.execution
-        return ordered_outputs(
-            call_module(template.module, self._inputs, tensors, execution, template.dtype), self._outputs
-        )
+        try:
+            results = call_module(template.module, self._inputs, tensors, execution, template.dtype)
+        except IndexError as error:
+            raise InvalidRequest(f"model {self.model_id!r} cannot run on these inputs ({error})") from error
+        return ordered_outputs(results, self._outputs)
 
     def unload(self) -> None:
         """Give the memory back at once, see ``LoadedModel.unload``."""
@@ -125,6 +127,10 @@ class PreparedModule:
 
 class TorchRuntime:
     """The runtime of modules that a builder makes again in every process."""
+
+    def environment(self) -> str:
+        """Return nothing: the stored tensors are those of any processor, see ``Runtime.environment``."""
+        return ""
 
     def prepare(self, manifest: Manifest, store: ModelStore) -> PreparedModule:
         """Build the module without weights, see ``Runtime.prepare``."""
