@@ -24,7 +24,7 @@ from serve_app.core.routing.rules import RoutingRules
 from serve_app.errors import StoreError
 from serve_app.models.loader import ModelLoader
 from serve_app.models.process_memory import give_back_free_memory, process_memory
-from serve_app.models.profiling.measure import grid
+from serve_app.models.profiling.grid import grid
 from serve_app.models.threads import use_threads
 from serve_app.serving.coordinator.client import CoordinatorClient
 from serve_app.serving.metrics import WorkerMetrics
@@ -79,7 +79,7 @@ async def bench(memory: str, *, preloads: int, release_page_cache: bool) -> Asyn
         StoreError: no model is published that fits.
     """
     settings = load_edge(Path("deploy/edge.yaml"))
-    use_threads(settings.worker.threads_per_inference)
+    use_threads(settings.worker.threads_per_inference, settings.worker.parallel_inferences)
     store = ModelStore(settings.store)
     catalog = store.catalog(load_catalog(settings.catalog))
     loader = ModelLoader(store, release_page_cache=release_page_cache)

@@ -91,7 +91,7 @@ def _profiles(
     from serve_app.models.profiling import model_profile
     from serve_app.models.threads import use_threads
 
-    use_threads(settings.worker.threads_per_inference)
+    use_threads(settings.worker.threads_per_inference, settings.worker.parallel_inferences)
     profiles = list(
         _each(
             entries,

@@ -125,8 +125,10 @@ def publish_catalog(
     # torch takes seconds to import, and --help does not need it.
     from serve_app.models.publishing.publish_catalog import publish as publish_entries
     from serve_app.models.sources.fetcher import Fetcher
+    from serve_app.models.threads import expect_parallel
 
     settings = load_edge(edge)
+    expect_parallel(settings.worker.parallel_inferences)
     entries, root, out = chosen_entries(settings, names), store or settings.store, stdout()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=out, transient=True) as progress:

@@ -88,6 +88,7 @@ class _ModelSettings(Settings):
     task: Annotated[_TaskSettings | None, BeforeValidator(_kind_alone)] = None
     inputs: tuple[_TensorSettings, ...] = ()
     outputs: tuple[_TensorSettings, ...] = ()
+    example: str | None = None
     limits: dict[str, Annotated[_AxisSettings, BeforeValidator(_limit_alone)]] = Field(default_factory=dict)
     runtime: Literal["auto", "torch", "onnxruntime", "openvino"] = "auto"
     pinned: bool = False
@@ -130,6 +131,7 @@ def _entry(path: Path, model_id: str, model: _ModelSettings) -> ModelEntry:
             task=_task(path, model.task),
             inputs=tuple(TensorDeclaration(**tensor.model_dump()) for tensor in model.inputs),
             outputs=tuple(TensorDeclaration(**tensor.model_dump()) for tensor in model.outputs),
+            example=model.example,
             limits=tuple(Axis(name=name, **limit.model_dump()) for name, limit in model.limits.items()),
             runtime=model.runtime,
             dtype=model.precision,

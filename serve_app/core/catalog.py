@@ -189,6 +189,13 @@ class PublishedModel:
         return SizeCost(sizes=tuple(sizes), workspace_bytes=self.workspace_bytes, exec_s=rows * self.profile.exec_s)
 
 
+def runtime_of(entry: ModelEntry) -> RuntimeName:
+    """Return the library that runs a model: the entry's; by default onnxruntime runs graphs, and torch modules."""
+    if entry.runtime != "auto":
+        return entry.runtime
+    return "onnxruntime" if entry.builder.startswith("onnx:") else "torch"
+
+
 def task_for(entry: ModelEntry, default: TaskSpec) -> TaskSpec:
     """Return the task of a model: the entry's, with the image preset and the labels of the weights where it has none.
 

@@ -99,6 +99,20 @@ class Axis:
             1 <= self.least <= self.most,
             f"axis {self.name!r} must have limits 1 <= least <= most, not {self.least}..{self.most}",
         )
+        _require(
+            self.smallest <= self.largest,
+            f"axis {self.name!r} has no size in {self.least}..{self.most} that is a multiple of {self.multiple}",
+        )
+
+    @property
+    def smallest(self) -> int:
+        """The least size that is allowed."""
+        return -(-self.least // self.multiple) * self.multiple
+
+    @property
+    def largest(self) -> int:
+        """The largest size that is allowed."""
+        return self.most // self.multiple * self.multiple
 
     def problem(self, size: int) -> str | None:
         """Return what is wrong with a size; None if nothing is."""
@@ -190,16 +204,40 @@ class SizeCost:
     exec_s: float
 
 
+def non_decreasing(costs: Sequence[SizeCost]) -> tuple[SizeCost, ...]:
+    """Return the costs such that none is below one at sizes that are nowhere larger: measurements have noise."""
+
+    def raised(cost: SizeCost) -> SizeCost:
+        below = [other for other in costs if _covers(cost.sizes, other.sizes)]
+        return SizeCost(
+            sizes=cost.sizes,
+            workspace_bytes=max(other.workspace_bytes for other in below),
+            exec_s=max(other.exec_s for other in below),
+        )
+
+    return tuple(raised(cost) for cost in costs)
+
+
 def cost_at(costs: Sequence[SizeCost], sizes: Sequence[int]) -> SizeCost:
     """Return the cost at ``sizes``, bounded from above by measurements at others.
 
     Workspace and time grow with every axis. So what is measured at sizes that are nowhere less bounds them: the least
     such workspace, and the shortest such time. Sizes beyond every measurement cost as much as the most expensive one.
     """
-    above = [cost for cost in costs if all(have >= need for have, need in zip(cost.sizes, sizes, strict=True))]
-    candidates = above or [max(costs, key=lambda cost: cost.workspace_bytes)]
+    above = [cost for cost in costs if _covers(cost.sizes, sizes)]
+    if not above:
+        return SizeCost(
+            sizes=tuple(sizes),
+            workspace_bytes=max(cost.workspace_bytes for cost in costs),
+            exec_s=max(cost.exec_s for cost in costs),
+        )
     return SizeCost(
         sizes=tuple(sizes),
-        workspace_bytes=min(cost.workspace_bytes for cost in candidates),
-        exec_s=min(cost.exec_s for cost in candidates),
+        workspace_bytes=min(cost.workspace_bytes for cost in above),
+        exec_s=min(cost.exec_s for cost in above),
     )
+
+
+def _covers(sizes: Sequence[int], others: Sequence[int]) -> bool:
+    """Return whether sizes are nowhere less than others."""
+    return all(size >= other for size, other in zip(sizes, others, strict=True))

@@ -53,15 +53,15 @@ def complete_contract(
     all_inputs = _merge(inputs, declared_inputs, "input")
     all_outputs = _merge(outputs, declared_outputs, "output")
     given = {axis.name: axis for axis in limits}
-    axes = []
-    for name, owner in _free_axes(all_inputs).items():
-        axis = given.pop(name, DEFAULT_BATCH if name == BATCH else None)
-        if axis is None:
-            raise ValueError(
-                f"axis {name!r} of input {owner!r} is free and has no limit, which its memory depends on; "
-                f"add limits: {{{name}: LARGEST}}"
-            )
-        axes.append(axis)
+    free = _free_axes(all_inputs)
+    missing = [name for name in free if name not in given and name != BATCH]
+    if missing:
+        cure = ", ".join(f"{name}: LARGEST" for name in missing)
+        raise ValueError(
+            f"axis {missing[0]!r} of input {free[missing[0]]!r} is free and has no limit, which its memory depends on; "
+            f"add limits: {{{cure}}}"
+        )
+    axes = [given.pop(name, DEFAULT_BATCH) for name in free]
     if given:
         known = ", ".join(axis.name for axis in axes) or "none"
         raise ValueError(f"limits name the axis {next(iter(given))!r}, which no input has; the free axes are {known}")

@@ -284,7 +284,7 @@ def _make_loader(settings: EdgeSettings, store: ModelStore) -> Any:
     from serve_app.models.loader import ModelLoader
     from serve_app.models.threads import use_threads
 
-    use_threads(settings.worker.threads_per_inference)
+    use_threads(settings.worker.threads_per_inference, settings.worker.parallel_inferences)
     return ModelLoader(store, release_page_cache=settings.worker.release_page_cache)
 
 

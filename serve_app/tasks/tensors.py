@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -54,8 +55,13 @@ def complete(tensors: Tensors, contract: Contract) -> tuple[Tensors, tuple[int, 
     return completed, sizes
 
 
-def probe(contract: Contract, sizes: tuple[int, ...], seed: int = 0) -> dict[str, NDArray[Any]]:
-    """Return inputs for a trial run where the free axes have these sizes: noise, zeros, or the defaults."""
+def probe(
+    contract: Contract, sizes: tuple[int, ...], seed: int = 0, *, highest: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, NDArray[Any]]:
+    """Return inputs for a trial run where the free axes have these sizes: noise, small numbers, or the defaults.
+
+    ``highest`` has the largest whole number of an input, by its name, where it is known.
+    """
     random = np.random.default_rng(seed)
     tensors: dict[str, NDArray[Any]] = {}
     for spec in contract.inputs:
@@ -68,5 +74,5 @@ def probe(contract: Contract, sizes: tuple[int, ...], seed: int = 0) -> dict[str
             tensors[spec.name] = np.full(shape, b"text", dtype)
         else:
             # The smallest numbers: of a vocabulary or a table they are valid whatever its size.
-            tensors[spec.name] = random.integers(0, 2, shape).astype(dtype)
+            tensors[spec.name] = random.integers(0, highest.get(spec.name, 1) + 1, shape).astype(dtype)
     return tensors

@@ -492,3 +492,24 @@ def test_a_model_declares_its_tensors_limits_and_task(tmp_path: Path) -> None:
     )
     assert entry.task == TaskSpec(kind="tensors")
     assert entry.dtype == "bfloat16"
+
+
+def test_builders_of_files_are_relative_to_the_catalog_and_names_are_not(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "bert").mkdir()
+    models = {
+        "program": {"builder": "export:unet.pt2"},
+        "folder": {"builder": "transformers:bert"},
+        "hub": {"builder": "transformers:prajjwal1/bert-tiny"},
+        "own": {"builder": "package.module:factory", "example": "package.module:inputs"},
+    }
+    entries = {entry.model_id: entry for entry in load_catalog(write({"models": models}))}
+    assert entries["program"].builder == f"export:{tmp_path / 'unet.pt2'}"
+    assert entries["folder"].builder == f"transformers:{tmp_path / 'bert'}"
+    assert entries["hub"].builder == "transformers:prajjwal1/bert-tiny"
+    assert entries["own"].example == "package.module:inputs"
+
+
+def test_an_example_must_be_a_function(write: Write) -> None:
+    models = {"own": {"builder": "package.module:factory", "example": "inputs.npz"}}
+    with pytest.raises(ConfigError, match=r"must name a function: package\.module:function"):
+        load_catalog(write({"models": models}))

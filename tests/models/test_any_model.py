@@ -155,6 +155,11 @@ def test_every_datatype_of_numbers_is_taken(store: ModelStore, datatype: str) ->
     assert np.array_equal(answers["output"], value.astype(np.float64) * 2)
 
 
+def test_what_declares_its_inputs_takes_tensors_only_unless_it_names_a_task(store: ModelStore) -> None:
+    assert published(store, entry("Tabular", task=None, inputs=FEATURES)).task == TENSORS
+    assert published(store, entry("Tabular", task=None, example="any_models:tabular_example")).task == TENSORS
+
+
 def test_texts_are_refused(store: ModelStore) -> None:
     message = refusal(store, entry("Takes", inputs=(takes("value", "BYTES", ("batch",)),)))
     assert "'value'" in message
@@ -202,7 +207,7 @@ def test_module_in_float64_answers_in_float64(store: ModelStore) -> None:
         ("exported", "use builder: export:model.pt2"),
         ("quantized", "quantize its ONNX export"),
         ("Hides", "holds 24.0 MB while it is not loaded"),
-        ("Collects", "keeps 4.0 MB when it is unloaded, every time"),
+        ("Collects", "MB when it is unloaded, every time"),
         ("Copies", "MB while it is not loaded"),
         ("wrapped", "use builder: onnx:FILE"),
         pytest.param("compiled", "return the module before torch.compile", marks=pytest.mark.slow),
@@ -216,7 +221,7 @@ def test_what_cannot_be_counted_is_refused_with_a_cure(store: ModelStore, factor
 def test_free_axis_without_a_limit_is_refused(store: ModelStore) -> None:
     message = refusal(store, entry("UNet", inputs=UNET.inputs))
     assert "axis 'h' of input 'scan' is free and has no limit" in message
-    assert "add limits: {h: LARGEST}" in message
+    assert "add limits: {h: LARGEST, w: LARGEST}" in message
 
 
 def test_model_that_nothing_is_known_of_is_refused(store: ModelStore) -> None:

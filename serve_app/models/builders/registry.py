@@ -11,6 +11,7 @@ from torch import nn
 
 from serve_app.core.catalog import ModelEntry
 from serve_app.core.reference import is_reference
+from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.builders.base import Builder, Metadata
 from serve_app.models.builders.efficientnet_lite import EfficientNetLiteBuilder
@@ -134,7 +135,11 @@ def metadata(entry: ModelEntry) -> Metadata:
     Raises:
         StoreError: there is no such builder.
     """
-    return resolve(entry.builder).metadata()
+    builder = resolve(entry.builder)
+    if isinstance(builder, FactoryBuilder) and (entry.inputs or entry.example):
+        # What declares its tensors is no classifier of images unless its entry says so.
+        return Metadata(task=TaskSpec())
+    return builder.metadata()
 
 
 def pretrained_source(entry: ModelEntry) -> Pretrained | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +138,8 @@ def _library(name: str) -> Any:
         raise StoreError(
             f"builder transformers:{name} needs transformers; run: pip install 'edgeserve[transformers]'"
         ) from error
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    library.utils.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
     return library
 
 

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import itertools
-import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
-import torch
+import psutil
 
-from serve_app.core.contract import Axis, Contract, SizeCost
+from serve_app.core.contract import Contract, SizeCost, non_decreasing
 from serve_app.models.process_memory import exact_heap, give_back_free_memory, process_memory
 from serve_app.models.readahead import ReadAhead
 from serve_app.models.runtimes.base import LoadedModel, PreparedModel
+from serve_app.models.threads import one_thread, parallel_inferences
 from serve_app.tasks.tensors import Tensors, probe
 
 REPEATS = 3
 
-#: Executions that took so long together are enough of them.
-_LONG_S = 2.0
+#: Loads after which libraries, and the heaps of threads, have mostly come to their size.
+_SETTLING = 3
+
+#: An execution that takes longer is too long to be measured, unless it is at the least sizes.
+LONGEST_S = 5.0
+
+#: An execution that takes so long is measured once.
+_ONCE_S = 0.3
+
+#: What one execution may take of the memory that is free while it is measured.
+_MEMORY_SHARE = 0.5
 
 #: Between two looks at the memory of the process.
 _SAMPLE_S = 0.001
@@ -34,8 +43,12 @@ _SAMPLE_S = 0.001
 PROC = Path("/proc/self")
 
 
-#: Sizes of a free axis that are measured: its least, its most, and one between where there are few axes.
-_MAX_SIZES = 9
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """Sizes of the free axes at which a model was not measured, and what an execution would take there."""
+
+    sizes: tuple[int, ...]
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +56,14 @@ class Measurement:
     """One model on this machine: one thread, weights in the page cache.
 
     Attributes:
-        costs: what an execution takes at every one of ``grid``; ``exec_s`` and ``workspace_bytes`` are of these.
+        costs: what an execution takes at every one of the sizes that were measured, the least first; they never fall
+            where a size grows. ``exec_s`` and ``workspace_bytes`` are of these.
         prepared_bytes: what a process keeps of the model while it is not in memory, once it has run.
-        resident_bytes: by how much resident memory falls with an unload.
-        kept_bytes: by how much it is larger after a load and an unload than before.
+        resident_bytes: by how much resident memory falls with an unload at most, once every thread that executes models
+            has executed it.
+        kept_bytes: by how much it is larger after a load and an unload than before, every time; heaps that grow to
+            their size keep something now and then.
+        skipped: sizes at which it was not measured.
     """
 
     load_s: float
@@ -54,6 +71,7 @@ class Measurement:
     prepared_bytes: int
     resident_bytes: int
     kept_bytes: int
+    skipped: tuple[Skipped, ...] = ()
 
     @property
     def exec_s(self) -> float:
@@ -66,58 +84,52 @@ class Measurement:
         return max(cost.workspace_bytes for cost in self.costs)
 
 
-def grid(axes: Sequence[Axis]) -> tuple[tuple[int, ...], ...]:
-    """Return the sizes at which a model is measured, the least ones first, the largest last."""
-    few = len(axes) <= 2
-    steps = [_steps(axis, middle=few) for axis in axes]
-    sizes = tuple(itertools.product(*steps))
-    if len(sizes) <= _MAX_SIZES:
-        return sizes
-    return tuple(tuple(step[position] for step in steps) for position in (0, -1))
-
-
-def _steps(axis: Axis, *, middle: bool) -> tuple[int, ...]:
-    def allowed(size: float) -> int:
-        return min(axis.most // axis.multiple, math.ceil(size / axis.multiple)) * axis.multiple
-
-    sizes = [allowed(axis.least), allowed(math.sqrt(axis.least * axis.most)), allowed(axis.most)]
-    return tuple(dict.fromkeys(sizes if middle else (sizes[0], sizes[-1])))
-
-
-def measure(prepare: Callable[[], PreparedModel], contract: Contract, sizes: Sequence[tuple[int, ...]]) -> Measurement:
+def measure(
+    prepare: Callable[[], PreparedModel],
+    contract: Contract,
+    sizes: Sequence[tuple[int, ...]],
+    highest: Mapping[str, int] = MappingProxyType({}),
+) -> Measurement:
     """Prepare, load and run a model ``REPEATS`` times each, and take medians.
 
-    Memory is that of the model alone only in a process that has had no other one, see ``measure_published``.
+    Memory is that of the model alone only in a process that has had no other one, see ``measure_published``. Sizes at
+    which an execution would take too long, or too much of the memory of this machine, are skipped.
 
     Args:
         prepare: prepares the model; it is called twice. What imports and hidden weights take can be told apart only
             if it prepares it anew then; it may return the same again where nothing is hidden.
         contract: of the model.
-        sizes: of the free axes, at which executions are measured; the least first.
+        sizes: of the free axes, at which executions are measured; the least first, see ``grid.grid``.
+        highest: the largest whole number of an input, by its name, where it is known.
     """
-    with _one_thread():
+    inputs = partial(probe, contract, highest=highest)
+    with one_thread(), ThreadPoolExecutor(parallel_inferences()) as threads:
         started = process_memory().anonymous_bytes
         first = prepare()
         # Files that are mapped here for the first time are code of libraries.
         first_bytes = process_memory().anonymous_bytes - started
-        inputs = probe(contract, sizes[0])
-        # Once without measuring: libraries set themselves up, which no unload gives back and no further model takes.
-        _load_and_run(first, inputs)
+        # First without measuring: libraries set themselves up, which no unload gives back and no further model takes.
+        for _ in range(_SETTLING):
+            _load_and_run(first, inputs(sizes[0]), threads)
         before = _resident_bytes()
         prepared = prepare()
-        cycles = [_load_and_run(prepared, inputs) for _ in range(REPEATS)]
+        _load_and_run(prepared, inputs(sizes[0]), threads)
         prepared_bytes = _resident_bytes() - before + (first_bytes if prepared is first else 0)
         model = prepared.load(ReadAhead, None)
         try:
-            costs = tuple(_cost(model, probe(contract, each), each) for each in sizes)
+            costs, skipped = _costs(model, contract, sizes, inputs)
         finally:
             model.unload()
+        largest = max((cost.sizes for cost in costs if cost.exec_s <= _ONCE_S), key=contract.elements, default=sizes[0])
+        # The first one also brings the heaps of the threads to their size.
+        cycles = [_load_and_run(prepared, inputs(largest), threads) for _ in range(REPEATS + 1)][1:]
     return Measurement(
         load_s=statistics.median(cycle.load_s for cycle in cycles),
-        costs=costs,
+        costs=non_decreasing(costs),
         prepared_bytes=max(0, prepared_bytes),
-        resident_bytes=max(0, int(statistics.median(cycle.resident_bytes for cycle in cycles))),
-        kept_bytes=max(0, int(statistics.median(cycle.kept_bytes for cycle in cycles))),
+        resident_bytes=max(0, *(cycle.resident_bytes for cycle in cycles)),
+        kept_bytes=max(0, min(cycle.kept_bytes for cycle in cycles)),
+        skipped=tuple(skipped),
     )
 
 
@@ -130,13 +142,13 @@ class _Cycle:
     kept_bytes: int
 
 
-def _load_and_run(prepared: PreparedModel, inputs: Tensors) -> _Cycle:
+def _load_and_run(prepared: PreparedModel, inputs: Tensors, threads: ThreadPoolExecutor) -> _Cycle:
     before = _resident_bytes()
     started = time.perf_counter()
     model = prepared.load(ReadAhead, None)
     load_s = time.perf_counter() - started
     try:
-        model.run(inputs)
+        run_in_every_thread(model, inputs, threads)
         loaded = _resident_bytes()
     finally:
         model.unload()
@@ -150,19 +162,84 @@ def _resident_bytes() -> int:
     return process_memory().rss_bytes
 
 
+def _costs(
+    model: LoadedModel,
+    contract: Contract,
+    sizes: Sequence[tuple[int, ...]],
+    inputs: Callable[[tuple[int, ...]], Tensors],
+) -> tuple[list[SizeCost], list[Skipped]]:
+    costs: list[SizeCost] = []
+    skipped: list[Skipped] = []
+    for each in sizes:
+        reason = _too_much(each, costs, skipped, contract)
+        if reason is None:
+            costs.append(_cost(model, inputs(each), each))
+        else:
+            skipped.append(Skipped(sizes=each, reason=reason))
+    return costs, skipped
+
+
+def _too_much(
+    sizes: tuple[int, ...], costs: Sequence[SizeCost], skipped: Sequence[Skipped], contract: Contract
+) -> str | None:
+    """Return why an execution at these sizes is not to be measured, estimated from smaller ones; None if it is.
+
+    Time and memory grow with the elements of the inputs at least.
+    """
+    for other in skipped:
+        if _covers(sizes, other.sizes):
+            return other.reason
+    smaller = [cost for cost in costs if _covers(sizes, cost.sizes)]
+    elements = contract.elements(sizes)
+    growth = [(cost, elements / max(1, contract.elements(cost.sizes))) for cost in smaller]
+    seconds = max((cost.exec_s * times for cost, times in growth), default=0.0)
+    if seconds > LONGEST_S:
+        return f"takes about {seconds:.0f} s, and at most {LONGEST_S:.0f} s are allowed"
+    # Only of the largest: what small executions take hardly grows.
+    needed_bytes = max((cost.workspace_bytes * times for cost, times in growth[-1:]), default=0.0)
+    if needed_bytes > _MEMORY_SHARE * psutil.virtual_memory().available:
+        return f"takes about {needed_bytes / 2**20:.0f} MiB, which this machine does not have free"
+    return None
+
+
+def _covers(sizes: tuple[int, ...], others: tuple[int, ...]) -> bool:
+    return all(size >= other for size, other in zip(sizes, others, strict=True))
+
+
 def _cost(model: LoadedModel, inputs: Tensors, sizes: tuple[int, ...]) -> SizeCost:
-    model.run(inputs)
-    seconds: list[float] = []
-    while len(seconds) < REPEATS and sum(seconds) < _LONG_S:
-        started = time.perf_counter()
-        model.run(inputs)
-        seconds.append(time.perf_counter() - started)
-    repeats = REPEATS if sum(seconds) < _LONG_S else 1
+    seconds = [_seconds(model, inputs)]
+    repeats = 1 if seconds[0] > _ONCE_S else REPEATS
+    if repeats > 1:
+        seconds = [_seconds(model, inputs) for _ in range(repeats)]
     return SizeCost(
         sizes=sizes,
         workspace_bytes=workspace_bytes(lambda: model.run(inputs), repeats=repeats),
         exec_s=statistics.median(seconds),
     )
+
+
+def _seconds(model: LoadedModel, inputs: Tensors) -> float:
+    started = time.perf_counter()
+    model.run(inputs)
+    return time.perf_counter() - started
+
+
+def run_in_every_thread(model: LoadedModel, inputs: Tensors, threads: ThreadPoolExecutor) -> None:
+    """Execute a model in as many threads as a worker has, at the same time: some libraries keep memory for each."""
+    count = parallel_inferences()
+    together = threading.Barrier(count)
+
+    def run() -> None:
+        try:
+            for _ in range(REPEATS):
+                together.wait()
+                model.run(inputs)
+        except BaseException:
+            together.abort()
+            raise
+
+    for ended in [threads.submit(run) for _ in range(count)]:
+        ended.result()
 
 
 def workspace_bytes(run: Callable[[], object], *, proc: Path = PROC, repeats: int = REPEATS) -> int:
@@ -210,13 +287,3 @@ def _sampled_growth_bytes(run: Callable[[], object]) -> int:
 def _status_bytes(proc: Path, key: str) -> int:
     fields = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
     return int(fields[key].split()[0]) * 1024
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -8,17 +8,19 @@ a worker prepares the model, whether or not it is loaded.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from serve_app.core.contract import SizeCost
 from serve_app.errors import StoreError
 from serve_app.models.profiling.fresh_process import call_in_fresh_process
-from serve_app.models.profiling.measure import Measurement, measure
+from serve_app.models.profiling.measure import Measurement, Skipped, measure
 from serve_app.models.runtimes import registry
 from serve_app.models.runtimes.base import PreparedModel
+from serve_app.models.threads import expect_parallel, parallel_inferences
 from serve_app.store.manifest import Manifest
 from serve_app.store.model_store import ModelStore
 
@@ -38,13 +40,19 @@ KNOWN_BUILDERS = ("torchvision:", "timm:", "efficientnet-lite:")
 _MEGABYTE = 1e6
 
 
-def measure_published(manifest: Manifest, store: ModelStore, sizes: Sequence[tuple[int, ...]]) -> Measurement:
+def measure_published(
+    manifest: Manifest,
+    store: ModelStore,
+    sizes: Sequence[tuple[int, ...]],
+    highest: Mapping[str, int] = MappingProxyType({}),
+) -> Measurement:
     """Measure a model in a fresh process.
 
     Args:
         manifest: of the model; its files are in the store, and the manifest itself need not be.
         store: has the files.
         sizes: of the free axes, at which executions are measured; the least first.
+        highest: the largest whole number of an input, by its name, where it is known.
 
     Raises:
         StoreError: the model cannot be loaded and run, or does not give its memory back, or its process crashes.
@@ -52,26 +60,39 @@ def measure_published(manifest: Manifest, store: ModelStore, sizes: Sequence[tup
     model = manifest.model
     raw = call_in_fresh_process(
         f"{__name__}:measure_here",
-        {"root": str(store.root), "manifest": manifest.to_json().decode(), "sizes": [list(each) for each in sizes]},
+        {
+            "root": str(store.root),
+            "manifest": manifest.to_json().decode(),
+            "sizes": [list(each) for each in sizes],
+            "highest": dict(highest),
+            "parallel": parallel_inferences(),
+        },
         f"{model.builder}",
     )
     costs = tuple(SizeCost(**{**cost, "sizes": tuple(cost["sizes"])}) for cost in raw.pop("costs"))
-    measurement = Measurement(costs=costs, **raw)
+    skipped = tuple(Skipped(sizes=tuple(each["sizes"]), reason=each["reason"]) for each in raw.pop("skipped"))
+    measurement = Measurement(costs=costs, skipped=skipped, **raw)
+    if model.runtime != "torch":
+        # Prepared, it is the place of its files and no more. What is seen besides is the library's, and comes and goes.
+        measurement = dataclasses.replace(measurement, prepared_bytes=0)
     require_given_back(model.builder, measurement, model.weights_bytes)
     return measurement
 
 
-def measure_here(root: str, manifest: str, sizes: list[list[int]]) -> dict[str, Any]:
+def measure_here(
+    root: str, manifest: str, sizes: list[list[int]], highest: dict[str, int], parallel: int
+) -> dict[str, Any]:
     """Measure a model in this process; the arguments and the result are those that JSON can carry."""
     read = Manifest.from_json(manifest.encode(), "of the publisher")
     store = ModelStore(Path(root))
+    expect_parallel(parallel)
 
     def prepare() -> PreparedModel:
         return registry.prepare(read, store)
 
     is_known = read.model.builder.startswith(KNOWN_BUILDERS)
     sizes_of_axes = [tuple(each) for each in sizes]
-    measured = measure(cache(prepare) if is_known else prepare, read.model.contract, sizes_of_axes)
+    measured = measure(cache(prepare) if is_known else prepare, read.model.contract, sizes_of_axes, highest)
     return dataclasses.asdict(measured)
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.errors import StoreError
-from serve_app.models.profiling.measure import grid, workspace_bytes
+from serve_app.models.profiling.grid import grid
+from serve_app.models.profiling.measure import workspace_bytes
 from serve_app.models.readahead import ReadAhead, is_resident
 from serve_app.models.runtimes import registry
 from serve_app.models.runtimes.base import LoadedModel

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,11 +12,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from serve_app.core.catalog import ModelEntry
-from serve_app.core.contract import BATCH, FREE, Axis, Contract, TensorSpec
+from serve_app.core.contract import BATCH, FREE, Contract, TensorSpec
 from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.module_call import call_module, ordered_outputs
-from serve_app.models.profiling.measure import grid
+from serve_app.models.profiling.grid import trial_sizes
 from serve_app.models.publishing.module_inputs import output_contract
 from serve_app.store.manifest import ExecutionFormat
 from serve_app.tasks.tensors import Tensors, probe
@@ -142,22 +141,8 @@ def _trial_inputs(contract: Contract, example: Tensors | None) -> list[Tensors]:
     """Return inputs of two sizes of every free axis; where there is none, two inputs of the same size."""
     if example is not None:
         return _trials_of_example(contract, example)
-    least = grid(contract.axes)[0]
-    larger = tuple(
-        _larger(axis, size, position) for position, (axis, size) in enumerate(zip(contract.axes, least, strict=True))
-    )
-    if larger == least:
-        return [probe(contract, least), probe(contract, least, seed=1)]
-    return [probe(contract, least), probe(contract, larger)]
-
-
-def _larger(axis: Axis, least: int, position: int) -> int:
-    """Return a size that differs from that of other axes, so that the outputs show which axis they follow.
-
-    One more is enough of a batch; an output may be much shorter than the axis that it follows otherwise.
-    """
-    start = least if axis.name == BATCH else math.isqrt(least * axis.most) // axis.multiple * axis.multiple
-    return min(axis.most // axis.multiple * axis.multiple, start + (position + 1) * axis.multiple)
+    sizes = trial_sizes(contract.axes)
+    return [probe(contract, sizes[0]), probe(contract, sizes[-1], seed=int(len(sizes) == 1))]
 
 
 def _trials_of_example(contract: Contract, example: Tensors) -> list[Tensors]:

@@ -15,14 +15,14 @@ from typing import Literal
 
 from torch import nn
 
-from serve_app.core.catalog import ModelEntry
+from serve_app.core.catalog import ModelEntry, runtime_of
 from serve_app.errors import DownloadFailed, StoreError, WeightsUnavailable
 from serve_app.models.builders import registry
 from serve_app.models.profiling.fresh_process import prepare_server
 from serve_app.models.publishing.described import ModuleStage
 from serve_app.models.publishing.publish_graph import publish_graph
 from serve_app.models.publishing.publish_module import publish_module
-from serve_app.models.runtimes import registry as runtimes
+from serve_app.models.runtimes.registry import is_made_here
 from serve_app.models.sources.download_cache import OnBytes
 from serve_app.models.sources.fetcher import Fetcher
 from serve_app.models.sources.labels import read_labels
@@ -175,11 +175,11 @@ class Publisher:
             if key is None:
                 return True
             manifest = self._store.read(key)
+            if not is_made_here(manifest):
+                # The library or the processor is another one since.
+                return True
             for file in manifest.files:
                 self._store.require_verified(file, entry.model_id)
-            if manifest.execution.made_for:
-                # The library or the processor may be another one since.
-                runtimes.prepare(manifest, self._store)
             return manifest.model.fallback and self._available_weights(entry) != manifest.model.weights_actual
         except StoreError:
             return True
@@ -219,6 +219,8 @@ class Publisher:
             entry = self._with_task_files(entry, on_bytes)
             if kind == "onnx":
                 publish_graph(self._store, entry, self._source.fetcher.fetch(place, on_bytes), on_stage)
+            elif runtime_of(entry) != "torch":
+                raise StoreError(f"{entry.builder} is a module, which {entry.runtime} cannot run; leave runtime out")
             else:
                 publish_module(self._store, entry, *self._build(entry, on_bytes), on_stage)
             self._recorder.record(entry, is_new=True)

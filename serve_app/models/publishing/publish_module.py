@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from serve_app.core.catalog import Dtype, ModelEntry, task_for
-from serve_app.core.contract import BATCH, Contract
+from serve_app.core.contract import Contract
 from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.builders import registry
@@ -21,9 +21,9 @@ from serve_app.models.builders.described_module import DescribedModule
 from serve_app.models.graph_optimizations import ROUNDING, largest_difference, optimize, order_of_use
 from serve_app.models.module_call import takes_keywords
 from serve_app.models.module_template import TORCH_COMPUTE_DTYPES
-from serve_app.models.profiling.measure import grid
+from serve_app.models.profiling.grid import grid
 from serve_app.models.profiling.measure_published import measure_published, require_counted
-from serve_app.models.publishing.described import OnStage, describe, with_measurement
+from serve_app.models.publishing.described import OnStage, describe, runs_row_by_row, with_measurement
 from serve_app.models.publishing.module_files import distinct_tensors, write_module
 from serve_app.models.publishing.module_inputs import input_contract, read_example
 from serve_app.models.publishing.module_trials import Trial, compute_dtype, run_module, run_trials
@@ -71,7 +71,7 @@ def publish_module(store: ModelStore, entry: ModelEntry, weights: str, module: n
     on_stage("verifying", weights_bytes)
     model = describe(
         entry, weights=weights, runtime="torch", contract=contract, task=_labeled(task, contract),
-        row_by_row=_is_row_by_row(contract), weights_bytes=weights_bytes, accuracy=metadata.accuracy,
+        row_by_row=runs_row_by_row(contract), weights_bytes=weights_bytes, accuracy=metadata.accuracy,
     )  # fmt: skip
     manifest = Manifest(
         model=model, default_task=_labeled(metadata.task, contract), execution=execution, tensors=places, files=files
@@ -135,16 +135,6 @@ def _labeled(task: TaskSpec, contract: Contract) -> TaskSpec:
         return task
     classes = contract.outputs[0].shape[-1] if contract.outputs[0].shape else 0
     return task if len(task.labels) == classes else dataclasses.replace(task, labels=())
-
-
-def _is_row_by_row(contract: Contract) -> bool:
-    """Return whether rows of images can be executed one after another."""
-    inputs, outputs = contract.inputs, contract.outputs
-    return (
-        [axis.name for axis in contract.axes] == [BATCH]
-        and all(len(spec.shape) == 4 and spec.axes[0] == BATCH for spec in inputs)
-        and all(spec.axes[:1] == (BATCH,) for spec in outputs)
-    )
 
 
 def _verify(prepared: PreparedModule, trials: Sequence[Trial], dtype: Dtype) -> None:

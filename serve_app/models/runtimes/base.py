@@ -1,7 +1,8 @@
 """The interface of a runtime: prepare a model once in a process, load it, run it, and give its memory back.
 
-To add a runtime, write these three classes, name the first in ``registry``, and have a publisher write its files
-(``serve_app/models/publishing``). A contract test runs over all of them.
+To add a runtime, write a ``Runtime`` (a library that makes a session of files takes the rest from ``session``), name it
+in ``registry``, and have a publisher write its files (``serve_app/models/publishing``).
+``tests/models/test_runtimes.py`` runs over all of them.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class LoadedModel(Protocol):
 
         Raises:
             StoreError: the model was unloaded.
+            InvalidRequest: the library refuses what the inputs hold, such as an index beyond a table.
         """
 
     def unload(self) -> None:
@@ -69,6 +71,15 @@ class PreparedModel(Protocol):
 
 class Runtime(Protocol):
     """One library."""
+
+    def environment(self) -> str:
+        """Return what published files depend on: the version of the library and the processor; empty: on nothing.
+
+        A model whose manifest says otherwise in ``ExecutionFormat.made_for`` must be published again.
+
+        Raises:
+            StoreError: the library is not installed.
+        """
 
     def prepare(self, manifest: Manifest, store: ModelStore) -> PreparedModel:
         """Do once per process what a load need not do.

@@ -78,8 +78,7 @@ class TorchModel:
         try:
             results = call_module(template.module, self._inputs, tensors, execution, template.dtype)
         except IndexError as error:
-            # Of an embedding: a number beyond its table.
-            raise InvalidRequest(f"model {self.model_id!r} cannot take these inputs: {error}") from error
+            raise InvalidRequest(f"model {self.model_id!r} cannot run on these inputs ({error})") from error
         return ordered_outputs(results, self._outputs)
 
     def unload(self) -> None:
@@ -128,6 +127,10 @@ class PreparedModule:
 
 class TorchRuntime:
     """The runtime of modules that a builder makes again in every process."""
+
+    def environment(self) -> str:
+        """Return nothing: the stored tensors are those of any processor, see ``Runtime.environment``."""
+        return ""
 
     def prepare(self, manifest: Manifest, store: ModelStore) -> PreparedModule:
         """Build the module without weights, see ``Runtime.prepare``."""

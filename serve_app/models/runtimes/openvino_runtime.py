@@ -1,0 +1,113 @@
+"""OpenVINO: runs what it has compiled when the model was published, on weights that it maps from the store.
+
+The compiled model is small and refers to its weights by their place in their file. A load maps them, and packs a copy
+for the processor.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import threading
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serve_app.core.catalog import Dtype
+from serve_app.errors import StoreError
+from serve_app.models.runtimes.processor import processor
+from serve_app.models.runtimes.session import PreparedSession, require_made_here
+from serve_app.models.threads import inference_threads
+from serve_app.store.manifest import Manifest
+from serve_app.store.model_store import ModelStore
+
+DEVICE = "CPU"
+
+#: Left alone, it computes in bfloat16 wherever the processor can.
+_PRECISIONS: Mapping[str, str] = {"float32": "f32", "bfloat16": "bf16"}
+
+_SHAPES_KEPT = 4
+
+
+@cache
+def library() -> Any:
+    """Import openvino.
+
+    Raises:
+        StoreError: it cannot be imported.
+    """
+    try:
+        return importlib.import_module("openvino")
+    except ImportError as error:
+        raise StoreError(f"openvino cannot be imported ({error}); run: pip install 'edgeserve[openvino]'") from error
+
+
+@cache
+def core() -> Any:
+    """Return the one ``Core`` of the process."""
+    return library().Core()
+
+
+def settings(dtype: Dtype | str) -> dict[str, Any]:
+    """Return the settings of compiling and of loading, for models that compute in ``dtype``.
+
+    One inference at a time: with several streams, loads and runs in threads of their own have stopped for ever.
+    """
+    return {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype],
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": inference_threads(),
+        # Compiled models refer to the file of their weights instead of holding them.
+        "CACHE_MODE": "OPTIMIZE_SIZE",
+        # It keeps what it has made for every shape that it has seen, else, which is memory that grows without end.
+        "CPU_RUNTIME_CACHE_CAPACITY": _SHAPES_KEPT,
+    }
+
+
+class _OpenVinoSession:
+    """A ``CompiledModel``, see ``Session``."""
+
+    def __init__(self, compiled: Any, outputs: list[str]) -> None:
+        self._compiled = compiled
+        self._outputs = [compiled.output(name) for name in outputs]
+        self._lock = threading.Lock()
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """Run the model, one inference at a time, see ``Session.run``."""
+        with self._lock:
+            try:
+                # A new request costs microseconds, and keeps no input alive.
+                results = self._compiled.create_infer_request().infer(feeds, share_inputs=True, share_outputs=True)
+                return [np.array(results[output]) for output in self._outputs]
+            finally:
+                # It keeps the activations of the largest execution else.
+                self._compiled.release_memory()
+
+
+def _open(manifest: Manifest, store: ModelStore) -> _OpenVinoSession:
+    (graph,) = (file for file in manifest.files if file.role == "graph")
+    config = settings(manifest.model.dtype)
+    for file in manifest.files:
+        if file.role == "weights":
+            config["WEIGHTS_PATH"] = str(store.blob_path(file.name))
+    content = io.BytesIO(store.blob_path(graph.name).read_bytes())
+    return _OpenVinoSession(
+        core().import_model(content, DEVICE, config), [spec.name for spec in manifest.model.outputs]
+    )
+
+
+class OpenVinoRuntime:
+    """The runtime of models that OpenVINO has compiled."""
+
+    def environment(self) -> str:
+        """Return what compiled models depend on, see ``Runtime.environment``."""
+        return f"openvino {library().__version__} {processor()}"
+
+    def prepare(self, manifest: Manifest, store: ModelStore) -> PreparedSession:
+        """Check that the model was compiled for this machine, see ``Runtime.prepare``."""
+        require_made_here(manifest, self.environment())
+        return PreparedSession(manifest, store, _open)
