@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
-from serve_app.core.contract import Axis, Contract, SizeCost, TensorSpec, cost_at
+from serve_app.core.contract import BATCH, Axis, Contract, SizeCost, TensorSpec, cost_at
 from serve_app.core.contract_declaration import TensorDeclaration
 from serve_app.core.reference import FORMS, is_reference, parse_reference
 from serve_app.core.task import ImageInput, TaskSpec
@@ -180,6 +180,17 @@ class PublishedModel:
     def fallback(self) -> bool:
         """Whether the weights are not the ones that the catalog asks for."""
         return self.weights_requested != self.weights_actual
+
+    @property
+    def usual_workspace_bytes(self) -> int:
+        """What one execution needs at the middle of its limits, and the least batch; all there is without free axes."""
+        if not self.costs:
+            return self.workspace_bytes
+        sizes = [
+            axis.smallest if axis.name == BATCH else math.isqrt(axis.smallest * axis.largest)
+            for axis in self.contract.axes
+        ]
+        return self.cost(sizes).workspace_bytes
 
     def cost(self, sizes: Sequence[int]) -> SizeCost:
         """Return what one request takes whose free axes have these sizes, in the order of ``contract.axes``."""

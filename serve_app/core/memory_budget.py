@@ -37,13 +37,16 @@ def divide(memory_bytes: int, models: Iterable[PublishedModel], exec_slots: int)
     """Set workspace aside for executions; models get the rest.
 
     Executions need workspace, models do not: what counts is how many run, not how many are resident. Where memory is
-    too small for the largest workspace in every slot, executions of large workspace run one after another.
+    too small for the largest workspace in every slot, executions of large workspace run one after another. Of a model
+    with free axes a usual execution has room in any case; what its largest ones need beyond a share of the memory is
+    not kept from models, and requests that need more are refused.
     """
-    needed = [model.workspace_bytes for model in models if model.weights_bytes + model.workspace_bytes <= memory_bytes]
-    largest_bytes = max(needed, default=0)
+    fitting = [model for model in models if model.weights_bytes + model.usual_workspace_bytes <= memory_bytes]
+    usual_bytes = max((model.usual_workspace_bytes for model in fitting), default=0)
+    largest_bytes = max((model.workspace_bytes for model in fitting), default=0)
     shared_bytes = min(exec_slots * largest_bytes, int(memory_bytes * _WORKSPACE_SHARE))
     # A model of no weights at all may need everything for itself; a cache of nothing does not exist.
-    workspace_bytes = min(max(largest_bytes, shared_bytes), memory_bytes - 1)
+    workspace_bytes = min(max(usual_bytes, shared_bytes), memory_bytes - 1)
     return MemoryBudget(capacity_bytes=memory_bytes, workspace_bytes=workspace_bytes)
 
 

@@ -12,7 +12,7 @@ from serve_app.core.cache.decisions import Hit, Load, Reject, Wait
 from serve_app.core.cache.events import ProtectedChanged, UnaccountedChanged
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import PublishedModel
-from serve_app.core.contract import Contract, TensorSpec
+from serve_app.core.contract import Axis, Contract, SizeCost, TensorSpec
 from serve_app.core.memory_budget import MemoryBudget, MemoryGuard, ProcessMemory, divide
 from serve_app.core.task import TaskSpec
 
@@ -65,6 +65,31 @@ def test_one_execution_always_has_room() -> None:
 
 def test_a_model_that_can_never_run_takes_no_room_from_others() -> None:
     assert divide(1000, [model("a", 500, 50), model("huge", 900, 200)], exec_slots=1).workspace_bytes == 50
+
+
+def with_free_side(name: str, weights: int, at_middle: int, at_most: int) -> PublishedModel:
+    """A model that takes images of 4 to 64 pixels."""
+    return dataclasses.replace(
+        model(name, weights, at_most),
+        contract=Contract(
+            inputs=(TensorSpec(name="input", datatype="FP32", shape=(-1,), axes=("side",)),),
+            outputs=(TensorSpec(name="output", datatype="FP32", shape=(1,)),),
+            axes=(Axis(name="side", least=4, most=64),),
+        ),
+        costs=(
+            SizeCost(sizes=(4,), workspace_bytes=1, exec_s=0.1),
+            SizeCost(sizes=(16,), workspace_bytes=at_middle, exec_s=0.1),
+            SizeCost(sizes=(64,), workspace_bytes=at_most, exec_s=0.1),
+        ),
+    )
+
+
+def test_the_largest_sizes_of_a_model_do_not_take_the_memory_from_all_models() -> None:
+    assert divide(1000, [model("a", 500, 40), with_free_side("det", 10, 30, 1600)], exec_slots=2).workspace_bytes == 250
+
+
+def test_an_execution_of_the_usual_size_has_room_in_any_case() -> None:
+    assert divide(1000, [with_free_side("det", 10, 300, 900)], exec_slots=2).workspace_bytes == 300
 
 
 def test_whatever_fits_into_both_parts_fits_into_the_whole() -> None:
