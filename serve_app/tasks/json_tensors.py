@@ -61,19 +61,29 @@ def _array(value: Any, spec: TensorSpec) -> NDArray[Any]:
     dtype = NUMPY_TYPES[spec.datatype]
     wanted = f"{spec.datatype} of shape {list(spec.shape)}"
     try:
-        array = np.array(value)
+        # As objects texts stay as they are; numpy's own would each take the memory of the longest.
+        array = np.array(value, np.object_ if dtype.hasobject else None)
     except ValueError as error:
         raise InvalidRequest(f"input {spec.name!r} takes {wanted}; the lists given have different lengths") from error
     if dtype.hasobject:
-        if array.dtype.kind != "U":
-            raise InvalidRequest(f"input {spec.name!r} takes {wanted}; send strings")
-        flat = [str(text).encode() for text in array.flat]
+        flat = [_text(item, spec, wanted) for item in array.flat]
         array = np.array([*flat, None], np.object_)[:-1].reshape(array.shape)
     else:
         array = _numbers(array, spec, wanted)
     if array.ndim == len(spec.shape) - 1 and spec.axes[:1] == (BATCH,):
         array = array[None]
     return array
+
+
+def _text(item: Any, spec: TensorSpec, wanted: str) -> bytes:
+    if isinstance(item, list):
+        raise InvalidRequest(f"input {spec.name!r} takes {wanted}; the lists given have different lengths")
+    if not isinstance(item, str):
+        raise InvalidRequest(f"input {spec.name!r} takes {wanted}; send strings")
+    try:
+        return item.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"input {spec.name!r} takes {wanted}; half of a surrogate pair is no character") from error
 
 
 def _numbers(array: NDArray[Any], spec: TensorSpec, wanted: str) -> NDArray[Any]:

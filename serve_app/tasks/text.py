@@ -21,6 +21,10 @@ _IDS, _MASK, _TYPES = "input_ids", "attention_mask", "token_type_ids"
 #: Inputs that a text can be made for, by their names in a model.
 TOKEN_INPUTS = (_IDS, _MASK, _TYPES)
 
+#: Characters of a text at most for each token that a model takes: the library holds the interpreter while it encodes a
+#: text, a second for a megabyte, in which the whole worker would stand still.
+_MOST_CHARACTERS = 256
+
 #: Tokenizers that a process keeps; each takes some megabytes.
 _KEPT = 4
 
@@ -61,6 +65,10 @@ def texts_of(raw: RawInput) -> list[str]:
     for position, text in enumerate(texts):
         if not text.strip():
             raise InvalidRequest(f"text {position} is empty; send at least one word")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"text {position} has half of a surrogate pair, which is no character") from error
     return texts
 
 
@@ -100,10 +108,15 @@ def encode(texts: Sequence[str], model: TaskModel) -> list[EncodedText]:
     tokenizer, most = open_tokenizer(model.tokenizer), _limits(model)[1]
     encoded = []
     for position, text in enumerate(texts):
+        which = f"text {position}" if len(texts) > 1 else "the text"
+        if len(text) > most * _MOST_CHARACTERS:
+            raise InvalidRequest(
+                f"{which} has {len(text)} characters, which cannot be {most} tokens, the limit of model "
+                f"{model.model_id!r}; send a shorter text"
+            )
         # One by one: the library would use threads of its own for a batch.
         found = tokenizer.encode(text)
         if len(found.ids) > most:
-            which = f"text {position}" if len(texts) > 1 else "the text"
             raise InvalidRequest(
                 f"{which} has {len(found.ids)} tokens, more than the limit of {most} of model {model.model_id!r}; "
                 "send a shorter text"

@@ -78,3 +78,25 @@ def test_texts_and_scalars_pass_and_what_is_not_finite_is_null() -> None:
 
     found = answer(b'{"name": ["J\xc3\xbcrgen"], "on": true}', model, run)
     assert found["outputs"] == {"out": ["Jürgen"], "score": [None, 1]}
+
+
+WORDS = model_of(TaskSpec(), [tensor("t", "BYTES", -1, -1)], [tensor("out", "BYTES", -1, -1)])
+
+
+def test_texts_are_taken_as_they_are() -> None:
+    texts = [["a\0", "", "é" * 1000]]
+    assert answer(json.dumps(texts).encode(), WORDS, lambda inputs: {"out": inputs["t"]}) == {"outputs": {"out": texts}}
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ('[["a", 1]]', "BYTES of shape .-1, -1.; send strings"),
+        ('[["a", null]]', "send strings"),
+        ('[["a"], ["a", "b"]]', "different lengths"),
+        ('[["\\ud800"]]', "half of a surrogate pair"),
+    ],
+)
+def test_what_is_no_text_is_refused(body: str, sentence: str) -> None:
+    with pytest.raises(InvalidRequest, match=sentence):
+        answer(body.encode(), WORDS, lambda inputs: {"out": inputs["t"]})

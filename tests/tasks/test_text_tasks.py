@@ -91,6 +91,8 @@ def test_texts_are_executed_as_many_together_as_the_model_takes(tokenizer: Path)
         (b"", "text/plain", "the text is empty"),
         (b"  \n", "text/plain", "the text is empty"),
         (b"\xff\xfe", "text/plain", "not text in UTF-8 .byte 0 is 0xff"),
+        (b'"\\ud800"', "application/json", "text 0 has half of a surrogate pair"),
+        (b" " * 2000 + b"a", "text/plain", "the text has 2001 characters, which cannot be 6 tokens"),
         (b"a " * 7, "text/plain", "the text has 7 tokens, more than the limit of 6"),
         (b'["a", "a a a a a a a"]', "application/json", "text 1 has 7 tokens"),
         (b'["a", 3]', "application/json", "a JSON string or a list of strings"),

@@ -21,8 +21,9 @@ from serve_app.models.runtimes import onnx_runtime
 from serve_app.models.runtimes.session import reason_of
 from serve_app.tasks.tensors import NUMPY_TYPES, probe
 
-#: Names of an axis that mean a batch, whatever a model calls it.
-_BATCH_NAMES: Final = ("batch", "batch_size", "batchsize", "n", "bs")
+#: Names of an axis that mean a batch, whatever a model calls it. ``n`` may be anything: it means one where it is the
+#: first axis of an input, and no input has an axis of these names.
+_BATCH_NAMES: Final = ("batch", "batch_size", "batchsize", "bs")
 
 _DATATYPES: Final = {
     "bool": "BOOL", "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64",
@@ -69,10 +70,13 @@ def read_contract(entry: ModelEntry, session: Any) -> Contract:
         StoreError: a tensor is of no type that the protocol has, or the entry contradicts or lacks something.
     """
     try:
-        inputs = tuple(_spec(argument, "input") for argument in session.get_inputs())
+        batch_names = _batch_names(session.get_inputs())
+        inputs = tuple(_spec(argument, "input", batch_names) for argument in session.get_inputs())
         wanted = {each.name for each in entry.outputs}
         outputs = tuple(
-            _spec(argument, "output") for argument in session.get_outputs() if not wanted or argument.name in wanted
+            _spec(argument, "output", batch_names)
+            for argument in session.get_outputs()
+            if not wanted or argument.name in wanted
         )
         return complete_contract(inputs, outputs, entry.inputs, entry.outputs, entry.limits)
     except ValueError as error:
@@ -141,7 +145,14 @@ def _with_texts(array: NDArray[Any]) -> NDArray[Any]:
     return np.vectorize(bytes.decode, otypes=[object])(array) if array.dtype.hasobject else array
 
 
-def _spec(argument: Any, kind: str) -> TensorSpec:
+def _batch_names(arguments: Sequence[Any]) -> tuple[str, ...]:
+    """Return which names of axes, in lower case, mean a batch in a graph with these inputs."""
+    axes = {size.lower() for argument in arguments for size in argument.shape if isinstance(size, str)}
+    first = {str(argument.shape[0]).lower() for argument in arguments if argument.shape}
+    return (*_BATCH_NAMES, "n") if "n" in first and axes.isdisjoint(_BATCH_NAMES) else _BATCH_NAMES
+
+
+def _spec(argument: Any, kind: str, batch_names: Sequence[str]) -> TensorSpec:
     if not argument.type.startswith("tensor("):
         raise ValueError(
             f"{kind} {argument.name!r} is a {argument.type}, not a tensor; convert the model without it "
@@ -155,15 +166,15 @@ def _spec(argument: Any, kind: str) -> TensorSpec:
         )
     shape = tuple(size if isinstance(size, int) and size > 0 else FREE for size in argument.shape)
     axes = tuple(
-        _axis_name(size, position, argument.name) if free == FREE else ""
+        _axis_name(size, position, argument.name, batch_names) if free == FREE else ""
         for position, (size, free) in enumerate(zip(argument.shape, shape, strict=True))
     )
     return TensorSpec(name=argument.name, datatype=datatype, shape=shape, axes=axes)
 
 
-def _axis_name(given: object, position: int, tensor: str) -> str:
+def _axis_name(given: object, position: int, tensor: str, batch_names: Sequence[str]) -> str:
     """Return the model's name of an axis where it has a plain one; the first axis of a tensor is a batch otherwise."""
-    if isinstance(given, str) and given.lower() in _BATCH_NAMES:
+    if isinstance(given, str) and given.lower() in batch_names:
         return BATCH
     if isinstance(given, str) and given.isidentifier() and not given.startswith("unk__"):
         return given

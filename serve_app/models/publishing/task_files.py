@@ -101,7 +101,10 @@ def found_activation(answers: Mapping[str, NDArray[Any]]) -> Activation:
 def _require_image(task: TaskSpec, contract: Contract, takes: str) -> None:
     spec, preset = contract.inputs[0], task.image
     if len(spec.shape) not in (3, 4):
-        raise StoreError(f"{takes}: task {task.kind} needs a first input [batch, channels, height, width]")
+        raise StoreError(
+            f"{takes}: task {task.kind} needs a first input [batch, channels, height, width]; "
+            "name another task, such as task: tensors"
+        )
     if preset is None:
         raise StoreError(
             f"{takes}: task {task.kind} must know how an image is scaled; add image: {{crop_px: ..., mean: [...], "
