@@ -31,10 +31,17 @@ class CacheCounters:
     wasted_preloads: int = 0
 
 
+#: A background load that keeps failing is tried after up to so many times the memory of a failure.
+_MOST_PATIENCE = 128
+
+
 @dataclass(frozen=True, slots=True)
 class _Failure:
+    """A load that failed: requests are rejected until ``until_s``, background loads until ``preload_from_s``."""
+
     detail: str
     until_s: float
+    preload_from_s: float
 
 
 class Residents:
@@ -60,6 +67,8 @@ class Residents:
         self._pinned = frozenset(pinned)
         self._failure_memory_s = failure_memory_s
         self._failures: dict[str, _Failure] = {}
+        #: How often in a row a model could not be loaded.
+        self._failed_in_row: dict[str, int] = {}
         #: Only a request brings these back.
         self._unloaded_by_operator: set[str] = set()
         #: Only a request or a required preload brings these back.
@@ -95,19 +104,23 @@ class Residents:
         ):
             return False
         failure = self._failures.get(model_id)
-        return failure is None or now >= failure.until_s
+        return failure is None or now >= failure.preload_from_s
 
     def is_pinned(self, model_id: str) -> bool:
         """Whether the configuration pins a model, resident or not."""
         return model_id in self._pinned
 
     def remember_failure(self, model_id: str, detail: str, now: float) -> None:
-        """Reject requests for a model, and preload it no more, for a while."""
-        self._failures[model_id] = _Failure(detail, now + self._failure_memory_s)
+        """Reject requests for a model for a while, and preload it no more for twice as long after every failure."""
+        times = self._failed_in_row.get(model_id, 0)
+        self._failed_in_row[model_id] = times + 1
+        memory_s = self._failure_memory_s
+        self._failures[model_id] = _Failure(detail, now + memory_s, now + memory_s * min(2**times, _MOST_PATIENCE))
 
     def forget_failure(self, model_id: str) -> None:
         """Let the next request for a model try to load it."""
         self._failures.pop(model_id, None)
+        self._failed_in_row.pop(model_id, None)
 
     def add_known(self, models: Sequence[ModelProfile]) -> None:
         """Take in that the catalog has these models too."""
@@ -178,6 +191,7 @@ class Residents:
             ValueError: it is not loading.
         """
         entry = self._loading_entry(model_id)
+        self._failed_in_row.pop(model_id, None)
         entry.state = ModelState.READY
         self._free_load_slot(entry)
 

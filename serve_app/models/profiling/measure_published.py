@@ -111,7 +111,7 @@ def require_given_back(builder: str, measurement: Measurement, size_bytes: int) 
     if measurement.kept_bytes > max(FREE_BYTES, FREE_SHARE * counted):
         raise StoreError(
             f"{builder} keeps {measurement.kept_bytes / _MEGABYTE:.1f} MB when it is unloaded, every time, so its "
-            "eviction would free nothing; export the model (torch.export or ONNX) and name that file"
+            "eviction would free nothing; name another runtime, or export the model (torch.export or ONNX)"
         )
     if measurement.prepared_bytes > max(PREPARED_BYTES, PREPARED_SHARE * counted):
         raise StoreError(

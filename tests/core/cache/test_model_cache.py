@@ -24,7 +24,7 @@ from core_support import (
 )
 
 from serve_app.core.cache.decisions import Answer, Grant, Hit, Join, Load, Reject, RejectReason, Wait
-from serve_app.core.cache.events import TICK, ForwardCostsChanged, ModelsKnown, RetryAllowed
+from serve_app.core.cache.events import TICK, ForwardCostsChanged, ModelsKnown, RetryAllowed, UnloadRequested
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.vocabulary import ModelState, ResidentModel
@@ -870,6 +870,24 @@ def test_a_suggestion_that_cannot_be_followed_changes_nothing(make_cache: MakeCa
     assert resident(cache) == {"busy"}
     assert cache.counters.preloads == 0
     assert suggest(cache, profile("failed"), 5.0) == Preload(profile("failed"), ())
+
+
+def test_a_model_that_cannot_be_loaded_is_preloaded_ever_more_rarely(make_cache: MakeCache) -> None:
+    cache = make_cache(policy=Ranked(failed=9), failure_memory_s=5.0)
+    now = 0.0
+    for wait_s in (5.0, 10.0, 20.0, 40.0):
+        assert suggest(cache, profile("failed"), now) == Preload(profile("failed"), ())
+        load_failed(cache, "failed", "checksum", now)
+        assert suggest(cache, profile("failed"), now + wait_s - 0.1) is None
+        now += wait_s
+    # A request is not held up by that, and a load that ends well is the end of it.
+    assert cache.request(profile("failed"), now - 30.0) == Load(())
+    load_ended(cache, "failed", now)
+    finish(cache, "failed", now)
+    cache.handle(UnloadRequested("failed"), now)
+    cache.request(profile("failed"), now)
+    load_failed(cache, "failed", "checksum", now)
+    assert suggest(cache, profile("failed"), now + 5.0) == Preload(profile("failed"), ())
 
 
 def test_pinned_models_are_preloaded_one_at_a_time_even_where_nothing_else_is(make_cache: MakeCache) -> None:
