@@ -29,6 +29,7 @@ _REPORTS_S = 1.5
 # Ray and torch take seconds to import; --help and status need neither.
 if TYPE_CHECKING:
     from serve_app.serving.launch.local_ray import RunningDeployment
+    from serve_app.serving.launch.serve_config import ServeFile
 
 
 @click.command()
@@ -72,10 +73,10 @@ def up(config: Path | None, detach: bool, require_weights: bool) -> None:
         deployment.update(earlier, serve_file, show)
         show("everything is as configured; edgeserve down stops it")
         time.sleep(_REPORTS_S)
-        _warn_of_unusable_models(serve_file.url, edge)
+        warn_of_unusable_models(serve_file, edge)
         return
     running = deployment.start(serve_file, show)
-    _warn_of_unusable_models(serve_file.url, edge)
+    warn_of_unusable_models(serve_file, edge)
     _show_addresses(out, serve_file.url, serve_file.locations, _classifier(edge))
     if detach:
         out.print("running in the background; stop it with: edgeserve down")
@@ -84,9 +85,11 @@ def up(config: Path | None, detach: bool, require_weights: bool) -> None:
     _wait_for_the_end(running, show)
 
 
-def _warn_of_unusable_models(url: str, edge: Path) -> None:
+def warn_of_unusable_models(serve_file: ServeFile, edge: Path) -> None:
     """Say which models of the catalog workers cannot load, and why, before a request finds out."""
     reasons: dict[tuple[str, str], list[str]] = {}
+    # Every location knows of all; a deployment need not have a gateway.
+    url = next(iter(serve_file.locations.values()), serve_file.url).rstrip("/")
     for row in request("GET", f"{url}/v1/locations", load_token(load_edge(edge)))["locations"]:
         for model, reason in row["unusable"].items():
             reasons.setdefault((model, reason), []).append(row["name"])
