@@ -35,7 +35,7 @@ class VictimRanking:
         """The model has left."""
         if entry.draining:
             self._draining.remove(entry)
-        self.remove(entry)
+        self._heap.remove(entry.model.model_id)
 
     def set_policy(self, policy: EvictionPolicy, now: float) -> None:
         """Rank by another policy; models of equal utility in the order of their last use."""
@@ -54,7 +54,9 @@ class VictimRanking:
         if missing_bytes <= 0:
             return []
         taken = self.take_least_useful(missing_bytes, now, eligible)
-        freed_bytes = sum(victim.model.size_bytes for victim in taken)
+        freed_bytes = 0
+        for victim in taken:
+            freed_bytes += victim.model.size_bytes
         chosen = taken if freed_bytes >= missing_bytes else []
         if len(chosen) > 1 and self._policy.trim_victims:
             chosen = _largest_that_suffice(taken, missing_bytes)
@@ -66,25 +68,27 @@ class VictimRanking:
         self, missing_bytes: int, now: float, eligible: Callable[[CacheEntry], bool]
     ) -> list[HeapEntry]:
         """Remove the lowest utilities from the heap until they make so many bytes or no eligible model is left."""
+        heap, entries = self._heap, self._entries
         for model_id in self._policy.lowered(now):
-            self._heap.decrease_key(model_id, now)
+            heap.decrease_key(model_id, now)
         # A draining model goes first: it was ranked lowest a moment ago and has been emptied since.
         taken: list[HeapEntry] = []
         freed_bytes = 0
         for entry in self._draining:
             if freed_bytes < missing_bytes and eligible(entry):
-                victim = self._heap.remove(entry.model.model_id)
+                victim = heap.remove(entry.model.model_id)
                 if victim is not None:
                     taken.append(victim)
                     freed_bytes += entry.model.size_bytes
         passed_over: list[HeapEntry] = []
-        while freed_bytes < missing_bytes and (victim := self._heap.pop(now)) is not None:
-            if eligible(self._entries[victim.model.model_id]):
+        while freed_bytes < missing_bytes and (victim := heap.pop(now)) is not None:
+            if eligible(entries[victim.model.model_id]):
                 taken.append(victim)
                 freed_bytes += victim.model.size_bytes
             else:
                 passed_over.append(victim)
-        self.spare(passed_over, now)
+        if passed_over:
+            self.spare(passed_over, now)
         return taken
 
     def spare(self, victims: Iterable[HeapEntry], now: float) -> None:
