@@ -1,6 +1,7 @@
 """The router: takes a request of one location, decides where it runs, and sees it through.
 
-Everything but HTTP: the wire formats are in ``oip`` and ``api``, the decisions in ``core/routing``.
+Everything but HTTP: the wire formats are in ``oip`` and ``api``, the decisions in ``core/routing``. The class has some
+more than 300 lines because it is one door: what endpoints ask for goes on from here to a part of its own.
 """
 
 from __future__ import annotations
