@@ -21,6 +21,8 @@ from serve_app.models.publishing.publish_catalog import publish
 from serve_app.store.model_store import ModelStore
 from serve_app.tasks.tensors import complete, probe
 
+pytestmark = pytest.mark.slow
+
 TENSORS = TaskSpec()
 
 

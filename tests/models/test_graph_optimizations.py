@@ -20,6 +20,8 @@ from serve_app.models.publishing.publish_catalog import publish
 from serve_app.store.manifest import ExecutionFormat, FoldedNorm
 from serve_app.store.model_store import ModelStore
 
+pytestmark = pytest.mark.slow
+
 FIRST = FoldedNorm(conv="first", norm="first_norm")
 SECOND = FoldedNorm(conv="second", norm="second_norm")
 

@@ -15,6 +15,8 @@ from model_support import images
 from serve_app.models.loader import ModelLoader
 from serve_app.store.model_store import ModelStore
 
+pytestmark = pytest.mark.slow
+
 SUPPORT = Path(__file__).parent.parent / "support"
 
 

@@ -20,6 +20,8 @@ from serve_app.models.profiling.model_profile import ColdProfile, Profile, Quart
 from serve_app.models.publishing.publish_catalog import publish
 from serve_app.store.model_store import ModelStore
 
+pytestmark = pytest.mark.slow
+
 KEYS = {
     "model", "size_bytes", "workspace_bytes", "load_ms", "miss_ms", "hit_ms", "miss_over_hit", "cold_load_ms",
     "cold_miss_ms",

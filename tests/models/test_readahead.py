@@ -19,6 +19,8 @@ from serve_app.models.publishing.publish_catalog import publish
 from serve_app.models.readahead import ReadAhead, is_resident
 from serve_app.store.model_store import ModelStore
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def wide(store: ModelStore) -> ModelStore:

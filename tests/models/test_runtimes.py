@@ -36,6 +36,8 @@ from serve_app.serving.oip.request import parse_infer, tensors_for
 from serve_app.serving.worker.model_manager import ModelManager
 from serve_app.store.model_store import ModelStore
 
+pytestmark = pytest.mark.slow
+
 #: Largest difference to the original framework, in parts of the largest number.
 TOLERANCE = 1e-5
 
