@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.config.catalog import load_catalog
-from serve_app.config.edge import load_edge
+from serve_app.config.edge import EdgeSettings, load_edge
 from serve_app.config.units import parse_size
 from serve_app.core.cache.model_cache import ModelCache
-from serve_app.core.catalog import PublishedModel
+from serve_app.core.catalog import Catalog, PublishedModel
 from serve_app.core.coordination.rules import CoordinatorRules
-from serve_app.core.memory_budget import divide
+from serve_app.core.memory_budget import MemoryBudget, divide
 from serve_app.core.policies.registry import make_policy
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.errors import StoreError
@@ -96,7 +96,27 @@ async def bench(memory: str, *, preloads: int, release_page_cache: bool) -> Asyn
     if not models:
         raise StoreError("no model is published that fits; run edgeserve publish, or give more memory")
     metrics = WorkerMetrics("here", "here-1")
-    manager = ModelManager(
+    manager = _make_manager(settings, budget, preloads, loader, metrics)
+    worker = _make_worker(settings, catalog, manager, worker_memory, metrics)
+    worker.start(settings.coordinator.report_every)
+    try:
+        yield Bench(
+            worker=worker,
+            manager=manager,
+            memory=worker_memory,
+            store=store,
+            models=models,
+            inputs={model.model_id: probe(model.contract, grid(model.contract.axes)[0]) for model in models},
+            slots=slots,
+        )
+    finally:
+        await worker.stop()
+
+
+def _make_manager(
+    settings: EdgeSettings, budget: MemoryBudget, preloads: int, loader: ModelLoader, metrics: WorkerMetrics
+) -> ModelManager:
+    return ModelManager(
         cache=ModelCache(
             capacity_bytes=budget.capacity_bytes,
             workspace_bytes=budget.workspace_bytes,
@@ -111,16 +131,20 @@ async def bench(memory: str, *, preloads: int, release_page_cache: bool) -> Asyn
         call_at=asyncio.get_running_loop().call_at,
         observer=metrics,
     )
-    worker = Worker(
+
+
+def _make_worker(
+    settings: EdgeSettings, catalog: Catalog, manager: ModelManager, memory: ProcessBudget, metrics: WorkerMetrics
+) -> Worker:
+    coordination = CoordinatorRules(
+        half_life_s=settings.coordinator.popularity_half_life, stale_after_s=settings.coordinator.stale_after
+    )
+    return Worker(
         identity=WorkerIdentity(location="here", replica="here-1"),
         catalog=catalog,
         manager=manager,
-        exec_slots=slots,
-        coordinator=_NoCoordinator(
-            CoordinatorRules(
-                half_life_s=settings.coordinator.popularity_half_life, stale_after_s=settings.coordinator.stale_after
-            )
-        ),
+        exec_slots=settings.worker.parallel_inferences,
+        coordinator=_NoCoordinator(coordination),
         rules=RoutingRules(
             profiles=catalog.profiles(),
             links={},
@@ -128,19 +152,6 @@ async def bench(memory: str, *, preloads: int, release_page_cache: bool) -> Asyn
             horizon_s=settings.coordinator.horizon,
         ),
         metrics=metrics,
-        process_budget=worker_memory,
+        process_budget=memory,
         max_pixels=settings.limits.image_pixels,
     )
-    worker.start(settings.coordinator.report_every)
-    try:
-        yield Bench(
-            worker=worker,
-            manager=manager,
-            memory=worker_memory,
-            store=store,
-            models=models,
-            inputs={model.model_id: probe(model.contract, grid(model.contract.axes)[0]) for model in models},
-            slots=slots,
-        )
-    finally:
-        await worker.stop()

@@ -35,7 +35,10 @@ NUMPY_TYPES: Final[dict[str, np.dtype[Any]]] = {
 
 def total_bytes(tensors: Tensors) -> int:
     """Return the bytes of all tensors together."""
-    return sum(sum(map(len, array.flat)) if array.dtype.hasobject else array.nbytes for array in tensors.values())
+    total = 0
+    for array in tensors.values():
+        total += sum(map(len, array.flat)) if array.dtype.hasobject else array.nbytes
+    return total
 
 
 def complete(tensors: Tensors, contract: Contract) -> tuple[Tensors, tuple[int, ...]]:

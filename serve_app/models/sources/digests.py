@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from serve_app.errors import StoreError
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+from serve_app.store.durable_files import sha256_of
 
 
 def check_digest(path: Path, expected: str | None, reference: str) -> None:

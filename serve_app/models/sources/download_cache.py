@@ -13,8 +13,9 @@ from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
 from serve_app.errors import DownloadFailed, StoreError
-from serve_app.models.sources.digests import require_digest, sha256_of
+from serve_app.models.sources.digests import require_digest
 from serve_app.models.sources.remote_files import Download, Interrupted, RemoteFile, redacted
+from serve_app.store.durable_files import sha256_of
 
 logger = logging.getLogger(__name__)
 

@@ -6,28 +6,19 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from serve_app.errors import InvalidRequest
+from serve_app.serving.api.endpoints import Endpoints
 from serve_app.serving.api.error_responses import JsonResponse
 from serve_app.serving.api.inference import outcome_headers
 from serve_app.serving.api.predict import raw_request, required_model, task_content
-from serve_app.serving.api.request_reader import RequestReader, check_content_type
-from serve_app.serving.router.router import Router
+from serve_app.serving.api.request_reader import check_content_type
 from serve_app.tasks.base import RawInput
 from serve_app.tasks.classes import label_count
 
 _CONTENT_TYPES = frozenset({"image/jpeg", "image/png", "image/webp", "application/octet-stream"})
 
 
-class ClassificationEndpoints:
-    """The handler of images.
-
-    Args:
-        router: runs the inferences.
-        reader: reads the requests.
-    """
-
-    def __init__(self, router: Router, reader: RequestReader) -> None:
-        self._router = router
-        self._reader = reader
+class ClassificationEndpoints(Endpoints):
+    """The handler of images."""
 
     async def classify(self, request: Request) -> Response:
         """The best labels for one JPEG, PNG or WebP image."""
@@ -54,6 +45,6 @@ class ClassificationEndpoints:
         model = self._router.models_named(name)[0]
         if model.task.kind != "image-classification":
             raise InvalidRequest(
-                f"model {model.model_id!r} has the task {model.task.kind!r} and does not classify images; "
-                f"ask /v1/predict?model={model.model_id}, or /v2/models/{model.model_id}/infer with tensors"
+                f"model {model.name!r} has the task {model.task.kind!r} and does not classify images; "
+                f"ask /v1/predict?model={model.name}, or /v2/models/{model.name}/infer with tensors"
             )

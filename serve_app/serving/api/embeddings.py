@@ -14,11 +14,11 @@ from fastapi.responses import Response
 
 from serve_app.core.catalog import PublishedModel
 from serve_app.errors import EdgeServeError, InvalidRequest
+from serve_app.serving.api.endpoints import Endpoints
 from serve_app.serving.api.error_responses import JsonResponse, error_response
 from serve_app.serving.api.inference import outcome_headers
 from serve_app.serving.api.predict import raw_request
-from serve_app.serving.api.request_reader import RequestReader, check_content_type
-from serve_app.serving.router.router import Router
+from serve_app.serving.api.request_reader import check_content_type
 from serve_app.tasks.base import RawInput
 
 _FIELDS = ("model", "input", "encoding_format", "dimensions", "user")
@@ -33,17 +33,8 @@ class _Asked:
     dimensions: int | None
 
 
-class EmbeddingEndpoints:
-    """The handler of texts.
-
-    Args:
-        router: runs the inferences.
-        reader: reads the requests.
-    """
-
-    def __init__(self, router: Router, reader: RequestReader) -> None:
-        self._router = router
-        self._reader = reader
+class EmbeddingEndpoints(Endpoints):
+    """The handler of texts."""
 
     async def embeddings(self, request: Request) -> Response:
         """The vectors of one or several texts, in the form of OpenAI's interface.

@@ -11,11 +11,11 @@ from fastapi.responses import Response
 from serve_app.core.vocabulary import Forwarding
 from serve_app.errors import InvalidRequest
 from serve_app.serving import oip
+from serve_app.serving.api.endpoints import Endpoints
 from serve_app.serving.api.error_responses import JsonResponse
 from serve_app.serving.api.inference import outcome_headers, parts_s
-from serve_app.serving.api.request_reader import RequestReader, check_content_type
+from serve_app.serving.api.request_reader import check_content_type
 from serve_app.serving.router.request import InferenceRequest, InferenceResponse
-from serve_app.serving.router.router import Router
 from serve_app.tasks.base import RawInput
 
 _CONTENT_TYPES = frozenset({
@@ -28,17 +28,8 @@ _WORDING = (
 )
 
 
-class PredictionEndpoints:
-    """The handler of raw inputs.
-
-    Args:
-        router: runs the inferences.
-        reader: reads the requests.
-    """
-
-    def __init__(self, router: Router, reader: RequestReader) -> None:
-        self._router = router
-        self._reader = reader
+class PredictionEndpoints(Endpoints):
+    """The handler of raw inputs."""
 
     async def predict(self, request: Request) -> Response:
         """The answer of a model to an image, a text, a WAV file, JSON or any other file, by the task of the model.

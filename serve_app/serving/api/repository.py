@@ -9,23 +9,13 @@ from fastapi.responses import Response
 
 from serve_app import __version__
 from serve_app.serving import oip
+from serve_app.serving.api.endpoints import Endpoints
 from serve_app.serving.api.error_responses import JsonResponse
-from serve_app.serving.api.request_reader import RequestReader
 from serve_app.serving.router.model_problems import problem_of, unusable_reason
-from serve_app.serving.router.router import Router
 
 
-class RepositoryEndpoints:
-    """The handlers of requests about models.
-
-    Args:
-        router: knows the models and the workers.
-        reader: reads the requests.
-    """
-
-    def __init__(self, router: Router, reader: RequestReader) -> None:
-        self._router = router
-        self._reader = reader
+class RepositoryEndpoints(Endpoints):
+    """The handlers of requests about models."""
 
     async def server(self, request: Request) -> Response:
         """Open Inference Protocol: the server and its extensions."""
