@@ -114,6 +114,10 @@ class Axis:
         """The largest size that is allowed."""
         return self.most // self.multiple * self.multiple
 
+    def at_least(self, size: int) -> int:
+        """Return the smallest allowed size from ``size`` on; it may be beyond the largest one."""
+        return max(self.smallest, -(-size // self.multiple) * self.multiple)
+
     def problem(self, size: int) -> str | None:
         """Return what is wrong with a size; None if nothing is."""
         if self.least <= size <= self.most and size % self.multiple == 0:
@@ -179,7 +183,7 @@ class Contract:
                         f"axis {name!r} of input {spec.name!r} must be {sizes[name]} as in other inputs, not {given}"
                     )
         for axis in self.axes:
-            problem = axis.problem(sizes.setdefault(axis.name, axis.least))
+            problem = axis.problem(sizes.setdefault(axis.name, axis.smallest))
             if problem is not None:
                 owner = next(spec for spec in self.inputs if axis.name in spec.axes)
                 raise InvalidRequest(f"axis {axis.name!r} of input {owner.name!r} {problem}")

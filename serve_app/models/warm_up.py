@@ -11,7 +11,6 @@ import logging
 from PIL import Image
 
 from serve_app.core.catalog import Catalog, PublishedModel
-from serve_app.errors import EdgeServeError
 from serve_app.models.loader import ModelLoader
 from serve_app.tasks.images import decode_image
 from serve_app.tasks.tensors import probe
@@ -36,8 +35,9 @@ def warm_up(loader: ModelLoader, catalog: Catalog) -> None:
         try:
             loaded = loader.load(model.model_id)
             try:
-                loaded.run(probe(model.contract, tuple(axis.least for axis in model.contract.axes)))
+                loaded.run(probe(model.contract, tuple(axis.smallest for axis in model.contract.axes)))
             finally:
                 loaded.unload()
-        except EdgeServeError as error:
-            logger.warning("the worker starts cold: %s", error)
+        except Exception as error:
+            # Foreign modules raise what they like, and a worker that starts cold serves all the same.
+            logger.warning("the worker starts cold: model %s: %s", model.model_id, error)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from serve_app.core.contract import Axis
 from serve_app.errors import InvalidRequest, StoreError
 from serve_app.tasks.base import RawInput, TaskModel
 from serve_app.tasks.tensors import NUMPY_TYPES
@@ -105,7 +106,7 @@ def encode(texts: Sequence[str], model: TaskModel) -> list[EncodedText]:
     """
     if model.tokenizer is None:
         return [EncodedText(text=text, tokens={}) for text in texts]
-    tokenizer, most = open_tokenizer(model.tokenizer), _limits(model)[1]
+    tokenizer, most = open_tokenizer(model.tokenizer), _token_axis(model).largest
     encoded = []
     for position, text in enumerate(texts):
         which = f"text {position}" if len(texts) > 1 else "the text"
@@ -136,7 +137,7 @@ def token_inputs(texts: Sequence[EncodedText], model: TaskModel) -> dict[str, ND
         tensor = inputs[0]
         rows = np.array([each.text.encode() for each in texts], np.object_)
         return {tensor.name: rows.reshape((len(texts), *[1] * (len(tensor.shape) - 1)))}
-    width = max(_limits(model)[0], *(each.length for each in texts))
+    width = _token_axis(model).at_least(max(each.length for each in texts))
     tensors: dict[str, NDArray[Any]] = {}
     for spec in inputs:
         if spec.name not in TOKEN_INPUTS:
@@ -149,13 +150,12 @@ def token_inputs(texts: Sequence[EncodedText], model: TaskModel) -> dict[str, ND
     return tensors
 
 
-def _limits(model: TaskModel) -> tuple[int, int]:
-    """Return the least and the largest number of tokens."""
+def _token_axis(model: TaskModel) -> Axis:
+    """Return how many tokens the model takes."""
     spec = model.contract.input(_IDS) or model.contract.inputs[0]
     if not spec.axes[-1]:
-        return spec.shape[-1], spec.shape[-1]
-    axis = next(axis for axis in model.contract.axes if axis.name == spec.axes[-1])
-    return axis.least, axis.most
+        return Axis(name="tokens", least=spec.shape[-1], most=spec.shape[-1])
+    return next(axis for axis in model.contract.axes if axis.name == spec.axes[-1])
 
 
 @lru_cache(maxsize=_KEPT)

@@ -20,7 +20,7 @@ TEXT = Contract(
         TensorSpec(name="rate", datatype="INT64", shape=(), default=16000.0),
     ),
     outputs=(TensorSpec(name="logits", datatype="FP32", shape=(-1, 3)),),
-    axes=(Axis(name="batch", most=4), Axis(name="sequence", least=2, most=16, multiple=2)),
+    axes=(Axis(name="batch", most=4), Axis(name="sequence", least=1, most=16, multiple=2)),
 )
 
 
@@ -39,7 +39,7 @@ def test_sizes_are_read_from_the_inputs_that_are_there() -> None:
         ({"ids": (1, 4), "mask": (1, 6)}, "axis 'sequence' of input 'mask' must be 4 as in other inputs, not 6"),
         ({"ids": (1, 4), "state": (2, 2, 8)}, "axis 'batch' of input 'state' must be 1 as in other inputs, not 2"),
         ({"ids": (5, 4)}, r"axis 'batch' of input 'ids' must lie in 1\.\.4, not 5"),
-        ({"ids": (1, 5)}, r"axis 'sequence' of input 'ids' must lie in 2\.\.16 and a multiple of 2, not 5"),
+        ({"ids": (1, 5)}, r"axis 'sequence' of input 'ids' must lie in 1\.\.16 and a multiple of 2, not 5"),
         ({"ids": (0, 4)}, r"axis 'batch' of input 'ids' must lie in 1\.\.4, not 0"),
     ],
 )

@@ -34,9 +34,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def text_model(tokenizer: Path, task: TaskSpec, *outputs, tokens: int = 6, batch: int = 2):
+def text_model(tokenizer: Path, task: TaskSpec, *outputs, tokens: int = 6, batch: int = 2, multiple: int = 1):
     inputs = [tensor(name, "INT64", -1, -1, axes=("batch", "tokens")) for name in ("input_ids", "attention_mask")]
-    axes = (Axis(name="batch", most=batch), Axis(name="tokens", most=tokens))
+    axes = (Axis(name="batch", most=batch), Axis(name="tokens", most=tokens, multiple=multiple))
     return model_of(task, inputs, list(outputs), *axes, tokenizer=tokenizer)
 
 
@@ -58,6 +58,22 @@ def test_the_mean_counts_tokens_only_and_texts_keep_their_order(tokenizer: Path)
     )
     assert found["embeddings"] == [[2, 1], [pytest.approx((3 + 4 + 5 + 2 + 3) / 5), 1], [4, 1]]
     assert (found["tokens"], found["dimensions"]) == (7, 2)
+
+
+def test_texts_are_filled_up_to_a_number_of_tokens_that_the_model_takes(tokenizer: Path) -> None:
+    task = TaskSpec(kind="embedding", tokenizer="blob", normalize=False)
+    output = tensor("hidden", "FP32", -1, -1, 2, axes=("batch", "tokens", ""))
+    model = text_model(tokenizer, task, output, tokens=7, multiple=4)
+    seen: list[tuple[int, ...]] = []
+
+    def run(inputs):
+        seen.append(inputs["input_ids"].shape)
+        return hidden(inputs)
+
+    assert answer(b"cat dog", model, run)["embeddings"] == [[3.5, 1]]
+    assert seen == [(1, 4)]
+    with pytest.raises(InvalidRequest, match="5 tokens, more than the limit of 4"):
+        answer(b"cat dog sleeps a cat", model, run)
 
 
 def test_normalized_vectors_have_length_one(tokenizer: Path) -> None:
