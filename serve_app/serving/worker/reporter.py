@@ -161,7 +161,7 @@ class WorkerReporter:
         """Unload idle models, update the memory that models may take, and exchange a report for instructions."""
         if self._retention.idle_unload_s is not None:
             self._manager.handle(IdleChecked(self._clock() - self._retention.idle_unload_s))
-        await self._budget.update(self._manager, self._clock())
+        await self._budget.update(self._manager, self._catalog, self._clock())
         await self._exchange()
 
     async def leave(self) -> None:
