@@ -318,6 +318,7 @@ def test_loads_leave_no_threads_behind(published: ModelStore) -> None:
     assert threads_after(3) >= threads_after(10)
 
 
+@pytest.mark.slow
 def test_kernels_of_openvino_go_with_their_models() -> None:
     pytest.importorskip("openvino")
     script = Path(runtime_models.__file__).with_name("openvino_process.py")
