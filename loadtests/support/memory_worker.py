@@ -23,7 +23,7 @@ from serve_app.core.policies.registry import make_policy
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.errors import StoreError
 from serve_app.models.loader import ModelLoader
-from serve_app.models.process_memory import give_back_free_memory, process_memory
+from serve_app.models.process_memory import give_back_free_memory, keep_freed_memory, process_memory
 from serve_app.models.profiling.grid import grid
 from serve_app.models.threads import use_threads
 from serve_app.serving.coordinator.client import CoordinatorClient
@@ -79,6 +79,7 @@ async def bench(memory: str, *, preloads: int, release_page_cache: bool) -> Asyn
         StoreError: no model is published that fits.
     """
     settings = load_edge(Path("deploy/edge.yaml"))
+    keep_freed_memory()
     use_threads(settings.worker.threads_per_inference, settings.worker.parallel_inferences)
     store = ModelStore(settings.store)
     catalog = store.catalog(load_catalog(settings.catalog))
