@@ -24,7 +24,7 @@ from serve_app.core.policies.registry import make_policy
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.errors import StoreError
 from serve_app.models.loader import ModelLoader
-from serve_app.models.process_memory import give_back_free_memory, process_memory
+from serve_app.models.process_memory import give_back_free_memory, keep_freed_memory, process_memory
 from serve_app.models.publishing.publish_catalog import publish
 from serve_app.models.sources.fetcher import Fetcher
 from serve_app.models.threads import expect_parallel, use_threads
@@ -110,6 +110,7 @@ async def bench(
         StoreError: no model is published that fits.
     """
     settings = load_edge(_EDGE)
+    keep_freed_memory()
     use_threads(settings.worker.threads_per_inference, settings.worker.parallel_inferences)
     store = ModelStore(settings.store)
     selection = store.select(load_catalog(models_of or settings.catalog))

@@ -20,6 +20,7 @@ from serve_app.core.contract_declaration import complete_contract
 from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.builders.base import Metadata
+from serve_app.models.builders.refusals import foreign_reason
 from serve_app.tasks.tensors import NUMPY_TYPES, Tensors
 
 #: The input of image tasks, where none is declared.
@@ -79,11 +80,11 @@ def read_example(entry: ModelEntry, module: nn.Module) -> Tensors | None:
     place, _, attribute = entry.example.partition(":")
     try:
         made = getattr(importlib.import_module(place), attribute)()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # Foreign code raises what it likes.
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise StoreError(
-            f"example {entry.example!r} cannot be made ({reason}); name a function: package.module:function"
+            f"example {entry.example!r} cannot be made ({foreign_reason(error)}); name a function: "
+            "package.module:function"
         ) from error
     named = made if isinstance(made, Mapping) else _named(made if isinstance(made, tuple | list) else (made,), module)
     example = {str(name): _array(entry.example, str(name), value) for name, value in named.items()}

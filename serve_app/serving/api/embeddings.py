@@ -87,7 +87,7 @@ def _error_response(error: EdgeServeError) -> Response:
     return JsonResponse(content, error.status, headers)
 
 
-def _parse(body: bytearray) -> _Asked:
+def _parse(body: memoryview) -> _Asked:
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -20,6 +20,8 @@ _LOCATION_HEADER = "x-edge-location"
 
 #: Memory for a body is allocated by its Content-Length up to this size, and beyond it only as the body arrives.
 _PREALLOCATED_BYTES = 2**20
+#: Of the memory of an array of bytes, and more than numbers need.
+_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +81,12 @@ class RequestReader:
         oip.check_version(version, tuple(map(str, versions)))
         return f"{name}@{version}"
 
-    async def body(self, request: InferenceHttpRequest) -> bytearray:
-        """Receive the body.
+    async def body(self, request: InferenceHttpRequest, *, header_bytes: int = 0) -> memoryview:
+        """Receive the body, as writable memory: torch wants its inputs so, and would copy them otherwise.
 
-        The array is writable: torch wants its inputs so, and would copy them otherwise.
+        Args:
+            request: whose body is received.
+            header_bytes: what follows so many bytes is aligned for numbers of any type, and need not be copied either.
 
         Raises:
             PayloadTooLarge: the body is larger than the limit.
@@ -92,15 +96,15 @@ class RequestReader:
         expected = int(request.headers.get("content-length") or 0)
         if expected > limit:
             raise PayloadTooLarge(message)
+        begin = -header_bytes % _ALIGNMENT
         # A chunk is copied to its place while the next ones arrive.
-        body, size = bytearray(min(expected, _PREALLOCATED_BYTES)), 0
+        body, end = bytearray(begin + min(expected, _PREALLOCATED_BYTES)), begin
         async for chunk in request.stream():
-            if size + len(chunk) > limit:
+            if end - begin + len(chunk) > limit:
                 raise PayloadTooLarge(message)
-            body[size : size + len(chunk)] = chunk
-            size += len(chunk)
-        del body[size:]
-        return body
+            body[end : end + len(chunk)] = chunk
+            end += len(chunk)
+        return memoryview(body)[begin:end]
 
     @contextlib.contextmanager
     def counting_errors(self, request: InferenceHttpRequest, name: str) -> Iterator[None]:
