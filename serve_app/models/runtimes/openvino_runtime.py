@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -37,11 +38,12 @@ _INT32 = np.iinfo(np.int32)
 #: Types of whole numbers that it takes, and computes in those of 32 bits.
 _CUT_OFF = (np.dtype(np.int64), np.dtype(np.uint64), np.dtype(np.uint32))
 
-
 #: After so many inferences of a model that always runs, it waits until none does, and gives its memory back.
 _MOST_UNTIL_RELEASE = 32
 
-_first_use = threading.Lock()
+_first_use = threading.RLock()
+
+_KERNELS_KEPT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 
 def library() -> Any:
@@ -70,7 +72,32 @@ def _import() -> Any:
 @cache
 def core() -> Any:
     """Return the one ``Core`` of the process."""
-    return library().Core()
+    with _first_use:
+        made = library().Core()
+        _keep_no_kernels(made)
+    return made
+
+
+def _keep_no_kernels(made: Any) -> None:
+    """Have kernels live and die with the models that they were compiled for.
+
+    The library keeps the last 1,024 otherwise, tens of megabytes that no unload gives back. It reads the limit, once,
+    when it makes its first kernel. torch has a copy of the same library and reads the same variable, but must keep its
+    kernels: it looks them up for every execution.
+    """
+    ops = importlib.import_module("openvino.opset13")
+    given = ops.parameter([1, 8], np.float32)
+    weights = ops.constant(np.ones((8, 8), np.float32))
+    before = os.environ.get(_KERNELS_KEPT)
+    os.environ[_KERNELS_KEPT] = "0"
+    try:
+        model = library().Model([ops.matmul(given, weights, False, False)], [given], "first")
+        made.compile_model(model, DEVICE)(np.zeros((1, 8), np.float32))
+    finally:
+        if before is None:
+            del os.environ[_KERNELS_KEPT]
+        else:
+            os.environ[_KERNELS_KEPT] = before
 
 
 def settings(dtype: Dtype | str) -> dict[str, Any]:
