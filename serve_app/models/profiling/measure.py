@@ -39,6 +39,10 @@ _ONCE_S = 0.3
 #: What one execution may take of the memory that is free while it is measured.
 _MEMORY_SHARE = 0.5
 
+#: So many sizes of the free axes are executed before what a model takes is read: libraries keep memory for those that
+#: they saw last.
+_SIZES_HELD = 4
+
 #: Between two looks at the memory of the process.
 _SAMPLE_S = 0.001
 
@@ -63,7 +67,7 @@ class Measurement:
             where a size grows. ``exec_s`` and ``workspace_bytes`` are of these.
         prepared_bytes: what a process keeps of the model while it is not in memory, once it has run.
         resident_bytes: by how much resident memory falls with an unload at most, once every thread that executes models
-            has executed it.
+            has executed it at several sizes.
         kept_bytes: by how much it is larger after a load and an unload than before, every time; heaps that grow to
             their size keep something now and then.
         skipped: sizes at which it was not measured.
@@ -113,22 +117,23 @@ def measure(
         first_bytes = process_memory().anonymous_bytes - started
         # First without measuring: libraries set themselves up, which no unload gives back and no further model takes.
         for _ in range(_SETTLING):
-            _load_and_run(first, inputs(sizes[0]), threads)
+            _load_and_run(first, [inputs(sizes[0])], threads)
         before = _resident_bytes()
         prepared = prepare()
-        _load_and_run(prepared, inputs(sizes[0]), threads)
+        _load_and_run(prepared, [inputs(sizes[0])], threads)
         prepared_bytes = _resident_bytes() - before + (first_bytes if prepared is first else 0)
         model = prepared.load(ReadAhead, None)
         try:
             costs, skipped = _costs(model, contract, sizes, inputs)
         finally:
             model.unload()
-        largest = max((cost.sizes for cost in costs if cost.exec_s <= _ONCE_S), key=contract.elements, default=sizes[0])
+        held = _held_sizes(costs, contract) or [sizes[0]]
+        feeds = [inputs(each) for each in held]
         # The first one also brings the heaps of the threads to their size.
-        cycles = [_load_and_run(prepared, inputs(largest), threads) for _ in range(REPEATS + 1)][1:]
+        cycles = [_load_and_run(prepared, feeds, threads) for _ in range(REPEATS + 1)][1:]
         # Heaps keep a block now and then; what a model keeps, it keeps every time.
         while min(cycle.kept_bytes for cycle in cycles) > _HEAP_BYTES and len(cycles) < _MOST_CYCLES:
-            cycles.append(_load_and_run(prepared, inputs(largest), threads))
+            cycles.append(_load_and_run(prepared, feeds, threads))
     return Measurement(
         load_s=statistics.median(cycle.load_s for cycle in cycles),
         costs=non_decreasing(costs),
@@ -137,6 +142,12 @@ def measure(
         kept_bytes=max(0, min(cycle.kept_bytes for cycle in cycles)),
         skipped=tuple(skipped),
     )
+
+
+def _held_sizes(costs: Sequence[SizeCost], contract: Contract) -> list[tuple[int, ...]]:
+    """Return the largest sizes that do not take long, the largest one last."""
+    quick = sorted((cost.sizes for cost in costs if cost.exec_s <= _ONCE_S), key=contract.elements)
+    return quick[-_SIZES_HELD:]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,13 +159,16 @@ class _Cycle:
     kept_bytes: int
 
 
-def _load_and_run(prepared: PreparedModel, inputs: Tensors, threads: ThreadPoolExecutor) -> _Cycle:
+def _load_and_run(prepared: PreparedModel, inputs: Sequence[Tensors], threads: ThreadPoolExecutor) -> _Cycle:
     before = _resident_bytes()
     started = time.perf_counter()
     model = prepared.load(ReadAhead, None)
     load_s = time.perf_counter() - started
     try:
-        run_in_every_thread(model, inputs, threads)
+        *others, last = inputs
+        for each in others:
+            run_in_every_thread(model, each, threads, repeats=1)
+        run_in_every_thread(model, last, threads)
         loaded = _resident_bytes()
     finally:
         model.unload()
@@ -230,14 +244,16 @@ def _seconds(model: LoadedModel, inputs: Tensors) -> float:
     return time.perf_counter() - started
 
 
-def run_in_every_thread(model: LoadedModel, inputs: Tensors, threads: ThreadPoolExecutor) -> None:
+def run_in_every_thread(
+    model: LoadedModel, inputs: Tensors, threads: ThreadPoolExecutor, *, repeats: int = REPEATS
+) -> None:
     """Execute a model in as many threads as a worker has, at the same time: some libraries keep memory for each."""
     count = parallel_inferences()
     together = threading.Barrier(count)
 
     def run() -> None:
         try:
-            for _ in range(REPEATS):
+            for _ in range(repeats):
                 together.wait()
                 model.run(inputs)
         except BaseException:

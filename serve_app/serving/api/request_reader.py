@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 
 from serve_app.config.edge import LimitSettings
 from serve_app.core.catalog import PublishedModel
-from serve_app.errors import EdgeServeError, NotFound, PayloadTooLarge, UnsupportedMediaType
+from serve_app.errors import EdgeServeError, InvalidRequest, NotFound, PayloadTooLarge, UnsupportedMediaType
 from serve_app.serving import oip
 from serve_app.serving.api.fast_path import InferenceHttpRequest
 from serve_app.serving.router.router import Router
@@ -119,6 +119,20 @@ class RequestReader:
             location = self._settings.location or (location if location in self._router.locations else "none")
             self._router.count(location, name, "error", status)
             raise
+
+
+def query_options(request: Request, *known: str) -> dict[str, str]:
+    """Return the options in the query of a request; those of every inference are always known.
+
+    Raises:
+        InvalidRequest: there is another one.
+    """
+    options = dict(request.query_params)
+    all_known = (*known, *oip.OPTIONS)
+    unknown = next((name for name in options if name not in all_known), None)
+    if unknown is not None:
+        raise InvalidRequest(f"there is no option {unknown[:64]!r}; the options are {', '.join(all_known)}")
+    return options
 
 
 def check_content_type(request: InferenceHttpRequest, accepted: frozenset[str], wording: str) -> str:
