@@ -22,6 +22,7 @@ from serve_app.models.profiling.fresh_process import prepare_server
 from serve_app.models.publishing.described import ModuleStage
 from serve_app.models.publishing.publish_graph import publish_graph
 from serve_app.models.publishing.publish_module import publish_module
+from serve_app.models.publishing.tried_apart import require_no_crash
 from serve_app.models.runtimes.registry import is_made_here
 from serve_app.models.sources.download_cache import OnBytes
 from serve_app.models.sources.fetcher import Fetcher
@@ -222,6 +223,7 @@ class Publisher:
             elif runtime_of(entry) != "torch":
                 raise StoreError(f"{entry.builder} is a module, which {entry.runtime} cannot run; leave runtime out")
             else:
+                require_no_crash(entry)
                 publish_module(self._store, entry, *self._build(entry, on_bytes), on_stage)
             self._recorder.record(entry, is_new=True)
         except WeightsUnavailable as error:

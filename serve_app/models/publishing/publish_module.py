@@ -17,6 +17,7 @@ from serve_app.core.contract import Contract
 from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.builders import registry
+from serve_app.models.builders.base import Metadata
 from serve_app.models.builders.described_module import DescribedModule
 from serve_app.models.builders.refusals import foreign_reason
 from serve_app.models.graph_optimizations import ROUNDING, largest_difference, optimize, order_of_use
@@ -41,6 +42,17 @@ from serve_app.store.model_store import ModelStore
 TOLERANCE: dict[Dtype, float] = {"float32": ROUNDING, "bfloat16": 0.05}
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TriedModule:
+    """What is known of a module that has run: what its builder says, how to call it, and what it takes and answers."""
+
+    metadata: Metadata
+    task: TaskSpec
+    execution: ExecutionFormat
+    contract: Contract
+    trials: Sequence[Trial]
+
+
 def publish_module(store: ModelStore, entry: ModelEntry, weights: str, module: nn.Module, on_stage: OnStage) -> None:
     """Publish one built model; the caller holds ``store.exclusive``.
 
@@ -54,14 +66,10 @@ def publish_module(store: ModelStore, entry: ModelEntry, weights: str, module: n
     Raises:
         StoreError: the module does not answer as its entry says, does not load back as it was, or cannot be written.
     """
-    metadata = module.metadata if isinstance(module, DescribedModule) else registry.metadata(entry)
-    task = task_for(entry, metadata.task)
-    _require_compute_dtype(entry, module)
-    example = read_example(entry, module)
-    known = input_contract(entry, task, metadata, example)
-    is_named = bool(entry.inputs or metadata.inputs or example)
-    execution = ExecutionFormat(by_keyword=is_named and takes_keywords(module, [spec.name for spec in known.inputs]))
-    contract, trials = run_trials(entry, module, task, known, example, execution)
+    tried = try_module(entry, module)
+    metadata, task, execution, contract, trials = (
+        tried.metadata, tried.task, tried.execution, tried.contract, tried.trials
+    )  # fmt: skip
     if task.kind == "image-classification":
         run = partial(run_module, module, contract, trials[0].inputs, execution, compute_dtype(module))
         require_known_meaning(entry, contract.outputs, run)
@@ -91,6 +99,23 @@ def publish_module(store: ModelStore, entry: ModelEntry, weights: str, module: n
     require_counted(entry.builder, measurement, weights_bytes)
     store.commit(dataclasses.replace(manifest, model=with_measurement(model, measurement, weights_bytes)))
     on_stage("published", weights_bytes)
+
+
+def try_module(entry: ModelEntry, module: nn.Module) -> TriedModule:
+    """Run a module as its builder has made it, and return what that shows.
+
+    Raises:
+        StoreError: the module does not answer as its entry says.
+    """
+    metadata = module.metadata if isinstance(module, DescribedModule) else registry.metadata(entry)
+    task = task_for(entry, metadata.task)
+    _require_compute_dtype(entry, module)
+    example = read_example(entry, module)
+    known = input_contract(entry, task, metadata, example)
+    is_named = bool(entry.inputs or metadata.inputs or example)
+    execution = ExecutionFormat(by_keyword=is_named and takes_keywords(module, [spec.name for spec in known.inputs]))
+    contract, trials = run_trials(entry, module, task, known, example, execution)
+    return TriedModule(metadata=metadata, task=task, execution=execution, contract=contract, trials=trials)
 
 
 def _write_structure(store: ModelStore, module: nn.Module) -> tuple[BlobFile, ...]:
@@ -146,7 +171,7 @@ def _order_of_use(entry: ModelEntry, module: nn.Module, execute: Callable[[], ob
         # A forward that converts between types of its own, such as a module of two halves.
         raise StoreError(
             f"{entry.builder} fails when all its weights are {entry.dtype} ({foreign_reason(error)}); return a module "
-            "that converts nothing itself, such as module.float()"
+            "of one type, which converts nothing itself"
         ) from error
 
 
