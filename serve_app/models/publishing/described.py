@@ -16,7 +16,7 @@ from serve_app.models.profiling.measure import Measurement
 logger = logging.getLogger(__name__)
 
 #: Of a model until it is in the store.
-ModuleStage = Literal["writing", "verifying", "measuring", "published"]
+ModuleStage = Literal["writing", "verifying", "measuring", "published", "compiling"]
 
 #: Called with every stage, and the bytes of the weights.
 OnStage = Callable[[ModuleStage, int], None]

@@ -20,6 +20,7 @@ from serve_app.errors import DownloadFailed, StoreError, WeightsUnavailable
 from serve_app.models.builders import registry
 from serve_app.models.profiling.fresh_process import prepare_server
 from serve_app.models.publishing.described import ModuleStage
+from serve_app.models.publishing.publish_forms import missing_forms, publish_forms
 from serve_app.models.publishing.publish_graph import publish_graph
 from serve_app.models.publishing.publish_module import publish_module
 from serve_app.models.publishing.tried_apart import require_no_crash
@@ -123,7 +124,7 @@ def publish(
     entries = store.fingerprinted(entries)
     recorder = ProjectRecorder(store, project, canary)
     publisher = Publisher(store, entries, on_progress, WeightSource(fetcher, reachable), recorder, require_weights)
-    if not force and not any(publisher.is_pending(entry) for entry in entries):
+    if not force and not any(publisher.is_pending(entry) or publisher.lacks_forms(entry) for entry in entries):
         return publisher.skip_all()
     prepare_server()
     with store.exclusive(on_wait=publisher.report_wait):
@@ -133,6 +134,7 @@ def publish(
                 publisher.publish(index, entry)
             else:
                 publisher.skip(index, entry)
+            publisher.compile(index, entry, force=force)
         store.sweep()
     return publisher.report()
 
@@ -184,6 +186,11 @@ class Publisher:
             return manifest.model.fallback and self._available_weights(entry) != manifest.model.weights_actual
         except StoreError:
             return True
+
+    def lacks_forms(self, entry: ModelEntry) -> bool:
+        """Return whether the store has the model, but not in all forms that this machine can run."""
+        key = self._store.find(entry, self._recorder.state())
+        return key is not None and bool(missing_forms(self._store, entry, key))
 
     def report_wait(self) -> None:
         """Report that another publisher holds the store."""
@@ -238,6 +245,12 @@ class Publisher:
             on_stage("failed", 0)
         else:
             self._published.append(entry.model_id)
+
+    def compile(self, index: int, entry: ModelEntry, *, force: bool) -> None:
+        """Make the forms in which a model runs faster; one that cannot be made is no failure."""
+        key = self._store.find(entry, self._recorder.state())
+        if key is not None:
+            publish_forms(self._store, entry, key, lambda: self._report_stage(index, entry, "compiling"), force=force)
 
     def report(self) -> PublishReport:
         """Return the outcome of the run so far, and log its warning."""
