@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -83,19 +84,33 @@ def build(
         DownloadFailed: the weights could not be fetched.
         StoreError: there is no such builder, or the weights do not fit.
     """
+    return build_with(entry, weights, fetch(entry, weights, source or WeightSource(), on_bytes))
+
+
+def fetch(entry: ModelEntry, weights: str, source: WeightSource, on_bytes: OnBytes = ignore_bytes) -> Path | None:
+    """Return the file that a model is built from, fetched if need be; None if the builder brings its weights.
+
+    Raises:
+        DownloadFailed: the weights could not be fetched.
+        StoreError: there is no such builder.
+    """
+    if is_reference(weights):
+        return source.fetcher.fetch(weights, on_bytes)
+    origin = resolve(entry.builder).pretrained_source() if weights == PRETRAINED else None
+    return None if origin is None else source.file(origin, on_bytes)
+
+
+def build_with(entry: ModelEntry, weights: str, file: Path | None) -> nn.Module:
+    """Build a model with its weights from the file that ``fetch`` has returned, see ``build``."""
     builder = resolve(entry.builder)
-    source = source or WeightSource()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seed(weights))
-        if weights == PRETRAINED:
-            origin = builder.pretrained_source()
-            module = builder.pretrained(source.file(origin, on_bytes) if origin is not None else None)
-        else:
-            module = builder.construct(weights)
+        module = builder.pretrained(file) if weights == PRETRAINED else builder.construct(weights)
     require_servable(module, entry.builder)
     _drop_unused(module, builder)
     if is_reference(weights):
-        _fill(module, builder, read_state(source.fetcher.fetch(weights, on_bytes)), weights)
+        assert file is not None
+        _fill(module, builder, read_state(file), weights)
     return module.requires_grad_(False).eval()
 
 

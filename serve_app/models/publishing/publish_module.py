@@ -1,4 +1,4 @@
-"""Publish one built module: write it, load it back, compare its answers, measure it, and commit the manifest."""
+"""Publish one built module: write it, load it back, compare its answers, and measure it."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ from serve_app.store.model_store import ModelStore
 TOLERANCE: dict[Dtype, float] = {"float32": ROUNDING, "bfloat16": 0.05}
 
 
-def publish_module(store: ModelStore, entry: ModelEntry, weights: str, module: nn.Module, on_stage: OnStage) -> None:
-    """Publish one built model; the caller holds ``store.exclusive``.
+def publish_module(
+    store: ModelStore, entry: ModelEntry, weights: str, module: nn.Module, on_stage: OnStage
+) -> Manifest:
+    """Write one built model, and return its manifest, which is to be committed; the caller holds ``store.exclusive``.
 
     Args:
         store: where to.
@@ -84,8 +86,7 @@ def publish_module(store: ModelStore, entry: ModelEntry, weights: str, module: n
     sizes = grid(contract.axes)
     measurement = measure_published(manifest, store, sizes[:1] if model.row_by_row else sizes)
     require_counted(entry.builder, measurement, weights_bytes)
-    store.commit(dataclasses.replace(manifest, model=with_measurement(model, measurement, weights_bytes)))
-    on_stage("published", weights_bytes)
+    return dataclasses.replace(manifest, model=with_measurement(model, measurement, weights_bytes))
 
 
 def _write_structure(store: ModelStore, module: nn.Module) -> tuple[BlobFile, ...]:
