@@ -14,6 +14,7 @@ from typing import Any
 
 from serve_app.config.catalog import load_catalog
 from serve_app.config.edge import EdgeSettings, load_edge
+from serve_app.config.environment import ca_bundle, downloads_dir
 from serve_app.config.units import parse_size
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import Catalog, PublishedModel
@@ -23,9 +24,11 @@ from serve_app.core.policies.registry import make_policy
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.errors import StoreError
 from serve_app.models.loader import ModelLoader
-from serve_app.models.process_memory import give_back_free_memory, process_memory
-from serve_app.models.profiling.grid import grid
-from serve_app.models.threads import use_threads
+from serve_app.models.process_memory import give_back_free_memory, keep_freed_memory, process_memory
+from serve_app.models.publishing.publish_catalog import publish
+from serve_app.models.sources.fetcher import Fetcher
+from serve_app.models.threads import expect_parallel, use_threads
+from serve_app.models.warm_up import warm_up
 from serve_app.serving.coordinator.client import CoordinatorClient
 from serve_app.serving.metrics import WorkerMetrics
 from serve_app.serving.transport.messages import InferenceRejected, InferenceTask
@@ -33,10 +36,13 @@ from serve_app.serving.worker.model_manager import ModelManager
 from serve_app.serving.worker.process_budget import ProcessBudget
 from serve_app.serving.worker.settings import WorkerIdentity
 from serve_app.serving.worker.worker import Worker
-from serve_app.store.model_store import ModelStore
+from serve_app.store.model_store import ModelStore, Selection
 from serve_app.tasks.tensors import Tensors, probe
 
 _BUDGET_S = 60.0
+_EDGE = Path("deploy/edge.yaml")
+#: Requests of other sizes would leave little of the rate of loads.
+_LONGEST_S = 0.1
 
 
 class _NoCoordinator(CoordinatorClient):
@@ -48,43 +54,72 @@ class _NoCoordinator(CoordinatorClient):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """A worker, its parts, and the models that fit into its memory."""
+    """A worker, its parts, and the models that fit into its memory, with inputs of several sizes for each."""
 
     worker: Worker
     manager: ModelManager
     memory: ProcessBudget
     store: ModelStore
+    selection: Selection
     models: tuple[PublishedModel, ...]
-    inputs: dict[str, Tensors]
+    inputs: dict[str, list[Tensors]]
     slots: int
+    rng: random.Random
 
     async def infer(self, model: PublishedModel) -> None:
-        """Run one inference; raises what the worker refuses it with."""
-        payload = self.inputs[model.model_id]
+        """Run one inference of any size; raises what the worker refuses it with."""
+        payload = self.rng.choice(self.inputs[model.model_id])
         work = InferenceTask(model_id=model.model_id, origin="here", payload=payload, budget_s=_BUDGET_S)
         reply = await self.worker.infer(work)
         if isinstance(reply, InferenceRejected):
             raise reply.error
 
     def weights(self, model: PublishedModel) -> Path:
-        """The file with its weights."""
-        return self.store.blob_path(self.store.manifest(model.model_id).files[0].name)
+        """Its largest file, which has its weights."""
+        manifest = self.store.read(self.selection.manifests[model.model_id])
+        return max((self.store.blob_path(file.name) for file in manifest.files), key=lambda path: path.stat().st_size)
+
+
+def publish_missing(catalog: Path) -> None:
+    """Put those models of a catalog into the store of ``deploy/edge.yaml`` that it does not have.
+
+    Raises:
+        StoreError: one could not be published.
+    """
+    settings = load_edge(_EDGE)
+    expect_parallel(settings.worker.parallel_inferences)
+    fetcher = Fetcher(downloads_dir(), ca_bundle=ca_bundle())
+    report = publish(ModelStore(settings.store), load_catalog(catalog), fetcher=fetcher)
+    if report.failures:
+        raise StoreError("; ".join(f"{failure.model_id}: {failure.message}" for failure in report.failures))
 
 
 @asynccontextmanager
-async def bench(memory: str, *, preloads: int, release_page_cache: bool) -> AsyncIterator[Bench]:
+async def bench(
+    memory: str, *, preloads: int, release_page_cache: bool, models_of: Path | None = None
+) -> AsyncIterator[Bench]:
     """A worker with the settings and the models of ``deploy/edge.yaml``, but so much memory.
+
+    Args:
+        memory: of the worker.
+        preloads: background loads at the same time.
+        release_page_cache: whether evicted files leave the page cache.
+        models_of: a catalog whose models it has instead.
 
     Raises:
         StoreError: no model is published that fits.
     """
-    settings = load_edge(Path("deploy/edge.yaml"))
+    settings = load_edge(_EDGE)
+    keep_freed_memory()
     use_threads(settings.worker.threads_per_inference, settings.worker.parallel_inferences)
     store = ModelStore(settings.store)
-    catalog = store.catalog(load_catalog(settings.catalog))
+    selection = store.select(load_catalog(models_of or settings.catalog))
+    catalog = selection.catalog
     loader = ModelLoader(store, release_page_cache=release_page_cache)
+    loader.select(selection.manifests)
     for model in catalog.models:
         loader.prepare(model.model_id)
+    await asyncio.to_thread(warm_up, loader, catalog)
     slots = settings.worker.parallel_inferences
     budget = divide(parse_size(memory), catalog.models, slots)
     worker_memory = ProcessBudget(budget, read=process_memory, give_back=give_back_free_memory)
@@ -105,12 +140,25 @@ async def bench(memory: str, *, preloads: int, release_page_cache: bool) -> Asyn
             manager=manager,
             memory=worker_memory,
             store=store,
+            selection=selection,
             models=models,
-            inputs={model.model_id: probe(model.contract, grid(model.contract.axes)[0]) for model in models},
+            inputs={model.model_id: _inputs(model, budget) for model in models},
             slots=slots,
+            rng=random.Random(0),
         )
     finally:
         await worker.stop()
+
+
+def _inputs(model: PublishedModel, budget: MemoryBudget) -> list[Tensors]:
+    """Valid inputs by the contract of a model: at its least sizes, and at the others that it was measured at."""
+    least = tuple(axis.smallest for axis in model.contract.axes)
+    others = [
+        cost.sizes
+        for cost in model.costs
+        if cost.sizes != least and cost.exec_s <= _LONGEST_S and cost.workspace_bytes <= budget.workspace_bytes
+    ]
+    return [probe(model.contract, sizes) for sizes in (least, *others)]
 
 
 def _make_manager(

@@ -58,5 +58,8 @@ def check_writable(option: str, path: Path) -> None:
 
 
 def _console(*, stderr: bool) -> Console:
-    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, soft_wrap=True, width=_WIDE)
+    # onnx:package:NAME has no emoji in it.
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+    if console.is_terminal:
+        return console
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False, width=_WIDE)

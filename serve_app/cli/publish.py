@@ -161,7 +161,7 @@ def publish_catalog(
     if report.warning and not require_weights:
         warn(report.warning)
     for failure in report.failures:
-        stderr().print(f"failed: {failure.model_id}: {failure.message}", style="red")
+        stderr().print(f"failed: {failure.model_id}: {failure.message}", style="red", markup=False)
     if require_weights and (without := (*report.refused, *report.fallbacks)):
         raise WeightsUnavailable(
             f"the pretrained weights of {', '.join(without)} cannot be fetched; give them weights: file:PATH or "

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
-from serve_app.core.contract import BATCH, Axis, Contract, SizeCost, TensorSpec, cost_at
+from serve_app.core.contract import BATCH, Axis, Contract, SizeCost, TensorSpec, cost_at, expected_exec_s
 from serve_app.core.contract_declaration import TensorDeclaration
 from serve_app.core.reference import FORMS, is_reference, parse_reference
 from serve_app.core.task import ImageInput, TaskSpec
@@ -198,6 +198,13 @@ class PublishedModel:
             return cost_at(self.costs, sizes)
         rows = math.prod(sizes) if self.row_by_row else 1
         return SizeCost(sizes=tuple(sizes), workspace_bytes=self.workspace_bytes, exec_s=rows * self.profile.exec_s)
+
+    def times_longer(self, sizes: Sequence[int]) -> float:
+        """Return how many times longer an execution at these sizes takes than one at the least ones."""
+        if not self.costs:
+            return float(math.prod(sizes)) if self.row_by_row else 1.0
+        least_s = self.profile.exec_s
+        return expected_exec_s(self.contract, self.costs, sizes) / least_s if least_s else 1.0
 
 
 def runtime_of(entry: ModelEntry) -> RuntimeName:

@@ -242,6 +242,25 @@ def cost_at(costs: Sequence[SizeCost], sizes: Sequence[int]) -> SizeCost:
     )
 
 
+def expected_exec_s(contract: Contract, costs: Sequence[SizeCost], sizes: Sequence[int]) -> float:
+    """Return the seconds that an execution at ``sizes`` probably takes: measured, or between measurements.
+
+    Between what is measured at sizes that are nowhere larger and at sizes that are nowhere less, time grows with the
+    elements of the inputs; and so it does beyond every measurement.
+    """
+    below = [cost for cost in costs if _covers(sizes, cost.sizes)]
+    above = [cost for cost in costs if _covers(cost.sizes, sizes)]
+    low = max(below, key=lambda cost: cost.exec_s, default=costs[0])
+    elements, low_elements = contract.elements(sizes), max(1, contract.elements(low.sizes))
+    if not above:
+        return low.exec_s * max(1.0, elements / low_elements)
+    high = min(above, key=lambda cost: cost.exec_s)
+    if high.exec_s <= low.exec_s:
+        return high.exec_s
+    share = (elements - low_elements) / max(1, contract.elements(high.sizes) - low_elements)
+    return low.exec_s + (high.exec_s - low.exec_s) * min(1.0, max(0.0, share))
+
+
 def _covers(sizes: Sequence[int], others: Sequence[int]) -> bool:
     """Return whether sizes are nowhere less than others."""
     return all(size >= other for size, other in zip(sizes, others, strict=True))

@@ -67,7 +67,8 @@ class MemoryGuard:
     """Finds what a process takes beyond base, models and workspace, and how much of that models must leave room for.
 
     Heap that the allocator keeps, code that runs for the first time, caches of libraries: no accounting covers them,
-    but they take memory. Pages of the process's own beyond the workspace cannot be models, which are mapped files.
+    but they take memory. Pages of the process's own beyond the workspace cannot be models that are mapped files; those
+    of libraries that keep weights in memory of their own can.
     Models that are mapped and not touched yet make the process smaller than the accounting says, and hide what it has
     grown by. The guard compares both sums and takes the larger difference.
 
@@ -91,9 +92,14 @@ class MemoryGuard:
         self._smoothed_bytes = 0.0
         self._updated_s: float | None = None
 
-    def beyond_bytes(self, memory: ProcessMemory, budget: MemoryBudget, used_bytes: int) -> int:
-        """By how much the process exceeds its base, workspace, and models of ``used_bytes``."""
-        private_bytes = memory.anonymous_bytes - self.base.anonymous_bytes - budget.workspace_bytes
+    def beyond_bytes(
+        self, memory: ProcessMemory, budget: MemoryBudget, used_bytes: int, unmapped_bytes: int = 0
+    ) -> int:
+        """By how much the process exceeds its base, workspace, and models of ``used_bytes``.
+
+        ``unmapped_bytes`` are those of models that are no mapped files, or not wholly.
+        """
+        private_bytes = memory.anonymous_bytes - self.base.anonymous_bytes - budget.workspace_bytes - unmapped_bytes
         all_bytes = memory.rss_bytes - self.base.rss_bytes - budget.workspace_bytes - used_bytes
         return max(private_bytes, all_bytes, 0)
 

@@ -16,7 +16,7 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 # mallopt(3)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _EXACT_BYTES = 64 * 2**10
-#: Where glibc's own, which grows with what is freed, ends up in a process that runs models.
+#: Where glibc's own threshold ends up by itself, once a block of that size has been freed.
 _USUAL_BYTES = 32 * 2**20
 
 
@@ -35,20 +35,29 @@ def give_back_free_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def keep_freed_memory() -> None:
+    """Have the allocator keep up to 64 MiB that are freed, for the next request: to fault pages in takes long.
+
+    glibc comes to this by itself, but only when something large has been freed. Until then it takes the memory of each
+    request of some hundred kilobytes from the kernel, and gives it back.
+    """
+    _set_thresholds(mmap=_USUAL_BYTES, trim=2 * _USUAL_BYTES)
+
+
 @contextlib.contextmanager
 def exact_heap() -> Iterator[None]:
     """Take larger blocks from the kernel and give them back at once: slower, but resident memory is what is in use."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        yield
-        return
-    mallopt(_M_MMAP_THRESHOLD, _EXACT_BYTES)
-    # Otherwise a heap keeps its top, and the next thread that gets this heap takes from there.
-    mallopt(_M_TRIM_THRESHOLD, 0)
+    # Trimming to 0, or a heap keeps its top, and the next thread that gets this heap takes from there.
+    _set_thresholds(mmap=_EXACT_BYTES, trim=0)
     try:
         yield
     finally:
-        # There is no way back to the thresholds that adapt.
-        mallopt(_M_MMAP_THRESHOLD, _USUAL_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, 2 * _USUAL_BYTES)
+        # There is no way back to thresholds that adapt.
+        keep_freed_memory()
+
+
+def _set_thresholds(*, mmap: int, trim: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(_M_MMAP_THRESHOLD, mmap)
+        mallopt(_M_TRIM_THRESHOLD, trim)

@@ -77,6 +77,23 @@ class FirstUseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
+class OperatorRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keep the names of operators in the order in which they run while the mode is active, without their overloads."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note the name, and run the operator."""
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
 def storage_address(tensor: torch.Tensor) -> int:
     """Return the address of the storage, which views and tied tensors share."""
     return tensor.untyped_storage().data_ptr()

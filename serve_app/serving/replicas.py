@@ -18,6 +18,7 @@ from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import Catalog
 from serve_app.core.memory_budget import MemoryBudget
 from serve_app.errors import ConfigError, EdgeServeError
+from serve_app.models.process_memory import give_back_free_memory, keep_freed_memory, process_memory
 from serve_app.serving import ray_internals
 from serve_app.serving.api import fast_path
 from serve_app.serving.api.http_app import build_http_app
@@ -45,6 +46,7 @@ class WorkerReplica:
 
     async def __init__(self, config: ReplicaConfig) -> None:  # type: ignore[misc]
         _log_to_serve()
+        keep_freed_memory()
         self._config = config
         self._identity = _identity(config)
         self._changing = asyncio.Lock()
@@ -192,6 +194,7 @@ class RouterReplica:
 
     def __init__(self, config: ReplicaConfig, token: str | None, worker: Any = None) -> None:
         _log_to_serve()
+        keep_freed_memory()
         settings = config.settings
         self._store = ModelStore(settings.store)
         catalog = self._store.select(config.entries, config.project, config.versions).catalog
@@ -303,6 +306,4 @@ def _make_cache(config: ReplicaConfig, catalog: Catalog, budget: MemoryBudget, r
 
 
 def _make_process_budget(budget: MemoryBudget) -> ProcessBudget:
-    from serve_app.models.process_memory import give_back_free_memory, process_memory
-
     return ProcessBudget(budget, read=process_memory, give_back=give_back_free_memory)

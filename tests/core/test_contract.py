@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.core.contract import Axis, Contract, SizeCost, TensorSpec, cost_at
+from serve_app.core.contract import Axis, Contract, SizeCost, TensorSpec, cost_at, expected_exec_s
 from serve_app.core.contract_declaration import TensorDeclaration, complete_contract
 from serve_app.errors import InvalidRequest
 
@@ -136,3 +136,20 @@ def test_a_cost_is_bounded_by_what_was_measured_at_sizes_that_are_nowhere_less(b
 
 def test_a_measured_size_costs_what_was_measured() -> None:
     assert [cost_at(COSTS, cost.sizes) for cost in COSTS] == list(COSTS)
+
+
+LINE = Contract(
+    inputs=(TensorSpec(name="ids", datatype="INT64", shape=(-1,), axes=("length",)),),
+    outputs=(TensorSpec(name="logits", datatype="FP32", shape=(3,)),),
+    axes=(Axis(name="length", most=400),),
+)
+MEASURED = tuple(
+    SizeCost(sizes=(length,), workspace_bytes=1, exec_s=exec_s) for length, exec_s in ((1, 1.0), (101, 3.0), (201, 3.0))
+)
+
+
+@pytest.mark.parametrize(
+    ("length", "expected_s"), [(1, 1.0), (51, 2.0), (101, 3.0), (150, 3.0), (201, 3.0), (400, 3.0 * 400 / 101)]
+)
+def test_time_grows_with_elements_between_and_beyond_measurements(length: int, expected_s: float) -> None:
+    assert expected_exec_s(LINE, MEASURED, (length,)) == pytest.approx(expected_s, rel=0.01)

@@ -205,6 +205,7 @@ def test_module_in_float64_answers_in_float64(store: ModelStore) -> None:
     [
         ("brain", "use dtype: bfloat16"),
         ("half", "use dtype: bfloat16 and return module.bfloat16()"),
+        ("TwoTypes", "fails when all its weights are float32 (RuntimeError: "),
         ("scripted", "use builder: export:model.pt2"),
         ("exported", "use builder: export:model.pt2"),
         ("quantized", "quantize its ONNX export"),
@@ -245,7 +246,8 @@ def test_crash_in_another_process_is_a_refusal(store: ModelStore, monkeypatch: p
 
 
 def test_trace_that_crashes_leaves_the_batch_norms(store: ModelStore, caplog: pytest.LogCaptureFixture) -> None:
-    published(store, entry("CrashesWhenTraced", task=None, input=ImageInput(resize_px=32, crop_px=32)))
+    classes = TaskSpec(kind="image-classification", image=ImageInput(resize_px=32, crop_px=32))
+    published(store, entry("CrashesWhenTraced", task=classes))
     assert store.manifest("model").execution.folded == ()
     assert "keeps its batch norms: the trace of any_models:CrashesWhenTraced crashes its process" in caplog.text
 

@@ -15,6 +15,8 @@ from torch import nn
 from torch.export import Dim
 
 from serve_app.core.catalog import ModelEntry
+from serve_app.core.contract import Axis
+from serve_app.core.contract_declaration import TensorDeclaration
 from serve_app.models.loader import ModelLoader
 from serve_app.models.publishing.publish_catalog import publish
 from serve_app.store.model_store import ModelStore
@@ -137,3 +139,13 @@ def test_torchscript_and_aoti_have_no_builder(store: ModelStore) -> None:
     for kind in ("torchscript", "aoti"):
         message = refusal(store, ModelEntry(model_id="model", builder=f"{kind}:x.pt"))
         assert "use export:FILE.pt2" in message
+
+
+def test_axes_of_a_program_may_be_renamed_and_keep_their_limits(store: ModelStore, tmp_path: Path) -> None:
+    shapes = {"scan": {0: Dim("batch", max=4), 2: 4 * Dim("_h", min=8, max=24), 3: 4 * Dim("_w", min=8, max=24)}}
+    save(UNet(), tmp_path / "unet.pt2", (torch.rand(2, 1, 64, 96),), dynamic_shapes=shapes)
+    scan = TensorDeclaration(name="scan", shape=("batch", 1, "height", "width"))
+    wanted = entry(tmp_path / "unet.pt2", inputs=(scan,), limits=(Axis(name="height", most=64),))
+    assert not publish(store, [wanted], reachable=offline).failures
+    axes = {axis.name: (axis.least, axis.most, axis.multiple) for axis in store.manifest("model").model.contract.axes}
+    assert axes == {"batch": (1, 4, 1), "height": (32, 64, 4), "width": (32, 96, 4)}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from exact_heap_process import freed_while_exact_bytes
+from exact_heap_process import faults_of_the_second_burst, freed_while_exact_bytes
 from model_support import classify, images
 
 from serve_app.models.loader import ModelLoader
@@ -49,6 +49,11 @@ def test_what_is_freed_while_the_heap_is_exact_is_gone_at_once() -> None:
     # In a process of its own: the heap of this one has room that earlier tests have freed, and takes from there first.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
         assert fresh.submit(freed_while_exact_bytes).result() > 30 * 2**20
+
+
+def test_the_memory_of_a_request_is_kept_for_the_next_ones() -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        assert fresh.submit(faults_of_the_second_burst).result() < 100
 
 
 def test_resident_memory_falls_by_the_bytes_of_a_model_that_is_unloaded(shared: ModelStore) -> None:

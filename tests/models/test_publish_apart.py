@@ -30,7 +30,6 @@ def published_between(store: ModelStore, odd: ModelEntry) -> PublishReport:
         ("segfault", "crashes its process (SIGSEGV) when it is built and run; it cannot be served"),
         ("abort", "crashes its process (SIGABRT) when it is built and run; it cannot be served"),
         ("CrashesWhenRun", "crashes its process (SIGABRT) when it is built and run; it cannot be served"),
-        ("leave", "fails in a process of its own (SystemExit: 4); correct the model"),
         ("leave_at_once", "ends its process (status 4) when it is built and run; it cannot be served"),
         ("out_of_memory", "has used up the memory of this machine when it was built and run"),
     ],
@@ -64,12 +63,6 @@ def test_what_a_factory_logs_is_logged_by_the_publisher(store: ModelStore, caplo
     report = publish(store, [crashing("tells")], reachable=offline)
     assert report.published == ("odd",)
     assert ("hospital.models", logging.WARNING, "weights of 2019 are old") in caplog.record_tuples
-
-
-def test_traceback_of_a_factory_is_in_the_log(store: ModelStore, caplog: pytest.LogCaptureFixture) -> None:
-    report = publish(store, [tiny("odd", "broken")], reachable=offline)
-    assert "OSError: the factory's own file is missing" in report.failures[0].message
-    assert "in broken" in caplog.text, "the line of the factory that fails"
 
 
 def test_interrupted_publisher_leaves_nothing_and_can_go_on(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:

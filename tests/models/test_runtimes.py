@@ -30,6 +30,7 @@ from serve_app.core.catalog import PublishedModel
 from serve_app.errors import InvalidRequest, StoreError
 from serve_app.models.loader import ModelLoader
 from serve_app.models.publishing.publish_catalog import publish
+from serve_app.models.runtimes import openvino_runtime
 from serve_app.models.runtimes.base import LoadedModel
 from serve_app.models.runtimes.registry import RUNTIMES
 from serve_app.serving.oip.request import parse_infer, tensors_for
@@ -315,3 +316,23 @@ def test_loads_leave_no_threads_behind(published: ModelStore) -> None:
         return len(list(Path("/proc/self/task").iterdir()))
 
     assert threads_after(3) >= threads_after(10)
+
+
+@pytest.mark.slow
+def test_kernels_of_openvino_go_with_their_models() -> None:
+    pytest.importorskip("openvino")
+    script = Path(runtime_models.__file__).with_name("openvino_process.py")
+    environment = os.environ | {"MALLOC_ARENA_MAX": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True)
+    assert int(ended.stdout) < 4 * 2**20
+
+
+@pytest.mark.parametrize("before", [None, "64"])
+def test_only_openvino_is_told_to_keep_no_kernels(monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
+    pytest.importorskip("openvino")
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    openvino_runtime.core.__wrapped__()
+    assert os.environ.get(name) == before

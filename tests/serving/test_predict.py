@@ -15,7 +15,9 @@ from serve_app.config.edge import LimitSettings
 from serve_app.core.catalog import Catalog, PublishedModel
 from serve_app.core.task import ImageInput, TaskSpec
 from serve_app.serving.api.http_app import build_http_app
+from serve_app.serving.api.predict import TASK_OPTIONS
 from serve_app.serving.api.request_reader import HttpSettings
+from serve_app.serving.oip import OPTIONS
 from serve_app.tasks.base import RawInput
 
 TEXT = {"Content-Type": "text/plain; charset=utf-8"}
@@ -73,6 +75,9 @@ async def test_an_answer_says_its_task_and_how_it_was_served() -> None:
     [
         ("/v1/predict", b"x", TEXT, 400, "query parameter model is missing"),
         ("/v1/predict?model=nobody", b"x", TEXT, 404, "nobody"),
+        ("/v1/predict?modle=detector", b"x", TEXT, 400, "there is no option 'modle'; the options are model, top_k,"),
+        ("/v1/predict?model=detector&topk=3", b"x", TEXT, 400, "there is no option 'topk'"),
+        ("/v1/classify?model=images&min_score=1", b"x", {"Content-Type": "image/png"}, 400, "no option 'min_score'"),
         ("/v1/predict?model=detector", b"", TEXT, 400, "the body is empty"),
         ("/v1/predict?model=detector", b"x", {"Content-Type": "text/csv"}, 415, "audio/wav"),
         ("/v1/predict?model=detector&deadline_ms=soon", b"x", TEXT, 400, "deadline_ms"),
@@ -137,6 +142,49 @@ async def test_an_error_has_the_form_that_clients_of_openai_read(body: Any, stat
     error = answer.json()["error"]
     assert sentence in error["message"]
     assert error["type"] == "invalid_request_error"
+
+
+async def test_an_unknown_option_of_embeddings_is_refused_where_clients_of_openai_look() -> None:
+    http, pool = client()
+    async with http:
+        answer = await http.post("/v1/embeddings?deadline=5", json={"model": "embedder", "input": "a"})
+    assert answer.status_code == 400
+    assert "there is no option 'deadline'; the options are deadline_ms" in answer.json()["error"]["message"]
+    assert not pool.calls
+
+
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        ("/v1/predict", {"model", *TASK_OPTIONS, *OPTIONS}),
+        ("/v1/classify", {"model", "top_k", *OPTIONS}),
+        ("/v1/embeddings", set(OPTIONS)),
+    ],
+)
+async def test_the_description_names_every_option_that_is_taken(path: str, options: set[str]) -> None:
+    http, _ = client()
+    async with http:
+        post = (await http.get("/openapi.json")).json()["paths"][path]["post"]
+    assert {each["name"] for each in post["parameters"] if each["in"] == "query"} == options
+
+
+async def test_the_description_has_the_body_of_every_request_that_takes_one() -> None:
+    http, _ = client()
+    async with http:
+        paths = (await http.get("/openapi.json")).json()["paths"]
+    infer = paths["/v2/models/{model}/infer"]["post"]
+    bodies = {path: paths[path]["post"]["requestBody"]["content"] for path in ("/v1/predict", "/v1/classify")}
+    assert {"image/jpeg", "text/plain", "audio/wav", "application/json"} <= set(bodies["/v1/predict"])
+    assert set(bodies["/v1/classify"]) == {"image/jpeg", "image/png", "image/webp", "application/octet-stream"}
+    schema = infer["requestBody"]["content"]["application/json"]["schema"]
+    assert set(schema["properties"]) == {"id", "inputs", "outputs", "parameters"}
+    assert set(schema["properties"]["inputs"]["items"]["required"]) == {"name", "datatype", "shape"}
+    embeddings = paths["/v1/embeddings"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert embeddings["required"] == ["model", "input"]
+    for path, methods in paths.items():
+        named = [each["name"] for each in next(iter(methods.values())).get("parameters", ()) if each["in"] == "path"]
+        assert all(f"{{{name}}}" in path for name in named)
+        assert len(named) == path.count("{"), path
 
 
 async def test_the_description_of_the_interface_names_both() -> None:

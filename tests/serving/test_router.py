@@ -11,15 +11,18 @@ import pytest
 from fakes import FakeLink, FakePool, done, make_router, published, report
 
 from serve_app.config.edge import LimitSettings
-from serve_app.core.catalog import Catalog
+from serve_app.core.catalog import Catalog, PublishedModel
 from serve_app.core.cluster.reports import ViewDelta
+from serve_app.core.contract import Axis, Contract, SizeCost, TensorSpec
 from serve_app.core.vocabulary import Forwarding, Outcome
 from serve_app.errors import DeadlineExceeded, InvalidRequest, NotFound, StoreError, Unavailable
 from serve_app.serving.api.http_app import build_http_app
 from serve_app.serving.api.request_reader import HttpSettings
+from serve_app.serving.router.model_selection import times_longer
 from serve_app.serving.router.request import InferenceRequest
 from serve_app.serving.transport.messages import InferenceRejected, NotResident
 from serve_app.serving.transport.worker_pool import WorkerLost
+from serve_app.tasks.base import RawInput
 
 BATCH = {"input": np.zeros((1, 3, 8, 8), np.float32)}
 
@@ -156,6 +159,40 @@ async def test_a_new_coordinator_that_knows_no_worker_yet_ends_no_call() -> None
     await router.refresh()
     answer.set()
     assert (await request).location == "paris"
+
+
+def sized() -> PublishedModel:
+    """Takes 10 ms for the shortest text, and 2 s for the longest."""
+    tokens = TensorSpec(name="tokens", datatype="INT64", shape=(1, -1), axes=("", "length"))
+    return replace(
+        published("sized"),
+        contract=Contract(
+            inputs=(tokens,),
+            outputs=(TensorSpec(name="logits", datatype="FP32", shape=(1, 3)),),
+            axes=(Axis(name="length", most=512),),
+        ),
+        row_by_row=False,
+        costs=(
+            SizeCost(sizes=(1,), workspace_bytes=1, exec_s=0.01),
+            SizeCost(sizes=(512,), workspace_bytes=1, exec_s=2.0),
+        ),
+    )
+
+
+async def test_a_deadline_is_compared_with_what_the_size_of_the_request_takes() -> None:
+    pool = FakePool(paris=[done("paris-1")])
+    router = make_router(pool, report("paris", "sized"), catalog=Catalog((sized(),)))
+    short, long = ({"tokens": np.zeros((1, length), np.int64)} for length in (1, 512))
+    with pytest.raises(DeadlineExceeded, match="takes about 2000 ms"):
+        await router.serve(query("sized", payload=long, deadline_s=0.5))
+    assert (await router.serve(query("sized", payload=short, deadline_s=0.5))).model.model_id == "sized"
+
+
+def test_a_batch_whose_rows_are_executed_one_after_another_takes_as_many_times_longer() -> None:
+    rows = {"input": np.zeros((4, 3, 8, 8), np.float32)}
+    assert times_longer(rows, published("small")) == 4
+    assert times_longer({"input": rows["input"][:1]}, published("small")) == 1
+    assert times_longer(RawInput(data=b"a photo"), published("small")) == 1
 
 
 async def test_a_deadline_far_below_the_execution_time_is_rejected_untried() -> None:

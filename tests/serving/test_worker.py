@@ -309,6 +309,36 @@ async def test_a_model_whose_weights_are_missing_displaces_nothing() -> None:
     assert backend.loads == ["a", "b", "c"]
 
 
+async def test_a_model_whose_files_are_missing_is_unusable_until_they_are_back() -> None:
+    backend = FakeBackend()
+    async with running(backend) as worker:
+        await worker.infer(work("a"))
+        backend.missing.update("ac")
+        await worker.report_once()
+        assert worker.report().unusable == {
+            "a": "the weights of a are missing",
+            "c": "the weights of c are missing",
+        }
+        assert isinstance(await worker.infer(work("c")), InferenceRejected)
+        backend.missing.clear()
+        await worker.report_once()
+        assert worker.report().unusable == {}
+        assert isinstance(await worker.infer(work("c")), InferenceResult), "nobody waits once the files are back"
+
+
+async def test_a_model_whose_load_failed_is_unusable_until_a_load_works() -> None:
+    backend = FakeBackend()
+    backend.broken.add("a")
+    async with running(backend) as worker:
+        await worker.infer(work("a"))
+        for _ in range(2):
+            await worker.report_once()
+            assert "corrupt" in worker.report().unusable["a"]
+        backend.broken.clear()
+        assert await worker.load("a") is None
+        assert worker.report().unusable == {}
+
+
 async def test_a_model_loaded_by_hand_is_not_the_next_victim() -> None:
     async with running(FakeBackend()) as worker:
         await worker.infer(work("a"))

@@ -126,6 +126,17 @@ def brain() -> nn.Module:
     return Tabular().bfloat16()
 
 
+class TwoTypes(nn.Module):
+    """The second half is in bfloat16, and its input is converted to that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(20, 8), nn.Linear(8, 3).bfloat16()
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(features).bfloat16())
+
+
 def double() -> nn.Module:
     return Tabular().double()
 

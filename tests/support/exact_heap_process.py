@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import resource
+
 import numpy as np
 
-from serve_app.models.process_memory import exact_heap, process_memory
+from serve_app.models.process_memory import exact_heap, keep_freed_memory, process_memory
 
 
 def freed_while_exact_bytes() -> int:
@@ -14,3 +16,15 @@ def freed_while_exact_bytes() -> int:
         full = process_memory()
         del kept[::2]
         return full.anonymous_bytes - process_memory().anonymous_bytes
+
+
+def faults_of_the_second_burst() -> int:
+    """Page faults of this process when it takes the memory of sixteen requests once more, and has freed the first."""
+    keep_freed_memory()
+    faults = 0
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        burst = [np.ones(600_000, np.uint8) for _ in range(16)]
+        del burst
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    return faults

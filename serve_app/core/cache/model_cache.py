@@ -163,6 +163,11 @@ class ModelCache:
         return -math.inf if queue.required or queue.suggested else self._policy.next_review_s
 
     @property
+    def failures(self) -> dict[str, str]:
+        """Why models could not be loaded of which no load has worked since, by model."""
+        return self._residents.failures
+
+    @property
     def capacity_bytes(self) -> int:
         """What the worker may take: models, and the workspace of executions."""
         return self._accounting.model_capacity_bytes + self._workspace_bytes

@@ -117,6 +117,11 @@ class Residents:
         memory_s = self._failure_memory_s
         self._failures[model_id] = _Failure(detail, now + memory_s, now + memory_s * min(2**times, _MOST_PATIENCE))
 
+    @property
+    def failures(self) -> dict[str, str]:
+        """Why models could not be loaded of which no load has worked since, by model."""
+        return {model_id: failure.detail for model_id, failure in self._failures.items()}
+
     def forget_failure(self, model_id: str) -> None:
         """Let the next request for a model try to load it."""
         self._failures.pop(model_id, None)
@@ -133,6 +138,9 @@ class Residents:
         self._not_in_catalog = (self._not_in_catalog | self.catalog.keys() | self.entries.keys()) - offered.keys()
         self.catalog = offered
         self._pinned = frozenset(pinned)
+        # What was published again may be sound now.
+        self._failures.clear()
+        self._failed_in_row.clear()
         for model_id, entry in self.entries.items():
             self.accounting.pin(entry, model_id in self._pinned, now)
 
@@ -168,7 +176,6 @@ class Residents:
         else:
             self.loading += 1
             self.counters.loads += 1
-        self._failures.pop(model_id, None)
         self._unloaded_by_operator.discard(model_id)
         self._withdrawn.discard(model_id)
         self.policy.on_load(model, now)
@@ -191,7 +198,7 @@ class Residents:
             ValueError: it is not loading.
         """
         entry = self._loading_entry(model_id)
-        self._failed_in_row.pop(model_id, None)
+        self.forget_failure(model_id)
         entry.state = ModelState.READY
         self._free_load_slot(entry)
 

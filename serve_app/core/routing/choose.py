@@ -43,7 +43,8 @@ class Route(NamedTuple):
 class RoutingRequest(NamedTuple):
     """What is to be placed: a request for ``model`` by a user of ``here``.
 
-    ``avoid`` names the replicas that have failed this very request already.
+    ``avoid`` names the replicas that have failed this very request already. ``times_longer`` says how many times longer
+    it executes than one of the least sizes, for which times are measured and kept.
     """
 
     model: ModelProfile
@@ -51,6 +52,12 @@ class RoutingRequest(NamedTuple):
     payload_bytes: int = 0
     forwarding: Forwarding = Forwarding.AUTO
     avoid: Collection[str] = ()
+    times_longer: float = 1.0
+
+    @property
+    def exec_s(self) -> float:
+        """Seconds of its execution, by the profile of the model."""
+        return self.model.exec_s * self.times_longer
 
 
 def choose(request: RoutingRequest, view: RouterView, rules: RoutingRules, links: Topology | None = None) -> Route:
@@ -169,7 +176,7 @@ class _Choice:
         if not reports:
             return None
         link_s = self._link_s = self._neighbors.own_link.seconds(request.payload_bytes)
-        run_s = self._exec_s = max([exec_s(model, report) for report in reports])
+        run_s = self._exec_s = max([exec_s(model, report) for report in reports]) * request.times_longer
         best: _Option | None = None
         for report in reports:
             state = self._state(report)
@@ -253,7 +260,8 @@ class _Choice:
             self._link_s,
             self._later_requests(),
         )
-        model_id, payload_bytes, own_exec_s = model.model_id, self._request.payload_bytes, model.exec_s
+        model_id, payload_bytes, own_exec_s = model.model_id, self._request.payload_bytes, self._request.exec_s
+        times_longer = self._request.times_longer
         much_faster_s = math.inf
         if self._local is not None:
             # Execution times are noisy: only twice as fast is faster, and only if it was measured.
@@ -263,7 +271,8 @@ class _Choice:
         options: list[_Option] = []
         for report, link in neighbors:
             link_s = link.rtt_s + payload_bytes / link.bytes_per_s
-            run_s = report.exec_s.get(model_id, own_exec_s)
+            measured_s = report.exec_s.get(model_id)
+            run_s = own_exec_s if measured_s is None else measured_s * times_longer
             if much_faster_s <= run_s < own_exec_s:
                 run_s = own_exec_s
             forwarding_cost_s = later_requests * (link_s - own_link_s) if link_s > own_link_s else 0.0
@@ -349,6 +358,6 @@ def _route_without_view(request: RoutingRequest) -> Route:
         location=request.here,
         replica=None,
         wait_s=wait_s,
-        expected_s=wait_s + request.model.exec_s,
+        expected_s=wait_s + request.exec_s,
         cost_s=math.inf,
     )

@@ -142,7 +142,7 @@ class Dispatch:
             if route.preload is not None:
                 view.expect_load(route.preload, model.model_id)
             self._sent_to = replica
-            view.sent(replica, model.exec_s)
+            view.sent(replica, self._request.exec_s)
             outcome = route.outcome
             if outcome is Outcome.LOAD or (outcome is Outcome.FORWARD and not route.only_if_resident):
                 view.expect_load(replica, model.model_id)
@@ -177,7 +177,7 @@ class Dispatch:
     def close(self) -> None:
         """Stop counting the request as under way; nothing happens where it is not."""
         if self._sent_to is not None:
-            self._view.returned(self._sent_to, self._request.model.exec_s)
+            self._view.returned(self._sent_to, self._request.exec_s)
             self._sent_to = None
 
     def _avoid_replica(self, replica: str) -> None:

@@ -24,6 +24,7 @@ from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.builders.base import Metadata
 from serve_app.models.builders.described_module import DescribedModule, constants_as_buffers
+from serve_app.models.builders.refusals import foreign_reason
 from serve_app.models.sources.pretrained import PRETRAINED, Pretrained
 
 _DATATYPES = {
@@ -116,9 +117,9 @@ def _load(reference: str, file: Path | io.BytesIO) -> Any:
             return torch.export.load(file)
     except Exception as error:
         # The library raises what it likes on damaged files.
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise StoreError(
-            f"export:{reference} cannot be read ({reason}); write it with torch.export.save of the installed torch"
+            f"export:{reference} cannot be read ({foreign_reason(error)}); write it with torch.export.save of the "
+            "installed torch"
         ) from error
 
 

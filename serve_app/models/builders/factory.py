@@ -10,7 +10,7 @@ from torch import nn
 
 from serve_app.errors import StoreError
 from serve_app.models.builders.base import Metadata
-from serve_app.models.builders.refusals import require_module
+from serve_app.models.builders.refusals import foreign_reason, require_module
 from serve_app.models.sources.pretrained import PRETRAINED
 from serve_app.models.torchvision_compat import declare_missing_operators, let_operators_be_called
 
@@ -58,5 +58,10 @@ class FactoryBuilder:
         except (ImportError, AttributeError, ValueError) as error:
             raise StoreError(
                 f"builder {self._builder!r} cannot be imported ({error}); name it package.module:factory"
+            ) from error
+        except (Exception, SystemExit) as error:
+            # The user's module raises what it likes.
+            raise StoreError(
+                f"builder {self._builder!r} cannot be imported ({foreign_reason(error)}); correct {module}"
             ) from error
         return factory

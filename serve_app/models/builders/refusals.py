@@ -13,6 +13,9 @@ from torch import nn
 
 from serve_app.errors import StoreError
 
+#: What a message quotes of a foreign exception.
+_REASON_LENGTH = 300
+
 _EXPORT = (
     "export it (torch.export.save(torch.export.export(module, inputs), 'model.pt2')) and use builder: "
     "export:model.pt2, or as ONNX and use builder: onnx:model.onnx"
@@ -28,6 +31,11 @@ _ENGINES = {
     "tensorflow": "convert the model to ONNX (tf2onnx) and use builder: onnx:FILE",
     "jax": "convert the model to ONNX (jax2onnx) and use builder: onnx:FILE",
 }
+
+
+def foreign_reason(error: BaseException) -> str:
+    """Return what foreign code has raised, on one line that is not too long."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:_REASON_LENGTH]
 
 
 def require_module(made: object, builder: str) -> nn.Module:
@@ -61,6 +69,13 @@ def require_servable(module: nn.Module, builder: str) -> None:
         reason = _problem(part)
         if reason is not None:
             raise StoreError(f"{where} {reason}")
+    try:
+        module.eval()
+    except NotImplementedError as error:
+        raise StoreError(
+            f"{builder} has the module of an exported program, which has one mode only; save the program "
+            "(torch.export.save(program, 'model.pt2')) and use builder: export:model.pt2"
+        ) from error
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         kind = type(tensor)
         if kind not in (torch.Tensor, nn.Parameter, nn.parameter.Buffer) or tensor.is_quantized or tensor.is_sparse:
@@ -96,7 +111,7 @@ def _foreign(value: Any) -> str | None:
     package = kind.__module__.partition(".")[0]
     if package in _ENGINES and not isinstance(value, type):
         return f"a {kind.__name__} of {package}, whose memory nobody counts; {_ENGINES[package]}"
-    if kind.__name__ == "AOTICompiledModel":
+    if kind.__name__ in ("AOTICompiledModel", "AOTIModelPackageLoader"):
         return "a package of AOTInductor, which can never be unloaded; save the exported program: export:FILE.pt2"
     if isinstance(value, torch.ScriptObject):
         return f"a TorchScript object, whose weights nobody counts; {_EXPORT}"

@@ -13,12 +13,12 @@ from torch import nn
 from serve_app.core.catalog import ModelEntry
 from serve_app.core.reference import is_reference
 from serve_app.core.task import TaskSpec
-from serve_app.errors import StoreError
+from serve_app.errors import EdgeServeError, StoreError
 from serve_app.models.builders.base import Builder, Metadata
 from serve_app.models.builders.efficientnet_lite import EfficientNetLiteBuilder
 from serve_app.models.builders.exported import ExportBuilder, rebuild_program
 from serve_app.models.builders.factory import FactoryBuilder
-from serve_app.models.builders.refusals import require_servable
+from serve_app.models.builders.refusals import foreign_reason, require_servable
 from serve_app.models.builders.timm import TimmBuilder
 from serve_app.models.builders.torchvision import TorchvisionBuilder
 from serve_app.models.builders.transformers import TransformersBuilder, rebuild_transformer
@@ -105,7 +105,15 @@ def build_with(entry: ModelEntry, weights: str, file: Path | None) -> nn.Module:
     builder = resolve(entry.builder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seed(weights))
-        module = builder.pretrained(file) if weights == PRETRAINED else builder.construct(weights)
+        try:
+            module = builder.pretrained(file) if weights == PRETRAINED else builder.construct(weights)
+        except EdgeServeError:
+            raise
+        except (Exception, SystemExit) as error:
+            # Foreign code raises what it likes.
+            raise StoreError(
+                f"builder {entry.builder!r} raises {foreign_reason(error)}; call it by hand, and correct it"
+            ) from error
     require_servable(module, entry.builder)
     _drop_unused(module, builder)
     if is_reference(weights):

@@ -68,7 +68,8 @@ class TimmBuilder:
         crop_px = int(config.input_size[-1])
         return Metadata(
             task=TaskSpec(
-                kind="image-classification",
+                # Models whose weights have no classes, such as DINO's, give features.
+                kind="image-classification" if config.num_classes else "embedding",
                 image=ImageInput(
                     resize_px=math.floor(crop_px / config.crop_pct),
                     crop_px=crop_px,

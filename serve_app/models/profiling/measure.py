@@ -36,6 +36,10 @@ _ONCE_S = 0.3
 #: What one execution may take of the memory that is free while it is measured.
 _MEMORY_SHARE = 0.5
 
+#: So many sizes of the free axes are executed before what a model takes is read: libraries keep memory for those that
+#: they saw last.
+_SIZES_HELD = 4
+
 #: Between two looks at the memory of the process.
 _SAMPLE_S = 0.001
 
@@ -82,7 +86,7 @@ class Measurement:
             where a size grows. ``exec_s`` and ``workspace_bytes`` are of these.
         prepared_bytes: what a process keeps of the model while it is not in memory, once it has run.
         resident_bytes: by how much resident memory falls with an unload at most, once every thread that executes models
-            has executed it.
+            has executed it at several sizes.
         kept_bytes: by how much it is larger after a load and an unload than before, every time; heaps that grow to
             their size keep something now and then.
         skipped: sizes at which it was not measured.
@@ -135,25 +139,26 @@ def measure(
         first_bytes = process_memory().anonymous_bytes - started
         # First without measuring: libraries set themselves up, which no unload gives back and no further model takes.
         for _ in range(repetitions.settling):
-            _load_and_run(first, inputs(sizes[0]), threads, rounds)
+            _load_and_run(first, [inputs(sizes[0])], threads, rounds)
         before = _resident_bytes()
         prepared, prepared_bytes = prepare(), first_bytes
         if prepared is not first:
-            _load_and_run(prepared, inputs(sizes[0]), threads, rounds)
+            _load_and_run(prepared, [inputs(sizes[0])], threads, rounds)
             prepared_bytes = _resident_bytes() - before
         model = prepared.load(ReadAhead, None)
         try:
             costs, skipped = _costs(model, contract, sizes, inputs)
         finally:
             model.unload()
-        largest = max((cost.sizes for cost in costs if cost.exec_s <= _ONCE_S), key=contract.elements, default=sizes[0])
-        if largest != sizes[0]:
+        held = _held_sizes(costs, contract) or [sizes[0]]
+        feeds = [inputs(each) for each in held]
+        if held != [sizes[0]]:
             # This also brings the heaps of the threads to their size.
-            _load_and_run(prepared, inputs(largest), threads, rounds)
-        cycles = [_load_and_run(prepared, inputs(largest), threads, rounds) for _ in range(repetitions.cycles)]
+            _load_and_run(prepared, feeds, threads, rounds)
+        cycles = [_load_and_run(prepared, feeds, threads, rounds) for _ in range(repetitions.cycles)]
         # Heaps keep a block now and then; what a model keeps, it keeps every time.
         while min(cycle.kept_bytes for cycle in cycles) > _HEAP_BYTES and len(cycles) < _MOST_CYCLES:
-            cycles.append(_load_and_run(prepared, inputs(largest), threads, rounds))
+            cycles.append(_load_and_run(prepared, feeds, threads, rounds))
         load_s = [cycle.load_s for cycle in cycles]
         while len(load_s) < REPEATS:
             load_s.append(_load_seconds(prepared))
@@ -165,6 +170,12 @@ def measure(
         kept_bytes=max(0, min(cycle.kept_bytes for cycle in cycles)),
         skipped=tuple(skipped),
     )
+
+
+def _held_sizes(costs: Sequence[SizeCost], contract: Contract) -> list[tuple[int, ...]]:
+    """Return the largest sizes that do not take long, the largest one last."""
+    quick = sorted((cost.sizes for cost in costs if cost.exec_s <= _ONCE_S), key=contract.elements)
+    return quick[-_SIZES_HELD:]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,13 +195,18 @@ def _load_seconds(prepared: PreparedModel) -> float:
     return load_s
 
 
-def _load_and_run(prepared: PreparedModel, inputs: Tensors, threads: ThreadPoolExecutor, rounds: int) -> _Cycle:
+def _load_and_run(
+    prepared: PreparedModel, inputs: Sequence[Tensors], threads: ThreadPoolExecutor, rounds: int
+) -> _Cycle:
     before = _resident_bytes()
     started = time.perf_counter()
     model = prepared.load(ReadAhead, None)
     load_s = time.perf_counter() - started
     try:
-        run_in_every_thread(model, inputs, threads, rounds)
+        *others, last = inputs
+        for each in others:
+            run_in_every_thread(model, each, threads, repeats=1)
+        run_in_every_thread(model, last, threads, repeats=rounds)
         loaded = _resident_bytes()
     finally:
         model.unload()
@@ -267,7 +283,7 @@ def _seconds(model: LoadedModel, inputs: Tensors) -> float:
 
 
 def run_in_every_thread(
-    model: LoadedModel, inputs: Tensors, threads: ThreadPoolExecutor, rounds: int = REPEATS
+    model: LoadedModel, inputs: Tensors, threads: ThreadPoolExecutor, *, repeats: int = REPEATS
 ) -> None:
     """Execute a model in as many threads as a worker has, at the same time: some libraries keep memory for each."""
     count = parallel_inferences()
@@ -275,7 +291,7 @@ def run_in_every_thread(
 
     def run() -> None:
         try:
-            for _ in range(rounds):
+            for _ in range(repeats):
                 together.wait()
                 model.run(inputs)
         except BaseException:

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from serve_app.core.contract_declaration import complete_contract
 from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.builders.base import Metadata
+from serve_app.models.builders.refusals import foreign_reason
 from serve_app.tasks.tensors import NUMPY_TYPES, Tensors
 
 #: The input of image tasks, where none is declared.
@@ -79,11 +80,11 @@ def read_example(entry: ModelEntry, module: nn.Module) -> Tensors | None:
     place, _, attribute = entry.example.partition(":")
     try:
         made = getattr(importlib.import_module(place), attribute)()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # Foreign code raises what it likes.
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise StoreError(
-            f"example {entry.example!r} cannot be made ({reason}); name a function: package.module:function"
+            f"example {entry.example!r} cannot be made ({foreign_reason(error)}); name a function: "
+            "package.module:function"
         ) from error
     named = made if isinstance(made, Mapping) else _named(made if isinstance(made, tuple | list) else (made,), module)
     example = {str(name): _array(entry.example, str(name), value) for name, value in named.items()}
@@ -136,11 +137,24 @@ def _image(entry: ModelEntry, task: TaskSpec) -> TensorSpec:
 
 def _limits(entry: ModelEntry, inputs: Sequence[TensorSpec], metadata: Metadata) -> list[Axis]:
     """Return the limits of the entry, and those of the model for the axes that the entry does not name."""
-    said = {axis.name: axis for axis in metadata.axes}
-    free = {axis for each in inputs for axis in each.axes}
+    of_model = {axis.name: axis for axis in metadata.axes}
+    said: dict[str, Axis] = {}
+    for before, name in _axis_names(entry, inputs):
+        if before in of_model:
+            said[name] = _narrowed(dataclasses.replace(of_model[before], name=name), said.get(name))
     given = [_narrowed(axis, said.get(axis.name)) for axis in entry.limits]
     names = {axis.name for axis in given}
-    return [*given, *(axis for axis in metadata.axes if axis.name not in names and axis.name in free)]
+    return [*given, *(axis for axis in said.values() if axis.name not in names)]
+
+
+def _axis_names(entry: ModelEntry, inputs: Sequence[TensorSpec]) -> Iterator[tuple[str, str]]:
+    """Yield every free axis of the inputs, by the name that the model has for it, and by that of the entry."""
+    declared = {each.name: each.shape for each in entry.inputs}
+    for spec in inputs:
+        shape = declared.get(spec.name) or spec.axes
+        for before, name in zip(spec.axes, shape, strict=False):
+            if before:
+                yield before, name if isinstance(name, str) else before
 
 
 def _narrowed(axis: Axis, said: Axis | None) -> Axis:

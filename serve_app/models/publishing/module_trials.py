@@ -15,6 +15,7 @@ from serve_app.core.catalog import ModelEntry
 from serve_app.core.contract import BATCH, FREE, Contract, TensorSpec
 from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
+from serve_app.models.builders.refusals import foreign_reason
 from serve_app.models.module_call import call_module, ordered_outputs
 from serve_app.models.profiling.grid import trial_sizes
 from serve_app.models.publishing.module_inputs import output_contract
@@ -127,13 +128,12 @@ def _try(
     try:
         with torch.inference_mode():
             return call_module(module, known.inputs, _as_tensors(known, inputs), execution, dtype)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # Foreign code raises what it likes.
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())
         raise StoreError(
-            f"{entry.builder} fails on inputs {shapes} ({reason}); declare what it takes under inputs and limits, or "
-            "name an example: package.module:function that returns valid inputs"
+            f"{entry.builder} fails on inputs {shapes} ({foreign_reason(error)}); declare what it takes under inputs "
+            "and limits, or name an example: package.module:function that returns valid inputs"
         ) from error
 
 

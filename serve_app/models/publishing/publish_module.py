@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.builders import registry
 from serve_app.models.builders.described_module import DescribedModule
+from serve_app.models.builders.refusals import foreign_reason
 from serve_app.models.graph_optimizations import ROUNDING, largest_difference, optimize, order_of_use
 from serve_app.models.module_call import takes_keywords
 from serve_app.models.module_template import TORCH_COMPUTE_DTYPES
 from serve_app.models.profiling.grid import grid
 from serve_app.models.profiling.measure_published import measure_published, require_counted
+from serve_app.models.publishing.classifier_head import require_known_meaning
 from serve_app.models.publishing.described import OnStage, describe, runs_row_by_row, with_measurement
 from serve_app.models.publishing.module_files import distinct_tensors, write_module
 from serve_app.models.publishing.module_inputs import input_contract, read_example
@@ -62,10 +64,13 @@ def publish_module(
     is_named = bool(entry.inputs or metadata.inputs or example)
     execution = ExecutionFormat(by_keyword=is_named and takes_keywords(module, [spec.name for spec in known.inputs]))
     contract, trials = run_trials(entry, module, task, known, example, execution)
+    if task.kind == "image-classification":
+        run = partial(run_module, module, contract, trials[0].inputs, execution, compute_dtype(module))
+        require_known_meaning(entry, contract.outputs, run)
     execution = _optimized(entry, weights, module, contract, trials[-1], execution)
     dtype = TORCH_COMPUTE_DTYPES[entry.dtype]
     module.to(dtype)
-    order = order_of_use(module, partial(run_module, module, contract, trials[0].inputs, execution, dtype))
+    order = _order_of_use(entry, module, partial(run_module, module, contract, trials[0].inputs, execution, dtype))
     weights_bytes = sum(tensor.nbytes for tensor in distinct_tensors(module).values())
     on_stage("writing", weights_bytes)
     places, blob = write_module(store, module, order, execution)
@@ -128,6 +133,22 @@ def _optimized(
         entry.model_id,
         norms_to_fold(entry, weights, module),
     )
+
+
+def _order_of_use(entry: ModelEntry, module: nn.Module, execute: Callable[[], object]) -> dict[str, int]:
+    """Return the order in which a module uses its tensors, now that all are of one type.
+
+    Raises:
+        StoreError: it cannot run so.
+    """
+    try:
+        return order_of_use(module, execute)
+    except Exception as error:
+        # A forward that converts between types of its own, such as a module of two halves.
+        raise StoreError(
+            f"{entry.builder} fails when all its weights are {entry.dtype} ({foreign_reason(error)}); return a module "
+            "that converts nothing itself, such as module.float()"
+        ) from error
 
 
 def _labeled(task: TaskSpec, contract: Contract) -> TaskSpec:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import threading
 from collections.abc import Mapping
 from functools import cache
@@ -31,6 +32,8 @@ _PRECISIONS: Mapping[str, str] = {"float32": "f32", "bfloat16": "bf16"}
 
 _SHAPES_KEPT = 4
 
+_KERNELS_KEPT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+
 
 @cache
 def library() -> Any:
@@ -48,7 +51,31 @@ def library() -> Any:
 @cache
 def core() -> Any:
     """Return the one ``Core`` of the process."""
-    return library().Core()
+    made = library().Core()
+    _keep_no_kernels(made)
+    return made
+
+
+def _keep_no_kernels(made: Any) -> None:
+    """Have kernels live and die with the models that they were compiled for.
+
+    The library keeps the last 1,024 otherwise, tens of megabytes that no unload gives back. It reads the limit, once,
+    when it makes its first kernel. torch has a copy of the same library and reads the same variable, but must keep its
+    kernels: it looks them up for every execution.
+    """
+    ops = importlib.import_module("openvino.opset13")
+    given = ops.parameter([1, 8], np.float32)
+    weights = ops.constant(np.ones((8, 8), np.float32))
+    before = os.environ.get(_KERNELS_KEPT)
+    os.environ[_KERNELS_KEPT] = "0"
+    try:
+        model = library().Model([ops.matmul(given, weights, False, False)], [given], "first")
+        made.compile_model(model, DEVICE)(np.zeros((1, 8), np.float32))
+    finally:
+        if before is None:
+            del os.environ[_KERNELS_KEPT]
+        else:
+            os.environ[_KERNELS_KEPT] = before
 
 
 def settings(dtype: Dtype | str) -> dict[str, Any]:

@@ -71,7 +71,10 @@ def load_strictly(module: torch.nn.Module, state: Mapping[str, torch.Tensor], so
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise StoreError(f"the weights {source} do not fit the model: {reason[:500]}") from error
+        raise StoreError(
+            f"the weights {source} do not fit the model ({reason[:300]}); name weights that were saved from "
+            "this architecture"
+        ) from error
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -86,6 +89,11 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     if _is_torchscript(path):
         raise StoreError(
             f"cannot read the weights {path}: it is a TorchScript program, whose code would run; {_CONVERT}"
+        )
+    if _is_exported(path):
+        raise StoreError(
+            f"cannot read the weights {path}: it is an exported program, which has its structure too; leave weights "
+            f"out, and use builder: export:{path}"
         )
     try:
         # Opened here: torch leaves the file open where it fails.
@@ -103,10 +111,19 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _is_torchscript(path: Path) -> bool:
+    return any(name.endswith("/constants.pkl") or "/code/" in name for name in _members(path))
+
+
+def _is_exported(path: Path) -> bool:
+    return any(name.endswith("/archive_format") for name in _members(path))
+
+
+def _members(path: Path) -> list[str]:
+    """Return what is in an archive; nothing if the file is none, as those of torch before 1.6."""
     if not zipfile.is_zipfile(path):
-        return False
+        return []
     with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
+        return archive.namelist()
 
 
 def _global_in(reason: str) -> str:

@@ -10,7 +10,7 @@ from serve_app.serving.api.endpoints import Endpoints
 from serve_app.serving.api.error_responses import JsonResponse
 from serve_app.serving.api.inference import outcome_headers
 from serve_app.serving.api.predict import raw_request, required_model, task_content
-from serve_app.serving.api.request_reader import check_content_type
+from serve_app.serving.api.request_reader import check_content_type, query_options
 from serve_app.tasks.base import RawInput
 from serve_app.tasks.classes import label_count
 
@@ -30,7 +30,7 @@ class ClassificationEndpoints(Endpoints):
         content_type = check_content_type(
             request, _CONTENT_TYPES, "image/jpeg, image/png, image/webp or application/octet-stream"
         )
-        options = dict(request.query_params)
+        options = query_options(request, "model", "top_k")
         name = required_model(options, "/v1/classify")
         label_count(options.get("top_k", "5"))
         self._require_classifier(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -18,7 +19,7 @@ from serve_app.serving.api.endpoints import Endpoints
 from serve_app.serving.api.error_responses import JsonResponse, error_response
 from serve_app.serving.api.inference import outcome_headers
 from serve_app.serving.api.predict import raw_request
-from serve_app.serving.api.request_reader import check_content_type
+from serve_app.serving.api.request_reader import check_content_type, query_options
 from serve_app.tasks.base import RawInput
 
 _FIELDS = ("model", "input", "encoding_format", "dimensions", "user")
@@ -46,19 +47,18 @@ class EmbeddingEndpoints(Endpoints):
             with self._reader.counting_errors(request, ""):
                 self._router.require_capacity()
                 check_content_type(request, frozenset({"application/json"}), "application/json")
+                options = query_options(request)
                 asked = _parse(await self._reader.body(request))
             with self._reader.counting_errors(request, asked.model):
-                return await self._embed(request, asked)
+                return await self._embed(request, asked, options)
         except EdgeServeError as error:
             if error.is_fault:
                 raise
             return _error_response(error)
 
-    async def _embed(self, request: Request, asked: _Asked) -> Response:
+    async def _embed(self, request: Request, asked: _Asked, options: Mapping[str, str]) -> Response:
         _require_text_embedder(self._router.models_named(asked.model)[0])
-        raw = RawInput(
-            data=orjson.dumps(asked.texts), content_type="application/json", options=dict(request.query_params)
-        )
+        raw = RawInput(data=orjson.dumps(asked.texts), content_type="application/json", options=options)
         response = await self._router.serve(raw_request(asked.model, self._reader.location(request), raw))
         answer = response.answer or {}
         if asked.dimensions not in (None, answer["dimensions"]):
@@ -87,7 +87,7 @@ def _error_response(error: EdgeServeError) -> Response:
     return JsonResponse(content, error.status, headers)
 
 
-def _parse(body: bytearray) -> _Asked:
+def _parse(body: memoryview) -> _Asked:
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -18,6 +18,7 @@ from serve_app.serving.api.error_responses import on_any_error, on_disconnect, o
 from serve_app.serving.api.fast_path import FastPath, FastPathApp
 from serve_app.serving.api.inference import InferenceEndpoints
 from serve_app.serving.api.monitoring import MonitoringEndpoints
+from serve_app.serving.api.openapi import described
 from serve_app.serving.api.predict import PredictionEndpoints
 from serve_app.serving.api.repository import RepositoryEndpoints
 from serve_app.serving.api.request_reader import HttpSettings, RequestReader
@@ -55,7 +56,7 @@ def build_http_app(router: Router, settings: HttpSettings, scrape: Callable[[], 
         *_other_routes(RepositoryEndpoints(router, reader), MonitoringEndpoints(router, scrape)),
     ]
     for method, path, handler in routes:
-        app.add_api_route(path, handler, methods=[method], response_class=Response)
+        app.add_api_route(path, handler, methods=[method], response_class=Response, openapi_extra=described(path))
     app.add_exception_handler(EdgeServeError, on_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(ClientDisconnect, on_disconnect)

@@ -51,7 +51,7 @@ class InferenceEndpoints:
         self._router.require_capacity()
         check_content_type(request, _CONTENT_TYPES, "application/json or application/octet-stream")
         json_length = oip.parse_json_length(request.headers.get(_JSON_LENGTH))
-        body = await self._reader.body(request)
+        body = await self._reader.body(request, header_bytes=json_length or 0)
         json_bytes = len(body) if json_length is None else json_length
         if json_bytes > _LARGE_JSON_BYTES or len(body) > _LARGE_BODY_BYTES:
             parsed, tensors = await asyncio.to_thread(self._parse, body, json_length, models)
@@ -79,7 +79,7 @@ class InferenceEndpoints:
         return FastResponse(encoded.body, {**encoded.headers, **outcome_headers(response)})
 
     def _parse(
-        self, body: bytearray, json_length: int | None, models: tuple[PublishedModel, ...]
+        self, body: memoryview, json_length: int | None, models: tuple[PublishedModel, ...]
     ) -> tuple[oip.InferRequest, Tensors]:
         parsed = oip.parse_infer(body, json_length)
         model = models[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -14,7 +14,7 @@ from serve_app.serving import oip
 from serve_app.serving.api.endpoints import Endpoints
 from serve_app.serving.api.error_responses import JsonResponse
 from serve_app.serving.api.inference import outcome_headers, parts_s
-from serve_app.serving.api.request_reader import check_content_type
+from serve_app.serving.api.request_reader import check_content_type, query_options
 from serve_app.serving.router.request import InferenceRequest, InferenceResponse
 from serve_app.tasks.base import RawInput
 
@@ -22,6 +22,8 @@ _CONTENT_TYPES = frozenset({
     "image/jpeg", "image/png", "image/webp", "text/plain", "audio/wav", "audio/x-wav", "audio/wave", "audio/vnd.wave",
     "application/json", "application/octet-stream",
 })  # fmt: skip
+#: The options of all tasks; each reads its own.
+TASK_OPTIONS: Final = ("top_k", "min_score", "max_overlap", "mask", "labels")
 _WORDING = (
     "image/jpeg, image/png, image/webp, text/plain, audio/wav, application/json, or application/octet-stream for a "
     "file of any kind"
@@ -35,8 +37,9 @@ class PredictionEndpoints(Endpoints):
         """The answer of a model to an image, a text, a WAV file, JSON or any other file, by the task of the model.
 
         Query parameter ``model`` names a model or a family. The others are options of the task: ``top_k`` of
-        classifications, ``min_score`` and ``max_overlap`` of detection, ``min_score`` of voice-activity, ``mask`` of
-        segmentation; and those of every inference, such as ``deadline_ms``.
+        classifications, ``labels`` of text-classification, ``min_score`` and ``max_overlap`` of detection,
+        ``min_score`` of voice-activity, ``mask`` of segmentation; and those of every inference, such as
+        ``deadline_ms``.
         """
         with self._reader.counting_errors(request, request.query_params.get("model", "")):
             return await self._predict(request)
@@ -44,7 +47,7 @@ class PredictionEndpoints(Endpoints):
     async def _predict(self, request: Request) -> Response:
         self._router.require_capacity()
         content_type = check_content_type(request, _CONTENT_TYPES, _WORDING)
-        options = dict(request.query_params)
+        options = query_options(request, "model", *TASK_OPTIONS)
         name = required_model(options, "/v1/predict")
         self._router.models_named(name)
         body = await self._reader.body(request)

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 
 from serve_app.config.edge import LimitSettings
 from serve_app.core.catalog import PublishedModel
-from serve_app.errors import EdgeServeError, NotFound, PayloadTooLarge, UnsupportedMediaType
+from serve_app.errors import EdgeServeError, InvalidRequest, NotFound, PayloadTooLarge, UnsupportedMediaType
 from serve_app.serving import oip
 from serve_app.serving.api.fast_path import InferenceHttpRequest
 from serve_app.serving.router.router import Router
@@ -20,6 +20,8 @@ _LOCATION_HEADER = "x-edge-location"
 
 #: Memory for a body is allocated by its Content-Length up to this size, and beyond it only as the body arrives.
 _PREALLOCATED_BYTES = 2**20
+#: Of the memory of an array of bytes, and more than numbers need.
+_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +81,12 @@ class RequestReader:
         oip.check_version(version, tuple(map(str, versions)))
         return f"{name}@{version}"
 
-    async def body(self, request: InferenceHttpRequest) -> bytearray:
-        """Receive the body.
+    async def body(self, request: InferenceHttpRequest, *, header_bytes: int = 0) -> memoryview:
+        """Receive the body, as writable memory: torch wants its inputs so, and would copy them otherwise.
 
-        The array is writable: torch wants its inputs so, and would copy them otherwise.
+        Args:
+            request: whose body is received.
+            header_bytes: what follows so many bytes is aligned for numbers of any type, and need not be copied either.
 
         Raises:
             PayloadTooLarge: the body is larger than the limit.
@@ -92,15 +96,15 @@ class RequestReader:
         expected = int(request.headers.get("content-length") or 0)
         if expected > limit:
             raise PayloadTooLarge(message)
+        begin = -header_bytes % _ALIGNMENT
         # A chunk is copied to its place while the next ones arrive.
-        body, size = bytearray(min(expected, _PREALLOCATED_BYTES)), 0
+        body, end = bytearray(begin + min(expected, _PREALLOCATED_BYTES)), begin
         async for chunk in request.stream():
-            if size + len(chunk) > limit:
+            if end - begin + len(chunk) > limit:
                 raise PayloadTooLarge(message)
-            body[size : size + len(chunk)] = chunk
-            size += len(chunk)
-        del body[size:]
-        return body
+            body[end : end + len(chunk)] = chunk
+            end += len(chunk)
+        return memoryview(body)[begin:end]
 
     @contextlib.contextmanager
     def counting_errors(self, request: InferenceHttpRequest, name: str) -> Iterator[None]:
@@ -115,6 +119,20 @@ class RequestReader:
             location = self._settings.location or (location if location in self._router.locations else "none")
             self._router.count(location, name, "error", status)
             raise
+
+
+def query_options(request: Request, *known: str) -> dict[str, str]:
+    """Return the options in the query of a request; those of every inference are always known.
+
+    Raises:
+        InvalidRequest: there is another one.
+    """
+    options = dict(request.query_params)
+    all_known = (*known, *oip.OPTIONS)
+    unknown = next((name for name in options if name not in all_known), None)
+    if unknown is not None:
+        raise InvalidRequest(f"there is no option {unknown[:64]!r}; the options are {', '.join(all_known)}")
+    return options
 
 
 def check_content_type(request: InferenceHttpRequest, accepted: frozenset[str], wording: str) -> str:

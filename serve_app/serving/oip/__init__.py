@@ -17,7 +17,7 @@ Specification: https://github.com/kserve/open-inference-protocol, and the extens
 "classification" of https://github.com/triton-inference-server/server/tree/main/docs/protocol.
 """
 
-from serve_app.serving.oip.options import RequestOptions
+from serve_app.serving.oip.options import OPTIONS, RequestOptions
 from serve_app.serving.oip.request import (
     InferRequest,
     RequestedOutput,
@@ -42,6 +42,7 @@ from serve_app.serving.oip.tensors import InputTensor, datatype_of, tensor_from_
 __all__ = [
     "EXTENSIONS",
     "JSON_LENGTH_HEADER",
+    "OPTIONS",
     "VERSION",
     "EncodedResponse",
     "InferRequest",

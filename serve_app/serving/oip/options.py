@@ -12,7 +12,8 @@ from serve_app.errors import InvalidRequest
 from serve_app.serving.oip.tensors import describe
 
 MAX_PRIORITY: Final = 2**31 - 1
-_NAMES: Final = ("deadline_ms", "min_accuracy", "forward", "priority")
+#: The options of every inference.
+OPTIONS: Final = ("deadline_ms", "min_accuracy", "forward", "priority")
 _FORWARD: Final = ("auto", "never", "prefer")
 _INTEGER: Final = re.compile(r"-?[0-9]{1,18}")
 _NUMBER: Final = re.compile(r"-?[0-9]{1,400}(\.[0-9]{1,400})?([eE][-+]?[0-9]{1,4})?")
@@ -58,10 +59,10 @@ class RequestOptions:
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, object]) -> RequestOptions:
         """Read the ``parameters`` of a request; unknown names are ignored, as the protocol demands."""
-        for name in _NAMES:
+        for name in OPTIONS:
             if name in parameters and parameters[name] is None:
                 raise InvalidRequest(f"{name} must not be null; leave it out instead")
-        known: dict[str, Any] = {name: parameters[name] for name in _NAMES if name in parameters}
+        known: dict[str, Any] = {name: parameters[name] for name in OPTIONS if name in parameters}
         return cls(**known)
 
     @classmethod

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from serve_app.core.catalog import PublishedModel, most_accurate_first
+from serve_app.core.contract import BATCH
 from serve_app.core.links import Topology
 from serve_app.core.routing.choose import RoutingRequest, choose
 from serve_app.core.routing.displacement_cost import exec_s
 from serve_app.core.routing.router_view import RouterView
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.vocabulary import Forwarding
-from serve_app.errors import DeadlineExceeded
+from serve_app.errors import DeadlineExceeded, InvalidRequest
 from serve_app.serving.router.request import InferenceRequest
+from serve_app.tasks.base import RawInput
+from serve_app.tasks.tensors import Tensors
 
 
 def require_in_time(model: PublishedModel, request: InferenceRequest, view: RouterView) -> PublishedModel:
     """Return the model; raise ``DeadlineExceeded`` if no worker is fast enough for the deadline by far."""
     if request.deadline_s is not None:
         fastest_s = min([exec_s(model.profile, report) for report in view.workers()] or [0.0])
+        fastest_s *= times_longer(request.payload, model)
         # Measured times vary; only what is out of reach by far is rejected untried.
         if fastest_s / 2 > request.deadline_s:
             raise DeadlineExceeded(
@@ -69,4 +73,25 @@ def routing_request(request: InferenceRequest, model: PublishedModel) -> Routing
         here=request.location,
         payload_bytes=request.payload_bytes,
         forwarding=request.forwarding,
+        times_longer=times_longer(request.payload, model),
     )
+
+
+def times_longer(payload: Tensors | RawInput, model: PublishedModel) -> float:
+    """Return how many times longer a model executes on these tensors than on those of the least sizes.
+
+    What a task makes of raw input has no sizes before a worker has read it: it counts as the least ones.
+    """
+    if isinstance(payload, RawInput) or not (model.costs or model.row_by_row):
+        return 1.0
+    if not model.costs:
+        first = model.contract.inputs[0]
+        array = payload.get(first.name)
+        if array is not None and first.axes and first.axes[0] == BATCH:
+            return float(array.shape[0])
+    try:
+        sizes = model.contract.sizes({name: array.shape for name, array in payload.items()})
+    except InvalidRequest:
+        # A member of a family that takes other tensors; it is refused by its worker.
+        return 1.0
+    return model.times_longer(sizes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
@@ -105,6 +105,8 @@ class ModelManager:
         self._abandoned: dict[str, _Loading] = {}
         #: Models whose last load failed, which has been logged.
         self._failed_last: set[str] = set()
+        #: Models that no load could bring in when they were looked at last.
+        self._impossible: set[str] = set()
         self._timer: Timer | None = None
         self._timer_s = math.inf
         self._is_closed = False
@@ -152,6 +154,20 @@ class ModelManager:
         """The request no longer uses the model."""
         self._finish(lease.model_id)
 
+    def recheck(self, model_ids: Iterable[str]) -> None:
+        """Look, in microseconds each, whether loads of these models could work, and of those that could not before."""
+        for model_id in {*model_ids, *self._impossible}:
+            try:
+                self._backend.check(model_id)
+            except StoreError as error:
+                if model_id not in self._impossible:
+                    self._impossible.add(model_id)
+                    self.handle(LoadImpossible(model_id, str(error)))
+            else:
+                if model_id in self._impossible:
+                    self._impossible.discard(model_id)
+                    self.handle(RetryAllowed(model_id))
+
     def close(self) -> None:
         """Unload everything that is not being loaded for a request, and preload no more."""
         self._is_closed = True
@@ -169,6 +185,7 @@ class ModelManager:
             try:
                 self._backend.check(model_id)
             except StoreError as error:
+                self._impossible.add(model_id)
                 self.handle(LoadImpossible(model_id, str(error)))
 
     async def _lease(self, model: ModelProfile, answer: Answer | Wait) -> Lease:

@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 _SMOOTHING = 0.2
 
+#: Models whose files are looked at with every report, in turn.
+_CHECKED = 16
+
 
 class Smoothed:
     """Seconds per model, smoothed by measurement rather than, as ``DecayedRate``, by time."""
@@ -137,6 +140,7 @@ class WorkerReporter:
         self._reporting: asyncio.Task[None] | None = None
         self._has_left = False
         self.unusable: Mapping[str, str] = {}
+        self._checked = 0
 
     @property
     def next_sequence(self) -> int:
@@ -158,10 +162,11 @@ class WorkerReporter:
         self._follower.reconfigure(rules, retention.min_copies)
 
     async def report_once(self) -> None:
-        """Unload idle models, update the memory that models may take, and exchange a report for instructions."""
+        """Unload idle models, look for broken files, update what models may take, and exchange a report."""
         if self._retention.idle_unload_s is not None:
             self._manager.handle(IdleChecked(self._clock() - self._retention.idle_unload_s))
-        await self._budget.update(self._manager, self._clock())
+        self._check_some()
+        await self._budget.update(self._manager, self._catalog, self._clock())
         await self._exchange()
 
     async def leave(self) -> None:
@@ -195,8 +200,16 @@ class WorkerReporter:
             load_s={model_id: max(0.0, seconds) for model_id, seconds in measured.load_s.seconds.items()},
             outcomes=dict(measured.outcomes),
             demand=self._follower.take_demand(),
-            unusable=self.unusable,
+            unusable={**self.unusable, **cache.failures},
         )
+
+    def _check_some(self) -> None:
+        """Find files that are missing or truncated before a request does, and those that are whole again."""
+        models = self._catalog.models
+        if self._checked >= len(models):
+            self._checked = 0
+        self._manager.recheck(model.model_id for model in models[self._checked : self._checked + _CHECKED])
+        self._checked += _CHECKED
 
     async def _exchange(self) -> ViewDelta | None:
         """Report and carry out the answer; None while the coordinator cannot be reached."""

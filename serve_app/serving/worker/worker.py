@@ -259,7 +259,7 @@ class Worker:
         cost = model.cost(sizes)
         self._budget.require(model, cost.workspace_bytes)
         # Times are kept for the least sizes; how many times longer these take is known from publishing.
-        times_longer = cost.exec_s / model.profile.exec_s if model.profile.exec_s else 1.0
+        times_longer = model.times_longer(sizes)
         self._reporter.count_demand(work.origin, work.model_id)
         lease = await self._manager.acquire(model.profile)
         done = await self.executor.execute(

@@ -74,6 +74,14 @@ CASES = {
         workers=(report("paris", models=HOLDS), report("tokyo", models=HOLDS)),
         outcome=HIT, replica="paris-1", expected_s=0.1,
     ),
+    "hit: larger sizes execute longer": Case(
+        workers=(report("paris", models=HOLDS, exec_s={"m": 0.2}), report("tokyo", models=HOLDS)),
+        outcome=HIT, replica="paris-1", expected_s=0.6, request={"times_longer": 3.0},
+    ),
+    "forward: for larger sizes the worker there is faster by more than the queue here": Case(
+        workers=(report("paris", models=HOLDS, queue_s=0.05), report("tokyo", models=HOLDS, exec_s={"m": 0.04})),
+        outcome=FORWARD, replica="tokyo-1", expected_s=0.42, request={"times_longer": 10.0},
+    ),
     "hit: of two holders here the less busy one": Case(
         workers=(report("paris", models=HOLDS, queue_s=0.5), report("paris", "paris-2", models=HOLDS, queue_s=0.2)),
         outcome=HIT, replica="paris-2", expected_s=0.3,
