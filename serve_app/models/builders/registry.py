@@ -22,6 +22,7 @@ from serve_app.models.builders.refusals import foreign_reason, require_servable
 from serve_app.models.builders.timm import TimmBuilder
 from serve_app.models.builders.torchvision import TorchvisionBuilder
 from serve_app.models.builders.transformers import TransformersBuilder, rebuild_transformer
+from serve_app.models.builders.unread_weights import without_reading_weights
 from serve_app.models.sources.download_cache import OnBytes, ignore_bytes
 from serve_app.models.sources.pretrained import PRETRAINED, Pretrained, WeightSource
 from serve_app.models.sources.state_dicts import load_strictly, read_state
@@ -138,7 +139,7 @@ def build_on_meta(builder_name: str, weights: str, structure: bytes | None = Non
         return rebuild(structure).to("meta").requires_grad_(False).eval()
     builder = resolve(builder_name)
     try:
-        with warnings.catch_warnings(), torch.device("meta"):
+        with warnings.catch_warnings(), torch.device("meta"), without_reading_weights():
             # Of a factory that reads weights: once for each tensor.
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
             module = builder.construct(weights)

@@ -18,7 +18,9 @@ from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.builders import registry
 from serve_app.models.builders.described_module import DescribedModule
+from serve_app.models.builders.factory import FactoryBuilder
 from serve_app.models.builders.refusals import foreign_reason
+from serve_app.models.builders.unread_weights import MOST_READ_BYTES, bytes_read
 from serve_app.models.graph_optimizations import ROUNDING, largest_difference, optimize, order_of_use
 from serve_app.models.module_call import takes_keywords
 from serve_app.models.module_template import TORCH_COMPUTE_DTYPES
@@ -86,7 +88,7 @@ def publish_module(
     answers = {spec.name: tensor.numpy() for spec, tensor in zip(contract.outputs, trials[-1].outputs, strict=True)}
     manifest = with_task(store, entry, manifest, answers)
     model = manifest.model
-    _verify(TorchRuntime().prepare(manifest, store), trials, entry.dtype)
+    _verify(_prepared(manifest, store), trials, entry.dtype)
     on_stage("measuring", weights_bytes)
     sizes = grid(contract.axes)
     measurement = measure_published(manifest, store, sizes[:1] if model.row_by_row else sizes)
@@ -157,6 +159,24 @@ def _labeled(task: TaskSpec, contract: Contract) -> TaskSpec:
         return task
     classes = contract.outputs[0].shape[-1] if contract.outputs[0].shape else 0
     return task if len(task.labels) == classes else dataclasses.replace(task, labels=())
+
+
+def _prepared(manifest: Manifest, store: ModelStore) -> PreparedModule:
+    """Prepare the model as every worker will when it starts.
+
+    Raises:
+        StoreError: it reads its weights for that.
+    """
+    before = bytes_read()
+    prepared = TorchRuntime().prepare(manifest, store)
+    read = bytes_read() - before
+    if read > MOST_READ_BYTES and isinstance(registry.resolve(manifest.model.builder), FactoryBuilder):
+        raise StoreError(
+            f"{manifest.model.builder} reads {read / 1e6:.1f} MB when it only builds the structure of its module, and "
+            "every worker would; return the module without weights, and name their file (weights: file:PATH), or read "
+            "it by torch.load or safetensors"
+        )
+    return prepared
 
 
 def _verify(prepared: PreparedModule, trials: Sequence[Trial], dtype: Dtype) -> None:
