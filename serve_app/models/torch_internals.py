@@ -43,6 +43,19 @@ def has_forward_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a call of the module compiles it: ``torch.compile`` of it or its forward, or ``module.compile()``.
+
+    The module that ``torch.compile`` makes is compiled as soon as it is made, as its type says.
+    """
+    kind = type(module)
+    return (
+        (kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch._dynamo"))
+        or module._compiled_call_impl is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+    )
+
+
 def as_parameter(tensor: torch.Tensor) -> nn.Parameter:
     """Return an ``nn.Parameter`` without gradient on the storage of a plain tensor.
 

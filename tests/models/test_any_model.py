@@ -205,6 +205,9 @@ def test_module_in_float64_answers_in_float64(store: ModelStore) -> None:
     [
         ("brain", "use dtype: bfloat16"),
         ("half", "use dtype: bfloat16 and return module.bfloat16()"),
+        ("CountsInABuffer", "take state as an input and return it (returned_by)"),
+        ("CountsInAnAttribute", "does not answer the same input equally twice: it keeps state"),
+        ("DrawsNumbers", "or draws random numbers"),
         ("TwoTypes", "fails when all its weights are float32 (RuntimeError: "),
         ("scripted", "use builder: export:model.pt2"),
         ("exported", "use builder: export:model.pt2"),
@@ -213,6 +216,7 @@ def test_module_in_float64_answers_in_float64(store: ModelStore) -> None:
         ("Collects", "MB when it is unloaded, every time"),
         ("Copies", "MB while it is not loaded"),
         ("wrapped", "use builder: onnx:FILE"),
+        ("compiled_in_place", "return the module before torch.compile"),
         pytest.param("compiled", "return the module before torch.compile", marks=pytest.mark.slow),
     ],
 )

@@ -257,6 +257,8 @@ def test_file_of_aotinductor_is_refused_as_an_exported_program(tmp_path: Path, a
     ("name", "sentence"),
     [
         ("module_of_an_exported_program", "use builder: export:model.pt2"),
+        ("crashes", "crashes its process (SIGSEGV)"),
+        ("CrashesWhenCalled", "crashes its process (SIGSEGV)"),
         ("ends_its_process", "raises SystemExit: no license; call it by hand, and correct it"),
     ],
 )

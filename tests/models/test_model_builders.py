@@ -173,6 +173,17 @@ def test_builder_that_does_not_exist_is_refused_with_advice(builder: str, compla
         registry.build(ModelEntry(model_id="x", builder=builder), "random:0")
 
 
+def test_model_of_timm_without_classes_is_an_embedder() -> None:
+    import_torchvision()
+    pytest.importorskip("timm")
+    features, classes = (
+        registry.metadata(ModelEntry(model_id="model", builder=f"timm:{name}")).task
+        for name in ("eva02_tiny_patch14_224", "mobilenetv2_100")
+    )
+    assert (features.kind, classes.kind) == ("embedding", "image-classification")
+    assert features.image is not None
+
+
 def test_absent_timm_is_refused_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(StoreError, match=r"pip install 'edgeserve\[timm\]'"):

@@ -13,6 +13,7 @@ from serve_app.models.torch_internals import (
     buffer_table,
     child_table,
     has_forward_hooks,
+    is_compiled,
     parameter_table,
     storage_address,
 )
@@ -67,6 +68,22 @@ def test_module_forward_hooks_and_forward_pre_hooks_list_what_was_registered(reg
     assert has_forward_hooks(module)
     handle.remove()
     assert not has_forward_hooks(module)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_modules_are_known_before_they_run() -> None:
+    class CompiledForward(nn.Linear):
+        @torch.compile
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input)
+
+    compiled_in_place = nn.Linear(2, 2)
+    compiled_in_place.compile()
+    assert is_compiled(torch.compile(nn.Linear(2, 2)))
+    assert is_compiled(compiled_in_place)
+    assert is_compiled(CompiledForward(2, 2))
+    assert not is_compiled(nn.Linear(2, 2))
 
 
 def test_tensor_make_subclass_gives_a_parameter_on_the_same_storage() -> None:

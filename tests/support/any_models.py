@@ -126,6 +126,31 @@ def brain() -> nn.Module:
     return Tabular().bfloat16()
 
 
+class CountsInABuffer(Tabular):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return super().forward(features) + self.count
+
+
+class CountsInAnAttribute(Tabular):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return super().forward(features) + self.count
+
+
+class DrawsNumbers(Tabular):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return super().forward(features) + torch.rand(3)
+
+
 class TwoTypes(nn.Module):
     """The second half is in bfloat16, and its input is converted to that."""
 
@@ -147,6 +172,12 @@ def scripted() -> nn.Module:
 
 def compiled() -> nn.Module:
     return torch.compile(Tabular())  # type: ignore[return-value]
+
+
+def compiled_in_place() -> nn.Module:
+    module = Tabular()
+    module.compile()
+    return module
 
 
 def quantized() -> nn.Module:

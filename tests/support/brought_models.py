@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,17 @@ class HidesPackage(nn.Module):
 
 def module_of_an_exported_program() -> nn.Module:
     return torch.export.export(Layers(), (torch.zeros(1, 20),)).module()
+
+
+def crashes() -> nn.Module:
+    ctypes.string_at(0)
+    return Layers()
+
+
+class CrashesWhenCalled(Layers):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        ctypes.string_at(0)
+        return super().forward(features)
 
 
 def ends_its_process() -> nn.Module:

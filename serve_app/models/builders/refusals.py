@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from serve_app.errors import StoreError
+from serve_app.models.torch_internals import is_compiled
 
 #: What a message quotes of a foreign exception.
 _REASON_LENGTH = 300
@@ -91,7 +92,7 @@ def _problem(part: nn.Module) -> str | None:
     if isinstance(part, torch.jit.ScriptModule):
         return f"TorchScript, which copies its weights; {_EXPORT}"
     kind = type(part)
-    if kind.__name__ == "OptimizedModule" and kind.__module__.startswith("torch._dynamo"):
+    if is_compiled(part):
         return "compiled by torch.compile, which every worker would repeat; return the module before torch.compile"
     if ".quantized" in kind.__module__ and kind.__module__.startswith("torch."):
         return (

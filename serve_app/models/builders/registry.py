@@ -29,6 +29,15 @@ from serve_app.models.sources.state_dicts import load_strictly, read_state
 
 logger = logging.getLogger(__name__)
 
+#: Builders of libraries and files, by the first part of their names.
+_BUILDERS: dict[str, Callable[[str], Builder]] = {
+    "torchvision": TorchvisionBuilder,
+    "timm": TimmBuilder,
+    "efficientnet-lite": EfficientNetLiteBuilder,
+    "export": ExportBuilder,
+    "transformers": TransformersBuilder,
+}
+
 #: Builders whose structure is stored: kind -> builds the module from it.
 _FROM_STRUCTURE: dict[str, Callable[[bytes], nn.Module]] = {
     "export": rebuild_program,
@@ -53,19 +62,15 @@ def resolve(builder: str) -> Builder:
         StoreError: there is none, or a library that it needs is not installed.
     """
     kind, _, name = builder.partition(":")
-    if kind == "torchvision":
-        return TorchvisionBuilder(name)
-    if kind == "timm":
-        return TimmBuilder(name)
-    if kind == "efficientnet-lite":
-        return EfficientNetLiteBuilder(name)
-    if kind == "export":
-        return ExportBuilder(name)
-    if kind == "transformers":
-        return TransformersBuilder(name)
     if kind in _REFUSED:
         raise StoreError(f"builder {builder!r}: {_REFUSED[kind]}")
-    return FactoryBuilder(builder)
+    return FactoryBuilder(builder) if is_factory(builder) else _BUILDERS[kind](name)
+
+
+def is_factory(builder: str) -> bool:
+    """Return whether a builder is a function of the user, which may do anything."""
+    kind = builder.partition(":")[0]
+    return kind not in _BUILDERS and kind not in _REFUSED
 
 
 def build(
@@ -160,7 +165,7 @@ def metadata(entry: ModelEntry) -> Metadata:
         StoreError: there is no such builder.
     """
     builder = resolve(entry.builder)
-    if isinstance(builder, FactoryBuilder) and (entry.inputs or entry.example):
+    if is_factory(entry.builder) and (entry.inputs or entry.example):
         # What declares its tensors is no classifier of images unless its entry says so.
         return Metadata(task=TaskSpec())
     return builder.metadata()

@@ -15,8 +15,7 @@ import torch
 from serve_app.core.catalog import ModelEntry
 from serve_app.core.contract import TensorSpec
 from serve_app.errors import StoreError
-from serve_app.models.builders.factory import FactoryBuilder
-from serve_app.models.builders.registry import resolve
+from serve_app.models.builders.registry import is_factory
 from serve_app.models.torch_internals import OperatorRecorder
 
 #: Matrix products, of which a linear layer is one.
@@ -42,7 +41,7 @@ def require_known_meaning(entry: ModelEntry, outputs: Sequence[TensorSpec], exec
         StoreError: it ends as an encoder does, and the entry names neither task nor accuracy.
     """
     says = entry.task is not None or entry.accuracy is not None
-    if says or not isinstance(resolve(entry.builder), FactoryBuilder):
+    if says or not is_factory(entry.builder):
         return
     last = _last_operator(execute)
     if last not in _PRODUCTS:

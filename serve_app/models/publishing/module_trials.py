@@ -16,8 +16,10 @@ from serve_app.core.contract import BATCH, FREE, Contract, TensorSpec
 from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.builders.refusals import foreign_reason
+from serve_app.models.graph_optimizations import ROUNDING, largest_difference
 from serve_app.models.module_call import call_module, ordered_outputs
 from serve_app.models.profiling.grid import trial_sizes
+from serve_app.models.profiling.measure_published import KNOWN_BUILDERS
 from serve_app.models.publishing.module_inputs import output_contract
 from serve_app.store.manifest import ExecutionFormat
 from serve_app.tasks.tensors import Tensors, probe
@@ -92,6 +94,8 @@ def run_trials(
                 raise StoreError(
                     f"{entry.builder} with weights {entry.weights} gives numbers that are not finite in {spec.name!r}"
                 )
+    if not entry.builder.startswith(KNOWN_BUILDERS):
+        _require_no_state(entry, results[0], _try(entry, module, known, trial_inputs[0], execution, dtype))
     return contract, trials
 
 
@@ -135,6 +139,15 @@ def _try(
             f"{entry.builder} fails on inputs {shapes} ({foreign_reason(error)}); declare what it takes under inputs "
             "and limits, or name an example: package.module:function that returns valid inputs"
         ) from error
+
+
+def _require_no_state(entry: ModelEntry, first: dict[str, torch.Tensor], again: dict[str, torch.Tensor]) -> None:
+    """Require that a module answers one input as it did before it had others: requests know nothing of each other."""
+    if not largest_difference(list(again.values()), list(first.values())) < ROUNDING:
+        raise StoreError(
+            f"{entry.builder} does not answer the same input equally twice: it keeps state, or draws random numbers; "
+            "take state as an input and return it (returned_by), and switch randomness off in eval mode"
+        )
 
 
 def _trial_inputs(contract: Contract, example: Tensors | None) -> list[Tensors]:

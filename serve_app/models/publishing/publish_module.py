@@ -17,8 +17,8 @@ from serve_app.core.contract import Contract
 from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.builders import registry
+from serve_app.models.builders.base import Metadata
 from serve_app.models.builders.described_module import DescribedModule
-from serve_app.models.builders.factory import FactoryBuilder
 from serve_app.models.builders.refusals import foreign_reason
 from serve_app.models.builders.unread_weights import MOST_READ_BYTES, bytes_read
 from serve_app.models.graph_optimizations import ROUNDING, largest_difference, optimize, order_of_use
@@ -43,6 +43,17 @@ from serve_app.store.model_store import ModelStore
 TOLERANCE: dict[Dtype, float] = {"float32": ROUNDING, "bfloat16": 0.05}
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _TriedModule:
+    """What is known of a module that has run: what its builder says, how to call it, and what it takes and answers."""
+
+    metadata: Metadata
+    task: TaskSpec
+    execution: ExecutionFormat
+    contract: Contract
+    trials: Sequence[Trial]
+
+
 def publish_module(
     store: ModelStore, entry: ModelEntry, weights: str, module: nn.Module, on_stage: OnStage
 ) -> Manifest:
@@ -58,14 +69,10 @@ def publish_module(
     Raises:
         StoreError: the module does not answer as its entry says, does not load back as it was, or cannot be written.
     """
-    metadata = module.metadata if isinstance(module, DescribedModule) else registry.metadata(entry)
-    task = task_for(entry, metadata.task)
-    _require_compute_dtype(entry, module)
-    example = read_example(entry, module)
-    known = input_contract(entry, task, metadata, example)
-    is_named = bool(entry.inputs or metadata.inputs or example)
-    execution = ExecutionFormat(by_keyword=is_named and takes_keywords(module, [spec.name for spec in known.inputs]))
-    contract, trials = run_trials(entry, module, task, known, example, execution)
+    tried = _try_module(entry, module)
+    metadata, task, execution, contract, trials = (
+        tried.metadata, tried.task, tried.execution, tried.contract, tried.trials
+    )  # fmt: skip
     if task.kind == "image-classification":
         run = partial(run_module, module, contract, trials[0].inputs, execution, compute_dtype(module))
         require_known_meaning(entry, contract.outputs, run)
@@ -94,6 +101,23 @@ def publish_module(
     measurement = measure_published(manifest, store, sizes[:1] if model.row_by_row else sizes)
     require_counted(entry.builder, measurement, weights_bytes)
     return dataclasses.replace(manifest, model=with_measurement(model, measurement, weights_bytes))
+
+
+def _try_module(entry: ModelEntry, module: nn.Module) -> _TriedModule:
+    """Run a module as its builder has made it, and return what that shows.
+
+    Raises:
+        StoreError: the module does not answer as its entry says.
+    """
+    metadata = module.metadata if isinstance(module, DescribedModule) else registry.metadata(entry)
+    task = task_for(entry, metadata.task)
+    _require_compute_dtype(entry, module)
+    example = read_example(entry, module)
+    known = input_contract(entry, task, metadata, example)
+    is_named = bool(entry.inputs or metadata.inputs or example)
+    execution = ExecutionFormat(by_keyword=is_named and takes_keywords(module, [spec.name for spec in known.inputs]))
+    contract, trials = run_trials(entry, module, task, known, example, execution)
+    return _TriedModule(metadata=metadata, task=task, execution=execution, contract=contract, trials=trials)
 
 
 def _write_structure(store: ModelStore, module: nn.Module) -> tuple[BlobFile, ...]:
@@ -149,7 +173,7 @@ def _order_of_use(entry: ModelEntry, module: nn.Module, execute: Callable[[], ob
         # A forward that converts between types of its own, such as a module of two halves.
         raise StoreError(
             f"{entry.builder} fails when all its weights are {entry.dtype} ({foreign_reason(error)}); return a module "
-            "that converts nothing itself, such as module.float()"
+            "of one type, which converts nothing itself"
         ) from error
 
 
@@ -170,7 +194,7 @@ def _prepared(manifest: Manifest, store: ModelStore) -> PreparedModule:
     before = bytes_read()
     prepared = TorchRuntime().prepare(manifest, store)
     read = bytes_read() - before
-    if read > MOST_READ_BYTES and isinstance(registry.resolve(manifest.model.builder), FactoryBuilder):
+    if read > MOST_READ_BYTES and registry.is_factory(manifest.model.builder):
         raise StoreError(
             f"{manifest.model.builder} reads {read / 1e6:.1f} MB when it only builds the structure of its module, and "
             "every worker would; return the module without weights, and name their file (weights: file:PATH), or read "

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,16 @@ def test_pickle_of_more_than_tensors_is_refused_with_the_way_round(tmp_path: Pat
 def test_whole_module_is_refused_and_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"it asks for torch\.nn\.modules\.linear\.Linear.*save_file"):
         read_state(saved(tmp_path / "a.pth", nn.Linear(2, 2)))
+
+
+def test_exported_program_is_refused_and_named_as_a_builder(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        # As torch.export.save writes it.
+        archive.writestr("a/models/model.json", "{}")
+        archive.writestr("a/archive_format", "pt2")
+    with pytest.raises(StoreError, match=rf"is an exported program.* use builder: export:{path}"):
+        read_state(path)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
