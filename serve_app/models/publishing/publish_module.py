@@ -95,11 +95,16 @@ def publish_module(
     answers = {spec.name: tensor.numpy() for spec, tensor in zip(contract.outputs, trials[-1].outputs, strict=True)}
     manifest = with_task(store, entry, manifest, answers)
     model = manifest.model
-    _verify(_prepared(manifest, store), trials, entry.dtype)
+    read_before = bytes_read()
+    prepared = TorchRuntime().prepare(manifest, store)
+    read_bytes = bytes_read() - read_before
+    _verify(prepared, trials, entry.dtype)
     on_stage("measuring", weights_bytes)
     sizes = grid(contract.axes)
     measurement = measure_published(manifest, store, sizes[:1] if model.row_by_row else sizes)
     require_counted(entry.builder, measurement, weights_bytes)
+    # Last: what hides its weights reads them, too.
+    _require_unread(entry.builder, read_bytes)
     return dataclasses.replace(manifest, model=with_measurement(model, measurement, weights_bytes))
 
 
@@ -185,22 +190,18 @@ def _labeled(task: TaskSpec, contract: Contract) -> TaskSpec:
     return task if len(task.labels) == classes else dataclasses.replace(task, labels=())
 
 
-def _prepared(manifest: Manifest, store: ModelStore) -> PreparedModule:
-    """Prepare the model as every worker will when it starts.
+def _require_unread(builder: str, read_bytes: int) -> None:
+    """Require that a factory does not read its weights in every worker, which builds the structure when it starts.
 
     Raises:
-        StoreError: it reads its weights for that.
+        StoreError: it has read so many bytes for the structure.
     """
-    before = bytes_read()
-    prepared = TorchRuntime().prepare(manifest, store)
-    read = bytes_read() - before
-    if read > MOST_READ_BYTES and registry.is_factory(manifest.model.builder):
+    if read_bytes > MOST_READ_BYTES and registry.is_factory(builder):
         raise StoreError(
-            f"{manifest.model.builder} reads {read / 1e6:.1f} MB when it only builds the structure of its module, and "
-            "every worker would; return the module without weights, and name their file (weights: file:PATH), or read "
-            "it by torch.load or safetensors"
+            f"{builder} reads {read_bytes / 1e6:.1f} MB when it only builds the structure of its module, and every "
+            "worker would; return the module without weights, and name their file (weights: file:PATH), or read it by "
+            "torch.load or safetensors"
         )
-    return prepared
 
 
 def _verify(prepared: PreparedModule, trials: Sequence[Trial], dtype: Dtype) -> None:
