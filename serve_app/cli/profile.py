@@ -54,9 +54,11 @@ def profile(
 ) -> None:
     """Measure published models: size, load, first inference, hit and workspace. Without MODEL, the whole catalog.
 
-    A miss is a load and the first inference; the weights are in the page cache. Each round takes a miss and a hit, and
-    miss/hit is the median of the rounds, with quartiles behind it, and the same in processor time, which other
-    processes disturb less. Size is weights and buffers; in memory a model counts with its workspace as well.
+    A miss is a load and the first inference; the weights are in the page cache. A model that was compiled for this
+    machine has a row for each form. Each round takes a miss and a hit of every form. miss/hit is the median of the
+    rounds, of a miss over a hit of the form as it was published, with quartiles behind it, and the same in processor
+    time, which other processes disturb less. Size is weights and buffers; in memory a model counts with its workspace
+    as well.
 
     With --cold the kernel is made to drop the weights before each load. A cold miss can take no less than a hit, and no
     less than reading the weights; cold/bound says how many times the longer of the two it took.
@@ -92,13 +94,14 @@ def _profiles(
     from serve_app.models.threads import use_threads
 
     use_threads(settings.worker.threads_per_inference, settings.worker.parallel_inferences)
-    profiles = list(
+    measured = list(
         _each(
             entries,
             "profiling",
-            lambda entry: model_profile.profile(store, entry.model_id, cold=cold, manifest=_manifest(store, entry)),
+            lambda entry: model_profile.profile(store, _forms(store, entry), cold=cold),
         )
     )
+    profiles = [each for forms in measured for each in forms]
     _write(model_profile.as_json(profiles), as_json, out)
     if not as_json:
         _show_profiles(profiles)
@@ -140,6 +143,16 @@ def _published(
     return [entry for entry in entries if entry.model_id not in missing]
 
 
+def _forms(store: ModelStore, entry: ModelEntry) -> list[Manifest]:
+    """Return the manifests of all forms of a model that this machine can run, first the one as it was published."""
+    from serve_app.models.runtimes.environment import environments
+
+    key = store.find(entry)
+    if key is None or entry.runtime != "auto":
+        return [_manifest(store, entry)]
+    return [store.read(each) for each in (key, *store.forms.usable(key, environments()))]
+
+
 def _manifest(store: ModelStore, entry: ModelEntry) -> Manifest:
     key = store.find(entry)
     return store.manifest(entry.model_id) if key is None else store.read(key)
@@ -167,6 +180,7 @@ def _show_profiles(profiles: Sequence[Profile]) -> None:
     summary, is_cold = summarize(profiles), profiles[0].cold is not None
     columns = [
         "model",
+        "form",
         "size MB",
         "workspace MB",
         "load ms",
@@ -182,6 +196,7 @@ def _show_profiles(profiles: Sequence[Profile]) -> None:
         spread = each.miss_over_hit
         cells = [
             each.model_id,
+            f"{each.form} *" if each.is_served else each.form,
             *(f"{bytes_ / 1e6:.1f}" for bytes_ in (each.size_bytes, each.workspace_bytes)),
             f"{each.load_s * 1000:.2f}",
             *(f"{seconds * 1000:.1f}" for seconds in (each.first_s, each.miss_s, each.hit_s)),
@@ -191,12 +206,14 @@ def _show_profiles(profiles: Sequence[Profile]) -> None:
         ]
         if each.cold is not None:
             cells += [f"{each.cold.load_s * 1000:.2f}", f"{each.cold.miss_s * 1000:.1f}"]
-            cells.append(f"{summary.cold_over_bound[each.model_id]:.3f}")
+            cells.append(f"{summary.cold_over_bound[each.model_id]:.3f}" if each.is_served else "")
         table.add_row(*cells)
     out = stdout()
     out.print(table)
     rounds = [each.rounds for each in profiles]
-    worst = next(each for each in profiles if each.model_id == summary.worst).miss_over_hit.median
+    worst = next(each for each in profiles if each.is_served and each.model_id == summary.worst).miss_over_hit.median
+    if len(profiles) > len({each.model_id for each in profiles}):
+        out.print("* the form that is served: its load and one inference take the least time")
     out.print(
         f"miss over hit: geometric mean {summary.miss_over_hit:.3f}, worst {worst:.3f} ({summary.worst}); "
         f"in processor time {summary.cpu_miss_over_hit:.3f}; {min(rounds)} to {max(rounds)} rounds a model"
@@ -225,7 +242,7 @@ def _show_variants(rows: Sequence[Comparison]) -> None:
 def _table(columns: Iterable[str]) -> Table:
     table = Table(box=None, header_style="bold")
     for column in columns:
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column in ("model", "form") else "right", no_wrap=True)
     return table
 
 

@@ -137,7 +137,7 @@ def publish_catalog(
         def show(event: PublishEvent) -> None:
             if event.stage == "published" and not out.is_terminal:
                 out.print(f"published {event.model_id} ({event.index + 1}/{event.total})")
-            done = event.index + (event.stage in ("published", "skipped", "failed"))
+            done = event.index + (event.stage in ("published", "compiling", "skipped", "failed"))
             description = f"{event.stage} {event.model_id}{_downloaded(event)}"
             progress.update(task, description=description, completed=done, total=event.total)
 

@@ -17,7 +17,8 @@ from serve_app.config.default_files import find, find_default
 from serve_app.config.edge import EdgeSettings, load_edge
 from serve_app.errors import EdgeServeError, StoreError
 from serve_app.store.garbage import collect
-from serve_app.store.model_store import ManifestKey, ModelStore
+from serve_app.store.manifest import ManifestKey
+from serve_app.store.model_store import ModelStore
 from serve_app.store.projects import ModelVersions, Project, ProjectState, Version
 
 _SOON = "running deployments follow within about a second"

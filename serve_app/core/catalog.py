@@ -157,6 +157,11 @@ class PublishedModel:
         return split_key(self.model_id)[1]
 
     @property
+    def form(self) -> str:
+        """How it is in memory: ``mapped``, or the library that it is compiled for; see ``forms.py``."""
+        return "mapped" if self.runtime == "torch" else self.runtime
+
+    @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """The inputs of the contract."""
         return self.contract.inputs

@@ -15,8 +15,8 @@ from serve_app.models.readahead import ReadAhead
 from serve_app.models.runtimes import registry
 from serve_app.models.runtimes.base import LoadedModel, PreparedModel, StartReadAhead
 from serve_app.store.blob_store import check_size
-from serve_app.store.manifest import Manifest
-from serve_app.store.model_store import ManifestKey, ModelStore
+from serve_app.store.manifest import Manifest, ManifestKey
+from serve_app.store.model_store import ModelStore
 
 
 class ModelLoader:

@@ -19,6 +19,7 @@ from serve_app.core.catalog import Catalog
 from serve_app.core.memory_budget import MemoryBudget
 from serve_app.errors import ConfigError, EdgeServeError
 from serve_app.models.process_memory import give_back_free_memory, keep_freed_memory, process_memory
+from serve_app.models.runtimes.environment import environments
 from serve_app.serving import ray_internals
 from serve_app.serving.api import fast_path
 from serve_app.serving.api.http_app import build_http_app
@@ -64,7 +65,7 @@ class WorkerReplica:
 
     def _prepare_models(self, config: ReplicaConfig) -> Catalog:
         """Return the models in the store of this node, those that answer prepared for loading."""
-        selection = self._store.select(config.entries, config.project, config.versions)
+        selection = self._store.select(config.entries, config.project, config.versions, environments())
         self._loader.select(selection.manifests)
         unusable = dict(selection.catalog.problems)
         for model in selection.catalog.answering():
@@ -197,7 +198,7 @@ class RouterReplica:
         keep_freed_memory()
         settings = config.settings
         self._store = ModelStore(settings.store)
-        catalog = self._store.select(config.entries, config.project, config.versions).catalog
+        catalog = self._store.select(config.entries, config.project, config.versions, environments()).catalog
         self._config = config
         self._token = token
         self._versions = VersionWatcher(self._store.projects, config.project, self._go_on, self._served)
@@ -243,7 +244,9 @@ class RouterReplica:
         """Go on with another configuration, or with other versions of the models."""
         async with self._changing:
             config = config or self._config
-            selection = await asyncio.to_thread(self._store.select, config.entries, config.project, config.versions)
+            selection = await asyncio.to_thread(
+                self._store.select, config.entries, config.project, config.versions, environments()
+            )
             catalog = selection.catalog
             self._router.reconfigure(
                 catalog,

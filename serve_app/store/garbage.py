@@ -8,7 +8,8 @@ from pathlib import Path
 
 from serve_app.core.catalog import ModelEntry
 from serve_app.store.durable_files import explain_os_errors
-from serve_app.store.model_store import ManifestKey, ModelStore
+from serve_app.store.manifest import ManifestKey
+from serve_app.store.model_store import ModelStore
 from serve_app.store.projects import Project, ProjectState
 
 #: A deployment records every minute which models it serves.

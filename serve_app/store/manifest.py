@@ -49,6 +49,26 @@ Role = Literal["weights", "graph", "tokenizer"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestKey:
+    """The place of one manifest.
+
+    Attributes:
+        name: of its model.
+        stem: the name of its file without ``.json``.
+        form: the name of the file of a compiled form, without ``.json``; empty: the model as it was published.
+    """
+
+    name: str
+    stem: str
+    form: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the entry that it was published from."""
+        return self.stem.partition("-")[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorPlace:
     """The place of one parameter or buffer: ``nbytes`` from byte ``offset`` of the blob ``file``.
 

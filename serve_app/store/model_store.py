@@ -4,6 +4,7 @@ Layout::
 
     root/models/<name>/<fingerprint>-<content>.json   manifest; its atomic rename publishes the model
     root/blobs/<sha256>.<ending>        weights and graphs, named after their content, read-only, never changed
+    root/forms/<name>/<fingerprint>-<content>/   the same model compiled for one library and processor, see ``forms.py``
     root/projects/<key>.json            the versions of one catalog's models, and which of them answer
     root/verified/<sha256>.json         stat signature of the blob's file when its content was last verified
     root/sources/<sha256>.json          digest of a local file that a catalog names, with its stat signature
@@ -17,39 +18,30 @@ sees a manifest whole or not at all. This module does not import torch: routers 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from serve_app.core.catalog import MODEL_ID_PATTERN, Catalog, ModelEntry, PublishedModel, task_for
+from serve_app.core.forms import soonest
 from serve_app.core.versions import FIRST_VERSION, VersionRoute, version_key
 from serve_app.errors import StoreError
 from serve_app.store.blob_store import BlobStore, check_size
 from serve_app.store.durable_files import explain_os_errors, fsync_path, is_alive, write_durably
 from serve_app.store.fingerprint import Fingerprints
-from serve_app.store.manifest import Manifest
+from serve_app.store.forms import Environments, Forms
+from serve_app.store.manifest import Manifest, ManifestKey
 from serve_app.store.projects import Projects, ProjectState
 
 logger = logging.getLogger(__name__)
 
 #: In the name of a manifest that no catalog entry has led to.
 _NO_FINGERPRINT = "0" * 32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ManifestKey:
-    """The place of one manifest: the name of its model, and the name of its file without ``.json``."""
-
-    name: str
-    stem: str
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the entry that it was published from."""
-        return self.stem.partition("-")[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +63,7 @@ class ModelStore(BlobStore):
         super().__init__(root)
         self._fingerprints = Fingerprints(self.root / "sources")
         self.projects = Projects(self)
+        self.forms = Forms(self)
         self._committed: dict[str, ManifestKey] = {}
 
     # Manifests
@@ -142,18 +135,31 @@ class ModelStore(BlobStore):
         model_id = manifest.model.model_id
         fingerprint = manifest.model.fingerprint or _NO_FINGERPRINT
         key = ManifestKey(name=model_id, stem=f"{fingerprint}-{manifest.content_id}")
+        self._write(key, manifest)
+        self._committed[model_id] = key
+        return key
+
+    def commit_form(self, key: ManifestKey, manifest: Manifest) -> None:
+        """Publish a compiled form of a model, like ``commit``; ``key`` is of ``forms.key``.
+
+        Raises:
+            StoreError: see ``commit``.
+        """
+        self._write(key, manifest)
+        self.forms.forget_refusal(key)
+
+    def _write(self, key: ManifestKey, manifest: Manifest) -> None:
+        model_id = manifest.model.model_id
         with self.exclusive(), self.temporary(".json") as temporary:
             for file in manifest.files:
                 check_size(file, self.blob_path(file.name), model_id)
             with explain_os_errors(f"write the manifest of {model_id!r}", self.root):
                 path = self._manifest_path(key)
-                path.parent.mkdir(exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 write_durably(temporary, manifest.to_json())
                 temporary.replace(path)
                 fsync_path(path.parent)
-                fsync_path(self._models)
-        self._committed[model_id] = key
-        return key
+                fsync_path(path.parent.parent)
 
     def committed(self, model_id: str) -> ManifestKey | None:
         """Return what this instance has published last of a model."""
@@ -189,7 +195,13 @@ class ModelStore(BlobStore):
         """Return those of ``entries`` that are published, in their order, each in one version; see ``select``."""
         return self.select(entries).catalog
 
-    def select(self, entries: Sequence[ModelEntry], project: str = "", known: ProjectState | None = None) -> Selection:
+    def select(
+        self,
+        entries: Sequence[ModelEntry],
+        project: str = "",
+        known: ProjectState | None = None,
+        environments: Environments = MappingProxyType({}),
+    ) -> Selection:
         """Return what a deployment of ``entries`` serves.
 
         Family, pinning, accuracy and task are those of the entry. A model whose entry was not published, or whose
@@ -199,6 +211,7 @@ class ModelStore(BlobStore):
             entries: the catalog file.
             project: whose versions are served; without its state, each entry is served as it is, as version 1.
             known: the state of the project when its deployment was configured, for nodes with stores of their own.
+            environments: of this machine; models are served in the soonest of the forms that were made for these.
         """
         state = self.projects.read(project) if project else None
         if known is not None and (state is None or known.serial > state.serial):
@@ -210,6 +223,7 @@ class ModelStore(BlobStore):
         for entry in entries:
             try:
                 versions, route = self._versions(entry, state)
+                versions = {key: self._in_soonest_form(place, entry, environments) for key, place in versions.items()}
                 current = version_key(entry.model_id, route.current)
                 read = {key: self._overlaid(key, versions[key], entry, route) for key in versions}
                 if current not in read or read[current] is None:
@@ -242,6 +256,19 @@ class ModelStore(BlobStore):
             reason = "its entry changed since" if self.has(entry.model_id) else "it is not in the store"
             raise StoreError(f"{reason}; run: edgeserve publish {entry.model_id}")
         return {entry.model_id: key}, VersionRoute(current=FIRST_VERSION)
+
+    def _in_soonest_form(self, place: ManifestKey, entry: ModelEntry, environments: Environments) -> ManifestKey:
+        """Return the place of the form of a model that is served: its own, unless another one answers sooner."""
+        forms = self.forms.usable(place, environments) if entry.runtime == "auto" else []
+        models: dict[ManifestKey, PublishedModel] = {}
+        for key in (place, *forms) if forms else ():
+            # A model that cannot be read is a problem of its own, and a form no reason to leave it out.
+            with contextlib.suppress(StoreError):
+                models[key] = self.read(key).model
+        if place not in models:
+            return place
+        best = soonest(list(models.values()))
+        return next(key for key, model in models.items() if model is best)
 
     def _here(self, name: str, stem: str) -> ManifestKey:
         """Return the place of a version; a node with a store of its own has optimized the model for itself."""
@@ -296,6 +323,7 @@ class ModelStore(BlobStore):
                     size_bytes = path.stat().st_size
                     path.unlink()
                     freed += size_bytes
+            self.forms.remove_orphans(self._models)
             try:
                 used = self.referenced_blobs()
             except StoreError as error:
@@ -314,7 +342,7 @@ class ModelStore(BlobStore):
             StoreError: a manifest cannot be read.
         """
         names = set()
-        for path in (*self._manifest_paths(), *self.outdated_manifests()):
+        for path in (*self._manifest_paths(), *self.outdated_manifests(), *self.forms.manifest_paths()):
             try:
                 content = json.loads(path.read_bytes())
                 names |= {str(file["name"]) for file in content["files"]}
@@ -323,8 +351,14 @@ class ModelStore(BlobStore):
         return names
 
     def blobs_of(self, keys: Iterable[ManifestKey]) -> set[str]:
-        """Return the names of all blobs of these manifests; raises ``StoreError`` if one cannot be read."""
-        return {file.name for key in keys if self._has(key) for file in self.read(key).files}
+        """Return the names of all blobs of these manifests and of their forms.
+
+        Raises:
+            StoreError: one cannot be read.
+        """
+        present = [key for key in keys if self._has(key)]
+        present += [form for key in present for form in self.forms.of(key)]
+        return {file.name for key in present for file in self.read(key).files}
 
     def outdated_manifests(self) -> tuple[Path, ...]:
         """Return the manifests of earlier formats, which only earlier versions of EdgeServe read."""
@@ -342,4 +376,4 @@ class ModelStore(BlobStore):
         return tuple(path for path in sorted(self._models.glob("*/*.json")) if not path.name.startswith("."))
 
     def _manifest_path(self, key: ManifestKey) -> Path:
-        return self._models / key.name / f"{key.stem}.json"
+        return self.forms.path(key) if key.form else self._models / key.name / f"{key.stem}.json"

@@ -39,6 +39,7 @@ def test_every_model_at_every_location_answers_as_torchvision_does(deployment, d
             assert response.headers["X-EdgeServe-Outcome"] in OUTCOMES
             assert response.headers["X-EdgeServe-Model"] == model
             assert response.headers["X-EdgeServe-Location"] in LOCATIONS
+            assert response.headers["X-EdgeServe-Form"].endswith("; precision=float32")
 
 
 def test_json_and_binary_tensors_give_the_same_logits(deployment, batch) -> None:
@@ -89,6 +90,7 @@ def test_a_second_request_hits_and_says_how_long_each_part_took(deployment, batc
     assert {"queue", "load", "exec", "forward"} <= set(timings)
     assert float(timings["exec"]) > 0
     assert float(timings["load"]) == 0
+    assert response.headers["X-EdgeServe-Form"] == "onnxruntime; precision=float32"
 
 
 def test_a_model_that_fits_only_elsewhere_is_forwarded_there(deployment, direct, batch) -> None:

@@ -150,7 +150,8 @@ def test_weights_that_are_mapped_elsewhere_cannot_be_measured_cold(
 def measured(name: str, ratio: float, cold: ColdProfile | None = None) -> Profile:
     quartiles = Quartiles(median=ratio, low=ratio, high=ratio)
     return Profile(
-        model_id=name, size_bytes=1000, workspace_bytes=1, load_s=0.1, first_s=0.2, miss_s=0.3, hit_s=0.25,
+        model_id=name, form="mapped", is_served=True, size_bytes=1000, workspace_bytes=1, load_s=0.1, first_s=0.2,
+        miss_s=0.3, hit_s=0.25,
         miss_over_hit=quartiles, cpu_miss_over_hit=ratio, rounds=11, cold=cold,
     )  # fmt: skip
 

@@ -882,6 +882,7 @@ def test_metadata_describe_the_model() -> None:
             "size_bytes": 12,
             "workspace_bytes": 2,
             "runtime": "torch",
+            "form": "mapped",
             "precision": "float32",
             "task": "image-classification",
             "labels_count": 4,

@@ -24,11 +24,14 @@ SMALL_INPUT = ImageInput(resize_px=32, crop_px=32)
 
 
 def tiny(name: str, factory: str = "Tied", weights: str = "random:3", **fields: object) -> ModelEntry:
+    """A small module, which is not compiled unless ``runtime`` says so: that takes longer than all the rest."""
+    fields = {"runtime": "torch", **fields}
     return ModelEntry(model_id=name, builder=f"tiny_models:{factory}", weights=weights, input=SMALL_INPUT, **fields)
 
 
 def vision(name: str, weights: str = "random:7", **fields: object) -> ModelEntry:
-    return ModelEntry(model_id=name, builder=f"torchvision:{name}", weights=weights, **fields)
+    """A model of torchvision, which is not compiled unless ``runtime`` says so."""
+    return ModelEntry(model_id=name, builder=f"torchvision:{name}", weights=weights, **{"runtime": "torch", **fields})
 
 
 VISION = tuple(vision(name) for name in ("squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v3_small"))

@@ -92,7 +92,9 @@ def measure_here(
 
     is_known = read.model.builder.startswith(KNOWN_BUILDERS)
     sizes_of_axes = [tuple(each) for each in sizes]
-    repetitions = KNOWN_MODULE if is_known else MODULE if read.model.runtime == "torch" else Repetitions()
+    # Other runtimes keep memory of their own, also for modules that were exported for them.
+    of_module = KNOWN_MODULE if is_known else MODULE
+    repetitions = of_module if read.model.runtime == "torch" else Repetitions()
     measured = measure(
         cache(prepare) if is_known else prepare, read.model.contract, sizes_of_axes, highest, repetitions
     )

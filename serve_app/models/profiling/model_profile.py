@@ -12,9 +12,11 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from serve_app.core.forms import soonest
 from serve_app.errors import StoreError
 from serve_app.models.profiling.grid import grid
 from serve_app.models.profiling.measure import workspace_bytes
@@ -76,13 +78,16 @@ class ColdProfile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """What one model takes on this machine, in seconds and bytes; medians, batch 1.
+    """What one form of a model takes on this machine, in seconds and bytes; medians, batch 1.
 
-    ``size_bytes`` are its weights and buffers. A miss is a load and the first inference. ``cpu_miss_over_hit`` compares
-    processor time, which leaves out waiting and hardly depends on other load of the machine.
+    ``size_bytes`` are its weights and buffers. A miss is a load and the first inference; it is compared with a hit of
+    the first form, in which the model was published. ``cpu_miss_over_hit`` compares processor time, which leaves out
+    waiting and hardly depends on other load of the machine. ``is_served``: workers load it in this form.
     """
 
     model_id: str
+    form: str
+    is_served: bool
     size_bytes: int
     workspace_bytes: int
     load_s: float
@@ -110,51 +115,59 @@ class Summary:
     cold_over_bound: dict[str, float]
 
 
-def profile(store: ModelStore, model_id: str, *, cold: bool, manifest: Manifest | None = None) -> Profile:
-    """Measure one published model, with the number of threads that ``use_threads`` has set.
+def profile(store: ModelStore, manifests: Sequence[Manifest], *, cold: bool) -> list[Profile]:
+    """Measure the forms of one published model in turns, with the number of threads that ``use_threads`` has set.
 
     Args:
         store: where the model is published; its weights are in the page cache afterwards.
-        model_id: the name of the model.
+        manifests: of its forms; first of the one in which it was published.
         cold: measure with weights that must be read from the disk as well.
-        manifest: of the model; by default the one that was published last.
 
     Raises:
-        StoreError: the model is not published or broken, or the kernel keeps its weights in memory.
+        StoreError: the model is broken, or the kernel keeps its weights in memory.
     """
-    prepared = registry.prepare(manifest or store.manifest(model_id), store)
-    published = prepared.manifest.model
-    inputs = probe(published.contract, grid(published.contract.axes)[0])
+    contract = manifests[0].model.contract
+    inputs = probe(contract, grid(contract.axes)[0])
+    loads = [partial(registry.prepare(manifest, store).load, ReadAhead, None) for manifest in manifests]
+    warm = [_warm(load, inputs) for load in loads]
+    count = min(MAX_ROUNDS, max(MIN_ROUNDS, math.ceil(_ROUNDS_S / (2 * max(once_s for _, once_s in warm)))))
+    rounds = in_turns(loads, inputs, count)
+    served = soonest([manifest.model for manifest in manifests])
+    return [
+        Profile(
+            model_id=manifest.model.model_id,
+            form=manifest.model.form,
+            is_served=manifest.model is served,
+            size_bytes=manifest.model.weights_bytes,
+            workspace_bytes=workspace,
+            load_s=statistics.median(each.load_s for each in own),
+            first_s=statistics.median(each.first_s for each in own),
+            miss_s=statistics.median(each.miss_s for each in own),
+            hit_s=statistics.median(each.hit_s for each in own),
+            miss_over_hit=Quartiles.of([each.miss_s / first.hit_s for each, first in zip(own, rounds[0], strict=True)]),
+            cpu_miss_over_hit=statistics.median(
+                each.cpu_miss_s / first.cpu_hit_s for each, first in zip(own, rounds[0], strict=True)
+            ),
+            rounds=count,
+            cold=_profile_cold(store, manifest, load, inputs) if cold else None,
+        )
+        for manifest, load, (workspace, _), own in zip(manifests, loads, warm, rounds, strict=True)
+    ]
 
-    def load() -> LoadedModel:
-        return prepared.load(ReadAhead, None)
 
+def _warm(load: Callable[[], LoadedModel], inputs: Tensors) -> tuple[int, float]:
+    """Bring a model to its usual speed; return the bytes and the seconds of an execution."""
     model = load()
     try:
         model.run(inputs)  # reads the weights, and lets the libraries below torch set up for these shapes
-        workspace = workspace_bytes(lambda: model.run(inputs))
-        once_s = _seconds(lambda: model.run(inputs))
+        return workspace_bytes(lambda: model.run(inputs)), _seconds(lambda: model.run(inputs))
     finally:
         model.unload()
-    count = min(MAX_ROUNDS, max(MIN_ROUNDS, math.ceil(_ROUNDS_S / (2 * once_s))))
-    rounds = [_miss_and_hit(load, inputs) for _ in range(count)]
-    return Profile(
-        model_id=model_id,
-        size_bytes=published.weights_bytes,
-        workspace_bytes=workspace,
-        load_s=statistics.median(each.load_s for each in rounds),
-        first_s=statistics.median(each.first_s for each in rounds),
-        miss_s=statistics.median(each.miss_s for each in rounds),
-        hit_s=statistics.median(each.hit_s for each in rounds),
-        miss_over_hit=Quartiles.of([each.miss_s / each.hit_s for each in rounds]),
-        cpu_miss_over_hit=statistics.median(each.cpu_miss_s / each.cpu_hit_s for each in rounds),
-        rounds=count,
-        cold=_profile_cold(store, prepared.manifest, load, inputs) if cold else None,
-    )
 
 
 def summarize(profiles: Sequence[Profile]) -> Summary:
-    """Summarize at least one profile."""
+    """Summarize the forms that are served, of at least one model."""
+    profiles = [each for each in profiles if each.is_served]
     ratios = {each.model_id: each.miss_over_hit.median for each in profiles}
     cold = {each.model_id: (each.size_bytes, each.cold) for each in profiles if each.cold is not None}
     read_s = sum(each.read_s for _, each in cold.values())
@@ -173,44 +186,73 @@ def summarize(profiles: Sequence[Profile]) -> Summary:
 
 
 def as_json(profiles: Sequence[Profile]) -> list[dict[str, Any]]:
-    """Convert to one object per model, with times in milliseconds; what was not measured is null."""
+    """Convert to one object per model, with times in milliseconds; what was not measured is null.
+
+    The numbers are those of the model as it was published; ``forms`` has them for each form, and ``served`` names the
+    one that workers load.
+    """
     summary = summarize(profiles)
+    forms: dict[str, list[Profile]] = {}
+    for each in profiles:
+        forms.setdefault(each.model_id, []).append(each)
     return [
         {
-            "model": each.model_id,
-            "size_bytes": each.size_bytes,
-            "workspace_bytes": each.workspace_bytes,
-            "load_ms": _ms(each.load_s),
-            "first_ms": _ms(each.first_s),
-            "miss_ms": _ms(each.miss_s),
-            "hit_ms": _ms(each.hit_s),
-            "miss_over_hit": round(each.miss_over_hit.median, 4),
-            "miss_over_hit_quartiles": [round(each.miss_over_hit.low, 4), round(each.miss_over_hit.high, 4)],
-            "cpu_miss_over_hit": round(each.cpu_miss_over_hit, 4),
-            "rounds": each.rounds,
-            "cold_load_ms": _ms(each.cold.load_s) if each.cold else None,
-            "cold_miss_ms": _ms(each.cold.miss_s) if each.cold else None,
-            "cold_over_bound": round(summary.cold_over_bound[each.model_id], 4) if each.cold else None,
-            "disk_bytes_per_s": round(summary.read_bytes_per_s) if summary.read_bytes_per_s else None,
+            "model": model_id,
+            **_as_json(own[0], summary),
+            "served": next(each.form for each in own if each.is_served),
+            "forms": [{"form": each.form, **_as_json(each, summary)} for each in own],
         }
-        for each in profiles
+        for model_id, own in forms.items()
     ]
 
 
+def _as_json(each: Profile, summary: Summary) -> dict[str, Any]:
+    over_bound = summary.cold_over_bound.get(each.model_id) if each.is_served else None
+    return {
+        "size_bytes": each.size_bytes,
+        "workspace_bytes": each.workspace_bytes,
+        "load_ms": _ms(each.load_s),
+        "first_ms": _ms(each.first_s),
+        "miss_ms": _ms(each.miss_s),
+        "hit_ms": _ms(each.hit_s),
+        "miss_over_hit": round(each.miss_over_hit.median, 4),
+        "miss_over_hit_quartiles": [round(each.miss_over_hit.low, 4), round(each.miss_over_hit.high, 4)],
+        "cpu_miss_over_hit": round(each.cpu_miss_over_hit, 4),
+        "rounds": each.rounds,
+        "cold_load_ms": _ms(each.cold.load_s) if each.cold else None,
+        "cold_miss_ms": _ms(each.cold.miss_s) if each.cold else None,
+        "cold_over_bound": None if over_bound is None else round(over_bound, 4),
+        "disk_bytes_per_s": round(summary.read_bytes_per_s) if summary.read_bytes_per_s else None,
+    }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _MissAndHit:
+class Round:
+    """A miss and the hit after it, in seconds, and in seconds of processor time."""
+
     load_s: float
     first_s: float
     hit_s: float
+    cpu_load_s: float
     cpu_miss_s: float
     cpu_hit_s: float
 
     @property
     def miss_s(self) -> float:
+        """A load and the first execution."""
         return self.load_s + self.first_s
 
 
-def _miss_and_hit(load: Callable[[], LoadedModel], inputs: Tensors) -> _MissAndHit:
+def in_turns(loads: Sequence[Callable[[], LoadedModel]], inputs: Tensors, count: int) -> list[list[Round]]:
+    """Take a miss and a hit of every model in turns, ``count`` times; return the rounds of each.
+
+    Whatever disturbs the machine then disturbs all of them alike.
+    """
+    turns = [[_miss_and_hit(load, inputs) for load in loads] for _ in range(count)]
+    return [list(rounds) for rounds in zip(*turns, strict=True)]
+
+
+def _miss_and_hit(load: Callable[[], LoadedModel], inputs: Tensors) -> Round:
     stamps = [_clocks()]
     model = load()
     try:
@@ -220,11 +262,12 @@ def _miss_and_hit(load: Callable[[], LoadedModel], inputs: Tensors) -> _MissAndH
             stamps.append(_clocks())
     finally:
         model.unload()
-    (began, cpu_began), (loaded, _), (first, cpu_first), (hit, cpu_hit) = stamps
-    return _MissAndHit(
+    (began, cpu_began), (loaded, cpu_loaded), (first, cpu_first), (hit, cpu_hit) = stamps
+    return Round(
         load_s=loaded - began,
         first_s=first - loaded,
         hit_s=hit - first,
+        cpu_load_s=cpu_loaded - cpu_began,
         cpu_miss_s=cpu_first - cpu_began,
         cpu_hit_s=cpu_hit - cpu_first,
     )

@@ -19,6 +19,7 @@ from serve_app.models.builders import registry
 from serve_app.models.profiling.fresh_process import prepare_server
 from serve_app.models.publishing.described import ModuleStage, OnStage
 from serve_app.models.publishing.publish_apart import publish_apart
+from serve_app.models.publishing.publish_forms import missing_forms, publish_forms
 from serve_app.models.runtimes.registry import is_made_here
 from serve_app.models.sources.download_cache import OnBytes
 from serve_app.models.sources.fetcher import Fetcher
@@ -32,7 +33,9 @@ from serve_app.store.projects import Project
 logger = logging.getLogger(__name__)
 
 #: Of one model in a run of the publisher.
-PublishStage = Literal["waiting", "skipped", "downloading", "building", "published", "failed"] | ModuleStage
+PublishStage = (
+    Literal["waiting", "skipped", "downloading", "building", "published", "compiling", "failed"] | ModuleStage
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +123,7 @@ def publish(
     entries = store.fingerprinted(entries)
     recorder = ProjectRecorder(store, project, canary)
     publisher = Publisher(store, entries, on_progress, WeightSource(fetcher, reachable), recorder, require_weights)
-    if not force and not any(publisher.is_pending(entry) for entry in entries):
+    if not force and not any(publisher.is_pending(entry) or publisher.lacks_forms(entry) for entry in entries):
         return publisher.skip_all()
     prepare_server()
     with store.exclusive(on_wait=publisher.report_wait):
@@ -130,6 +133,7 @@ def publish(
                 publisher.publish(index, entry)
             else:
                 publisher.skip(index, entry)
+            publisher.compile(index, entry, force=force)
         store.sweep()
     return publisher.report()
 
@@ -182,6 +186,11 @@ class Publisher:
         except StoreError:
             return True
 
+    def lacks_forms(self, entry: ModelEntry) -> bool:
+        """Return whether the store has the model, but not in all forms that this machine can run."""
+        key = self._store.find(entry, self._recorder.state())
+        return key is not None and bool(missing_forms(self._store, entry, key))
+
     def report_wait(self) -> None:
         """Report that another publisher holds the store."""
         if self._entries:
@@ -230,6 +239,12 @@ class Publisher:
             on_stage("failed", 0)
         else:
             self._published.append(entry.model_id)
+
+    def compile(self, index: int, entry: ModelEntry, *, force: bool) -> None:
+        """Make the forms in which a model runs faster; one that cannot be made is no failure."""
+        key = self._store.find(entry, self._recorder.state())
+        if key is not None:
+            publish_forms(self._store, entry, key, lambda: self._report_stage(index, entry, "compiling"), force=force)
 
     def report(self) -> PublishReport:
         """Return the outcome of the run so far, and log its warning."""

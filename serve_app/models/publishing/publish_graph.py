@@ -83,7 +83,7 @@ def _verify(entry: ModelEntry, manifest: Manifest, store: ModelStore, trials: Se
     try:
         for trial in trials:
             for (name, answer), original in zip(model.run(trial.inputs).items(), trial.answers, strict=True):
-                if not _agree(answer, original, TOLERANCE[entry.dtype]):
+                if not agree(answer, original, TOLERANCE[entry.dtype]):
                     raise StoreError(
                         f"{entry.builder}: as written for {runtime_of(entry)}, its output {name!r} is another one than "
                         "before; try another runtime" + (", or leave dtype out" if entry.dtype != "float32" else "")
@@ -96,7 +96,8 @@ def _verify(entry: ModelEntry, manifest: Manifest, store: ModelStore, trials: Se
         model.unload()
 
 
-def _agree(actual: NDArray[Any], expected: NDArray[Any], tolerance: float) -> bool:
+def agree(actual: NDArray[Any], expected: NDArray[Any], tolerance: float) -> bool:
+    """Return whether an answer is the expected one, but for ``tolerance`` in parts of its largest number."""
     if expected.dtype.kind in "OSU":
         texts = [item if isinstance(item, bytes) else str(item).encode() for item in expected.flat]
         return actual.shape == expected.shape and list(actual.flat) == texts

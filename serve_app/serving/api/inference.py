@@ -107,6 +107,7 @@ def outcome_headers(response: InferenceResponse) -> dict[str, str]:
         "X-EdgeServe-Outcome": response.outcome.value,
         "X-EdgeServe-Location": response.location,
         "X-EdgeServe-Model": response.model.name,
+        "X-EdgeServe-Form": f"{response.form}; precision={response.model.dtype}",
         "Server-Timing": parts,
     }
     if response.model.version != FIRST_VERSION:

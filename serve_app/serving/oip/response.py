@@ -112,6 +112,7 @@ def model_metadata(model: PublishedModel, versions: Sequence[str] = (VERSION,)) 
             "size_bytes": model.profile.size_bytes,
             "workspace_bytes": model.workspace_bytes,
             "runtime": model.runtime,
+            "form": model.form,
             "precision": model.dtype,
             "task": model.task.kind,
             "labels_count": len(model.labels),

@@ -35,9 +35,10 @@ class InferenceRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferenceResponse:
-    """The answer to a request: which model ran where, how, and the seconds that each part took."""
+    """The answer to a request: which model ran where, in which form, how, and the seconds that each part took."""
 
     model: PublishedModel
+    form: str
     location: str
     outcome: Outcome
     outputs: Tensors

@@ -344,6 +344,7 @@ class Router:
         is_forwarded = route.location != request.location
         return InferenceResponse(
             model=model,
+            form=result.form,
             location=route.location,
             outcome=Outcome.FORWARD if is_forwarded else result.outcome,
             outputs=result.outputs,

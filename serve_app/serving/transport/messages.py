@@ -45,6 +45,7 @@ class InferenceResult:
         replica: the worker's replica id.
         sequence: number of the worker's next report.
         evicted: the models that left memory for the load.
+        form: in which the model ran, see ``PublishedModel.form``.
     """
 
     outputs: Tensors
@@ -57,6 +58,7 @@ class InferenceResult:
     replica: str
     sequence: int
     evicted: tuple[str, ...] = ()
+    form: str = "mapped"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -283,6 +283,7 @@ class Worker:
             replica=self._identity.replica,
             sequence=self._reporter.next_sequence,
             evicted=lease.evicted,
+            form=model.form,
         )
 
     def _begin(self, raw: RawInput, model: PublishedModel) -> tuple[Solution, Tensors, tuple[int, ...]]:

@@ -1,0 +1,90 @@
+"""Compiled forms: the same model, compiled for one version of a library and one kind of processor.
+
+A form has a manifest of its own, below that of its model::
+
+    root/forms/<name>/<fingerprint>-<content>/<runtime>-<digest of what it was made for>.json
+    root/forms/<name>/<fingerprint>-<content>/<runtime>-<digest of what it was made for>.refused
+
+The second file says why there is no such form, so that publishing does not try it again and again. A machine looks for
+the forms that were made for it and sees no others. The model as it was published runs anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from serve_app.core.catalog import RuntimeName
+from serve_app.store.directory import StoreDirectory
+from serve_app.store.manifest import ManifestKey
+
+#: What a compiled model depends on, by the library that runs it: its version and the processor.
+Environments = Mapping[RuntimeName, str]
+
+
+class Forms:
+    """The files of all compiled forms in a store.
+
+    Args:
+        directory: the store.
+    """
+
+    def __init__(self, directory: StoreDirectory) -> None:
+        self._root = directory.root / "forms"
+
+    def key(self, model: ManifestKey, runtime: RuntimeName, made_for: str) -> ManifestKey:
+        """Return the place of a form, whether or not it exists."""
+        digest = hashlib.sha256(made_for.encode()).hexdigest()[:16]
+        return ManifestKey(name=model.name, stem=model.stem, form=f"{runtime}-{digest}")
+
+    def path(self, key: ManifestKey) -> Path:
+        """Return the path of the manifest of a form."""
+        return self._folder(key) / f"{key.form}.json"
+
+    def usable(self, model: ManifestKey, environments: Environments) -> list[ManifestKey]:
+        """Return the places of the forms that a model has for these environments."""
+        keys = (self.key(model, runtime, made_for) for runtime, made_for in environments.items())
+        return [key for key in keys if self.path(key).is_file()]
+
+    def refusal(self, key: ManifestKey) -> str | None:
+        """Return why a form cannot be made; None if that is not known."""
+        try:
+            return self._refusal_path(key).read_text()
+        except OSError:
+            return None
+
+    def refuse(self, key: ManifestKey, reason: str) -> None:
+        """Remember why a form cannot be made; a store that cannot be written is tried again next time."""
+        with contextlib.suppress(OSError):
+            self._folder(key).mkdir(parents=True, exist_ok=True)
+            self.path(key).unlink(missing_ok=True)
+            self._refusal_path(key).write_text(reason)
+
+    def forget_refusal(self, key: ManifestKey) -> None:
+        """Forget why a form could not be made."""
+        with contextlib.suppress(OSError):
+            self._refusal_path(key).unlink(missing_ok=True)
+
+    def manifest_paths(self) -> tuple[Path, ...]:
+        """Return the manifests of all forms of all models."""
+        return tuple(path for path in sorted(self._root.glob("*/*/*.json")) if not path.name.startswith("."))
+
+    def of(self, model: ManifestKey) -> tuple[ManifestKey, ...]:
+        """Return the places of all forms of a model, made for whatever."""
+        found = sorted(self._folder(model).glob("*.json"))
+        return tuple(ManifestKey(name=model.name, stem=model.stem, form=path.stem) for path in found)
+
+    def remove_orphans(self, models: Path) -> None:
+        """Remove the forms of models that have no manifest below ``models`` any more."""
+        for folder in self._root.glob("*/*"):
+            if not (models / folder.parent.name / f"{folder.name}.json").is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _folder(self, key: ManifestKey) -> Path:
+        return self._root / key.name / key.stem
+
+    def _refusal_path(self, key: ManifestKey) -> Path:
+        return self._folder(key) / f"{key.form}.refused"
