@@ -10,7 +10,7 @@ from pydantic import AliasChoices, BeforeValidator, Field, model_validator
 from serve_app.config.default_files import find
 from serve_app.config.yaml_files import Settings, beside, read_settings
 from serve_app.core.catalog import Dtype, ModelEntry
-from serve_app.core.contract import Axis
+from serve_app.core.contract import Axis, ValueRange
 from serve_app.core.contract_declaration import TensorDeclaration
 from serve_app.core.reference import is_reference
 from serve_app.core.task import Activation, Fit, ImageInput, Interpolation, Pooling, TaskKind, TaskSpec
@@ -47,12 +47,34 @@ def _size(value: object) -> object:
     raise ValueError(f"an axis must be a whole number, -1 or a name, not {value!r}")
 
 
+def _values_alone(value: object) -> object:
+    """``0..255`` is short for ``{least: 0, most: 255}``; fractions are numbers too."""
+    if isinstance(value, str):
+        least, _, most = value.partition("..")
+        try:
+            return {"least": float(least), "most": float(most)}
+        except ValueError:
+            raise ValueError(f"must be a range, such as 0..255, not {value!r}") from None
+    return value
+
+
+class _ValueSettings(Settings):
+    least: float
+    most: float
+
+
 class _TensorSettings(Settings):
     name: str = Field(min_length=1)
     datatype: str | None = None
     shape: tuple[Annotated[Any, BeforeValidator(_size)], ...] | None = None
     default: float | None = None
     returned_by: str | None = None
+    values: Annotated[_ValueSettings | None, BeforeValidator(_values_alone)] = None
+
+    def declaration(self) -> TensorDeclaration:
+        """Return what it declares; raises ``ValueError`` where that cannot be."""
+        fields = self.model_dump()
+        return TensorDeclaration(**fields | {"values": ValueRange(**fields["values"]) if self.values else None})
 
 
 class _AxisSettings(Settings):
@@ -129,8 +151,8 @@ def _entry(path: Path, model_id: str, model: _ModelSettings) -> ModelEntry:
             accuracy=model.accuracy,
             input=ImageInput(**model.input.model_dump()) if model.input else None,
             task=_task(path, model.task),
-            inputs=tuple(TensorDeclaration(**tensor.model_dump()) for tensor in model.inputs),
-            outputs=tuple(TensorDeclaration(**tensor.model_dump()) for tensor in model.outputs),
+            inputs=tuple(tensor.declaration() for tensor in model.inputs),
+            outputs=tuple(tensor.declaration() for tensor in model.outputs),
             example=model.example,
             limits=tuple(Axis(name=name, **limit.model_dump()) for name, limit in model.limits.items()),
             runtime=model.runtime,

@@ -44,6 +44,43 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ValueRange:
+    """The numbers that an input may hold: from ``least`` to ``most``, both included."""
+
+    least: float
+    most: float
+
+    def __post_init__(self) -> None:
+        _require(
+            math.isfinite(self.least) and math.isfinite(self.most) and self.least <= self.most,
+            f"values must have finite limits least <= most, not {self}",
+        )
+
+    def __str__(self) -> str:
+        """Return the range as catalogs write it, such as ``0..255``."""
+        return f"{_plain(self.least)}..{_plain(self.most)}"
+
+    def outside(self, least: float, most: float) -> float | None:
+        """Return which of the least and the most of some numbers lies outside; None if none does."""
+        if least < self.least:
+            return least
+        return most if most > self.most else None
+
+
+def _plain(number: float) -> str:
+    return str(int(number)) if float(number).is_integer() else str(number)
+
+
+def _whole_numbers(datatype: str) -> ValueRange | None:
+    """Return the numbers of a datatype of whole numbers; None of any other."""
+    kind, _, bits = datatype.partition("INT")
+    if not bits:
+        return None
+    signs = 0 if kind else 2 ** (int(bits) - 1)
+    return ValueRange(least=-signs, most=2 ** int(bits) - 1 - signs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
     """Name, Open Inference Protocol datatype and shape of one tensor.
 
@@ -54,6 +91,7 @@ class TensorSpec:
             its tensor and its position.
         default: of an input: what every element is where a request leaves the tensor out; None: it must be there.
         returned_by: of an input that carries state: the output that holds its next value.
+        values: of an input of numbers: those that mean something to the model; None: all of its datatype.
     """
 
     name: str
@@ -62,6 +100,7 @@ class TensorSpec:
     axes: tuple[str, ...] = ()
     default: float | None = None
     returned_by: str | None = None
+    values: ValueRange | None = None
 
     def __post_init__(self) -> None:
         _require(bool(self.name), "the name of a tensor must not be empty")
@@ -77,6 +116,27 @@ class TensorSpec:
             object.__setattr__(self, "axes", tuple(self._default_axis(at) for at in range(len(self.shape))))
         named = [size == FREE for size in self.shape] == [bool(axis) for axis in self.axes]
         _require(named, f"tensor {self.name!r} must have a name for each free axis, and for no other: {self.axes}")
+        if self.values is not None:
+            self._require_numbers(self.values)
+
+    def _require_numbers(self, values: ValueRange) -> None:
+        _require(
+            self.datatype not in ("BOOL", "BYTES"),
+            f"tensor {self.name!r} is of {self.datatype} and has no range of values; leave its values out",
+        )
+        every = _whole_numbers(self.datatype)
+        _require(
+            every is None
+            or (
+                all(float(limit).is_integer() for limit in (values.least, values.most))
+                and every.outside(values.least, values.most) is None
+            ),
+            f"values of tensor {self.name!r} must be whole numbers in {every}, those of {self.datatype}, not {values}",
+        )
+        _require(
+            self.default is None or values.outside(self.default, self.default) is None,
+            f"default of tensor {self.name!r} must lie within its values {values}, not be {self.default}",
+        )
 
     def _default_axis(self, position: int) -> str:
         if self.shape[position] != FREE:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from serve_app.core.contract import BATCH, DATATYPES, FREE, Axis, Contract, TensorSpec
+from serve_app.core.contract import BATCH, DATATYPES, FREE, Axis, Contract, TensorSpec, ValueRange
 
 #: The batch axis of a model that names no limit for it.
 DEFAULT_BATCH = Axis(name=BATCH, most=32)
@@ -23,6 +23,7 @@ class TensorDeclaration:
     shape: tuple[int | str, ...] | None = None
     default: float | None = None
     returned_by: str | None = None
+    values: ValueRange | None = None
 
     def __post_init__(self) -> None:
         if self.datatype is not None and self.datatype not in DATATYPES:
@@ -88,6 +89,8 @@ def _spec(declared: TensorDeclaration | None, said: TensorSpec | None, kind: str
     if declared is None:
         assert said is not None
         return said
+    if declared.values is not None and kind != "input":
+        raise ValueError(f"{kind} {declared.name!r} has values, which only inputs may have; leave them out")
     if said is None:
         if declared.datatype is None or declared.shape is None:
             raise ValueError(f"{kind} {declared.name!r} needs a datatype and a shape, which the model does not say")
@@ -104,7 +107,7 @@ def _spec(declared: TensorDeclaration | None, said: TensorSpec | None, kind: str
                 raise ValueError(
                     f"{kind} {said.name!r} has shape {list(said.shape)} in the model, not {list(spec.shape)}"
                 )
-    return replace(spec, default=declared.default, returned_by=declared.returned_by)
+    return replace(spec, default=declared.default, returned_by=declared.returned_by, values=declared.values)
 
 
 def _with_shape(name: str, datatype: str, shape: tuple[int | str, ...]) -> TensorSpec:

@@ -21,7 +21,7 @@ from serve_app.core.catalog import PublishedModel, RuntimeName
 from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
 
-FORMAT = 4
+FORMAT = 5
 
 BLOB_NAME = re.compile(r"[0-9a-f]{64}\.[a-z]{1,16}")
 

@@ -9,7 +9,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.core.contract import Contract
+from serve_app.core.contract import Contract, ValueRange
+from serve_app.errors import InvalidRequest
 
 #: By name, each of the shape and the datatype of its ``TensorSpec``. BYTES are arrays of Python ``bytes``.
 Tensors = Mapping[str, NDArray[Any]]
@@ -45,9 +46,15 @@ def complete(tensors: Tensors, contract: Contract) -> tuple[Tensors, tuple[int, 
     """Add the inputs that have a default and were left out; return all, and the size of each free axis.
 
     Raises:
-        InvalidRequest: a shape is not one that the model takes.
+        InvalidRequest: a shape is not one that the model takes, or a number is none that the catalog declares.
     """
     sizes = contract.sizes({name: array.shape for name, array in tensors.items()})
+    for spec in contract.inputs:
+        if spec.values is not None and spec.name in tensors:
+            array = tensors[spec.name]
+            outside = spec.values.outside(array.min().item(), array.max().item())
+            if outside is not None:
+                raise InvalidRequest(f"input {spec.name!r} takes numbers in {spec.values}, not {outside}")
     if len(tensors) == len(contract.inputs):
         return tensors, sizes
     completed = dict(tensors)
@@ -61,9 +68,10 @@ def complete(tensors: Tensors, contract: Contract) -> tuple[Tensors, tuple[int, 
 def probe(
     contract: Contract, sizes: tuple[int, ...], seed: int = 0, *, highest: Mapping[str, int] = MappingProxyType({})
 ) -> dict[str, NDArray[Any]]:
-    """Return inputs for a trial run where the free axes have these sizes: noise, small numbers, or the defaults.
+    """Return inputs for a trial run where the free axes have these sizes: the defaults, or made-up values.
 
-    ``highest`` has the largest whole number of an input, by its name, where it is known.
+    Values are those that the contract allows; where it does not say, noise and small whole numbers. ``highest`` has the
+    largest whole number of such an input, by its name, where it is known.
     """
     random = np.random.default_rng(seed)
     tensors: dict[str, NDArray[Any]] = {}
@@ -71,6 +79,8 @@ def probe(
         shape, dtype = contract.shape(spec, sizes), NUMPY_TYPES[spec.datatype]
         if spec.default is not None:
             tensors[spec.name] = np.full(shape, spec.default, dtype)
+        elif spec.values is not None:
+            tensors[spec.name] = _within(spec.values, shape, dtype, random)
         elif dtype.kind == "f":
             tensors[spec.name] = random.standard_normal(shape, dtype=np.float32).astype(dtype)
         elif dtype.hasobject:
@@ -79,3 +89,11 @@ def probe(
             # The smallest numbers: of a vocabulary or a table they are valid whatever its size.
             tensors[spec.name] = random.integers(0, highest.get(spec.name, 1) + 1, shape).astype(dtype)
     return tensors
+
+
+def _within(
+    values: ValueRange, shape: tuple[int, ...], dtype: np.dtype[Any], random: np.random.Generator
+) -> NDArray[Any]:
+    if dtype.kind == "f":
+        return np.asarray(random.uniform(values.least, values.most, shape)).astype(dtype)
+    return np.asarray(random.integers(int(values.least), int(values.most), shape, dtype, endpoint=True))

@@ -19,7 +19,7 @@ from serve_app.config.environment import STORE_VARIABLE, preset, ray_address, st
 from serve_app.config.policy_parameters import parse_parameters
 from serve_app.config.units import parse_duration, parse_size
 from serve_app.config.yaml_files import load_yaml
-from serve_app.core.contract import Axis
+from serve_app.core.contract import Axis, ValueRange
 from serve_app.core.contract_declaration import TensorDeclaration
 from serve_app.core.links import Link
 from serve_app.core.task import ImageInput, TaskSpec
@@ -315,6 +315,11 @@ def test_a_catalog_becomes_entries_in_its_order(write: Write, tmp_path: Path) ->
         (MODEL | {"limits": {"batch": "1-4"}}, r"models.m.limits.batch: must be a number, .* or a range, .*'1-4'"),
         (MODEL | {"limits": {"batch": 0}}, "models.m.limits.batch.most: "),
         (
+            MODEL | {"inputs": [{"name": "x", "values": "256"}]},
+            r"models.m.inputs.0.values: must be a range, such as 0\.\.255, not '256'",
+        ),
+        (MODEL | {"inputs": [{"name": "x", "values": "3..2"}]}, r"models.m: values .* least <= most, not 3\.\.2"),
+        (
             MODEL | {"limits": {"side": {"most": 2, "least": 3}}},
             r"models.m: axis 'side' must have limits .*",
         ),
@@ -476,7 +481,11 @@ def test_settings_survive_json_whatever_their_units() -> None:
 
 def test_a_model_declares_its_tensors_limits_and_task(tmp_path: Path) -> None:
     model = MODEL | {
-        "inputs": [{"name": "x", "datatype": "FP32", "shape": ["batch", 3, "side", -1], "default": 0}],
+        "inputs": [
+            {"name": "x", "datatype": "FP32", "shape": ["batch", 3, "side", -1], "default": 0},
+            {"name": "ids", "datatype": "INT32", "shape": ["batch"], "values": "0..256"},
+            {"name": "gain", "datatype": "FP32", "shape": [], "values": {"least": -0.5, "most": 2}},
+        ],
         "limits": {"batch": 8, "side": "32..512", "x_3": {"most": 64, "multiple": 8}},
         "task": "tensors",
         "precision": "bfloat16",
@@ -484,7 +493,11 @@ def test_a_model_declares_its_tensors_limits_and_task(tmp_path: Path) -> None:
     catalog = tmp_path / "catalog.yaml"
     catalog.write_text(yaml.safe_dump({"models": {"m": model}}))
     (entry,) = load_catalog(catalog)
-    assert entry.inputs == (TensorDeclaration(name="x", datatype="FP32", shape=("batch", 3, "side", -1), default=0.0),)
+    assert entry.inputs == (
+        TensorDeclaration(name="x", datatype="FP32", shape=("batch", 3, "side", -1), default=0.0),
+        TensorDeclaration(name="ids", datatype="INT32", shape=("batch",), values=ValueRange(least=0, most=256)),
+        TensorDeclaration(name="gain", datatype="FP32", shape=(), values=ValueRange(least=-0.5, most=2)),
+    )
     assert entry.limits == (
         Axis(name="batch", most=8),
         Axis(name="side", least=32, most=512),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.core.contract import Axis, Contract, SizeCost, TensorSpec, cost_at, expected_exec_s
+from serve_app.core.contract import Axis, Contract, SizeCost, TensorSpec, ValueRange, cost_at, expected_exec_s
 from serve_app.core.contract_declaration import TensorDeclaration, complete_contract
 from serve_app.errors import InvalidRequest
 
@@ -55,6 +55,10 @@ def test_shapes_follow_from_sizes() -> None:
     assert TEXT.elements((3, 6)) == 18 + 18 + 48 + 1
 
 
+def whole(datatype: str, least: float, most: float, **fields: float) -> TensorSpec:
+    return TensorSpec(name="x", datatype=datatype, shape=(), values=ValueRange(least=least, most=most), **fields)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -63,6 +67,16 @@ def test_shapes_follow_from_sizes() -> None:
         (lambda: TensorSpec(name="x", datatype="FP32", shape=(0,)), "must hold positive numbers"),
         (lambda: TensorSpec(name="x", datatype="FP32", shape=(-1, 2), axes=("batch",)), "for each free axis"),
         (lambda: TensorSpec(name="x", datatype="FP32", shape=(2,), axes=("batch",)), "for each free axis"),
+        (lambda: ValueRange(least=1, most=0), r"least <= most, not 1\.\.0"),
+        (lambda: ValueRange(least=0, most=float("inf")), "finite"),
+        (lambda: whole("UINT8", 0, 256), r"whole numbers in 0\.\.255, those of UINT8, not 0\.\.256"),
+        (lambda: whole("INT8", -129, 0), r"whole numbers in -128\.\.127, those of INT8, not -129\.\.0"),
+        (lambda: whole("INT64", 0, 0.5), r"whole numbers in .* not 0\.\.0\.5"),
+        (lambda: whole("BYTES", 0, 1), "'x' is of BYTES and has no range of values"),
+        (
+            lambda: whole("INT32", 0, 9, default=-1.0),
+            r"default of tensor 'x' must lie within its values 0\.\.9, not be -1",
+        ),
         (lambda: Axis(name="a", most=0), r"not 1\.\.0"),
         (lambda: Axis(name="a", most=8, multiple=0), "at least 1"),
         (lambda: Contract(inputs=(), outputs=TEXT.outputs), "must have an input"),
@@ -112,6 +126,15 @@ def test_a_declaration_that_contradicts_the_model_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         complete_contract(SAID, GIVEN, declared, (), limits)
+
+
+def test_only_inputs_have_values() -> None:
+    values = ValueRange(least=0, most=1)
+    limits = (Axis(name="x_2", most=2),)
+    contract = complete_contract(SAID, GIVEN, (declare(values=values),), (), limits)
+    assert [spec.values for spec in (*contract.inputs, *contract.outputs)] == [values, None]
+    with pytest.raises(ValueError, match="output 'y' has values, which only inputs may have"):
+        complete_contract(SAID, GIVEN, (), (declare(name="y", values=values),), limits)
 
 
 def test_a_model_that_says_nothing_must_be_declared_whole() -> None:

@@ -254,7 +254,14 @@ def test_a_truncated_weights_file_fails_its_own_model_only_and_the_log_says_why(
     blob = store.blob_path(store.manifest(model).files[0].name)
     whole = blob.rename(blob.with_suffix(".whole"))
     blob.write_bytes(b"cut short")
+
+    def ready() -> httpx.Response:
+        return httpx.get(f"{url}/v2/models/{model}/ready", timeout=60)
+
     try:
+        until(lambda: ready().status_code == 503, "the model is not ready, before any request finds out")
+        assert "publish it again" in ready().json()["reason"]
+        assert httpx.get(f"{url}/v2/models/squeezenet1_1/ready", timeout=60).status_code == 200
         broken = httpx.post(
             f"{url}/v1/classify?model={model}&forward=never",
             content=photo,
@@ -270,5 +277,6 @@ def test_a_truncated_weights_file_fails_its_own_model_only_and_the_log_says_why(
         assert any("the-broken-one" in log.read_text() for log in logs)
     finally:
         whole.rename(blob)
+    until(lambda: ready().status_code == 200, "the model is ready once its file is whole")
     retried = httpx.post(f"{url}/v2/repository/models/{model}/load", timeout=60)
     assert retried.status_code == 200, retried.text

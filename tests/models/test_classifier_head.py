@@ -15,7 +15,10 @@ from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.publishing.classifier_head import require_known_meaning
 
-NUMBERS = (TensorSpec(name="logits", datatype="FP32", shape=(FREE, 8), axes=(BATCH, "")),)
+
+def numbers(count: int) -> tuple[TensorSpec, ...]:
+    return (TensorSpec(name="logits", datatype="FP32", shape=(FREE, count), axes=(BATCH, "")),)
+
 
 IMAGE = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
 
@@ -45,9 +48,9 @@ class Adapted(Last):
         return self.head(features) + 0.5 * self.up(self.down(features))
 
 
-def judge(module: nn.Module, **fields: Any) -> None:
+def judge(module: nn.Module, count: int = 128, **fields: Any) -> None:
     entry = ModelEntry(model_id="model", builder=f"{__name__}:Last", weights="pretrained", **fields)
-    require_known_meaning(entry, NUMBERS, lambda: module.eval()(IMAGE))
+    require_known_meaning(entry, numbers(count), lambda: module.eval()(IMAGE))
 
 
 @pytest.mark.parametrize(
@@ -59,6 +62,8 @@ def judge(module: nn.Module, **fields: Any) -> None:
         Last(nn.Linear(8, 8), then=lambda x: x / 0.07),
         Last(then=lambda x: (x @ torch.ones(8, 8))[:, :8]),
         Adapted(),
+        # Computes nothing that would tell.
+        nn.Flatten(),
     ],
 )
 def test_module_that_ends_in_a_linear_layer_gives_classes(module: nn.Module) -> None:
@@ -76,8 +81,12 @@ def test_module_that_ends_in_a_linear_layer_gives_classes(module: nn.Module) -> 
     ],
 )
 def test_module_that_ends_as_an_encoder_must_name_its_task(module: nn.Module) -> None:
-    with pytest.raises(StoreError, match=r"its 8 numbers may be features .* add task: embedding, or task: image-cla"):
+    with pytest.raises(StoreError, match=r"its 128 numbers may be features .* add task: embedding, or task: image-cla"):
         judge(module)
+
+
+def test_few_numbers_are_classes() -> None:
+    judge(Last(), count=10)
 
 
 def test_entry_that_says_what_the_numbers_are_is_believed() -> None:
@@ -87,4 +96,4 @@ def test_entry_that_says_what_the_numbers_are_is_believed() -> None:
 
 def test_libraries_of_classifiers_are_believed() -> None:
     entry = ModelEntry(model_id="model", builder="torchvision:squeezenet1_1")
-    require_known_meaning(entry, NUMBERS, lambda: Last()(IMAGE))
+    require_known_meaning(entry, numbers(128), lambda: Last()(IMAGE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from packaged_models import packaged, served, session
 from task_support import answer, encoded, wav
 
 from serve_app.core.catalog import ModelEntry
-from serve_app.core.contract import Axis
+from serve_app.core.contract import Axis, ValueRange
 from serve_app.core.contract_declaration import TensorDeclaration
 from serve_app.core.task import ImageInput, TaskSpec
+from serve_app.models.publishing.publish_catalog import publish
 from serve_app.models.torchvision_compat import import_torchvision
+from serve_app.store.model_store import ModelStore
 from serve_app.tasks.tensors import Tensors
 from serve_app.tasks.voice_activity import speech_segments
 
@@ -108,6 +111,42 @@ def test_files_are_what_magika_says(tmp_path: Path) -> None:
             scores = bare.run(None, {"bytes": np.array([features], np.int32)})[0][0]
             assert best["label"] == label == labels[int(scores.argmax())]
             assert best["probability"] == pytest.approx(float(scores.max()), abs=1e-5)
+
+
+def test_magika_by_openvino_answers_as_openvino_itself_does(tmp_path: Path) -> None:
+    ov = pytest.importorskip("openvino")
+    path = packaged("magika", "models/standard_v3_3/model.onnx")
+    said = TensorDeclaration(name="bytes", values=ValueRange(least=0, most=256))
+    entry = ModelEntry(model_id="files", builder=f"onnx:{path}", runtime="openvino", inputs=(said,))
+    given = np.random.default_rng(1).integers(0, 257, (3, 2048), np.int32)
+    itself = ov.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    with served(tmp_path, entry) as (_, run):
+        answers = run({"bytes": given})["target_label"]
+    np.testing.assert_allclose(answers, itself.create_infer_request().infer([given])[0], atol=1e-6)
+    np.testing.assert_allclose(answers, session(path).run(None, {"bytes": given})[0], atol=1e-5)
+
+
+def test_numbers_that_mean_nothing_to_magika_are_named_where_openvino_answers_otherwise(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    path = packaged("magika", "models/standard_v3_3/model.onnx")
+    report = publish(ModelStore(tmp_path), [ModelEntry(model_id="m", builder=f"onnx:{path}", runtime="openvino")])
+    assert re.search("declare the values of its inputs if 'bytes' takes less than", report.failures[0].message)
+
+
+def test_the_operators_of_silero_vad_that_openvino_cannot_convert_are_named(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    path = packaged("silero_vad", "data/silero_vad.onnx")
+    declared = (
+        TensorDeclaration(name="input", shape=("batch", 576)),
+        TensorDeclaration(name="state", shape=(2, "batch", 128), default=0, returned_by="stateN"),
+        TensorDeclaration(name="sr", default=16000),
+    )
+    entry = ModelEntry(model_id="vad", builder=f"onnx:{path}", runtime="openvino", inputs=declared)
+    (failure,) = publish(ModelStore(tmp_path), [entry]).failures
+    assert re.search(
+        r"openvino cannot convert its operators Conv-16, ReduceMean-16 \(.*\); write runtime: onnxruntime$",
+        failure.message,
+    )
 
 
 def test_files_are_what_the_package_magika_itself_answers(tmp_path: Path) -> None:

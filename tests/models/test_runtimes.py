@@ -318,6 +318,26 @@ def test_loads_leave_no_threads_behind(published: ModelStore) -> None:
     assert threads_after(3) >= threads_after(10)
 
 
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_models_share_the_threads_of_an_inference(published: ModelStore, source: Source, parallel: int) -> None:
+    script = Path(runtime_models.__file__).with_name("thread_process.py")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), str(script.parent)])}
+    found = json.loads(
+        subprocess.run(
+            [sys.executable, script, published.root, MODEL, "2", str(parallel)],
+            check=True, capture_output=True, text=True, env=environment,
+        ).stdout
+    )  # fmt: skip
+    one, five, five_again = found["counts"]
+    # OpenVINO has threads for the streams of each model in memory, and one more, unless it has a single stream.
+    own = parallel + 1 if described(published).runtime == "openvino" and parallel > 1 else 0
+    # A library may start another of its own threads meanwhile.
+    assert one <= five <= one + 1 + 4 * own
+    assert five_again <= five + 1
+    expected = float(source.answer(inputs())["mixed"].sum())
+    assert found["answers"] == pytest.approx([expected] * 5, rel=1e-3)
+
+
 @pytest.mark.slow
 def test_kernels_of_openvino_go_with_their_models() -> None:
     pytest.importorskip("openvino")

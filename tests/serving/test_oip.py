@@ -887,6 +887,7 @@ def test_metadata_describe_the_model() -> None:
             "task": "image-classification",
             "labels_count": 4,
             "axes": {"batch": [1, 8]},
+            "values": {},
             "stateful": {},
             "optional": [],
         },

@@ -22,7 +22,7 @@ def test_manifest_survives_json(shared: ModelStore) -> None:
     [
         (lambda raw: raw.pop("files"), r"missing keys \['files'\]"),
         (lambda raw: raw.update(color="red"), r"unknown keys \['color'\]"),
-        (lambda raw: raw.update(format=1), "format 1 is not the format 4"),
+        (lambda raw: raw.update(format=1), "format 1 is not the format 5"),
         (lambda raw: raw["execution"].update(runtime="steam"), "'steam' is not one of"),
         (lambda raw: raw["tensors"][0].update(layout="channels_last"), "cannot be channels_last"),
         (lambda raw: raw["tensors"][0].update(offset=1), "within an element"),

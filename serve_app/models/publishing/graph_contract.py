@@ -94,7 +94,7 @@ def highest_numbers(contract: Contract, session: Any) -> dict[str, int]:
     highest: dict[str, int] = {}
     for spec in contract.inputs:
         kind = NUMPY_TYPES[spec.datatype].kind
-        if kind not in "iu" or len(spec.shape) < 2 or spec.default is not None:
+        if kind not in "iu" or len(spec.shape) < 2 or spec.default is not None or spec.values is not None:
             continue
         for bits in range(_TABLE_BITS, 1, -1):
             number = 2**bits - 1
@@ -129,7 +129,8 @@ def run_trials(
         except Exception as error:
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())
             raise StoreError(
-                f"{entry.builder} fails on inputs {shapes} ({reason_of(error)}); correct its limits"
+                f"{entry.builder} fails on inputs {shapes} ({reason_of(error)}); correct its limits, "
+                "or the values of its inputs"
             ) from error
         trials.append(Trial(inputs=inputs, answers=[np.array(answer) for answer in answers]))
     by_axis = {axis.name: tuple(sizes[at] for sizes in all_sizes) for at, axis in enumerate(contract.axes)}

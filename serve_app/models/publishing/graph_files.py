@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -22,6 +23,9 @@ _EXTERNAL_BYTES: Final = 1024
 #: Stands in the graph for the name of the blob of weights, which is known only once they are written. As long as that
 #: name, so that the bytes of a graph can be exchanged.
 _PLACEHOLDER: Final = f"{'0' * 64}.weights"
+
+#: Where a report of openvino names the operators that it cannot convert.
+_NOT_CONVERTED: Final = re.compile(r"(?:Conversion is failed for|No conversion rule found for operations): (.+)")
 
 #: Writes the files of the graph at a path; raises ``StoreError`` where the library cannot run it.
 WriteGraph = Callable[[ModelStore, ModelEntry, Path, Contract], tuple[BlobFile, ...]]
@@ -58,7 +62,7 @@ def write_for_openvino(store: ModelStore, entry: ModelEntry, path: Path, contrac
     core, ov = openvino_runtime.core(), openvino_runtime.library()
     texts = next((spec.name for spec in (*contract.inputs, *contract.outputs) if spec.datatype == "BYTES"), None)
     if texts is not None:
-        raise StoreError(f"{entry.builder}: openvino has no texts, as in {texts!r}; leave runtime: openvino out")
+        raise StoreError(f"{entry.builder}: openvino has no texts, as in {texts!r}; write runtime: onnxruntime")
     dtype: Dtype = entry.dtype
     with tempfile.TemporaryDirectory() as folder:
         model, weights = Path(folder) / "model.xml", Path(folder) / "model.bin"
@@ -69,11 +73,20 @@ def write_for_openvino(store: ModelStore, entry: ModelEntry, path: Path, contrac
             )
             graph = compiled.export_model().getvalue()
         except Exception as error:
-            raise StoreError(
-                f"{entry.builder}: openvino cannot convert it ({reason_of(error)}); leave runtime: openvino out"
-            ) from error
+            raise StoreError(f"{entry.builder}: {_why_not_converted(error)}; write runtime: onnxruntime") from error
         del compiled
         return (*_put_weights(store, weights, "bin"), _put_graph(store, graph, "blob"))
+
+
+def _why_not_converted(error: Exception) -> str:
+    """Return which operators openvino cannot convert, with what it says of the first; otherwise all that it says."""
+    text = str(error)
+    operators = _NOT_CONVERTED.search(text)
+    if operators is None:
+        return f"openvino cannot convert it ({reason_of(error)})"
+    reason = text[: operators.start()].partition(" with a message:")[2].partition("\n-- ")[0].strip()
+    last = reason.splitlines()[-1].strip().rstrip(".") if reason else "no rule for them"
+    return f"openvino cannot convert its operators {operators[1].strip()} ({last})"
 
 
 WRITERS: Final[Mapping[RuntimeName, WriteGraph]] = {

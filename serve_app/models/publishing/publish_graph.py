@@ -69,7 +69,7 @@ def publish_graph(store: ModelStore, entry: ModelEntry, path: Path, on_stage: On
         manifest = Manifest(model=model, default_task=task, execution=execution, tensors=(), files=files)
         answers = dict(zip((spec.name for spec in contract.outputs), trials[-1].answers, strict=True))
         manifest = with_task(store, entry, manifest, answers)
-        _verify(entry, manifest, store, trials)
+        _verify(entry, manifest, store, trials, highest)
     on_stage("measuring", weights_bytes)
     sizes = grid(contract.axes)
     measurement = measure_published(manifest, store, sizes[:1] if row_by_row else sizes, highest)
@@ -77,8 +77,17 @@ def publish_graph(store: ModelStore, entry: ModelEntry, path: Path, on_stage: On
     return dataclasses.replace(manifest, model=with_measurement(manifest.model, measurement, size_bytes))
 
 
-def _verify(entry: ModelEntry, manifest: Manifest, store: ModelStore, trials: Sequence[Trial]) -> None:
+def _verify(
+    entry: ModelEntry, manifest: Manifest, store: ModelStore, trials: Sequence[Trial], highest: Mapping[str, int]
+) -> None:
     """Compare the answers of the model, as workers will run it, with those of the original graph."""
+    cures = ["try another runtime"]
+    if entry.dtype != "float32":
+        cures.append("leave dtype out")
+    if highest:
+        # Numbers that mean nothing to a model may have any answer.
+        name, most = next(iter(highest.items()))
+        cures.append(f"declare the values of its inputs if {name!r} takes less than 0..{most}")
     model = prepare(manifest, store).load(ReadAhead, None)
     try:
         for trial in trials:
@@ -86,7 +95,7 @@ def _verify(entry: ModelEntry, manifest: Manifest, store: ModelStore, trials: Se
                 if not agree(answer, original, TOLERANCE[entry.dtype]):
                     raise StoreError(
                         f"{entry.builder}: as written for {runtime_of(entry)}, its output {name!r} is another one than "
-                        "before; try another runtime" + (", or leave dtype out" if entry.dtype != "float32" else "")
+                        f"before; {', or '.join(cures)}"
                     )
     except StoreError:
         raise

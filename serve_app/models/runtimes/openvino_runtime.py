@@ -6,11 +6,12 @@ for the processor.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -18,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.core.catalog import Dtype
-from serve_app.errors import StoreError
+from serve_app.errors import InvalidRequest, StoreError
 from serve_app.models.runtimes.processor import processor
 from serve_app.models.runtimes.session import PreparedSession, require_made_here
-from serve_app.models.threads import inference_threads
+from serve_app.models.threads import inference_threads, parallel_inferences
 from serve_app.store.manifest import Manifest
 from serve_app.store.model_store import ModelStore
 
@@ -32,27 +33,48 @@ _PRECISIONS: Mapping[str, str] = {"float32": "f32", "bfloat16": "bf16"}
 
 _SHAPES_KEPT = 4
 
+_INT32 = np.iinfo(np.int32)
+
+#: Types of whole numbers that it takes, and computes in those of 32 bits.
+_CUT_OFF = (np.dtype(np.int64), np.dtype(np.uint64), np.dtype(np.uint32))
+
+#: After so many inferences of a model that always runs, it waits until none does, and gives its memory back.
+_MOST_UNTIL_RELEASE = 32
+
+_first_use = threading.RLock()
+
 _KERNELS_KEPT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 
-@cache
 def library() -> Any:
     """Import openvino.
 
     Raises:
         StoreError: it cannot be imported.
     """
+    with _first_use:
+        return _import()
+
+
+@cache
+def _import() -> Any:
     try:
-        return importlib.import_module("openvino")
+        library = importlib.import_module("openvino")
     except ImportError as error:
         raise StoreError(f"openvino cannot be imported ({error}); run: pip install 'edgeserve[openvino]'") from error
+    # The first inference of a process fills a table of types, and lets other threads run meanwhile. One that needs the
+    # table then waits for it without letting the first one go on: the process stands still for ever. So it is filled
+    # here, before there are inferences.
+    library.Type.f32.to_dtype()
+    return library
 
 
 @cache
 def core() -> Any:
     """Return the one ``Core`` of the process."""
-    made = library().Core()
-    _keep_no_kernels(made)
+    with _first_use:
+        made = library().Core()
+        _keep_no_kernels(made)
     return made
 
 
@@ -81,13 +103,18 @@ def _keep_no_kernels(made: Any) -> None:
 def settings(dtype: Dtype | str) -> dict[str, Any]:
     """Return the settings of compiling and of loading, for models that compute in ``dtype``.
 
-    One inference at a time: with several streams, loads and runs in threads of their own have stopped for ever.
+    A stream runs one inference at a time, in the thread that asks for it. Streams beyond the first cost threads that
+    idle: one more than there are streams for each model in memory, which the next models take over.
     """
+    streams = parallel_inferences()
     return {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype],
-        "NUM_STREAMS": 1,
-        "INFERENCE_NUM_THREADS": inference_threads(),
+        # None means one, without threads of its own.
+        "NUM_STREAMS": streams if streams > 1 else 0,
+        "INFERENCE_NUM_THREADS": streams * inference_threads(),
+        # Else the first stream of every model, in every worker, runs on the first processor and nowhere else.
+        "ENABLE_CPU_PINNING": False,
         # Compiled models refer to the file of their weights instead of holding them.
         "CACHE_MODE": "OPTIMIZE_SIZE",
         # It keeps what it has made for every shape that it has seen, else, which is memory that grows without end.
@@ -101,18 +128,49 @@ class _OpenVinoSession:
     def __init__(self, compiled: Any, outputs: list[str]) -> None:
         self._compiled = compiled
         self._outputs = [compiled.output(name) for name in outputs]
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._running = 0
+        self._until_release = _MOST_UNTIL_RELEASE
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """Run the model, one inference at a time, see ``Session.run``."""
-        with self._lock:
-            try:
-                # A new request costs microseconds, and keeps no input alive.
-                results = self._compiled.create_infer_request().infer(feeds, share_inputs=True, share_outputs=True)
-                return [np.array(results[output]) for output in self._outputs]
-            finally:
-                # It keeps the activations of the largest execution else.
-                self._compiled.release_memory()
+        """Run the model, see ``Session.run``."""
+        _require_32_bits(feeds)
+        with self._turn():
+            # A request cannot be used by two threads. A new one costs microseconds, and keeps no input alive.
+            results = self._compiled.create_infer_request().infer(feeds, share_inputs=True, share_outputs=True)
+            return [np.array(results[output]) for output in self._outputs]
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Count an inference; give back the activations of the largest one, which the library keeps, when none runs.
+
+        It gives them back only then.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._until_release > 0)
+            self._until_release -= 1
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                if not self._running:
+                    self._until_release = _MOST_UNTIL_RELEASE
+                    self._changed.notify_all()
+                    self._compiled.release_memory()
+
+
+def _require_32_bits(feeds: Mapping[str, NDArray[Any]]) -> None:
+    """Refuse what the library would cut off without a word: it computes larger whole numbers in 32 bits."""
+    for name, array in feeds.items():
+        if array.dtype in _CUT_OFF:
+            outside = next((each for each in (array.min(), array.max()) if not _INT32.min <= each <= _INT32.max), None)
+            if outside is not None:
+                raise InvalidRequest(
+                    f"input {name!r} takes numbers in {_INT32.min}..{_INT32.max}, because openvino computes in 32 "
+                    f"bits, not {outside}"
+                )
 
 
 def _open(manifest: Manifest, store: ModelStore) -> _OpenVinoSession:

@@ -117,6 +117,9 @@ def model_metadata(model: PublishedModel, versions: Sequence[str] = (VERSION,)) 
             "task": model.task.kind,
             "labels_count": len(model.labels),
             "axes": {axis.name: [axis.least, axis.most] for axis in model.contract.axes},
+            "values": {
+                spec.name: [spec.values.least, spec.values.most] for spec in model.inputs if spec.values is not None
+            },
             "stateful": {spec.name: spec.returned_by for spec in model.inputs if spec.returned_by},
             "optional": [spec.name for spec in model.inputs if spec.default is not None],
         },
