@@ -34,9 +34,10 @@ _FEATURES: Final = 64
 
 #: What may follow the last layer of a classifier: other shapes and types, scales, sums, and probabilities.
 _AFTER: Final = frozenset({
-    "view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "squeeze", "unsqueeze", "select", "slice", "expand",
-    "expand_as", "permute", "transpose", "t", "detach", "alias", "clone", "contiguous", "_to_copy", "to", "cat", "stack",
-    "add", "add_", "sub", "mul", "mul_", "div", "div_", "softmax", "_softmax", "log_softmax", "_log_softmax", "sigmoid",
+    "view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "squeeze", "unsqueeze", "select", "slice",
+    "expand", "expand_as", "permute", "transpose", "t", "detach", "alias", "clone", "contiguous", "_to_copy", "to",
+    "cat", "stack", "add", "add_", "sub", "mul", "mul_", "div", "div_", "softmax", "_softmax", "log_softmax",
+    "_log_softmax", "sigmoid",
 })  # fmt: skip
 
 
