@@ -51,6 +51,11 @@ class StoreDirectory:
                 if self._depth == 0:
                     os.close(descriptor)
 
+    def assume_exclusive(self) -> None:
+        """Take the store as held by this instance, as the process that waits for this one holds it meanwhile."""
+        with self._writer:
+            self._depth += 1
+
     @contextlib.contextmanager
     def temporary(self, suffix: str) -> Iterator[Path]:
         """Yield a path to write to, and remove a file that is still there at the end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -50,6 +51,29 @@ def test_failure_is_a_sentence_and_the_next_call_works(name: str, arguments: dic
 
 def test_what_a_function_prints_disturbs_nothing() -> None:
     assert call("chatter") == {"said": True}
+
+
+def test_function_calls_another_process_and_tells_its_caller_meanwhile(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[dict[str, object]] = []
+    outer = call_in_fresh_process("called_apart:add_apart", {"left": 1, "right": 2}, "x", on_told=told.append)
+    inner = outer["inner"]
+    assert (inner["sum"], told) == (3, [{"adding": [1, 2]}])
+    assert len({inner["process"], outer["process"], os.getpid()}) == 3
+    assert ("adding", logging.ERROR, "1 and 2") in caplog.record_tuples
+
+
+def test_crash_of_a_process_that_another_has_called_is_told_to_that_one() -> None:
+    said = call("crash_apart")["said"]
+    assert str(said).startswith("the inner one crashes its process (SIGABRT)")
+
+
+def test_caller_that_fails_meanwhile_gets_no_answer_of_an_earlier_call() -> None:
+    def fail(told: dict[str, object]) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        call_in_fresh_process("called_apart:add_apart", {"left": 1, "right": 2}, "x", on_told=fail)
+    assert call("add", left=20, right=2)["sum"] == 22
 
 
 def test_script_without_a_guard_is_not_run_again(tmp_path: Path) -> None:

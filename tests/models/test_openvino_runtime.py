@@ -1,4 +1,4 @@
-"""What holds of OpenVINO alone: its precision, its streams, and how a process uses it for the first time."""
+"""What holds of OpenVINO alone: its precision, and how a process uses it for the first time."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from runtime_models import inputs
 from serve_app.core.contract_declaration import TensorDeclaration
 from serve_app.models.loader import ModelLoader
 from serve_app.models.publishing.publish_catalog import publish
-from serve_app.models.runtimes.openvino_runtime import core, settings
 from serve_app.models.runtimes.processor import processor
-from serve_app.models.threads import expect_parallel, parallel_inferences
 from serve_app.store.model_store import ModelStore
 
 pytestmark = pytest.mark.slow
@@ -50,18 +48,6 @@ for thread in threads:
 @pytest.mark.parametrize("attempt", range(2))
 def test_threads_that_use_it_for_the_first_time_do_not_wait_for_each_other_for_ever(attempt: int) -> None:
     assert subprocess.run([sys.executable, "-c", FIRST_USE], timeout=90).returncode == 0
-
-
-@pytest.mark.parametrize("parallel", [1, 2])
-def test_it_has_a_stream_for_each_inference_at_the_same_time(tmp_path: Path, parallel: int) -> None:
-    path, before = runtime_models.write_onnx(tmp_path / "network.onnx"), parallel_inferences()
-    expect_parallel(parallel)
-    try:
-        compiled = core().compile_model(str(path), "CPU", settings("float32"))
-    finally:
-        expect_parallel(before)
-    assert max(1, compiled.get_property("NUM_STREAMS")) == parallel
-    assert not compiled.get_property("ENABLE_CPU_PINNING")
 
 
 def test_it_computes_in_float32_unless_the_entry_says_bfloat16(tmp_path: Path) -> None:

@@ -329,10 +329,8 @@ def test_models_share_the_threads_of_an_inference(published: ModelStore, source:
         ).stdout
     )  # fmt: skip
     one, five, five_again = found["counts"]
-    # OpenVINO has threads for the streams of each model in memory, and one more, unless it has a single stream.
-    own = parallel + 1 if described(published).runtime == "openvino" and parallel > 1 else 0
     # A library may start another of its own threads meanwhile.
-    assert one <= five <= one + 1 + 4 * own
+    assert one <= five <= one + 1
     assert five_again <= five + 1
     expected = float(source.answer(inputs())["mixed"].sum())
     assert found["answers"] == pytest.approx([expected] * 5, rel=1e-3)

@@ -1,36 +1,33 @@
 """A publisher that kills its own process when one model reaches a given stage."""
 
+import dataclasses
 import os
 import signal
-from collections.abc import Iterable
 from pathlib import Path
 
 from model_support import offline, tiny
 
-from serve_app.models.publishing import module_files
 from serve_app.models.publishing.publish_catalog import PublishEvent, publish
 from serve_app.models.threads import use_threads
 from serve_app.store.model_store import ModelStore
-from serve_app.store.safetensors_writer import BlobLayout
 
-ENTRIES = [tiny("first"), tiny("second", weights="random:4"), tiny("third", weights="random:5")]
+ENTRIES = [
+    tiny("first"),
+    dataclasses.replace(tiny("second", weights="random:4"), builder="crashing_models:half_written"),
+    tiny("third", weights="random:5"),
+]
 
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_half_written(path: Path, layout: BlobLayout, data: Iterable[memoryview]) -> None:
-    path.write_bytes(layout.header)
-    die()
-
-
 def main(root: Path, victim: str, moment: str) -> None:
     """Publish ``ENTRIES``; die when the model ``victim`` reaches ``moment``."""
 
     def on_progress(event: PublishEvent) -> None:
-        if event.model_id == victim and event.stage == "writing" and moment == "half-written":
-            module_files.write_blob = die_half_written
+        if event.model_id == victim and event.stage == "building" and moment == "half-written":
+            os.environ["DIE_HALF_WRITTEN"] = str(os.getpid())
         if event.model_id == victim and event.stage == moment:
             die()
 

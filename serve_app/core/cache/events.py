@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.policies.base import EvictionPolicy
@@ -124,10 +124,14 @@ class ModelsKnown:
 
 @dataclass(frozen=True, slots=True)
 class CatalogChanged:
-    """The catalog is now this one; a model that it no longer has leaves when idle."""
+    """The catalog is now this one; a model that it no longer has leaves when idle.
+
+    ``successors`` has, for each version of a model that answers no requests which name none, the version that does.
+    """
 
     models: Sequence[ModelProfile]
     pinned: Collection[str]
+    successors: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

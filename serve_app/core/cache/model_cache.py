@@ -294,9 +294,11 @@ class ModelCache:
                     raise ValueError(f"unaccounted_bytes must not be negative, not {unaccounted_bytes}")
                 accounting.unaccounted_bytes = unaccounted_bytes
                 return self._evict_due("memory", now)
-            case CatalogChanged(models, pinned):
-                self._residents.set_catalog(models, pinned, now)
-                self._policy.on_catalog(tuple(self._residents.catalog.values()), now)
+            case CatalogChanged(models, pinned, successors):
+                catalog = self._residents.set_catalog(models, pinned, successors, now)
+                self._policy.on_catalog(tuple(catalog.values()), now)
+                for model_id, successor in successors.items():
+                    self._policy.on_succession(catalog[model_id], catalog[successor], now)
                 return self._evict_due("reconfigure", now)
             case ProtectedChanged(model_ids):
                 room_bytes = accounting.model_capacity_bytes - accounting.pinned_bytes

@@ -78,6 +78,8 @@ class Residents:
         #: Models that requests may ask for, and those that they no longer may.
         self.catalog: dict[str, ModelProfile] = {}
         self._not_in_catalog: set[str] = set()
+        #: Versions in whose place another one answers: only a request or a required preload loads them.
+        self._superseded: frozenset[str] = frozenset()
 
     # What may be loaded
 
@@ -102,7 +104,7 @@ class Residents:
             model_id in self.entries
             or model_id in self._unloaded_by_operator
             or model_id in self._not_in_catalog
-            or (model_id in self._withdrawn and not required)
+            or (not required and (model_id in self._withdrawn or model_id in self._superseded))
         ):
             return False
         failure = self._failures.get(model_id)
@@ -134,17 +136,20 @@ class Residents:
         self.catalog |= {model.model_id: model for model in models}
         self._not_in_catalog -= self.catalog.keys()
 
-    def set_catalog(self, models: Sequence[ModelProfile], pinned: Collection[str], now: float) -> None:
-        """Take in that the catalog has these models and no others."""
+    def set_catalog(
+        self, models: Sequence[ModelProfile], pinned: Collection[str], superseded: Collection[str], now: float
+    ) -> dict[str, ModelProfile]:
+        """Take in that the catalog has these models and no others, and return it; superseded ones are not preloaded."""
         offered = {model.model_id: model for model in models}
         self._not_in_catalog = (self._not_in_catalog | self.catalog.keys() | self.entries.keys()) - offered.keys()
         self.catalog = offered
-        self._pinned = frozenset(pinned)
+        self._pinned, self._superseded = frozenset(pinned), frozenset(superseded)
         # What was published again may be sound now.
         self._failures.clear()
         self._failed_in_row.clear()
         for model_id, entry in self.entries.items():
             self.accounting.pin(entry, model_id in self._pinned, now)
+        return offered
 
     @property
     def removed(self) -> list[CacheEntry]:

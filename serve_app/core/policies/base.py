@@ -52,6 +52,9 @@ class EvictionPolicy(ABC):
     def on_catalog(self, models: Iterable[ModelProfile], now: float) -> None:
         """Requests may ask for these models."""
 
+    def on_succession(self, model: ModelProfile, successor: ModelProfile, now: float) -> None:
+        """Requests that asked for ``model`` ask for ``successor``, the next version of it, from now on."""
+
     @abstractmethod
     def utility(self, model: ModelProfile, now: float) -> float:
         """What keeping ``model`` is worth; only the order of the numbers matters."""

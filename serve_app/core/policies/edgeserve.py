@@ -135,6 +135,17 @@ class EdgeServe(EvictionPolicy):
                 tracked.utility_per_rate = self._utility_per_rate(tracked.model)
                 self._update(tracked, tracked.counted_s)
 
+    def on_succession(self, model: ModelProfile, successor: ModelProfile, now: float) -> None:
+        before, after = self._meet(model, now), self._meet(successor, now)
+        if not before.requests:
+            return
+        (self._forecast or self._make_forecast(now)).hand_over(before, after, now)
+        for tracked in (before, after):
+            tracked.requested = True
+            changed = self._changed_residents if tracked.resident else self._changed_absent
+            changed[tracked.model.model_id] = tracked
+        self._review_by(now)
+
     # Utility
 
     def utility(self, model: ModelProfile, now: float) -> float:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from copy import copy
 from math import exp, log
 
 #: Where one age ends and the next begins, in seconds: at 16 and 32 s, and half octaves from 64 s to 12 days.
@@ -108,6 +109,23 @@ class RateForecast:
         known.requests += 1
         known.last_s = now
         known.age = 0
+
+    def hand_over(self, known: RequestHistory, successor: RequestHistory, now: float) -> None:
+        """Take the requests for one model as requests for another, which comes in its place."""
+        for each in (known, successor):
+            if now > each.counted_s:
+                self._count(each, now)
+        if not successor.requests:
+            # When requests come is known of a model that has had some.
+            for name in ("expected", "factor", "gain", "last_s", "seen"):
+                setattr(successor, name, copy(getattr(known, name)))
+        later = max(known, successor, key=lambda each: each.last_s)
+        last_s, successor.age = later.last_s, later.age
+        successor.fast = sum(each.fast * exp(self._fast_decay * (each.last_s - last_s)) for each in (known, successor))
+        successor.slow = sum(each.slow * exp(self._slow_decay * (each.last_s - last_s)) for each in (known, successor))
+        successor.last_s, successor.fast_left, successor.slow_left = last_s, later.fast_left, later.slow_left
+        successor.requests += known.requests
+        RequestHistory.__init__(known, now)
 
     def rate(self, known: RequestHistory, lead_s: float, now: float) -> float:
         """The highest rate, in requests per second, between now and ``lead_s`` seconds from now."""

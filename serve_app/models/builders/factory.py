@@ -18,38 +18,26 @@ from serve_app.models.torchvision_compat import declare_missing_operators, let_o
 class FactoryBuilder:
     """``package.module:factory``: a callable without arguments that returns an ``nn.Module``.
 
-    Its ``pretrained`` weights are whatever the factory puts into the module.
-
-    Raises:
-        StoreError: there is no such module or attribute.
+    Its ``pretrained`` weights are whatever the factory puts into the module. Nothing of it is imported before it is
+    called: a publisher asks where the weights are, and must not run foreign code.
     """
 
     unused: tuple[str, ...] = ()
 
     def __init__(self, builder: str) -> None:
         self._builder = builder
-        # The factory may import torchvision, as transformers and others do.
-        declare_missing_operators()
-        module, _, attribute = builder.partition(":")
-        try:
-            self._factory: Callable[[], object] = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise StoreError(
-                f"builder {builder!r} cannot be imported ({error}); name it package.module:factory"
-            ) from error
-        except (Exception, SystemExit) as error:
-            # The user's module raises what it likes.
-            raise StoreError(
-                f"builder {builder!r} cannot be imported ({foreign_reason(error)}); correct {module}"
-            ) from error
 
     def pretrained_source(self) -> None:
         """Return None: a factory fetches its weights itself."""
         return
 
     def construct(self, weights: str) -> nn.Module:
-        """Call the factory."""
-        module = self._factory()
+        """Call the factory.
+
+        Raises:
+            StoreError: there is no such module or attribute, or it returns something else.
+        """
+        module = self._imported()()
         let_operators_be_called()
         return require_module(module, f"builder {self._builder!r}")
 
@@ -60,3 +48,20 @@ class FactoryBuilder:
     def metadata(self) -> Metadata:
         """Return defaults: nothing is known."""
         return Metadata()
+
+    def _imported(self) -> Callable[[], object]:
+        # The factory may import torchvision, as transformers and others do.
+        declare_missing_operators()
+        module, _, attribute = self._builder.partition(":")
+        try:
+            factory: Callable[[], object] = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise StoreError(
+                f"builder {self._builder!r} cannot be imported ({error}); name it package.module:factory"
+            ) from error
+        except (Exception, SystemExit) as error:
+            # The user's module raises what it likes.
+            raise StoreError(
+                f"builder {self._builder!r} cannot be imported ({foreign_reason(error)}); correct {module}"
+            ) from error
+        return factory

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from serve_app.models.builders.refusals import foreign_reason, require_servable
 from serve_app.models.builders.timm import TimmBuilder
 from serve_app.models.builders.torchvision import TorchvisionBuilder
 from serve_app.models.builders.transformers import TransformersBuilder, rebuild_transformer
+from serve_app.models.builders.unread_weights import without_reading_weights
 from serve_app.models.sources.download_cache import OnBytes, ignore_bytes
 from serve_app.models.sources.pretrained import PRETRAINED, Pretrained, WeightSource
 from serve_app.models.sources.state_dicts import load_strictly, read_state
@@ -88,12 +90,27 @@ def build(
         DownloadFailed: the weights could not be fetched.
         StoreError: there is no such builder, or the weights do not fit.
     """
+    return build_with(entry, weights, fetch(entry, weights, source or WeightSource(), on_bytes))
+
+
+def fetch(entry: ModelEntry, weights: str, source: WeightSource, on_bytes: OnBytes = ignore_bytes) -> Path | None:
+    """Return the file that a model is built from, fetched if need be; None if the builder brings its weights.
+
+    Raises:
+        DownloadFailed: the weights could not be fetched.
+        StoreError: there is no such builder.
+    """
+    if is_reference(weights):
+        return source.fetcher.fetch(weights, on_bytes)
+    origin = resolve(entry.builder).pretrained_source() if weights == PRETRAINED else None
+    return None if origin is None else source.file(origin, on_bytes)
+
+
+def build_with(entry: ModelEntry, weights: str, file: Path | None) -> nn.Module:
+    """Build a model with its weights from the file that ``fetch`` has returned, see ``build``."""
     builder = resolve(entry.builder)
-    source = source or WeightSource()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seed(weights))
-        origin = builder.pretrained_source() if weights == PRETRAINED else None
-        file = source.file(origin, on_bytes) if origin is not None else None
         try:
             module = builder.pretrained(file) if weights == PRETRAINED else builder.construct(weights)
         except EdgeServeError:
@@ -106,7 +123,8 @@ def build(
     require_servable(module, entry.builder)
     _drop_unused(module, builder)
     if is_reference(weights):
-        _fill(module, builder, read_state(source.fetcher.fetch(weights, on_bytes)), weights)
+        assert file is not None
+        _fill(module, builder, read_state(file), weights)
     return module.requires_grad_(False).eval()
 
 
@@ -126,7 +144,7 @@ def build_on_meta(builder_name: str, weights: str, structure: bytes | None = Non
         return rebuild(structure).to("meta").requires_grad_(False).eval()
     builder = resolve(builder_name)
     try:
-        with warnings.catch_warnings(), torch.device("meta"):
+        with warnings.catch_warnings(), torch.device("meta"), without_reading_weights():
             # Of a factory that reads weights: once for each tensor.
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
             module = builder.construct(weights)

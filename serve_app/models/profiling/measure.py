@@ -24,9 +24,6 @@ from serve_app.tasks.tensors import Tensors, probe
 
 REPEATS = 3
 
-#: Loads after which libraries, and the heaps of threads, have mostly come to their size.
-_SETTLING = 3
-
 #: What more a process has after an unload is looked at again, in up to so many cycles.
 _HEAP_BYTES, _MOST_CYCLES = 2**20, 12
 
@@ -48,6 +45,28 @@ _SAMPLE_S = 0.001
 
 #: What the kernel says about this process.
 PROC = Path("/proc/self")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repetitions:
+    """How often a model is loaded and run to see its memory; less where less can happen.
+
+    Attributes:
+        settling: loads after which libraries, and the heaps of threads, have mostly come to their size.
+        cycles: loads and unloads whose memory is looked at.
+        rounds: executions of every thread in each of them, all threads at the same time.
+    """
+
+    settling: int = 3
+    cycles: int = REPEATS
+    rounds: int = REPEATS
+
+
+#: Of a module: it keeps nothing for the threads that run it.
+MODULE = Repetitions(rounds=1)
+
+#: Of a module that has no memory but its weights, and whose library is known.
+KNOWN_MODULE = Repetitions(settling=1, cycles=1, rounds=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +115,7 @@ def measure(
     contract: Contract,
     sizes: Sequence[tuple[int, ...]],
     highest: Mapping[str, int] = MappingProxyType({}),
+    repetitions: Repetitions = Repetitions(),
 ) -> Measurement:
     """Prepare, load and run a model ``REPEATS`` times each, and take medians.
 
@@ -108,7 +128,9 @@ def measure(
         contract: of the model.
         sizes: of the free axes, at which executions are measured; the least first, see ``grid.grid``.
         highest: the largest whole number of an input, by its name, where it is known.
+        repetitions: of loads; costs are medians of ``REPEATS`` executions in any case.
     """
+    rounds = repetitions.rounds
     inputs = partial(probe, contract, highest=highest)
     with one_thread(), ThreadPoolExecutor(parallel_inferences()) as threads:
         started = process_memory().anonymous_bytes
@@ -116,12 +138,13 @@ def measure(
         # Files that are mapped here for the first time are code of libraries.
         first_bytes = process_memory().anonymous_bytes - started
         # First without measuring: libraries set themselves up, which no unload gives back and no further model takes.
-        for _ in range(_SETTLING):
-            _load_and_run(first, [inputs(sizes[0])], threads)
+        for _ in range(repetitions.settling):
+            _load_and_run(first, [inputs(sizes[0])], threads, rounds)
         before = _resident_bytes()
-        prepared = prepare()
-        _load_and_run(prepared, [inputs(sizes[0])], threads)
-        prepared_bytes = _resident_bytes() - before + (first_bytes if prepared is first else 0)
+        prepared, prepared_bytes = prepare(), first_bytes
+        if prepared is not first:
+            _load_and_run(prepared, [inputs(sizes[0])], threads, rounds)
+            prepared_bytes = _resident_bytes() - before
         model = prepared.load(ReadAhead, None)
         try:
             costs, skipped = _costs(model, contract, sizes, inputs)
@@ -129,13 +152,18 @@ def measure(
             model.unload()
         held = _held_sizes(costs, contract) or [sizes[0]]
         feeds = [inputs(each) for each in held]
-        # The first one also brings the heaps of the threads to their size.
-        cycles = [_load_and_run(prepared, feeds, threads) for _ in range(REPEATS + 1)][1:]
+        if held != [sizes[0]]:
+            # This also brings the heaps of the threads to their size.
+            _load_and_run(prepared, feeds, threads, rounds)
+        cycles = [_load_and_run(prepared, feeds, threads, rounds) for _ in range(repetitions.cycles)]
         # Heaps keep a block now and then; what a model keeps, it keeps every time.
         while min(cycle.kept_bytes for cycle in cycles) > _HEAP_BYTES and len(cycles) < _MOST_CYCLES:
-            cycles.append(_load_and_run(prepared, feeds, threads))
+            cycles.append(_load_and_run(prepared, feeds, threads, rounds))
+        load_s = [cycle.load_s for cycle in cycles]
+        while len(load_s) < REPEATS:
+            load_s.append(_load_seconds(prepared))
     return Measurement(
-        load_s=statistics.median(cycle.load_s for cycle in cycles),
+        load_s=statistics.median(load_s),
         costs=non_decreasing(costs),
         prepared_bytes=max(0, prepared_bytes),
         resident_bytes=max(0, *(cycle.resident_bytes for cycle in cycles)),
@@ -159,7 +187,17 @@ class _Cycle:
     kept_bytes: int
 
 
-def _load_and_run(prepared: PreparedModel, inputs: Sequence[Tensors], threads: ThreadPoolExecutor) -> _Cycle:
+def _load_seconds(prepared: PreparedModel) -> float:
+    started = time.perf_counter()
+    model = prepared.load(ReadAhead, None)
+    load_s = time.perf_counter() - started
+    model.unload()
+    return load_s
+
+
+def _load_and_run(
+    prepared: PreparedModel, inputs: Sequence[Tensors], threads: ThreadPoolExecutor, rounds: int
+) -> _Cycle:
     before = _resident_bytes()
     started = time.perf_counter()
     model = prepared.load(ReadAhead, None)
@@ -168,7 +206,7 @@ def _load_and_run(prepared: PreparedModel, inputs: Sequence[Tensors], threads: T
         *others, last = inputs
         for each in others:
             run_in_every_thread(model, each, threads, repeats=1)
-        run_in_every_thread(model, last, threads)
+        run_in_every_thread(model, last, threads, repeats=rounds)
         loaded = _resident_bytes()
     finally:
         model.unload()

@@ -17,7 +17,7 @@ from typing import Any
 from serve_app.core.contract import SizeCost
 from serve_app.errors import StoreError
 from serve_app.models.profiling.fresh_process import call_in_fresh_process
-from serve_app.models.profiling.measure import Measurement, Skipped, measure
+from serve_app.models.profiling.measure import KNOWN_MODULE, MODULE, Measurement, Repetitions, Skipped, measure
 from serve_app.models.runtimes import registry
 from serve_app.models.runtimes.base import PreparedModel
 from serve_app.models.threads import expect_parallel, parallel_inferences
@@ -92,7 +92,12 @@ def measure_here(
 
     is_known = read.model.builder.startswith(KNOWN_BUILDERS)
     sizes_of_axes = [tuple(each) for each in sizes]
-    measured = measure(cache(prepare) if is_known else prepare, read.model.contract, sizes_of_axes, highest)
+    # Other runtimes keep memory of their own, also for modules that were exported for them.
+    of_module = KNOWN_MODULE if is_known else MODULE
+    repetitions = of_module if read.model.runtime == "torch" else Repetitions()
+    measured = measure(
+        cache(prepare) if is_known else prepare, read.model.contract, sizes_of_axes, highest, repetitions
+    )
     return dataclasses.asdict(measured)
 
 

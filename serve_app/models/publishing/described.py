@@ -15,8 +15,8 @@ from serve_app.models.profiling.measure import Measurement
 
 logger = logging.getLogger(__name__)
 
-#: Of a model until it is in the store.
-ModuleStage = Literal["writing", "verifying", "measuring", "published", "compiling"]
+#: Of a model until all of it is written.
+ModuleStage = Literal["writing", "verifying", "measuring"]
 
 #: Called with every stage, and the bytes of the weights.
 OnStage = Callable[[ModuleStage, int], None]

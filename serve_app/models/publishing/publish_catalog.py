@@ -13,22 +13,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import nn
-
 from serve_app.core.catalog import ModelEntry, runtime_of
 from serve_app.errors import DownloadFailed, StoreError, WeightsUnavailable
 from serve_app.models.builders import registry
 from serve_app.models.profiling.fresh_process import prepare_server
-from serve_app.models.publishing.described import ModuleStage
+from serve_app.models.publishing.described import ModuleStage, OnStage
+from serve_app.models.publishing.publish_apart import publish_apart
 from serve_app.models.publishing.publish_forms import missing_forms, publish_forms
-from serve_app.models.publishing.publish_graph import publish_graph
-from serve_app.models.publishing.publish_module import publish_module
-from serve_app.models.publishing.tried_apart import require_no_crash
 from serve_app.models.runtimes.registry import is_made_here
 from serve_app.models.sources.download_cache import OnBytes
 from serve_app.models.sources.fetcher import Fetcher
 from serve_app.models.sources.labels import read_labels
 from serve_app.models.sources.pretrained import FALLBACK, PRETRAINED, Probe, WeightSource
+from serve_app.store.manifest import Manifest
 from serve_app.store.model_store import ModelStore
 from serve_app.store.project_recorder import ProjectRecorder
 from serve_app.store.projects import Project
@@ -36,7 +33,9 @@ from serve_app.store.projects import Project
 logger = logging.getLogger(__name__)
 
 #: Of one model in a run of the publisher.
-PublishStage = Literal["waiting", "skipped", "downloading", "building", "failed"] | ModuleStage
+PublishStage = (
+    Literal["waiting", "skipped", "downloading", "building", "published", "compiling", "failed"] | ModuleStage
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,19 +218,14 @@ class Publisher:
 
         try:
             on_stage("building", 0)
-            kind, _, place = entry.builder.partition(":")
 
             def on_bytes(done: int, total: int) -> None:
                 self._report_stage(index, entry, "downloading", done, total)
 
             entry = self._with_task_files(entry, on_bytes)
-            if kind == "onnx":
-                publish_graph(self._store, entry, self._source.fetcher.fetch(place, on_bytes), on_stage)
-            elif runtime_of(entry) != "torch":
-                raise StoreError(f"{entry.builder} is a module, which {entry.runtime} cannot run; leave runtime out")
-            else:
-                require_no_crash(entry)
-                publish_module(self._store, entry, *self._build(entry, on_bytes), on_stage)
+            manifest = self._made(entry, on_bytes, on_stage)
+            self._store.commit(manifest)
+            on_stage("published", manifest.model.weights_bytes)
             self._recorder.record(entry, is_new=True)
         except WeightsUnavailable as error:
             logger.error("model %s is not published: %s", entry.model_id, error)
@@ -289,12 +283,19 @@ class Publisher:
             task = dataclasses.replace(task, labels=labels)
         return dataclasses.replace(entry, task=task)
 
-    def _build(self, entry: ModelEntry, on_bytes: OnBytes) -> tuple[str, nn.Module]:
-        """Build the module of an entry; return it after the weights that it was built with."""
+    def _made(self, entry: ModelEntry, on_bytes: OnBytes, on_stage: OnStage) -> Manifest:
+        """Build and write a model with the weights that can be had; return the manifest that makes it published."""
+        kind, _, place = entry.builder.partition(":")
+        if kind == "onnx":
+            graph = self._source.fetcher.fetch(place, on_bytes)
+            return publish_apart(self._store, entry, entry.weights, graph, on_stage)
+        if runtime_of(entry) != "torch":
+            raise StoreError(f"{entry.builder} is a module, which {entry.runtime} cannot run; leave runtime out")
         weights = self._available_weights(entry)
         if weights != FALLBACK or entry.weights == FALLBACK:
             try:
-                return weights, registry.build(entry, weights, self._source, on_bytes)
+                file = registry.fetch(entry, weights, self._source, on_bytes)
+                return publish_apart(self._store, entry, weights, file, on_stage)
             except DownloadFailed as error:
                 if entry.weights != PRETRAINED:
                     raise
@@ -302,7 +303,7 @@ class Publisher:
         if self._require_weights:
             raise WeightsUnavailable(f"the pretrained weights of {entry.model_id} cannot be fetched")
         logger.warning("model %s gets %s", entry.model_id, FALLBACK)
-        return FALLBACK, registry.build(entry, FALLBACK)
+        return publish_apart(self._store, entry, FALLBACK, None, on_stage)
 
     def _report_stage(
         self, index: int, entry: ModelEntry, stage: PublishStage, weights_bytes: int = 0, total_bytes: int = 0

@@ -1,4 +1,4 @@
-"""Publish an ONNX graph: write it for its runtime, compare its answers, measure it, and commit the manifest."""
+"""Publish an ONNX graph: write it for its runtime, compare its answers, and measure it."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ TOLERANCE: Final[Mapping[Dtype, float]] = {"float32": 1e-4, "bfloat16": 0.05}
 _ROUNDING: Final = 16
 
 
-def publish_graph(store: ModelStore, entry: ModelEntry, path: Path, on_stage: OnStage) -> None:
-    """Publish one ONNX file; the caller holds ``store.exclusive``.
+def publish_graph(store: ModelStore, entry: ModelEntry, path: Path, on_stage: OnStage) -> Manifest:
+    """Write one ONNX file, and return its manifest, which is to be committed; the caller holds ``store.exclusive``.
 
     Args:
         store: where to.
@@ -74,8 +74,7 @@ def publish_graph(store: ModelStore, entry: ModelEntry, path: Path, on_stage: On
     sizes = grid(contract.axes)
     measurement = measure_published(manifest, store, sizes[:1] if row_by_row else sizes, highest)
     size_bytes = measurement.resident_bytes
-    store.commit(dataclasses.replace(manifest, model=with_measurement(manifest.model, measurement, size_bytes)))
-    on_stage("published", size_bytes)
+    return dataclasses.replace(manifest, model=with_measurement(manifest.model, measurement, size_bytes))
 
 
 def _verify(

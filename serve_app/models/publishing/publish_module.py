@@ -1,4 +1,4 @@
-"""Publish one built module: write it, load it back, compare its answers, measure it, and commit the manifest."""
+"""Publish one built module: write it, load it back, compare its answers, and measure it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from serve_app.models.builders import registry
 from serve_app.models.builders.base import Metadata
 from serve_app.models.builders.described_module import DescribedModule
 from serve_app.models.builders.refusals import foreign_reason
+from serve_app.models.builders.unread_weights import MOST_READ_BYTES, bytes_read
 from serve_app.models.graph_optimizations import ROUNDING, largest_difference, optimize, order_of_use
 from serve_app.models.module_call import takes_keywords
 from serve_app.models.module_template import TORCH_COMPUTE_DTYPES
@@ -43,7 +44,7 @@ TOLERANCE: dict[Dtype, float] = {"float32": ROUNDING, "bfloat16": 0.05}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class TriedModule:
+class _TriedModule:
     """What is known of a module that has run: what its builder says, how to call it, and what it takes and answers."""
 
     metadata: Metadata
@@ -53,8 +54,10 @@ class TriedModule:
     trials: Sequence[Trial]
 
 
-def publish_module(store: ModelStore, entry: ModelEntry, weights: str, module: nn.Module, on_stage: OnStage) -> None:
-    """Publish one built model; the caller holds ``store.exclusive``.
+def publish_module(
+    store: ModelStore, entry: ModelEntry, weights: str, module: nn.Module, on_stage: OnStage
+) -> Manifest:
+    """Write one built model, and return its manifest, which is to be committed; the caller holds ``store.exclusive``.
 
     Args:
         store: where to.
@@ -66,7 +69,7 @@ def publish_module(store: ModelStore, entry: ModelEntry, weights: str, module: n
     Raises:
         StoreError: the module does not answer as its entry says, does not load back as it was, or cannot be written.
     """
-    tried = try_module(entry, module)
+    tried = _try_module(entry, module)
     metadata, task, execution, contract, trials = (
         tried.metadata, tried.task, tried.execution, tried.contract, tried.trials
     )  # fmt: skip
@@ -92,16 +95,20 @@ def publish_module(store: ModelStore, entry: ModelEntry, weights: str, module: n
     answers = {spec.name: tensor.numpy() for spec, tensor in zip(contract.outputs, trials[-1].outputs, strict=True)}
     manifest = with_task(store, entry, manifest, answers)
     model = manifest.model
-    _verify(TorchRuntime().prepare(manifest, store), trials, entry.dtype)
+    read_before = bytes_read()
+    prepared = TorchRuntime().prepare(manifest, store)
+    read_bytes = bytes_read() - read_before
+    _verify(prepared, trials, entry.dtype)
     on_stage("measuring", weights_bytes)
     sizes = grid(contract.axes)
     measurement = measure_published(manifest, store, sizes[:1] if model.row_by_row else sizes)
     require_counted(entry.builder, measurement, weights_bytes)
-    store.commit(dataclasses.replace(manifest, model=with_measurement(model, measurement, weights_bytes)))
-    on_stage("published", weights_bytes)
+    # Last: what hides its weights reads them, too.
+    _require_unread(entry.builder, read_bytes)
+    return dataclasses.replace(manifest, model=with_measurement(model, measurement, weights_bytes))
 
 
-def try_module(entry: ModelEntry, module: nn.Module) -> TriedModule:
+def _try_module(entry: ModelEntry, module: nn.Module) -> _TriedModule:
     """Run a module as its builder has made it, and return what that shows.
 
     Raises:
@@ -115,7 +122,7 @@ def try_module(entry: ModelEntry, module: nn.Module) -> TriedModule:
     is_named = bool(entry.inputs or metadata.inputs or example)
     execution = ExecutionFormat(by_keyword=is_named and takes_keywords(module, [spec.name for spec in known.inputs]))
     contract, trials = run_trials(entry, module, task, known, example, execution)
-    return TriedModule(metadata=metadata, task=task, execution=execution, contract=contract, trials=trials)
+    return _TriedModule(metadata=metadata, task=task, execution=execution, contract=contract, trials=trials)
 
 
 def _write_structure(store: ModelStore, module: nn.Module) -> tuple[BlobFile, ...]:
@@ -181,6 +188,20 @@ def _labeled(task: TaskSpec, contract: Contract) -> TaskSpec:
         return task
     classes = contract.outputs[0].shape[-1] if contract.outputs[0].shape else 0
     return task if len(task.labels) == classes else dataclasses.replace(task, labels=())
+
+
+def _require_unread(builder: str, read_bytes: int) -> None:
+    """Require that a factory does not read its weights in every worker, which builds the structure when it starts.
+
+    Raises:
+        StoreError: it has read so many bytes for the structure.
+    """
+    if read_bytes > MOST_READ_BYTES and registry.is_factory(builder):
+        raise StoreError(
+            f"{builder} reads {read_bytes / 1e6:.1f} MB when it only builds the structure of its module, and every "
+            "worker would; return the module without weights, and name their file (weights: file:PATH), or read it by "
+            "torch.load or safetensors"
+        )
 
 
 def _verify(prepared: PreparedModule, trials: Sequence[Trial], dtype: Dtype) -> None:

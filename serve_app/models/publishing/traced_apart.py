@@ -34,19 +34,10 @@ def norms_to_fold(entry: ModelEntry, weights: str, module: nn.Module) -> tuple[F
     except StoreError as error:
         logger.warning("model %s keeps its batch norms: %s", entry.model_id, error)
         return ()
-    for line in found["log"]:
-        logger.warning("%s", line)
     return tuple(FoldedNorm(**pair) for pair in found["folded"])
 
 
 def trace_here(builder: str, weights: str, name: str) -> dict[str, Any]:
-    """Trace a module without its weights; return the pairs, and what was logged."""
-    lines: list[str] = []
-
-    class _Lines(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    logging.getLogger("serve_app.models.graph_optimizations").addHandler(_Lines(logging.WARNING))
+    """Trace a module without its weights; return the pairs."""
     folded = foldable_norms(build_on_meta(builder, weights), name)
-    return {"folded": [{"conv": pair.conv, "norm": pair.norm} for pair in folded], "log": lines}
+    return {"folded": [{"conv": pair.conv, "norm": pair.norm} for pair in folded]}

@@ -6,12 +6,11 @@ for the processor.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import io
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -22,7 +21,7 @@ from serve_app.core.catalog import Dtype
 from serve_app.errors import InvalidRequest, StoreError
 from serve_app.models.runtimes.processor import processor
 from serve_app.models.runtimes.session import PreparedSession, require_made_here
-from serve_app.models.threads import inference_threads, parallel_inferences
+from serve_app.models.threads import inference_threads
 from serve_app.store.manifest import Manifest
 from serve_app.store.model_store import ModelStore
 
@@ -37,9 +36,6 @@ _INT32 = np.iinfo(np.int32)
 
 #: Types of whole numbers that it takes, and computes in those of 32 bits.
 _CUT_OFF = (np.dtype(np.int64), np.dtype(np.uint64), np.dtype(np.uint32))
-
-#: After so many inferences of a model that always runs, it waits until none does, and gives its memory back.
-_MOST_UNTIL_RELEASE = 32
 
 _first_use = threading.RLock()
 
@@ -103,16 +99,15 @@ def _keep_no_kernels(made: Any) -> None:
 def settings(dtype: Dtype | str) -> dict[str, Any]:
     """Return the settings of compiling and of loading, for models that compute in ``dtype``.
 
-    A stream runs one inference at a time, in the thread that asks for it. Streams beyond the first cost threads that
-    idle: one more than there are streams for each model in memory, which the next models take over.
+    A model runs one inference at a time, in the thread that asks. Several streams bring threads for each model in
+    memory, and take more memory at larger sizes than publishing counts.
     """
-    streams = parallel_inferences()
     return {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype],
-        # None means one, without threads of its own.
-        "NUM_STREAMS": streams if streams > 1 else 0,
-        "INFERENCE_NUM_THREADS": streams * inference_threads(),
+        # One, without threads of its own.
+        "NUM_STREAMS": 0,
+        "INFERENCE_NUM_THREADS": inference_threads(),
         # Else the first stream of every model, in every worker, runs on the first processor and nowhere else.
         "ENABLE_CPU_PINNING": False,
         # Compiled models refer to the file of their weights instead of holding them.
@@ -128,37 +123,19 @@ class _OpenVinoSession:
     def __init__(self, compiled: Any, outputs: list[str]) -> None:
         self._compiled = compiled
         self._outputs = [compiled.output(name) for name in outputs]
-        self._changed = threading.Condition()
-        self._running = 0
-        self._until_release = _MOST_UNTIL_RELEASE
+        self._lock = threading.Lock()
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """Run the model, see ``Session.run``."""
+        """Run the model, one inference at a time, see ``Session.run``."""
         _require_32_bits(feeds)
-        with self._turn():
-            # A request cannot be used by two threads. A new one costs microseconds, and keeps no input alive.
-            results = self._compiled.create_infer_request().infer(feeds, share_inputs=True, share_outputs=True)
-            return [np.array(results[output]) for output in self._outputs]
-
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Count an inference; give back the activations of the largest one, which the library keeps, when none runs.
-
-        It gives them back only then.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: self._until_release > 0)
-            self._until_release -= 1
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._running -= 1
-                if not self._running:
-                    self._until_release = _MOST_UNTIL_RELEASE
-                    self._changed.notify_all()
-                    self._compiled.release_memory()
+        with self._lock:
+            try:
+                # A new request costs microseconds, and keeps no input alive.
+                results = self._compiled.create_infer_request().infer(feeds, share_inputs=True, share_outputs=True)
+                return [np.array(results[output]) for output in self._outputs]
+            finally:
+                # It keeps the activations of the largest execution else.
+                self._compiled.release_memory()
 
 
 def _require_32_bits(feeds: Mapping[str, NDArray[Any]]) -> None:

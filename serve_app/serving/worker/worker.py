@@ -15,7 +15,6 @@ from serve_app.core.cache.events import (
     CatalogChanged,
     ContentChanged,
     ExchangeSuggested,
-    ModelsKnown,
     PolicyChanged,
     PreloadSuggested,
     UnloadRequested,
@@ -138,7 +137,7 @@ class Worker:
 
     def start(self, report_every_s: float) -> None:
         """Begin to report, and to preload what is worth it; needs a running event loop."""
-        self._manager.handle(ModelsKnown(tuple(self._catalog.profiles().values())))
+        self._manager.handle(_offered(self._catalog))
         self._preload_listed()
         self._reporter.start(report_every_s)
 
@@ -193,7 +192,7 @@ class Worker:
         self._form_changes = FormChanges(catalog.faster)
         self._reporter.unusable = unusable
         self._reporter.reconfigure(catalog, rules, retention)
-        self._manager.handle(CatalogChanged(tuple(catalog.profiles().values()), [model.model_id for model in pinned]))
+        self._manager.handle(_offered(catalog))
         self._manager.handle(CapacityChanged(budget.capacity_bytes, budget.workspace_bytes))
         self._budget.divide(budget)
         if policy is not None:
@@ -347,6 +346,17 @@ class Worker:
     def _not_in_store(self, model_id: str) -> InferenceRejected:
         here = self._identity.location
         return InferenceRejected(error=StoreError(f"the store at {here} has no model {model_id}; publish it there"))
+
+
+def _offered(catalog: Catalog) -> CatalogChanged:
+    """Return what a cache must know of a catalog."""
+    current = {name: catalog.named(name)[0].model_id for name in catalog.names}
+    answering = {model.model_id for model in catalog.answering()}
+    return CatalogChanged(
+        tuple(catalog.profiles().values()),
+        [model.model_id for model in catalog.models if model.pinned],
+        {model.model_id: current[model.name] for model in catalog.models if model.model_id not in answering},
+    )
 
 
 async def _nothing_new() -> None:

@@ -222,6 +222,36 @@ def test_what_the_catalog_no_longer_has_goes_when_it_is_idle() -> None:
     assert_accounting_adds_up(cache)
 
 
+def test_superseded_version_is_preloaded_no_more_and_its_requests_count_for_its_successor() -> None:
+    policy = make_policy("edgeserve", random.Random(0))
+    cache = ModelCache(capacity_bytes=30, policy=policy)
+    cache.handle(ModelsKnown([profile("a"), profile("b")]), 0.0)
+    for second in range(1, 9):
+        cache.request(profile("a"), float(second))
+        if second == 1:
+            load_ended(cache, "a", 1.0)
+        finish(cache, "a", float(second))
+    before = policy.utility(profile("a"), 9.0)
+    versions = [profile("a"), profile("a@2"), profile("b")]
+    assert before > 10 * policy.utility(profile("b"), 9.0)
+    cache.handle(CatalogChanged(versions, (), {"a": "a@2"}), 9.0)
+    assert policy.utility(profile("a@2"), 9.0) == pytest.approx(before)
+    assert policy.utility(profile("a"), 9.0) <= policy.utility(profile("b"), 9.0)
+    unload(cache, "a", 9.0)
+    assert tick(cache, 10.0) == Preload(profile("a@2"), ())
+    cache.handle(CatalogChanged(versions, (), {"a@2": "a"}), 11.0)
+    assert policy.utility(profile("a"), 11.0) > 10 * policy.utility(profile("a@2"), 11.0), "rolled back"
+
+
+def test_superseded_version_is_loaded_by_a_request_and_by_nothing_else() -> None:
+    cache = ModelCache(capacity_bytes=40, policy=Ranked(a=9))
+    cache.handle(CatalogChanged([profile("a"), profile("a@2")], (), {"a": "a@2"}), 0.0)
+    assert suggest(cache, profile("a"), 1.0) is None
+    assert suggest(cache, profile("a@2"), 2.0) == Preload(profile("a@2"), ())
+    assert cache.request(profile("a"), 3.0) == Load(())
+    assert_accounting_adds_up(cache)
+
+
 def test_pins_change_with_the_catalog() -> None:
     cache = holding(*"ab", capacity=20, pinned="a", a=1, b=2)
     cache.handle(CatalogChanged([profile(name) for name in "abc"], "b"), 9.0)

@@ -290,3 +290,29 @@ def test_each_forecast_begins_at_its_own_time() -> None:
     second = asked(late, (shift_s + at_s for at_s in PASTS["random"]))
     now = first.last_s + 50.0
     assert early.rate(first, LEAD_S, now) == pytest.approx(late.rate(second, LEAD_S, now + shift_s))
+
+
+# Versions
+
+
+def test_next_version_is_predicted_as_the_one_before_was() -> None:
+    predictor = fresh()
+    known, now = timer(predictor, 300.0)
+    successor = RequestHistory(0.0)
+    expected = [predictor.rate(known, lead_s, now + 20) for lead_s in (LEAD_S, 290.0)]
+    predictor.hand_over(known, successor, now + 20)
+    assert [predictor.rate(successor, lead_s, now + 20) for lead_s in (LEAD_S, 290.0)] == pytest.approx(expected)
+    assert predictor.rate(known, LEAD_S, now + 20) == predictor.rate(RequestHistory(0.0), LEAD_S, now + 20)
+
+
+@pytest.mark.parametrize("since_s", [1.0, 50.0, 1e6])
+def test_requests_for_both_versions_add_up(since_s: float) -> None:
+    predictor, alone = fresh(), fresh()
+    known, successor = asked(predictor, [1.0, 2.0, 4.0]), asked(predictor, [10.0, 11.0])
+    both = asked(alone, [1.0, 2.0, 4.0, 10.0, 11.0])
+    predictor.rate(known, LEAD_S, 11.0)
+    predictor.hand_over(known, successor, 11.0 + since_s)
+    alone.rate(both, LEAD_S, 11.0 + since_s)
+    assert (successor.last_s, successor.requests, successor.age) == (both.last_s, both.requests, both.age)
+    assert (successor.fast, successor.slow) == pytest.approx((both.fast, both.slow))
+    assert (successor.fast_left, successor.slow_left) == pytest.approx((both.fast_left, both.slow_left))
