@@ -1,4 +1,4 @@
-"""The forms in which a model can be in memory, and which of them serves it.
+"""The forms in which a model can be in memory: which of them serves it first, and when another one takes its place.
 
 A form is how the weights of a model are laid out and run. Every module has the form ``mapped``: its tensors as they
 were published, which load in about a millisecond on any machine. Others are compiled for one kind of processor by one
@@ -7,9 +7,12 @@ version of a library: they run faster, and may take longer to load.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from serve_app.core.catalog import PublishedModel
+from serve_app.core.catalog import ModelProfile, PublishedModel
+
+#: A form that is hardly faster is not worth a second load.
+_FASTER = 0.9
 
 
 def soonest(forms: Sequence[PublishedModel]) -> PublishedModel:
@@ -19,3 +22,54 @@ def soonest(forms: Sequence[PublishedModel]) -> PublishedModel:
         forms: of one model, at least one; the first of equals is chosen.
     """
     return min(forms, key=lambda form: form.profile.load_s + form.profile.exec_s)
+
+
+def fastest(forms: Sequence[PublishedModel], served: PublishedModel) -> PublishedModel | None:
+    """Return the form that runs fastest of those that a model can go over to from ``served``; None if there is none.
+
+    It takes what ``served`` takes at all sizes that were measured, so that what is admitted for one is for both.
+    """
+    sizes = [cost.sizes for cost in served.costs]
+    faster = [
+        form
+        for form in forms
+        if form.profile.exec_s < _FASTER * served.profile.exec_s and [cost.sizes for cost in form.costs] == sizes
+    ]
+    return min(faster, key=lambda form: form.profile.exec_s, default=None)
+
+
+def key_of_fastest(model_id: str) -> str:
+    """Return the key by which the fastest form of a model is loaded."""
+    return f"{model_id}#fastest"
+
+
+class FormChanges:
+    """Says when a model in memory should go over to its fastest form: when to have stayed has cost as much.
+
+    That is the rule of the ski rental problem (Karlin et al., Competitive snoopy caching, 1988): whatever requests
+    come, it loses at most twice what is lost by who knows them beforehand. It needs no forecast.
+
+    Args:
+        faster: the fastest form of each model that has one, by model.
+    """
+
+    def __init__(self, faster: Mapping[str, ModelProfile]) -> None:
+        self._faster = dict(faster)
+        self._lost_s: dict[str, float] = {}
+
+    def executed(self, model: ModelProfile, times: float) -> ModelProfile | None:
+        """Count an execution in the form of ``model``, ``times`` as long as the shortest; return what to go over to."""
+        faster = self._faster.get(model.model_id)
+        if faster is None:
+            return None
+        lost_s = self._lost_s.get(model.model_id, 0.0) + times * (model.exec_s - faster.exec_s)
+        if lost_s < faster.load_s:
+            self._lost_s[model.model_id] = lost_s
+            return None
+        # Whether or not there is room for it now: the next attempt comes after as long again.
+        self._lost_s[model.model_id] = 0.0
+        return faster
+
+    def loaded(self, model_id: str) -> None:
+        """Begin anew: a model was loaded, in the form that it is served in."""
+        self._lost_s.pop(model_id, None)

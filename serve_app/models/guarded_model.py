@@ -36,12 +36,14 @@ class GuardedModel:
         model: in memory.
         files: their signatures before the load.
         is_current: whether the name of the model still stands for what was loaded.
+        form: see ``PublishedModel.form``.
     """
 
-    def __init__(self, model: LoadedModel, files: Signatures, is_current: Callable[[], bool]) -> None:
+    def __init__(self, model: LoadedModel, files: Signatures, is_current: Callable[[], bool], form: str) -> None:
         self._model = model
         self._files = files
         self._is_current = is_current
+        self.form = form
         self.model_id = model.model_id
         self.weights_bytes = model.weights_bytes
 

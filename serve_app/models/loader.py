@@ -13,7 +13,7 @@ from serve_app.errors import StoreError
 from serve_app.models.guarded_model import GuardedModel, signatures
 from serve_app.models.readahead import ReadAhead
 from serve_app.models.runtimes import registry
-from serve_app.models.runtimes.base import LoadedModel, PreparedModel, StartReadAhead
+from serve_app.models.runtimes.base import PreparedModel, StartReadAhead
 from serve_app.store.blob_store import check_size
 from serve_app.store.manifest import Manifest, ManifestKey
 from serve_app.store.model_store import ModelStore
@@ -84,7 +84,7 @@ class ModelLoader:
             if self._manifest(model_id).files == prepared.manifest.files:
                 raise
 
-    def load(self, model_id: str) -> LoadedModel:
+    def load(self, model_id: str) -> GuardedModel:
         """Bring a model into memory.
 
         Raises:
@@ -102,7 +102,8 @@ class ModelLoader:
             self._prepared[model_id] = prepared = registry.prepare(newer, self._store)
             files = signatures(newer, self._store)
             loaded = prepared.load(self._read_ahead, self._release)
-        return GuardedModel(loaded, files, lambda: self._prepared.get(model_id) is prepared)
+        form = prepared.manifest.model.form
+        return GuardedModel(loaded, files, lambda: self._prepared.get(model_id) is prepared, form)
 
     def _manifest(self, model_id: str) -> Manifest:
         """Return the manifest of a model; raises ``StoreError`` if there is none."""

@@ -11,6 +11,7 @@ import logging
 from PIL import Image
 
 from serve_app.core.catalog import Catalog, PublishedModel
+from serve_app.core.forms import key_of_fastest
 from serve_app.models.loader import ModelLoader
 from serve_app.tasks.images import decode_image
 from serve_app.tasks.tensors import probe
@@ -21,7 +22,8 @@ _PHOTO_PX = (640, 480)
 
 
 def warm_up(loader: ModelLoader, catalog: Catalog) -> None:
-    """Decode a photo, and load and run the model of each runtime that takes the least memory.
+    """Decode a photo, and load and run the model of each runtime that takes the least memory,
+    and the same of the forms that models go over to.
 
     A model that fails is logged; its own requests report the error.
     """
@@ -31,9 +33,13 @@ def warm_up(loader: ModelLoader, catalog: Catalog) -> None:
     smallest: dict[str, PublishedModel] = {}
     for model in sorted(catalog.models, key=lambda model: model.weights_bytes + model.workspace_bytes):
         smallest.setdefault(model.runtime, model)
-    for model in smallest.values():
+    keys = {model.model_id: model for model in smallest.values()}
+    if catalog.faster:
+        name = min(catalog.faster, key=lambda each: catalog.faster[each].size_bytes)
+        keys[key_of_fastest(name)] = catalog[name]
+    for key, model in keys.items():
         try:
-            loaded = loader.load(model.model_id)
+            loaded = loader.load(key)
             try:
                 loaded.run(probe(model.contract, tuple(axis.smallest for axis in model.contract.axes)))
             finally:

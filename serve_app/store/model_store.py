@@ -18,7 +18,6 @@ sees a manifest whole or not at all. This module does not import torch: routers 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -27,14 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from serve_app.core.catalog import MODEL_ID_PATTERN, Catalog, ModelEntry, PublishedModel, task_for
-from serve_app.core.forms import soonest
+from serve_app.core.catalog import MODEL_ID_PATTERN, Catalog, ModelEntry, ModelProfile, PublishedModel, task_for
 from serve_app.core.versions import FIRST_VERSION, VersionRoute, version_key
 from serve_app.errors import StoreError
 from serve_app.store.blob_store import BlobStore, check_size
 from serve_app.store.durable_files import explain_os_errors, fsync_path, is_alive, write_durably
 from serve_app.store.fingerprint import Fingerprints
-from serve_app.store.forms import Environments, Forms
+from serve_app.store.forms import Environments, Forms, choose
 from serve_app.store.manifest import Manifest, ManifestKey
 from serve_app.store.projects import Projects, ProjectState
 
@@ -46,7 +44,10 @@ _NO_FINGERPRINT = "0" * 32
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """What a deployment serves: its catalog, and the manifest of each model by the model's key."""
+    """What a deployment serves: its catalog, and the manifest of each model by the model's key.
+
+    The fastest form of a model that is served in another one at first is there by ``forms.key_of_fastest``.
+    """
 
     catalog: Catalog
     manifests: Mapping[str, ManifestKey]
@@ -220,10 +221,10 @@ class ModelStore(BlobStore):
         routes: dict[str, VersionRoute] = {}
         problems: dict[str, str] = {}
         manifests: dict[str, ManifestKey] = {}
+        faster: dict[str, ModelProfile] = {}
         for entry in entries:
             try:
                 versions, route = self._versions(entry, state)
-                versions = {key: self._in_soonest_form(place, entry, environments) for key, place in versions.items()}
                 current = version_key(entry.model_id, route.current)
                 read = {key: self._overlaid(key, versions[key], entry, route) for key in versions}
                 if current not in read or read[current] is None:
@@ -232,14 +233,17 @@ class ModelStore(BlobStore):
                 logger.error("model %s is left out: %s", entry.model_id, error)
                 problems[entry.model_id] = str(error)
                 continue
-            readable = [model for model in read.values() if model is not None]
-            models += readable
-            keys = {model.model_id for model in readable}
-            manifests |= {key: manifest for key, manifest in versions.items() if key in keys}
+            keys = [key for key, model in read.items() if model is not None]
+            for key in keys:
+                chosen = choose(self._forms(key, versions[key], entry, route, environments))
+                models.append(chosen.model)
+                manifests |= chosen.manifests
+                if chosen.faster is not None:
+                    faster[key] = chosen.faster
             if route.canary is not None and version_key(entry.model_id, route.canary) not in keys:
                 route = dataclasses.replace(route, canary=None, canary_share=0.0)
             routes[entry.model_id] = route
-        return Selection(catalog=Catalog(tuple(models), routes, problems), manifests=manifests)
+        return Selection(catalog=Catalog(tuple(models), routes, problems, faster), manifests=manifests)
 
     def _versions(self, entry: ModelEntry, state: ProjectState | None) -> tuple[dict[str, ManifestKey], VersionRoute]:
         """Return the manifests of an entry by the keys of its versions, and which of them answers."""
@@ -257,18 +261,13 @@ class ModelStore(BlobStore):
             raise StoreError(f"{reason}; run: edgeserve publish {entry.model_id}")
         return {entry.model_id: key}, VersionRoute(current=FIRST_VERSION)
 
-    def _in_soonest_form(self, place: ManifestKey, entry: ModelEntry, environments: Environments) -> ManifestKey:
-        """Return the place of the form of a model that is served: its own, unless another one answers sooner."""
-        forms = self.forms.usable(place, environments) if entry.runtime == "auto" else []
-        models: dict[ManifestKey, PublishedModel] = {}
-        for key in (place, *forms) if forms else ():
-            # A model that cannot be read is a problem of its own, and a form no reason to leave it out.
-            with contextlib.suppress(StoreError):
-                models[key] = self.read(key).model
-        if place not in models:
-            return place
-        best = soonest(list(models.values()))
-        return next(key for key, model in models.items() if model is best)
+    def _forms(
+        self, key: str, place: ManifestKey, entry: ModelEntry, route: VersionRoute, environments: Environments
+    ) -> dict[ManifestKey, PublishedModel]:
+        """Return a readable version in all forms that can serve it, first as it was published."""
+        others = self.forms.usable(place, environments) if entry.runtime == "auto" else []
+        forms = {form: self._overlaid(key, form, entry, route) for form in (place, *others)}
+        return {form: model for form, model in forms.items() if model is not None}
 
     def _here(self, name: str, stem: str) -> ManifestKey:
         """Return the place of a version; a node with a store of its own has optimized the model for itself."""

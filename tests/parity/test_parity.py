@@ -124,6 +124,8 @@ def simulated(played: Scene, choice: str) -> Recorded:
 class FakeModel:
     """A model in memory: it goes once."""
 
+    form = "mapped"
+
     def __init__(self) -> None:
         self.in_memory = True
 

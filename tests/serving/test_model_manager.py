@@ -11,13 +11,14 @@ import logging
 import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from concurrent.futures import Executor, Future
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import pytest_asyncio
 from core_support import Ranked, assert_accounting_adds_up, profile
 
-from serve_app.core.cache.events import ForwardCostsChanged, ModelsKnown, UnloadRequested
+from serve_app.core.cache.events import ExchangeSuggested, ForwardCostsChanged, ModelsKnown, UnloadRequested
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.policies.base import PreloadCandidates
@@ -38,6 +39,7 @@ class FakeModel:
     def __init__(self, model_id: str, events: list[str]) -> None:
         self.model_id = model_id
         self.in_memory = True
+        self.form = "mapped"
         self._events = events
 
     def run(self, inputs: Tensors) -> Tensors:
@@ -1010,3 +1012,56 @@ async def test_closing_unloads_everything() -> None:
     runnables = [await bench.hold(A), await bench.hold(B)]
     bench.manager.close()
     assert not any(runnable.in_memory for runnable in runnables)
+
+
+# Another form
+
+
+async def exchange(bench: Bench, model: ModelProfile) -> str:
+    """Suggest another form of a model; returns what is loaded for it."""
+    bench.manager.handle(ExchangeSuggested(model))
+    await bench.settle()
+    (key,) = bench.loads.under_way
+    return key
+
+
+async def test_requests_use_the_other_form_as_soon_as_it_is_loaded_and_the_former_one_goes_after_them(
+    bench: Bench,
+) -> None:
+    slow = await bench.hold(A)
+    before = await bench.acquire(A)
+    key = await exchange(bench, replace(A, size_bytes=12))
+    during = await bench.acquire(A)
+    assert (before.result().outcome, during.result().outcome) == (Outcome.HIT, Outcome.HIT)
+    fast = bench.loads.end(key)
+    await bench.settle()
+    after = await bench.acquire(A)
+    assert [each.result().runnable for each in (before, during, after)] == [slow, slow, fast]
+    bench.release(before, after)
+    await bench.settle()
+    assert slow.in_memory, "a request still uses it"
+    bench.release(during)
+    await bench.settle()
+    assert (slow.in_memory, fast.in_memory) == (False, True)
+    assert bench.cache.used_bytes == 12
+
+
+async def test_a_form_that_cannot_be_loaded_leaves_the_model_as_it_is(bench: Bench) -> None:
+    slow = await bench.hold(A)
+    key = await exchange(bench, replace(A, size_bytes=12))
+    bench.loads.fail(key, StoreError("a file is missing"))
+    await bench.settle()
+    request = await bench.acquire(A)
+    assert request.result().runnable is slow
+    bench.release(request)
+    assert bench.cache.used_bytes == A.size_bytes
+
+
+async def test_a_form_that_is_loaded_after_the_end_is_unloaded() -> None:
+    bench = Bench()
+    slow = await bench.hold(A)
+    key = await exchange(bench, replace(A, size_bytes=12))
+    bench.manager.close()
+    fast = bench.loads.end(key)
+    await bench.settle()
+    assert (slow.in_memory, fast.in_memory) == (False, False)

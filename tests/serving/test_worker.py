@@ -46,6 +46,7 @@ class FakeModel:
         self._backend = backend
         self.running = 0
         self.unloaded = False
+        self.form = "mapped"
 
     def run(self, inputs: Tensors) -> Tensors:
         assert not self.unloaded, "a model in use was unloaded"

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from model_support import SMALL_INPUT, VISION, check_content, offline, tiny
 from safetensors import safe_open
@@ -219,11 +220,16 @@ def test_equal_blobs_are_stored_once(store: ModelStore) -> None:
 
 @pytest.fixture
 def no_room() -> Iterator[None]:
-    """Limit files to 64 KiB, which to a writer is the same as a full disk."""
+    """Limit files to 64 KiB, which to a writer is the same as a full disk; models are written by a child process."""
+
+    def limit(size: int) -> None:
+        for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
+
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, hard))
+    limit(64 * 1024)
     yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    limit(soft)
 
 
 @pytest.mark.usefixtures("no_room")

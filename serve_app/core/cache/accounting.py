@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from serve_app.core.cache.entries import CacheEntry
 from serve_app.core.cache.victims import VictimRanking
+from serve_app.core.catalog import ModelProfile
 from serve_app.core.policies.base import EvictionPolicy
 
 
@@ -61,6 +62,26 @@ class CacheAccounting:
         self.victims.forget(entry)
         del self.entries[entry.model.model_id]
         self.used_bytes -= size_bytes
+
+    def begin_exchange(self, entry: CacheEntry, incoming: ModelProfile) -> None:
+        """Count another form of a model as well."""
+        entry.incoming = incoming
+        self.used_bytes += incoming.size_bytes
+
+    def end_exchange(self, entry: CacheEntry, succeeded: bool, now: float) -> None:
+        """Count one form of a model again: the other one if the exchange has succeeded."""
+        incoming, entry.incoming = entry.incoming, None
+        assert incoming is not None
+        former = entry.model if succeeded else incoming
+        self.used_bytes -= former.size_bytes
+        if succeeded:
+            grown_bytes = incoming.size_bytes - former.size_bytes
+            self.pinned_bytes += entry.pinned * grown_bytes
+            self.protected_bytes += entry.protected * grown_bytes
+            entry.model = incoming
+            if not entry.unevictable:
+                self.victims.remove(entry)
+                self.victims.add(entry, now)
 
     # Pinned and protected models
 

@@ -90,6 +90,13 @@ class StartLoad:
 
 
 @dataclass(frozen=True, slots=True)
+class StartExchange:
+    """Load another form of a model that is in memory, whose bytes are reserved, and use it from then on."""
+
+    model: ModelProfile
+
+
+@dataclass(frozen=True, slots=True)
 class Grant:
     """Answer a request that had to wait. The actions of a ``Load`` stand before the grant."""
 
@@ -98,4 +105,4 @@ class Grant:
     answer: Answer
 
 
-Action = Evict | StartLoad | Grant
+Action = Evict | StartLoad | StartExchange | Grant

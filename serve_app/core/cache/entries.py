@@ -27,6 +27,13 @@ class CacheEntry:
     preload: bool = False
     #: And no request has asked for it since.
     speculative: bool = False
+    #: The form that it is going over to, whose bytes are counted as well.
+    incoming: ModelProfile | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes, in both forms while it goes over to another one."""
+        return self.model.size_bytes + (self.incoming.size_bytes if self.incoming else 0)
 
     @property
     def unevictable(self) -> bool:

@@ -30,6 +30,21 @@ class LoadFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class ExchangeSuggested:
+    """A model in memory had better go over to another of its forms, which ``model`` describes; see ``forms.py``."""
+
+    model: ModelProfile
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeEnded:
+    """A model has gone over to its other form, and nothing uses the former one any more; or it has stayed as it was."""
+
+    model_id: str
+    succeeded: bool
+
+
+@dataclass(frozen=True, slots=True)
 class LoadImpossible:
     """A load of a model would fail, so that nothing is to be displaced for it."""
 
@@ -168,6 +183,8 @@ class ForwardCostsChanged:
 
 Event = (
     PreloadTick
+    | ExchangeSuggested
+    | ExchangeEnded
     | LoadEnded
     | LoadFailed
     | LoadImpossible

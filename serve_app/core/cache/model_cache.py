@@ -16,6 +16,8 @@ from serve_app.core.cache.events import (
     CatalogChanged,
     ContentChanged,
     Event,
+    ExchangeEnded,
+    ExchangeSuggested,
     ForwardCostsChanged,
     IdleChecked,
     LoadEnded,
@@ -54,11 +56,12 @@ class ModelCache:
     | LOADING | ``Evict`` (a preload that nothing joined)  | absent  |
     | READY   | ``request`` -> ``Hit``                     | READY   |
     | READY   | ``Evict``, or ``victims`` of a ``Load``    | absent  |
+    | READY   | ``StartExchange``, ``ExchangeEnded``       | READY   |
 
     ``request`` and ``finish`` are methods because they run for every request; all else comes in by ``handle``. The
     caller does three things: it carries out the actions that ``finish`` and ``handle`` return, and those of a ``Load``,
-    in their order; it reports the end of each load that was not evicted meanwhile; and it sends a ``PreloadTick`` at
-    ``next_tick_s``, which any call may have moved.
+    in their order; it reports the end of each load that was not evicted meanwhile, and of each exchange; and it sends a
+    ``PreloadTick`` at ``next_tick_s``, which any call may have moved.
 
     A preload that no request has joined may be evicted while it loads, so that no request waits for memory that was
     taken on a guess. A request whose victims are all in use waits; see ``WaitQueue``.
@@ -141,6 +144,11 @@ class ModelCache:
             case PreloadSuggested():
                 self._preload_queue.suggest(event.model, now, required=event.required)
                 return self._preload_queue.start(now)
+            case ExchangeSuggested():
+                return self._preload_queue.exchange(event.model, now)
+            case ExchangeEnded():
+                self._residents.end_exchange(event.model_id, event.succeeded, now)
+                return self._settle(now)
             case UnloadRequested() | WithdrawSuggested() | ContentChanged() | IdleChecked():
                 return self._unload(event, now)
             case WaitCanceled():
@@ -217,7 +225,7 @@ class ModelCache:
             ResidentModel(
                 model_id=model_id,
                 state=entry.state,
-                size_bytes=entry.model.size_bytes,
+                size_bytes=entry.size_bytes,
                 uses=entry.uses,
                 unevictable=entry.unevictable,
                 protected=entry.protected,

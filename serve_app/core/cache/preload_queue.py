@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sized
 from dataclasses import dataclass
 
-from serve_app.core.cache.decisions import Action, Evict, StartLoad
+from serve_app.core.cache.decisions import Action, Evict, StartExchange, StartLoad
 from serve_app.core.cache.entries import idle
 from serve_app.core.cache.residents import Residents
 from serve_app.core.catalog import ModelProfile
@@ -67,6 +67,24 @@ class PreloadQueue:
                 break
             actions += started
         return tuple(actions)
+
+    def exchange(self, model: ModelProfile, now: float) -> tuple[Action, ...]:
+        """Begin to load another form of a model in memory, unless something more useful would have to leave for it."""
+        if self._waiting or self._residents.preloading >= self.max_preloads:
+            return ()
+        if not self._residents.may_exchange(model.model_id):
+            return ()
+        own = self._residents.entries[model.model_id]
+        victims = self._accounting.victims.choose(
+            self._accounting.excess_bytes + model.size_bytes, now, lambda entry: entry is not own and idle(entry)
+        )
+        if victims is None:
+            return ()
+        if not self._is_more_useful(own.model, victims, now):
+            self._accounting.victims.spare(victims, now)
+            return ()
+        names = self._residents.begin_exchange(model, victims, now)
+        return (*(Evict(name, "preload") for name in names), StartExchange(model))
 
     def _first_possible(self, suggestions: deque[_Suggestion], now: float, *, required: bool) -> list[Action]:
         while suggestions:

@@ -29,6 +29,8 @@ class CacheCounters:
     #: Loads that no request has started (not in ``loads``), and those of them that left before any request came.
     preloads: int = 0
     wasted_preloads: int = 0
+    #: Exchanges of a model in memory for another of its forms.
+    form_changes: int = 0
 
 
 #: A background load that keeps failing is tried after up to so many times the memory of a failure.
@@ -195,6 +197,42 @@ class Residents:
         )
         self.accounting.add(entry, now)
         return tuple(victim.model.model_id for victim in victims)
+
+    def may_exchange(self, model_id: str) -> bool:
+        """Whether a model could go over to another form now: it is in memory, and on its way to none."""
+        entry = self.entries.get(model_id)
+        return (
+            entry is not None
+            and entry.state is ModelState.READY
+            and entry.incoming is None
+            and model_id not in self._not_in_catalog
+        )
+
+    def begin_exchange(self, model: ModelProfile, victims: Sequence[HeapEntry], now: float) -> tuple[str, ...]:
+        """Begin to load another form of a model in the place of ``victims``; returns their names.
+
+        The model stays in use until the exchange ends: neither form can leave meanwhile.
+        """
+        entry = self.entries[model.model_id]
+        entry.uses += 1
+        self.evict(victims, now)
+        self.preloading += 1
+        self.counters.form_changes += 1
+        self.accounting.begin_exchange(entry, model)
+        return tuple(victim.model.model_id for victim in victims)
+
+    def end_exchange(self, model_id: str, succeeded: bool, now: float) -> None:
+        """Make a model ready in its other form, or leave it as it is.
+
+        Raises:
+            ValueError: it is not on its way to another form.
+        """
+        entry = self.entries.get(model_id)
+        if entry is None or entry.incoming is None:
+            raise ValueError(f"{model_id} is on its way to no other form")
+        self.preloading -= 1
+        self.accounting.end_exchange(entry, succeeded, now)
+        entry.uses -= 1
 
     def load_ended(self, model_id: str) -> None:
         """Make a loaded model ready.

@@ -11,6 +11,10 @@ from serve_app.tasks.tensors import Tensors
 class RunnableModel(Protocol):
     """A model in memory."""
 
+    @property
+    def form(self) -> str:
+        """How it is in memory, see ``PublishedModel.form``."""
+
     def run(self, inputs: Tensors) -> Tensors:
         """Execute the model; returns its outputs."""
 

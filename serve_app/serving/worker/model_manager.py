@@ -24,12 +24,14 @@ from serve_app.core.cache.decisions import (
     Load,
     Reject,
     RejectReason,
+    StartExchange,
     StartLoad,
     Wait,
 )
 from serve_app.core.cache.events import (
     TICK,
     Event,
+    ExchangeEnded,
     LoadEnded,
     LoadFailed,
     LoadImpossible,
@@ -39,6 +41,7 @@ from serve_app.core.cache.events import (
 )
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
+from serve_app.core.forms import key_of_fastest
 from serve_app.core.vocabulary import ModelState, Outcome
 from serve_app.errors import DoesNotFit, EdgeServeError, StoreError, Unavailable
 from serve_app.serving.worker.model_backend import ModelBackend, ModelObserver, RunnableModel, Timer
@@ -100,6 +103,11 @@ class ModelManager:
         self._call_at = call_at
         self._observer = observer
         self._runnables: dict[str, RunnableModel] = {}
+        #: How many leases use what is in memory, which is two forms of a model while one takes the place of the other.
+        self._leases: dict[RunnableModel, int] = {}
+        #: Forms whose place another one has taken, until nothing uses them any more.
+        self._former: dict[RunnableModel, asyncio.Future[None]] = {}
+        self._exchanges: set[asyncio.Task[None]] = set()
         self._loads: dict[str, _Loading] = {}
         #: Background loads that were evicted for a request and whose threads still run.
         self._abandoned: dict[str, _Loading] = {}
@@ -152,6 +160,13 @@ class ModelManager:
 
     def release(self, lease: Lease) -> None:
         """The request no longer uses the model."""
+        left = self._leases[lease.runnable] - 1
+        if left:
+            self._leases[lease.runnable] = left
+        else:
+            del self._leases[lease.runnable]
+            if self._former and (unused := self._former.pop(lease.runnable, None)) is not None:
+                unused.set_result(None)
         self._finish(lease.model_id)
 
     def recheck(self, model_ids: Iterable[str]) -> None:
@@ -211,9 +226,11 @@ class ModelManager:
     def _lease_of(
         self, model: ModelProfile, outcome: Outcome, wait_s: float, load_s: float = 0.0, evicted: tuple[str, ...] = ()
     ) -> Lease:
+        runnable = self._runnables[model.model_id]
+        self._leases[runnable] = self._leases.get(runnable, 0) + 1
         return Lease(
             model_id=model.model_id,
-            runnable=self._runnables[model.model_id],
+            runnable=runnable,
             outcome=outcome,
             wait_s=wait_s,
             load_s=load_s,
@@ -262,6 +279,8 @@ class ModelManager:
                     self._evict(model_id, reason)
                 case StartLoad(model, background):
                     self._start_load(model.model_id, background)
+                case StartExchange(model):
+                    self._start_exchange(model.model_id)
                 case Grant(ticket, model_id, answer):
                     waiter = self._waiters.get(ticket)
                     if waiter is None or waiter.done():
@@ -334,6 +353,31 @@ class ModelManager:
             return
         self._runnables[model_id] = runnable
         self.handle(LoadEnded(model_id))
+
+    def _start_exchange(self, model_id: str) -> None:
+        task = asyncio.get_running_loop().create_task(self._exchange(model_id), name=f"exchange {model_id}")
+        self._exchanges.add(task)
+        task.add_done_callback(self._exchanges.discard)
+
+    async def _exchange(self, model_id: str) -> None:
+        """Load the fastest form of a model beside the one in memory, and let it take that one's place."""
+        try:
+            job = self._preloaders.submit(self._backend.load, key_of_fastest(model_id))
+            runnable = await asyncio.wrap_future(job)
+        except Exception as error:
+            # The model goes on in the form that it has.
+            logger.warning("model %s stays in its form: %s", model_id, error)
+            self.handle(ExchangeEnded(model_id, succeeded=False))
+            return
+        if self._is_closed:
+            _unload(model_id, runnable)
+            return
+        former, self._runnables[model_id] = self._runnables[model_id], runnable
+        if former in self._leases:
+            unused = self._former[former] = asyncio.get_running_loop().create_future()
+            await unused
+        _unload(model_id, former)
+        self.handle(ExchangeEnded(model_id, succeeded=True))
 
     def _failed(self, model_id: str, error: Exception, background: bool) -> StoreError:
         detail = str(error) if isinstance(error, EdgeServeError) else f"{type(error).__name__}: {error}"

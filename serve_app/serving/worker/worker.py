@@ -14,6 +14,7 @@ from serve_app.core.cache.events import (
     CapacityChanged,
     CatalogChanged,
     ContentChanged,
+    ExchangeSuggested,
     PolicyChanged,
     PreloadSuggested,
     UnloadRequested,
@@ -21,10 +22,12 @@ from serve_app.core.cache.events import (
 from serve_app.core.catalog import Catalog, PublishedModel
 from serve_app.core.cluster.reports import WorkerReport
 from serve_app.core.coordination.rules import CoordinatorRules
+from serve_app.core.forms import FormChanges
 from serve_app.core.memory_budget import MemoryBudget
 from serve_app.core.policies.base import EvictionPolicy
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.versions import split_key
+from serve_app.core.vocabulary import Outcome
 from serve_app.errors import DeadlineExceeded, EdgeServeError, ModelChanged, StoreError
 from serve_app.serving.coordinator.client import CoordinatorClient
 from serve_app.serving.metrics import WorkerMetrics
@@ -37,7 +40,7 @@ from serve_app.serving.transport.messages import (
 )
 from serve_app.serving.worker.executor import InferenceExecutor
 from serve_app.serving.worker.model_backend import RunnableModel
-from serve_app.serving.worker.model_manager import ModelManager
+from serve_app.serving.worker.model_manager import Lease, ModelManager
 from serve_app.serving.worker.process_budget import ProcessBudget
 from serve_app.serving.worker.reporter import WorkerReporter
 from serve_app.serving.worker.settings import RetentionRules, WorkerIdentity
@@ -93,6 +96,7 @@ class Worker:
     ) -> None:
         self._identity = identity
         self._catalog = catalog
+        self._form_changes = FormChanges(catalog.faster)
         self._manager = manager
         self._coordinator = coordinator
         self._metrics = metrics
@@ -185,6 +189,7 @@ class Worker:
         if sum(held.get(model.model_id, 0) for model in pinned) > budget.model_capacity_bytes:
             raise ValueError(f"{budget.model_capacity_bytes} bytes for models are less than what the pinned ones need")
         self._catalog = catalog
+        self._form_changes = FormChanges(catalog.faster)
         self._reporter.unusable = unusable
         self._reporter.reconfigure(catalog, rules, retention)
         self._manager.handle(_offered(catalog))
@@ -269,6 +274,8 @@ class Worker:
         )
         outputs, answer, executions = done.result
         self._measured.add(model.profile, work.origin, lease, done.exec_s / times_longer / executions)
+        if lease.runnable.form == model.form:
+            self._change_form(model, lease, times_longer * executions)
         queue_s = lease.wait_s + done.queue_s
         # Metrics take a while, so the answer goes first.
         asyncio.get_running_loop().call_soon(self._metrics.executed, model.model_id, queue_s, done.exec_s)
@@ -283,8 +290,16 @@ class Worker:
             replica=self._identity.replica,
             sequence=self._reporter.next_sequence,
             evicted=lease.evicted,
-            form=model.form,
+            form=lease.runnable.form,
         )
+
+    def _change_form(self, model: PublishedModel, lease: Lease, times: float) -> None:
+        """Let a model that was executed in the form that it is loaded in go over to the fastest, once that pays."""
+        if lease.outcome is Outcome.LOAD:
+            self._form_changes.loaded(model.model_id)
+        faster = self._form_changes.executed(model.profile, times)
+        if faster is not None:
+            self._manager.handle(ExchangeSuggested(faster))
 
     def _begin(self, raw: RawInput, model: PublishedModel) -> tuple[Solution, Tensors, tuple[int, ...]]:
         """Start the task of a model, up to the inputs of its first execution."""
