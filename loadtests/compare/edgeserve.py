@@ -44,7 +44,9 @@ class EdgeServe:
         }
         for name, content in (("edge", edge), ("local", local)):
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
-        up = self._processes.start(self._command("up", str(folder / "local.yaml"), "--detach"), self._variables)
+        up = self._processes.start(
+            self._command("up", str(folder / "local.yaml"), "--detach", "--no-compile"), self._variables
+        )
         try:
             code = up.wait(_UP_S)
         except subprocess.TimeoutExpired:

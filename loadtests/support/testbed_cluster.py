@@ -143,8 +143,8 @@ class Lab:
 
     def deploy(self) -> None:
         """Deploy the locations, or bring them in line with what has changed."""
-        command = [sys.executable, "-m", "serve_app", "up", str(self.folder / "cluster.yaml"), "--detach"]
-        self.run(HEAD, *command, timeout_s=_UP_S)
+        command = [sys.executable, "-m", "serve_app", "up", str(self.folder / "cluster.yaml")]
+        self.run(HEAD, *command, "--detach", "--no-compile", timeout_s=_UP_S)
 
     def status(self, *, at: str = HEAD) -> dict[str, Any]:
         """The cluster as the router of a location, or the gateway, sees it: its locations, and the coordinator."""

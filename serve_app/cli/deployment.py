@@ -35,13 +35,19 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option("--detach", is_flag=True, help="Return once everything is ready; edgeserve down stops it.")
+@click.option(
+    "--compile/--no-compile", "compiled", default=True, help="Compile models in the background (the default)."
+)
 @require_weights_option
-def up(config: Path | None, detach: bool, require_weights: bool) -> None:
+def up(config: Path | None, detach: bool, compiled: bool, require_weights: bool) -> None:
     """Publish missing models, start the locations of CONFIG, and wait until they are ready.
 
     CONFIG is a Serve configuration file. Without it, local.yaml of the working directory if edgeserve init has written
     one there, else deploy/local.yaml. Starts Ray if none runs, or joins the cluster at RAY_ADDRESS. Ctrl-C stops what
     it has started.
+
+    Models are compiled for this machine in the background, which takes minutes the first time, and locations take over
+    what is ready. Until then they run as they were published.
 
     While EdgeServe is up already, brings it in line with what has changed in the configuration files, without losing a
     request: memory, policy, links, models and locations that come or go.
@@ -62,7 +68,7 @@ def up(config: Path | None, detach: bool, require_weights: bool) -> None:
     show(f"configuration {serve_file.path}")
     deployment.require_writable_state()
     try:
-        publish_catalog(edge, require_weights=require_weights)
+        publish_catalog(edge, require_weights=require_weights, compiled=False)
     except WeightsUnavailable:
         raise
     except StoreError as error:
@@ -72,10 +78,14 @@ def up(config: Path | None, detach: bool, require_weights: bool) -> None:
     if earlier is not None:
         deployment.update(earlier, serve_file, show)
         show("everything is as configured; edgeserve down stops it")
+        if compiled:
+            deployment.compile_in_background(earlier, edge)
         time.sleep(_REPORTS_S)
         warn_of_unusable_models(serve_file, edge)
         return
     running = deployment.start(serve_file, show)
+    if compiled:
+        deployment.compile_in_background(running, edge)
     warn_of_unusable_models(serve_file, edge)
     _show_addresses(out, serve_file.url, serve_file.locations, _classifier(edge))
     if detach:

@@ -69,7 +69,7 @@ def publish(
     canary: float | None,
     require_weights: bool,
 ) -> None:
-    """Put models into the store: download or build them, convert, verify and measure.
+    """Put models into the store: download or build them, convert, verify and measure; compile them for this machine.
 
     Without MODEL, the whole catalog. What is there already is left alone; a run that was killed goes on. A model whose
     entry, or a file that it names, has changed gets a new version, to which running deployments of the same catalog go
@@ -106,6 +106,7 @@ def publish_catalog(
     store: Path | None = None,
     canary: float | None = None,
     require_weights: bool = False,
+    compiled: bool = True,
 ) -> None:
     """Publish models and show progress.
 
@@ -116,6 +117,7 @@ def publish_catalog(
         store: directory of the store, if not the one of the settings.
         canary: new versions answer this share of the requests; None: all of them.
         require_weights: random weights must not stand in for pretrained ones.
+        compiled: compile modules for this machine, too.
 
     Raises:
         ConfigError: the settings or the catalog are wrong, or there is no such model.
@@ -150,6 +152,7 @@ def publish_catalog(
             canary=canary,
             fetcher=Fetcher(downloads_dir(), ca_bundle=ca_bundle()),
             require_weights=require_weights,
+            compiled=compiled,
         )
     out.print(f"{len(report.published)} models published, {len(report.skipped)} were in the store at {root}")
     if report.published:

@@ -243,7 +243,7 @@ class Catalog:
         models: every version of every model.
         routes: which version answers for a name; a name without a route has one version.
         problems: why a model of the catalog file cannot be served at all, by name.
-        faster: the form that a model in memory may go over to, by key; see ``forms.py``.
+        fastest: the fastest form of each model that has several, by key; see ``forms.py``.
     """
 
     def __init__(
@@ -251,12 +251,12 @@ class Catalog:
         models: tuple[PublishedModel, ...],
         routes: Mapping[str, VersionRoute] = MappingProxyType({}),
         problems: Mapping[str, str] = MappingProxyType({}),
-        faster: Mapping[str, ModelProfile] = MappingProxyType({}),
+        fastest: Mapping[str, PublishedModel] = MappingProxyType({}),
     ) -> None:
         self._models = {model.model_id: model for model in models}
         self.routes = routes
         self.problems = problems
-        self.faster = faster
+        self.fastest = fastest
         #: What a request may name, and which models that means.
         self._named: dict[str, tuple[PublishedModel, ...]] = {}
         self._versions: dict[str, tuple[int, ...]] = {}
@@ -331,7 +331,7 @@ class Catalog:
             name: replace(route, current=current[name]) if name in current else route
             for name, route in self.routes.items()
         }
-        return Catalog(self.models, routes, self.problems, self.faster)
+        return Catalog(self.models, routes, self.problems, self.fastest)
 
     def profiles(self) -> dict[str, ModelProfile]:
         """Profile of every version of every model, by key."""

@@ -24,8 +24,8 @@ def soonest(forms: Sequence[PublishedModel]) -> PublishedModel:
     return min(forms, key=lambda form: form.profile.load_s + form.profile.exec_s)
 
 
-def fastest(forms: Sequence[PublishedModel], served: PublishedModel) -> PublishedModel | None:
-    """Return the form that runs fastest of those that a model can go over to from ``served``; None if there is none.
+def fastest(forms: Sequence[PublishedModel], served: PublishedModel) -> PublishedModel:
+    """Return the form that a model goes over to once it is in memory, which is ``served`` if no other is much faster.
 
     It takes what ``served`` takes at all sizes that were measured, so that what is admitted for one is for both.
     """
@@ -35,7 +35,7 @@ def fastest(forms: Sequence[PublishedModel], served: PublishedModel) -> Publishe
         for form in forms
         if form.profile.exec_s < _FASTER * served.profile.exec_s and [cost.sizes for cost in form.costs] == sizes
     ]
-    return min(faster, key=lambda form: form.profile.exec_s, default=None)
+    return min(faster, key=lambda form: form.profile.exec_s, default=served)
 
 
 def key_of_fastest(model_id: str) -> str:
@@ -50,25 +50,25 @@ class FormChanges:
     come, it loses at most twice what is lost by who knows them beforehand. It needs no forecast.
 
     Args:
-        faster: the fastest form of each model that has one, by model.
+        fastest: of each model that has several forms, by model.
     """
 
-    def __init__(self, faster: Mapping[str, ModelProfile]) -> None:
-        self._faster = dict(faster)
+    def __init__(self, fastest: Mapping[str, PublishedModel]) -> None:
+        self._fastest = fastest
         self._lost_s: dict[str, float] = {}
 
-    def executed(self, model: ModelProfile, times: float) -> ModelProfile | None:
-        """Count an execution in the form of ``model``, ``times`` as long as the shortest; return what to go over to."""
-        faster = self._faster.get(model.model_id)
-        if faster is None:
+    def executed(self, model_id: str, form: str, exec_s: float) -> ModelProfile | None:
+        """Count an execution in ``form``, that took as long as one of the least size; return what to go over to."""
+        fastest = self._fastest.get(model_id)
+        if fastest is None or fastest.form == form:
             return None
-        lost_s = self._lost_s.get(model.model_id, 0.0) + times * (model.exec_s - faster.exec_s)
-        if lost_s < faster.load_s:
-            self._lost_s[model.model_id] = lost_s
+        lost_s = self._lost_s.get(model_id, 0.0) + max(0.0, exec_s - fastest.profile.exec_s)
+        if lost_s < fastest.profile.load_s:
+            self._lost_s[model_id] = lost_s
             return None
         # Whether or not there is room for it now: the next attempt comes after as long again.
-        self._lost_s[model.model_id] = 0.0
-        return faster
+        self._lost_s[model_id] = 0.0
+        return fastest.profile
 
     def loaded(self, model_id: str) -> None:
         """Begin anew: a model was loaded, in the form that it is served in."""

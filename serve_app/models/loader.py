@@ -40,18 +40,24 @@ class ModelLoader:
         self._releases = ThreadPoolExecutor(1, thread_name_prefix="release") if release_page_cache else None
         self._prepared: dict[str, PreparedModel] = {}
         self._locks: dict[str, threading.Lock] = {}
+        #: Stands for what a key means now, whatever its form: a model in memory may run as long as this is the same.
+        self._meanings: dict[str, object] = {}
         #: What may be loaded, by key; None: whatever the store has, by name.
         self._selected: Mapping[str, ManifestKey] | None = None
 
     def select(self, manifests: Mapping[str, ManifestKey]) -> None:
         """Load these manifests from now on and no others, by the keys of their models.
 
-        What a key stood for before is replaced in memory as soon as it is to run again.
+        What a key stood for before is replaced in memory as soon as it is to run again; another form of the same
+        answers alike, and stays.
         """
         before, self._selected = self._selected or {}, dict(manifests)
         for key, manifest in manifests.items():
-            if before.get(key) != manifest:
+            former = before.get(key)
+            if former != manifest:
                 self._prepared.pop(key, None)
+            if former is None or former.stem != manifest.stem:
+                self._meanings.pop(key, None)
 
     def prepare(self, model_id: str) -> PreparedModel:
         """Do once per process, and model, what a load need not do.
@@ -91,6 +97,7 @@ class ModelLoader:
             StoreError: the model is not published, or a file is missing, truncated or corrupt.
         """
         prepared = self.prepare(model_id)
+        meaning = self._meanings.setdefault(model_id, object())
         files = signatures(prepared.manifest, self._store)
         try:
             loaded = prepared.load(self._read_ahead, self._release)
@@ -100,10 +107,11 @@ class ModelLoader:
             if newer.files == prepared.manifest.files:
                 raise
             self._prepared[model_id] = prepared = registry.prepare(newer, self._store)
+            self._meanings[model_id] = meaning = object()
             files = signatures(newer, self._store)
             loaded = prepared.load(self._read_ahead, self._release)
         form = prepared.manifest.model.form
-        return GuardedModel(loaded, files, lambda: self._prepared.get(model_id) is prepared, form)
+        return GuardedModel(loaded, files, lambda: self._meanings.get(model_id) is meaning, form)
 
     def _manifest(self, model_id: str) -> Manifest:
         """Return the manifest of a model; raises ``StoreError`` if there is none."""

@@ -34,8 +34,8 @@ def warm_up(loader: ModelLoader, catalog: Catalog) -> None:
     for model in sorted(catalog.models, key=lambda model: model.weights_bytes + model.workspace_bytes):
         smallest.setdefault(model.runtime, model)
     keys = {model.model_id: model for model in smallest.values()}
-    if catalog.faster:
-        name = min(catalog.faster, key=lambda each: catalog.faster[each].size_bytes)
+    if catalog.fastest:
+        name = min(catalog.fastest, key=lambda each: catalog.fastest[each].weights_bytes)
         keys[key_of_fastest(name)] = catalog[name]
     for key, model in keys.items():
         try:

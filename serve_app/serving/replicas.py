@@ -78,7 +78,7 @@ class WorkerReplica:
                 logger.exception("model %s cannot be served", model.model_id)
                 is_foreseen = isinstance(error, EdgeServeError)
                 unusable[model.model_id] = str(error) if is_foreseen else f"{type(error).__name__}: {error}"
-        for model_id in selection.catalog.faster:
+        for model_id in selection.catalog.fastest:
             # What its library takes belongs to what the process takes without any model.
             with contextlib.suppress(EdgeServeError):
                 self._loader.prepare(key_of_fastest(model_id))

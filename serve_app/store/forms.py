@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from serve_app.core.catalog import ModelProfile, PublishedModel, RuntimeName
+from serve_app.core.catalog import PublishedModel, RuntimeName
 from serve_app.core.forms import fastest, key_of_fastest, soonest
 from serve_app.store.directory import StoreDirectory
 from serve_app.store.manifest import ManifestKey
@@ -32,32 +32,31 @@ class Chosen:
     """The forms of one model that serve it.
 
     Attributes:
-        model: in the form that serves it first, with the memory that an execution needs in either.
-        manifests: of that form by the key of the model, and of the fastest one by ``key_of_fastest``.
-        faster: the numbers of the fastest one; None: there is no faster one.
+        model: in the form in which it is loaded, with the memory that an execution needs in the fastest one as well.
+        fastest: in its fastest form; None where it has but one.
+        manifests: of these forms, by the key of the model and by ``key_of_fastest``.
     """
 
     model: PublishedModel
+    fastest: PublishedModel | None
     manifests: Mapping[str, ManifestKey]
-    faster: ModelProfile | None
 
 
 def choose(forms: Mapping[ManifestKey, PublishedModel]) -> Chosen:
     """Choose among all forms of one model, first as it was published."""
     served = soonest(list(forms.values()))
+    manifests = {served.model_id: next(place for place, model in forms.items() if model is served)}
+    if len(forms) == 1:
+        return Chosen(model=served, fastest=None, manifests=manifests)
     fast = fastest(list(forms.values()), served)
-    key = served.model_id
-    manifests = {key: next(place for place, model in forms.items() if model is served)}
-    if fast is None:
-        return Chosen(model=served, manifests=manifests, faster=None)
-    manifests[key_of_fastest(key)] = next(place for place, model in forms.items() if model is fast)
+    manifests[key_of_fastest(served.model_id)] = next(place for place, model in forms.items() if model is fast)
     costs = tuple(
         replace(cost, workspace_bytes=max(cost.workspace_bytes, other.workspace_bytes))
         for cost, other in zip(served.costs, fast.costs, strict=True)
     )
     workspace_bytes = max(served.workspace_bytes, fast.workspace_bytes)
     model = replace(served, workspace_bytes=workspace_bytes, costs=costs)
-    return Chosen(model=model, manifests=manifests, faster=fast.profile)
+    return Chosen(model=model, fastest=fast, manifests=manifests)
 
 
 class Forms:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from serve_app.core.catalog import ModelEntry
 from serve_app.store.model_store import ModelStore
@@ -56,3 +57,8 @@ class ProjectRecorder:
 
         if state is None or change(state) != state:
             self._store.projects.update(self._project, change)
+
+    def renew(self) -> None:
+        """Have the deployments of the project look again: what they serve is there in other forms."""
+        if self._project is not None:
+            self._store.projects.update(self._project, lambda state: replace(state, serial=state.serial + 1))

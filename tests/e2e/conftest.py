@@ -27,8 +27,11 @@ def deployment() -> Iterator[Deployment]:
         "RAY_TMPDIR": str(folder),
         "XDG_CACHE_HOME": str(folder / "cache"),
     }
-    started = run_cli(("up", str(folder / "local.yaml"), "--detach"), environment)
+    # Compiled before, so that nothing goes on in the background while tests run.
+    published = run_cli(("publish", "--edge", str(folder / "edge.yaml")), environment)
+    started = run_cli(("up", str(folder / "local.yaml"), "--detach", "--no-compile"), environment)
     try:
+        assert published.returncode == 0, published.stderr
         assert started.returncode == 0, f"edgeserve up failed:\n{started.stdout}\n{started.stderr}"
         running = json.loads((folder / "cache" / "edgeserve" / "up.json").read_text())
         yield Deployment(f"http://127.0.0.1:{port}", folder, environment, running["address"])

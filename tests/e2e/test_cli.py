@@ -84,7 +84,7 @@ def test_what_the_server_refuses_is_one_line_and_exit_code_1(deployment, photo_f
 
 
 def test_a_second_up_finds_everything_as_configured(deployment) -> None:
-    result = deployment.cli("up", str(deployment.folder / "local.yaml"), "--detach")
+    result = deployment.cli("up", str(deployment.folder / "local.yaml"), "--detach", "--no-compile")
     assert result.returncode == 0, result.stderr
     assert "everything is as configured" in " ".join(result.stdout.split())
 

@@ -29,11 +29,13 @@ INPUT = {"resize_px": 32, "crop_px": 32}
 
 
 def write_catalog(folder: Path, weights: str, **more: Any) -> None:
-    tiny = {"builder": "tiny_models:Tied", "input": INPUT}
+    # Of one form each, so that answers are equal to the last digit.
+    tiny = {"builder": "tiny_models:Tied", "input": INPUT, "runtime": "torch"}
     models = {
         "changing": {**tiny, "weights": weights},
         "steady": {**tiny, "weights": "random:7"},
         "sometimes": {**tiny, "builder": "sometimes_models:needs_file", "weights": "random:1"},
+        "compiled": {"builder": "torchvision:squeezenet1_1", "weights": "random:1", "input": INPUT},
         **more,
     }
     (folder / "catalog.yaml").write_text(yaml.safe_dump({"models": models}))
@@ -79,7 +81,8 @@ def lifecycle() -> Iterator[Deployment]:
     published = run_cli(("publish", "--edge", str(folder / "mine" / "edge.yaml")), environment)
     assert published.returncode == 0, published.stderr
     flag.unlink()
-    started = run_cli(("up", str(folder / "mine" / "local.yaml"), "--detach"), environment)
+    shutil.rmtree(folder / "store" / "forms")
+    started = run_cli(("up", str(folder / "mine" / "local.yaml"), "--detach", "--no-compile"), environment)
     try:
         assert started.returncode == 0, f"{started.stdout}\n{started.stderr}"
         (folder / "up.err").write_text(started.stderr)
@@ -93,8 +96,35 @@ def lifecycle() -> Iterator[Deployment]:
     assert not left
 
 
+def test_locations_take_over_what_is_compiled_while_they_serve(lifecycle: Deployment) -> None:
+    """The first test, because every ``publish`` compiles what is not."""
+    first = infer(lifecycle, "compiled")
+    assert first.headers["X-EdgeServe-Form"] == "mapped; precision=float32"
+    seen: list[httpx.Response] = []
+    done = threading.Event()
+
+    def ask() -> None:
+        while not done.is_set():
+            seen.append(infer(lifecycle, "compiled"))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        assert edgeserve(lifecycle, "publish").returncode == 0
+        until(lambda: seen[-1].headers.get("X-EdgeServe-Form", "").startswith("onnxruntime"), "another form answers")
+    finally:
+        done.set()
+        thread.join()
+    assert {response.status_code for response in seen} == {200}
+    expected = numbers(first.json())
+    for response in seen:
+        np.testing.assert_allclose(numbers(response.json()), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
 @pytest.fixture(autouse=True)
-def _begin_with_the_first_version(lifecycle: Deployment) -> None:
+def _begin_with_the_first_version(lifecycle: Deployment, request: pytest.FixtureRequest) -> None:
+    if request.function is test_locations_take_over_what_is_compiled_while_they_serve:
+        return
     write_catalog(lifecycle.folder / "mine", FIRST)
     assert edgeserve(lifecycle, "publish").returncode == 0
     edgeserve(lifecycle, "rollback", "changing", "--to", "1")

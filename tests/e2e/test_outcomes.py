@@ -80,7 +80,7 @@ def mixture() -> Iterator[Deployment]:
         "RAY_TMPDIR": str(folder),
         "XDG_CACHE_HOME": str(folder / "cache"),
     }
-    started = run_cli(("up", str(folder / "local.yaml"), "--detach"), environment)
+    started = run_cli(("up", str(folder / "local.yaml"), "--detach", "--no-compile"), environment)
     try:
         assert started.returncode == 0, f"edgeserve up failed:\n{started.stdout}\n{started.stderr}"
         running = json.loads((folder / "cache" / "edgeserve" / "up.json").read_text())

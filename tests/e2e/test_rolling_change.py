@@ -76,7 +76,7 @@ def change(deployment: Deployment, photo: bytes) -> Iterator[Callable[[Callable[
 
     def renew() -> Load:
         with load(deployment, photo) as seen:
-            done = deployment.cli("up", str(files["local"]), "--detach")
+            done = deployment.cli("up", str(files["local"]), "--detach", "--no-compile")
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         return seen
 
@@ -200,7 +200,7 @@ def test_the_address_cannot_change_while_it_serves(deployment: Deployment, tmp_p
     moved = yaml.safe_load((deployment.folder / "local.yaml").read_text())
     moved["http_options"]["port"] += 1
     (tmp_path / "moved.yaml").write_text(yaml.safe_dump(moved))
-    refused = deployment.cli("up", str(tmp_path / "moved.yaml"), "--detach")
+    refused = deployment.cli("up", str(tmp_path / "moved.yaml"), "--detach", "--no-compile")
     assert refused.returncode == 1
     assert "edgeserve down" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1

@@ -10,6 +10,7 @@ import pytest
 from model_support import classify, images, offline, tiny, vision
 
 from serve_app.core.catalog import ModelEntry
+from serve_app.core.forms import key_of_fastest
 from serve_app.models.loader import ModelLoader
 from serve_app.models.publishing import publish_forms
 from serve_app.models.publishing.publish_catalog import PublishReport, publish
@@ -67,6 +68,18 @@ def test_a_compiled_model_answers_like_the_module_and_takes_its_place(compiled: 
     assert (model.contract, model.labels, model.weights_actual) == (
         before.contract, before.labels, before.weights_actual,
     )  # fmt: skip
+
+
+def test_a_model_in_memory_goes_on_when_another_form_is_there(compiled: ModelStore) -> None:
+    loader = ModelLoader(compiled)
+    loader.select(compiled.select([ENTRY]).manifests)
+    mapped = loader.load(ENTRY.model_id)
+    loader.select(compiled.select([ENTRY], environments=environments()).manifests)
+    other = loader.load(key_of_fastest(ENTRY.model_id))
+    assert (mapped.form, other.form) == ("mapped", "onnxruntime")
+    np.testing.assert_allclose(classify(mapped, images()), classify(other, images()), rtol=0, atol=1e-3)
+    mapped.unload()
+    other.unload()
 
 
 def test_a_machine_with_another_library_or_processor_serves_the_model_as_it_was_published(compiled: ModelStore) -> None:

@@ -101,10 +101,12 @@ def publish(
     canary: float | None = None,
     fetcher: Fetcher | None = None,
     require_weights: bool = False,
+    compiled: bool = True,
 ) -> PublishReport:
     """Publish every entry that is missing, incomplete, changed, or on fallback weights that can now be replaced.
 
-    One model that fails does not stop the others. If nothing is to be done, the store is only read.
+    One model that fails does not stop the others. If nothing is to be done, the store is only read. Modules are
+    compiled when all models are published, each under a lock of its own: that takes longer than all the rest.
 
     Args:
         store: where to.
@@ -116,6 +118,7 @@ def publish(
         canary: new versions answer this share of the requests, and the versions before go on with the rest.
         fetcher: fetches what references name.
         require_weights: publish no model with random weights in the place of pretrained ones.
+        compiled: make the missing forms of the models for this machine, too.
 
     Raises:
         StoreError: the store cannot be written at all.
@@ -123,18 +126,22 @@ def publish(
     entries = store.fingerprinted(entries)
     recorder = ProjectRecorder(store, project, canary)
     publisher = Publisher(store, entries, on_progress, WeightSource(fetcher, reachable), recorder, require_weights)
-    if not force and not any(publisher.is_pending(entry) or publisher.lacks_forms(entry) for entry in entries):
-        return publisher.skip_all()
-    prepare_server()
-    with store.exclusive(on_wait=publisher.report_wait):
-        store.sweep()
+    if not force and not any(publisher.is_pending(entry) for entry in entries):
+        publisher.skip_all()
+    else:
+        prepare_server()
+        with store.exclusive(on_wait=publisher.report_wait):
+            store.sweep()
+            for index, entry in enumerate(entries):
+                # Checked again: another publisher may have finished it meanwhile.
+                if force or publisher.is_pending(entry):
+                    publisher.publish(index, entry)
+                else:
+                    publisher.skip(index, entry)
+            store.sweep()
+    if compiled:
         for index, entry in enumerate(entries):
-            if force or publisher.is_pending(entry):  # checked again: another publisher may have finished it meanwhile
-                publisher.publish(index, entry)
-            else:
-                publisher.skip(index, entry)
             publisher.compile(index, entry, force=force)
-        store.sweep()
     return publisher.report()
 
 
@@ -196,11 +203,10 @@ class Publisher:
         if self._entries:
             self._report_stage(0, self._entries[0], "waiting")
 
-    def skip_all(self) -> PublishReport:
-        """Skip every model, and report the run."""
+    def skip_all(self) -> None:
+        """Skip every model."""
         for index, entry in enumerate(self._entries):
             self.skip(index, entry)
-        return self.report()
 
     def skip(self, index: int, entry: ModelEntry) -> None:
         """Leave a model as it is in the store; it may be new to the project."""
@@ -242,9 +248,14 @@ class Publisher:
 
     def compile(self, index: int, entry: ModelEntry, *, force: bool) -> None:
         """Make the forms in which a model runs faster; one that cannot be made is no failure."""
-        key = self._store.find(entry, self._recorder.state())
-        if key is not None:
-            publish_forms(self._store, entry, key, lambda: self._report_stage(index, entry, "compiling"), force=force)
+        if not force and not self.lacks_forms(entry):
+            return
+        with self._store.exclusive(on_wait=self.report_wait):
+            key = self._store.find(entry, self._recorder.state())
+            if key is not None and publish_forms(
+                self._store, entry, key, lambda: self._report_stage(index, entry, "compiling"), force=force
+            ):
+                self._recorder.renew()
 
     def report(self) -> PublishReport:
         """Return the outcome of the run so far, and log its warning."""

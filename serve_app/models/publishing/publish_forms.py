@@ -59,8 +59,10 @@ def missing_forms(
 
 def publish_forms(
     store: ModelStore, entry: ModelEntry, key: ManifestKey, on_begin: Callable[[], None], *, force: bool = False
-) -> None:
-    """Make the missing forms of a published model; the caller holds ``store.exclusive``.
+) -> bool:
+    """Make the missing forms of a published model, and return whether there are more now.
+
+    The caller holds ``store.exclusive``.
 
     Args:
         store: where.
@@ -69,13 +71,16 @@ def publish_forms(
         on_begin: called before a form is made.
         force: make all of them.
     """
+    made = False
     for runtime, form in missing_forms(store, entry, key, force=force).items():
         on_begin()
         try:
             _publish_form(store, entry, key, runtime, form)
+            made = True
         except StoreError as error:
             logger.info("model %s has no form for %s: %s", entry.model_id, runtime, error)
             store.forms.refuse(form, str(error))
+    return made
 
 
 def _is_whole(store: ModelStore, form: ManifestKey) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
@@ -20,6 +21,7 @@ from serve_app.serving.launch.local_ray import (
     join_ray,
     quiet_ray,
     reconnect,
+    start_beside,
     start_ray,
     stop_ray,
 )
@@ -94,6 +96,12 @@ def stop(running: RunningDeployment) -> None:
     else:
         _delete_applications(running)
     _state_file().unlink(missing_ok=True)
+
+
+def compile_in_background(running: RunningDeployment, edge: Path) -> None:
+    """Have the models of a deployment compiled for this machine by a process that ends by itself, or with it."""
+    log = _state_file().with_name("compile.log")
+    start_beside(running, [sys.executable, "-m", "serve_app", "publish", "--edge", str(edge)], log)
 
 
 def write_state(running: RunningDeployment) -> None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,10 @@ _OWN_RAY = {**FAST_INGRESS, "RAY_AUTH_MODE": "disabled"}
 
 #: Marks every process of a Ray that EdgeServe starts.
 _RUN_VARIABLE = "EDGESERVE_RUN_ID"
+#: Marks processes that run beside Ray and are no part of it.
+_BESIDE_VARIABLE = "EDGESERVE_BESIDE"
+#: Of those, see nice(1).
+_LOW_PRIORITY = 19
 _START_S = 60.0
 _STOP_S = 5.0
 _KILL_ROUNDS = 10
@@ -186,7 +190,7 @@ def stop_ray(running: RunningDeployment) -> None:
         ray.shutdown()
     processes = _processes(running)
     for process in processes:
-        if process.pid == running.pid:
+        if process.pid == running.pid or _is_beside(process):
             process.terminate()
     _, left = psutil.wait_procs(processes, timeout=_STOP_S)
     # Serve replaces HAProxy while it shuts down, so new processes may appear.
@@ -202,6 +206,30 @@ def stop_ray(running: RunningDeployment) -> None:
     address_file = _address_file()
     if address_file.is_file() and _port(address_file.read_text()) == _port(running.address):
         address_file.unlink(missing_ok=True)
+
+
+def start_beside(running: RunningDeployment, command: Sequence[str], log: Path) -> None:
+    """Start a process with low priority that ``stop_ray`` ends as well.
+
+    Args:
+        running: beside what.
+        command: with its arguments.
+        log: where its output goes.
+    """
+    environment = child_environment({_RUN_VARIABLE: running.run_id or "", _BESIDE_VARIABLE: "1"})
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
+    # Before it starts any process of its own.
+    os.setpriority(os.PRIO_PROCESS, process.pid, _LOW_PRIORITY)
+
+
+def _is_beside(process: psutil.Process) -> bool:
+    try:
+        return _BESIDE_VARIABLE in process.environ()
+    except psutil.Error:
+        return False
 
 
 def _processes(running: RunningDeployment) -> list[psutil.Process]:

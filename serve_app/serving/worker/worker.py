@@ -96,7 +96,7 @@ class Worker:
     ) -> None:
         self._identity = identity
         self._catalog = catalog
-        self._form_changes = FormChanges(catalog.faster)
+        self._form_changes = FormChanges(catalog.fastest)
         self._manager = manager
         self._coordinator = coordinator
         self._metrics = metrics
@@ -189,7 +189,7 @@ class Worker:
         if sum(held.get(model.model_id, 0) for model in pinned) > budget.model_capacity_bytes:
             raise ValueError(f"{budget.model_capacity_bytes} bytes for models are less than what the pinned ones need")
         self._catalog = catalog
-        self._form_changes = FormChanges(catalog.faster)
+        self._form_changes = FormChanges(catalog.fastest)
         self._reporter.unusable = unusable
         self._reporter.reconfigure(catalog, rules, retention)
         self._manager.handle(_offered(catalog))
@@ -274,8 +274,7 @@ class Worker:
         )
         outputs, answer, executions = done.result
         self._measured.add(model.profile, work.origin, lease, done.exec_s / times_longer / executions)
-        if lease.runnable.form == model.form:
-            self._change_form(model, lease, times_longer * executions)
+        self._change_form(model.model_id, lease, done.exec_s / times_longer / executions)
         queue_s = lease.wait_s + done.queue_s
         # Metrics take a while, so the answer goes first.
         asyncio.get_running_loop().call_soon(self._metrics.executed, model.model_id, queue_s, done.exec_s)
@@ -293,13 +292,13 @@ class Worker:
             form=lease.runnable.form,
         )
 
-    def _change_form(self, model: PublishedModel, lease: Lease, times: float) -> None:
-        """Let a model that was executed in the form that it is loaded in go over to the fastest, once that pays."""
+    def _change_form(self, model_id: str, lease: Lease, exec_s: float) -> None:
+        """Let a model that was executed in another form than its fastest go over to that, once it pays."""
         if lease.outcome is Outcome.LOAD:
-            self._form_changes.loaded(model.model_id)
-        faster = self._form_changes.executed(model.profile, times)
-        if faster is not None:
-            self._manager.handle(ExchangeSuggested(faster))
+            self._form_changes.loaded(model_id)
+        profile = self._form_changes.executed(model_id, lease.runnable.form, exec_s)
+        if profile is not None:
+            self._manager.handle(ExchangeSuggested(profile))
 
     def _begin(self, raw: RawInput, model: PublishedModel) -> tuple[Solution, Tensors, tuple[int, ...]]:
         """Start the task of a model, up to the inputs of its first execution."""
