@@ -77,9 +77,15 @@ def publish_forms(
         try:
             _publish_form(store, entry, key, runtime, form)
             made = True
-        except StoreError as error:
-            logger.info("model %s has no form for %s: %s", entry.model_id, runtime, error)
-            store.forms.refuse(form, str(error))
+        except Exception as error:
+            # Exporters and runtimes raise what they like. The model is served as it was published.
+            reason = str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
+            if isinstance(error.__cause__, OSError):
+                # A full disk says nothing of the model: the next publisher tries again.
+                logger.warning("model %s is not compiled for %s: %s", entry.model_id, runtime, reason)
+                continue
+            logger.info("model %s has no form for %s: %s", entry.model_id, runtime, reason)
+            store.forms.refuse(form, reason)
     return made
 
 

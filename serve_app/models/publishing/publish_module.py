@@ -95,9 +95,11 @@ def publish_module(
     answers = {spec.name: tensor.numpy() for spec, tensor in zip(contract.outputs, trials[-1].outputs, strict=True)}
     manifest = with_task(store, entry, manifest, answers)
     model = manifest.model
-    read_before = bytes_read()
-    prepared = TorchRuntime().prepare(manifest, store)
-    read_bytes = bytes_read() - read_before
+    # Twice: the first time reads the libraries that a factory imports when it is called, too.
+    for _ in range(2):
+        read_before = bytes_read()
+        prepared = TorchRuntime().prepare(manifest, store)
+        read_bytes = bytes_read() - read_before
     _verify(prepared, trials, entry.dtype)
     on_stage("measuring", weights_bytes)
     sizes = grid(contract.axes)
