@@ -41,19 +41,18 @@ def import_torchvision() -> Any:
     """Import ``torchvision``, whether or not its C++ extension fits the installed torch."""
     with _lock:
         declare_missing_operators()
-        with without_compiler():
+        with _without_compiler():
             torchvision = importlib.import_module("torchvision")
         let_operators_be_called()
         return torchvision
 
 
 @contextlib.contextmanager
-def without_compiler() -> Iterator[None]:
-    """Keep torchvision from importing torch's compiler meanwhile, which takes seconds and 70 MB in every worker.
+def _without_compiler() -> Iterator[None]:
+    """Keep an import of torchvision from importing torch's compiler: seconds and tens of megabytes in every worker.
 
-    Its ``roi_align`` wants one function of it when it is imported, which says whether the compiler can be used; and
-    initializers of tensors without storage want to be left alone by it. Whoever imports the compiler later gets the
-    real one.
+    Its ``roi_align`` wants one function of it, which says whether the compiler can be used. Whoever imports the
+    compiler later gets the real one.
     """
     names = ("torch._dynamo", "torch._dynamo.utils")
     if any(name in sys.modules for name in names):
@@ -61,7 +60,6 @@ def without_compiler() -> Iterator[None]:
         return
     package, utils = (types.ModuleType(name) for name in names)
     package.__path__ = []
-    package.disable = lambda function, *_, **__: function  # type: ignore[attr-defined]
     utils.is_compile_supported = lambda device: False  # type: ignore[attr-defined]
     sys.modules |= {names[0]: package, names[1]: utils}
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import warnings
 from collections.abc import Callable
@@ -27,7 +26,6 @@ from serve_app.models.builders.unread_weights import without_reading_weights
 from serve_app.models.sources.download_cache import OnBytes, ignore_bytes
 from serve_app.models.sources.pretrained import PRETRAINED, Pretrained, WeightSource
 from serve_app.models.sources.state_dicts import load_strictly, read_state
-from serve_app.models.torchvision_compat import without_compiler
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +37,6 @@ _BUILDERS: dict[str, Callable[[str], Builder]] = {
     "export": ExportBuilder,
     "transformers": TransformersBuilder,
 }
-
-#: Builders of modules that make no use of torch's compiler.
-_EAGER = ("torchvision:", "efficientnet-lite:")
 
 #: Builders whose structure is stored: kind -> builds the module from it.
 _FROM_STRUCTURE: dict[str, Callable[[bytes], nn.Module]] = {
@@ -149,8 +144,7 @@ def build_on_meta(builder_name: str, weights: str, structure: bytes | None = Non
         return rebuild(structure).to("meta").requires_grad_(False).eval()
     builder = resolve(builder_name)
     try:
-        compiler = without_compiler() if builder_name.startswith(_EAGER) else contextlib.nullcontext()
-        with warnings.catch_warnings(), torch.device("meta"), without_reading_weights(), compiler:
+        with warnings.catch_warnings(), torch.device("meta"), without_reading_weights():
             # Of a factory that reads weights: once for each tensor.
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
             module = builder.construct(weights)
