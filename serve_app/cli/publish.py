@@ -60,6 +60,9 @@ require_weights_option = click.option(
 @store_option
 @click.option("--force", is_flag=True, help="Publish again what is in the store, too.")
 @click.option("--canary", type=SHARE, metavar="SHARE", help="Let new versions answer this share of the requests: 10%.")
+@click.option(
+    "--compile/--no-compile", "compiled", default=True, help="Compile modules for this machine (the default)."
+)
 @require_weights_option
 def publish(
     names: tuple[str, ...],
@@ -67,6 +70,7 @@ def publish(
     store: Path | None,
     force: bool,
     canary: float | None,
+    compiled: bool,
     require_weights: bool,
 ) -> None:
     """Put models into the store: download or build them, convert, verify and measure; compile them for this machine.
@@ -82,6 +86,7 @@ def publish(
         store=store,
         canary=canary,
         require_weights=require_weights,
+        compiled=compiled,
     )
 
 

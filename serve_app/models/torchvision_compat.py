@@ -4,15 +4,19 @@ The torchvision wheel of the package index is built against CUDA. Beside a torch
 be loaded, and ``import torchvision`` then fails with ``operator torchvision::nms does not exist``, because it
 registers shapes for two operators that only the extension declares. They are declared here first, with implementations
 on tensors for those that detectors call.
+
+Nor does it import torch's compiler from here, which no model needs that is run eagerly.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
 import threading
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +41,32 @@ def import_torchvision() -> Any:
     """Import ``torchvision``, whether or not its C++ extension fits the installed torch."""
     with _lock:
         declare_missing_operators()
-        torchvision = importlib.import_module("torchvision")
+        with _without_compiler():
+            torchvision = importlib.import_module("torchvision")
         let_operators_be_called()
         return torchvision
+
+
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Keep an import of torchvision from importing torch's compiler, which takes seconds and 70 MB in every worker.
+
+    Its ``roi_align`` wants one function of it, which says whether the compiler can be used. Whoever imports the
+    compiler later gets the real one.
+    """
+    names = ("torch._dynamo", "torch._dynamo.utils")
+    if any(name in sys.modules for name in names):
+        yield
+        return
+    package, utils = (types.ModuleType(name) for name in names)
+    package.__path__ = []
+    utils.is_compile_supported = lambda device: False  # type: ignore[attr-defined]
+    sys.modules |= {names[0]: package, names[1]: utils}
+    try:
+        yield
+    finally:
+        for name in names:
+            sys.modules.pop(name, None)
 
 
 def declare_missing_operators(is_extension_loaded: Callable[[], bool] | None = None) -> None:

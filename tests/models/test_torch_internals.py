@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -68,6 +71,22 @@ def test_module_forward_hooks_and_forward_pre_hooks_list_what_was_registered(reg
     assert has_forward_hooks(module)
     handle.remove()
     assert not has_forward_hooks(module)
+
+
+@pytest.mark.slow
+def test_torchvision_is_imported_without_the_compiler_which_can_still_be_imported() -> None:
+    program = """
+import sys, torch
+from serve_app.models.torchvision_compat import import_torchvision
+torchvision = import_torchvision()
+print("torch._dynamo" in sys.modules, "sympy" in sys.modules)
+boxes = torch.tensor([[0.0, 0.0, 3.0, 3.0]])
+print(torchvision.ops.roi_align(torch.ones(1, 1, 4, 4), [boxes], 2).sum().item())
+import torch._dynamo.utils
+print(torch._dynamo.utils.is_compile_supported("cpu"))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["False", "False", "4.0", "True"]
 
 
 @pytest.mark.slow

@@ -33,6 +33,9 @@ _ROUNDS_S = 2.0
 
 COLD_ROUNDS = 7
 
+#: Rounds of one form before the next form has its turn.
+_TURN = 6
+
 _READ_BYTES = 1 << 20
 
 _DROP_WITHIN_S = 2.0
@@ -244,12 +247,17 @@ class Round:
 
 
 def in_turns(loads: Sequence[Callable[[], LoadedModel]], inputs: Tensors, count: int) -> list[list[Round]]:
-    """Take a miss and a hit of every model in turns, ``count`` times; return the rounds of each.
+    """Take misses and hits of every model in turns, until there are ``count`` of each; return the rounds of each.
 
-    Whatever disturbs the machine then disturbs all of them alike.
+    Whatever disturbs the machine then disturbs all of them alike. A turn is several rounds, and one before them that
+    does not count: it finds the caches of the processor full of what ran before.
     """
-    turns = [[_miss_and_hit(load, inputs) for load in loads] for _ in range(count)]
-    return [list(rounds) for rounds in zip(*turns, strict=True)]
+    rounds: list[list[Round]] = [[] for _ in loads]
+    while len(rounds[-1]) < count:
+        for own, load in zip(rounds, loads, strict=True):
+            _miss_and_hit(load, inputs)
+            own += [_miss_and_hit(load, inputs) for _ in range(min(_TURN, count - len(own)))]
+    return rounds
 
 
 def _miss_and_hit(load: Callable[[], LoadedModel], inputs: Tensors) -> Round:

@@ -134,8 +134,7 @@ def compare_here(root: str, forms: list[str]) -> dict[str, float]:
     contract = manifests[0].model.contract
     with one_thread():
         loads = [partial(prepare(manifest, store).load, ReadAhead, None) for manifest in manifests]
-        # The first round brings the libraries to their speed.
-        first, second = (rounds[1:] for rounds in in_turns(loads, probe(contract, grid(contract.axes)[0]), _ROUNDS + 1))
+        first, second = in_turns(loads, probe(contract, grid(contract.axes)[0]), _ROUNDS)
     hit_s = median(each.cpu_hit_s for each in first)
     return {
         "load": median(each.cpu_load_s for each in second) / hit_s,
