@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -95,6 +96,8 @@ def publish_module(
     answers = {spec.name: tensor.numpy() for spec, tensor in zip(contract.outputs, trials[-1].outputs, strict=True)}
     manifest = with_task(store, entry, manifest, answers)
     model = manifest.model
+    # Torch imports this with the first operator that needs it on tensors without storage: no factory reads that.
+    importlib.import_module("torch.fx.experimental.symbolic_shapes")
     read_before = bytes_read()
     prepared = TorchRuntime().prepare(manifest, store)
     read_bytes = bytes_read() - read_before
