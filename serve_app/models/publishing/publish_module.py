@@ -43,6 +43,9 @@ from serve_app.store.model_store import ModelStore
 #: number, by what the stored one computes in: bfloat16 has eight bits, and their rounding adds up over the layers.
 TOLERANCE: dict[Dtype, float] = {"float32": ROUNDING, "bfloat16": 0.05}
 
+#: How often a structure is built until that imports nothing more.
+_MOST_IMPORTING = 3
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _TriedModule:
@@ -53,10 +56,6 @@ class _TriedModule:
     execution: ExecutionFormat
     contract: Contract
     trials: Sequence[Trial]
-
-
-#: How often a structure is built until that imports nothing more.
-_MOST_IMPORTING = 3
 
 
 def publish_module(
