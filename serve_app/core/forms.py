@@ -14,6 +14,9 @@ from serve_app.core.catalog import ModelProfile, PublishedModel
 #: A form that is hardly faster is not worth a second load.
 _FASTER = 0.9
 
+#: No name of a model, and no version, has this.
+_FASTEST = "#fastest"
+
 
 def soonest(forms: Sequence[PublishedModel]) -> PublishedModel:
     """Return the form whose first answer after a miss comes soonest: its load and one execution.
@@ -40,7 +43,12 @@ def fastest(forms: Sequence[PublishedModel], served: PublishedModel) -> Publishe
 
 def key_of_fastest(model_id: str) -> str:
     """Return the key by which the fastest form of a model is loaded."""
-    return f"{model_id}#fastest"
+    return f"{model_id}{_FASTEST}"
+
+
+def model_of(key: str) -> str:
+    """Return the key of the model that a key, perhaps of ``key_of_fastest``, is for."""
+    return key.removesuffix(_FASTEST)
 
 
 class FormChanges:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import logging
 import os
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from serve_app.core.forms import model_of
 from serve_app.errors import StoreError
 from serve_app.models.guarded_model import GuardedModel, signatures
 from serve_app.models.readahead import ReadAhead
@@ -18,9 +21,13 @@ from serve_app.store.blob_store import check_size
 from serve_app.store.manifest import Manifest, ManifestKey
 from serve_app.store.model_store import ModelStore
 
+logger = logging.getLogger(__name__)
+
 
 class ModelLoader:
     """Loads the models of a store, several at a time from several threads.
+
+    A model whose compiled form is missing or damaged is loaded as it was published.
 
     The caller makes sure that a model is loaded at most once at a time: a loaded model of torch *is* the
     module that was prepared.
@@ -52,6 +59,12 @@ class ModelLoader:
         answers alike, and stays.
         """
         before, self._selected = self._selected or {}, dict(manifests)
+        for key in before.keys() - manifests.keys():
+            model = manifests.get(model_of(key))
+            if model is not None and model.stem != before[key].stem:
+                # The fastest form of what the model was before.
+                self._prepared.pop(key, None)
+                self._meanings.pop(key, None)
         for key, manifest in manifests.items():
             former = before.get(key)
             if former != manifest:
@@ -70,7 +83,7 @@ class ModelLoader:
             return ready
         with self._locks.setdefault(model_id, threading.Lock()):
             if model_id not in self._prepared:
-                self._prepared[model_id] = registry.prepare(self._manifest(model_id), self._store)
+                self._prepared[model_id] = self._prepare_now(model_id)
             return self._prepared[model_id]
 
     def check(self, model_id: str) -> None:
@@ -83,12 +96,9 @@ class ModelLoader:
         if prepared is None:
             return
         try:
-            for file in prepared.manifest.files:
-                check_size(file, self._store.blob_path(file.name), model_id)
-        except StoreError:
-            # A model that was published again is loaded from other files.
-            if self._manifest(model_id).files == prepared.manifest.files:
-                raise
+            self._check_sizes(prepared.manifest, model_id)
+        except StoreError as error:
+            self._check_sizes(self._instead(model_id, prepared.manifest, error), model_id)
 
     def load(self, model_id: str) -> GuardedModel:
         """Bring a model into memory.
@@ -101,17 +111,57 @@ class ModelLoader:
         files = signatures(prepared.manifest, self._store)
         try:
             loaded = prepared.load(self._read_ahead, self._release)
-        except StoreError:
-            # The model may have been published again, and its earlier files swept.
-            newer = self._manifest(model_id)
-            if newer.files == prepared.manifest.files:
-                raise
-            self._prepared[model_id] = prepared = registry.prepare(newer, self._store)
+        except StoreError as error:
+            other = self._instead(model_id, prepared.manifest, error)
+            logger.warning("model %s is loaded from other files: %s", model_id, error)
+            self._prepared[model_id] = prepared = registry.prepare(other, self._store)
             self._meanings[model_id] = meaning = object()
-            files = signatures(newer, self._store)
+            files = signatures(other, self._store)
             loaded = prepared.load(self._read_ahead, self._release)
         form = prepared.manifest.model.form
         return GuardedModel(loaded, files, lambda: self._meanings.get(model_id) is meaning, form)
+
+    def _prepare_now(self, model_id: str) -> PreparedModel:
+        try:
+            return registry.prepare(self._manifest(model_id), self._store)
+        except StoreError as error:
+            place = self._as_published(model_id)
+            if place is None:
+                raise
+            logger.warning("model %s is served as it was published: %s", model_id, error)
+            return registry.prepare(self._store.read(place), self._store)
+
+    def _instead(self, model_id: str, failed: Manifest, error: StoreError) -> Manifest:
+        """Return what to load in the place of ``failed``; raises ``error`` if there is nothing else.
+
+        The model may have been published again, and its earlier files swept; or a compiled form of it is damaged.
+        """
+        place = self._as_published(model_id)
+        try:
+            newer = self._manifest(model_id)
+        except StoreError:
+            if place is None:
+                raise
+        else:
+            if newer.files != failed.files:
+                return newer
+        if place is None:
+            raise error
+        newer = self._store.read(place)
+        if newer.files == failed.files:
+            raise error
+        return newer
+
+    def _as_published(self, model_id: str) -> ManifestKey | None:
+        """Return where a model of which a compiled form is selected is as it was published; None for any other key."""
+        place = (self._selected or {}).get(model_id)
+        if place is None or not place.form or model_of(model_id) != model_id:
+            return None
+        return dataclasses.replace(place, form="")
+
+    def _check_sizes(self, manifest: Manifest, model_id: str) -> None:
+        for file in manifest.files:
+            check_size(file, self._store.blob_path(file.name), model_id)
 
     def _manifest(self, model_id: str) -> Manifest:
         """Return the manifest of a model; raises ``StoreError`` if there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from model_support import classify, images, offline, tiny, vision
 
 from serve_app.core.catalog import ModelEntry
 from serve_app.core.forms import key_of_fastest
-from serve_app.errors import StoreError
+from serve_app.errors import ModelChanged, StoreError
 from serve_app.models.loader import ModelLoader
 from serve_app.models.publishing import publish_forms
 from serve_app.models.publishing.publish_catalog import PublishReport, publish
@@ -83,6 +84,20 @@ def test_a_model_in_memory_goes_on_when_another_form_is_there(compiled: ModelSto
     other.unload()
 
 
+def test_a_form_of_what_the_model_was_before_answers_no_more(compiled: ModelStore) -> None:
+    changed = replace(ENTRY, weights="random:9", fingerprint="")
+    publish(compiled, [changed], reachable=offline, compiled=False)
+    loader = ModelLoader(compiled)
+    loader.select(compiled.select([ENTRY], environments=environments()).manifests)
+    form = loader.load(key_of_fastest(ENTRY.model_id))
+    loader.select(compiled.select([changed], environments=environments()).manifests)
+    with pytest.raises(ModelChanged, match="published again"):
+        classify(form, images())
+    form.unload()
+    with pytest.raises(StoreError, match="has not published"):
+        loader.load(key_of_fastest(ENTRY.model_id))
+
+
 def test_a_machine_with_another_library_or_processor_serves_the_model_as_it_was_published(compiled: ModelStore) -> None:
     elsewhere = compiled.select([ENTRY], environments={"onnxruntime": "onnxruntime 0.1 abacus"})
     assert elsewhere.catalog[ENTRY.model_id].form == "mapped"
@@ -109,6 +124,41 @@ def test_a_damaged_form_is_made_again(compiled: ModelStore) -> None:
     here = compiled.select([ENTRY], environments=environments())
     expected = answers(compiled, compiled.select([ENTRY]), ENTRY.model_id, images())
     np.testing.assert_allclose(answers(compiled, here, ENTRY.model_id, images()), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "deleted", "overwritten", "manifest"])
+def test_a_model_whose_form_is_damaged_is_served_as_it_was_published(
+    compiled: ModelStore, tmp_path: Path, harm: str
+) -> None:
+    store = ModelStore(shutil.copytree(compiled.root, tmp_path / "store", copy_function=shutil.copy))
+    selection, form = store.select([ENTRY], environments=environments()), form_of(store, ENTRY)
+    expected = answers(store, store.select([ENTRY]), ENTRY.model_id, images())
+    serving, starting = ModelLoader(store), ModelLoader(store)
+    for loader in (serving, starting):
+        loader.select(selection.manifests)
+    assert serving.prepare(ENTRY.model_id).manifest.model.form == "onnxruntime"
+    for file in store.read(form).files:
+        path = store.forms.path(form) if harm == "manifest" else store.blob_path(file.name)
+        path.chmod(0o644)
+        match harm:
+            case "truncated":
+                path.write_bytes(b"\0" * 100)
+            case "overwritten":
+                path.write_bytes(b"\0" * file.size_bytes)
+            case _:
+                path.unlink(missing_ok=True)
+        if harm == "manifest":
+            break
+    for loader in (serving, starting):
+        loader.check(ENTRY.model_id)
+        model = loader.load(ENTRY.model_id)
+        np.testing.assert_allclose(classify(model, images()), expected, rtol=0, atol=1e-3)
+        model.unload()
+        loader.check(ENTRY.model_id)
+    if harm != "manifest":
+        assert serving.load(ENTRY.model_id).form == "mapped"
+        with pytest.raises(StoreError, match="publish it again"):
+            serving.load(key_of_fastest(ENTRY.model_id))
 
 
 def test_a_module_that_decides_by_its_numbers_is_served_as_it_was_published(store: ModelStore) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,9 @@ from serve_app.store.model_store import ModelStore
 #: Largest difference allowed between the outputs of the stored and of the directly built model, in parts of the largest
 #: number, by what the stored one computes in: bfloat16 has eight bits, and their rounding adds up over the layers.
 TOLERANCE: dict[Dtype, float] = {"float32": ROUNDING, "bfloat16": 0.05}
+
+#: How often a structure is built until that imports nothing more.
+_MOST_IMPORTING = 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,11 +99,7 @@ def publish_module(
     answers = {spec.name: tensor.numpy() for spec, tensor in zip(contract.outputs, trials[-1].outputs, strict=True)}
     manifest = with_task(store, entry, manifest, answers)
     model = manifest.model
-    # Twice: the first time reads the libraries that a factory imports when it is called, too.
-    for _ in range(2):
-        read_before = bytes_read()
-        prepared = TorchRuntime().prepare(manifest, store)
-        read_bytes = bytes_read() - read_before
+    prepared, read_bytes = _prepare(manifest, store)
     _verify(prepared, trials, entry.dtype)
     on_stage("measuring", weights_bytes)
     sizes = grid(contract.axes)
@@ -190,6 +190,18 @@ def _labeled(task: TaskSpec, contract: Contract) -> TaskSpec:
         return task
     classes = contract.outputs[0].shape[-1] if contract.outputs[0].shape else 0
     return task if len(task.labels) == classes else dataclasses.replace(task, labels=())
+
+
+def _prepare(manifest: Manifest, store: ModelStore) -> tuple[PreparedModule, int]:
+    """Build the structure of a module as workers will, and count the bytes that its factory reads for it."""
+    for _ in range(_MOST_IMPORTING):
+        known, read_before = len(sys.modules), bytes_read()
+        prepared = TorchRuntime().prepare(manifest, store)
+        read_bytes = bytes_read() - read_before
+        # Torch imports a part of its own with the first operator that needs it on tensors without storage.
+        if read_bytes <= MOST_READ_BYTES or len(sys.modules) == known:
+            break
+    return prepared, read_bytes
 
 
 def _require_unread(builder: str, read_bytes: int) -> None:

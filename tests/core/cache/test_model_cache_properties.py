@@ -9,6 +9,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 from core_support import assert_accounting_adds_up, cancel_wait, decided, finish, load_ended, load_failed, unload
@@ -23,8 +24,28 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from serve_app.core.cache.decisions import Action, Answer, Grant, Hit, Join, Load, Reject, RejectReason, Wait
-from serve_app.core.cache.events import TICK, ForwardCostsChanged, ModelsKnown, PreloadSuggested, RetryAllowed
+from serve_app.core.cache.decisions import (
+    Action,
+    Answer,
+    Evict,
+    Grant,
+    Hit,
+    Join,
+    Load,
+    Reject,
+    RejectReason,
+    StartExchange,
+    Wait,
+)
+from serve_app.core.cache.events import (
+    TICK,
+    ExchangeEnded,
+    ExchangeSuggested,
+    ForwardCostsChanged,
+    ModelsKnown,
+    PreloadSuggested,
+    RetryAllowed,
+)
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.policies.registry import make_policy
@@ -83,12 +104,16 @@ class CacheMachine(RuleBasedStateMachine):
         self.required: set[str] = set()
         self.ready: set[str] = set()
         self.uses: Counter[str] = Counter()
+        #: Forms that models in memory have gone over to, and those that they are going over to.
+        self.forms: dict[str, ModelProfile] = {}
+        self.incoming: dict[str, ModelProfile] = {}
         self.waiting: dict[int, str] = {}
         #: Whether a request has waited: then drained models may leave although they need not any more.
         self.any_was_drained = False
         self.tickets: set[int] = set()
         self.failed_until: dict[str, float] = {}
         self.requests = self.loads = self.failures = self.evictions = self.unloads = self.preloads = self.wasted = 0
+        self.exchanges = 0
 
     # What can happen
 
@@ -148,6 +173,38 @@ class CacheMachine(RuleBasedStateMachine):
         self.failed_until[model_id] = self.now + FAILURE_MEMORY_S
         self.granted(load_failed(self.cache, model_id, "the disk says no", self.now))
 
+    @precondition(lambda self: self.ready)
+    @rule(choice=st.randoms(use_true_random=False), size_bytes=st.sampled_from([1, 20, 45]))
+    def suggest_form(self, choice: random.Random, size_bytes: int) -> None:
+        self.look_at_worths()
+        model_id = choice.choice(sorted(self.ready))
+        form = replace(MODELS[model_id], size_bytes=size_bytes)
+        actions = self.cache.handle(ExchangeSuggested(form), self.now)
+        if not actions:
+            return
+        assert actions[-1] == StartExchange(form)
+        assert model_id in self.ready - self.incoming.keys(), "it is in memory, and on its way to no other form"
+        assert not self.waiting, "a guess never goes before a request"
+        assert len(self.preloading) + len(self.incoming) < self.max_preloads
+        for action in actions[:-1]:
+            assert isinstance(action, Evict)
+            victim = action.model_id
+            assert victim in self.ready | self.guessed
+            assert victim != model_id
+            assert not self.uses[victim]
+            assert victim not in self.pinned
+            if self.policy_name in STEADY:
+                assert self.worth[victim] < self.worth[model_id], "only what is less useful leaves for it"
+            self.leaves(victim)
+            self.evictions += 1
+        self.incoming[model_id] = form
+        self.exchanges += 1
+
+    @precondition(lambda self: self.incoming)
+    @rule(choice=st.randoms(use_true_random=False), succeeded=st.booleans())
+    def exchange_ends(self, choice: random.Random, succeeded: bool) -> None:
+        self.end_exchange(choice.choice(sorted(self.incoming)), succeeded=succeeded)
+
     @precondition(lambda self: self.uses.total())
     @rule(choice=st.randoms(use_true_random=False))
     def finish(self, choice: random.Random) -> None:
@@ -165,7 +222,7 @@ class CacheMachine(RuleBasedStateMachine):
         if model_id not in self.ready | self.loading:
             with pytest.raises(NotFound):
                 unload(self.cache, model_id, self.now)
-        elif model_id in self.loading or self.uses[model_id] or model_id in self.pinned:
+        elif model_id in self.loading | self.pinned | self.incoming.keys() or self.uses[model_id]:
             with pytest.raises(Conflict):
                 unload(self.cache, model_id, self.now)
         else:
@@ -242,7 +299,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert not grants
         for model, victims in preloads:
             assert not self.waiting, "a guess never goes before a request"
-            assert len(self.preloading) < (self.max_preloads or int(model.model_id in self.pinned))
+            assert len(self.preloading) + len(self.incoming) < (self.max_preloads or int(model.model_id in self.pinned))
             self.takes_the_place_of(model.model_id, victims)
             self.preloading.add(model.model_id)
             self.guessed.add(model.model_id)
@@ -254,7 +311,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.failed_until.get(model_id, self.now) <= self.now, "a failure is remembered"
         assert len(set(victims)) == len(victims)
         missing = self.used_bytes() + MODELS[model_id].size_bytes - self.capacity
-        freed = [MODELS[victim].size_bytes for victim in victims]
+        freed = [self.form(victim).size_bytes for victim in victims]
         assert sum(freed) >= missing, "the victims suffice"
         if self.policy.trim_victims:
             assert all(sum(freed) - size < missing for size in freed), "and not one goes in vain"
@@ -262,11 +319,13 @@ class CacheMachine(RuleBasedStateMachine):
             assert not freed or sum(freed[:-1]) < missing, "and they go one by one only until there is room"
         if self.policy_name in STEADY and victims and not self.any_was_drained:
             others = {other for other in self.ready | self.guessed if not self.uses[other]} - self.pinned - set(victims)
+            others -= self.incoming.keys()
             dearest = max(self.worth[victim] for victim in victims)
             assert all(self.worth[other] >= dearest for other in others), "the least useful go"
         for victim in victims:
             assert victim in self.ready | self.guessed, "a model that is absent, or loading for a request, is no victim"
             assert not self.uses[victim], "a model in use is no victim"
+            assert victim not in self.incoming, "nor one on its way to another form"
             assert victim not in self.pinned, "a pinned model is no victim"
             self.leaves(victim)
             self.evictions += 1
@@ -275,12 +334,13 @@ class CacheMachine(RuleBasedStateMachine):
 
     def look_at_worths(self) -> None:
         """As they are before anything happens."""
-        self.worth = {model_id: self.policy.utility(model, self.now) for model_id, model in MODELS.items()}
+        self.worth = {model_id: self.policy.utility(self.form(model_id), self.now) for model_id in MODELS}
 
     def leaves(self, model_id: str) -> None:
         self.wasted += model_id in self.guessed
         for models in (self.ready, self.loading, self.preloading, self.guessed):
             models.discard(model_id)
+        self.forms.pop(model_id, None)
         del self.uses[model_id]
 
     def used(self, model_id: str) -> None:
@@ -300,11 +360,25 @@ class CacheMachine(RuleBasedStateMachine):
         self.uses[model_id] -= 1
         self.granted(finish(self.cache, model_id, self.now))
 
+    def end_exchange(self, model_id: str, *, succeeded: bool) -> None:
+        form = self.incoming.pop(model_id)
+        if succeeded:
+            self.forms[model_id] = form
+        evicted, grants, preloads = decided(self.cache.handle(ExchangeEnded(model_id, succeeded), self.now))
+        assert not evicted
+        assert not preloads
+        self.granted(grants)
+
+    def form(self, model_id: str) -> ModelProfile:
+        """A model as it is in memory, or would be loaded."""
+        return self.forms.get(model_id, MODELS[model_id])
+
     def used_bytes(self) -> int:
-        return sum(MODELS[model_id].size_bytes for model_id in self.ready | self.loading)
+        loaded = sum(self.form(model_id).size_bytes for model_id in self.ready | self.loading)
+        return loaded + sum(form.size_bytes for form in self.incoming.values())
 
     def pinned_bytes(self) -> int:
-        return sum(MODELS[model_id].size_bytes for model_id in (self.ready | self.loading) & self.pinned)
+        return sum(self.form(model_id).size_bytes for model_id in (self.ready | self.loading) & self.pinned)
 
     @invariant()
     def accounts_agree(self) -> None:
@@ -313,7 +387,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert {model.model_id: (model.state, model.uses, model.unevictable) for model in self.cache.models()} == {
             model_id: (
                 ModelState.LOADING if model_id in self.loading else ModelState.READY,
-                self.uses[model_id],
+                self.uses[model_id] + (model_id in self.incoming),
                 model_id in self.pinned,
             )
             for model_id in self.ready | self.loading
@@ -323,11 +397,14 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def loads_are_limited(self) -> None:
         assert self.slots_taken() <= self.max_loads
-        assert len(self.preloading) <= max(self.max_preloads, len(self.preloading & self.pinned))
+        under_way = len(self.preloading) + len(self.incoming)
+        assert under_way <= max(self.max_preloads, len(self.preloading & self.pinned))
 
     @invariant()
     def reviews_are_announced_only_when_a_preload_may_begin(self) -> None:
-        if self.waiting or len(self.preloading) >= (self.max_preloads or len(self.required & self.pinned)):
+        if self.waiting or len(self.preloading) + len(self.incoming) >= (
+            self.max_preloads or len(self.required & self.pinned)
+        ):
             assert self.cache.next_tick_s == math.inf
 
     @invariant()
@@ -335,16 +412,16 @@ class CacheMachine(RuleBasedStateMachine):
         counters = self.cache.counters
         counted = (
             counters.requests, counters.loads, counters.load_failures, counters.evictions, counters.unloads,
-            counters.preloads, counters.wasted_preloads,
+            counters.preloads, counters.wasted_preloads, counters.form_changes,
         )  # fmt: skip
         assert counted == (
             self.requests, self.loads, self.failures, self.evictions, self.unloads,
-            self.preloads, self.wasted,
+            self.preloads, self.wasted, self.exchanges,
         )  # fmt: skip
 
     @invariant()
     def no_request_waits_for_nothing(self) -> None:
-        if self.loading <= self.guessed and not self.uses.total():
+        if self.loading <= self.guessed and not self.uses.total() and not self.incoming:
             assert not self.waiting, "least of all for a guess"
 
     def teardown(self) -> None:
@@ -361,6 +438,9 @@ class CacheMachine(RuleBasedStateMachine):
             if self.loading:
                 self.end_load(min(self.loading))
                 continue
+            if self.incoming:
+                self.end_exchange(min(self.incoming), succeeded=True)
+                continue
             for model_id in sorted(set(self.uses.elements())):
                 self.request(model_id)
                 self.end_use(model_id)
@@ -371,6 +451,8 @@ class CacheMachine(RuleBasedStateMachine):
         for _ in range(MAX_STEPS):
             if self.loading:
                 self.end_load(min(self.loading))
+            elif self.incoming:
+                self.end_exchange(min(self.incoming), succeeded=False)
             elif self.uses.total():
                 self.end_use(min(self.uses.elements()))
             else:
