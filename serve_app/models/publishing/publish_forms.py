@@ -60,7 +60,7 @@ def missing_forms(
 def publish_forms(
     store: ModelStore, entry: ModelEntry, key: ManifestKey, on_begin: Callable[[], None], *, force: bool = False
 ) -> bool:
-    """Make the missing forms of a published model, and return whether there are more now.
+    """Make the missing forms of a published model, and return whether others are there now.
 
     The caller holds ``store.exclusive``.
 
@@ -85,6 +85,8 @@ def publish_forms(
                 logger.warning("model %s is not compiled for %s: %s", entry.model_id, runtime, reason)
                 continue
             logger.info("model %s has no form for %s: %s", entry.model_id, runtime, reason)
+            # Deployments must not look for what is no more, either.
+            made = made or store.forms.path(form).is_file()
             store.forms.refuse(form, reason)
     return made
 
