@@ -63,21 +63,32 @@ class FormChanges:
 
     def __init__(self, fastest: Mapping[str, PublishedModel]) -> None:
         self._fastest = fastest
-        self._lost_s: dict[str, float] = {}
+        #: In executions of the form in which a model is loaded. Times were measured on a machine that was busier, or
+        #: less so, than this one is now, but for all forms in turns: their ratios hold.
+        self._lost: dict[str, float] = {}
 
-    def executed(self, model_id: str, form: str, exec_s: float) -> ModelProfile | None:
-        """Count an execution in ``form``, that took as long as one of the least size; return what to go over to."""
-        fastest = self._fastest.get(model_id)
+    def executed(self, model: PublishedModel, form: str, times: float) -> ModelProfile | None:
+        """Count an execution; return the numbers of the form to go over to.
+
+        Args:
+            model: in the form in which it is loaded.
+            form: in which it was executed; one in which it is no longer loaded is left at once.
+            times: as long as an execution of the least size.
+        """
+        fastest = self._fastest.get(model.model_id)
         if fastest is None or fastest.form == form:
             return None
-        lost_s = self._lost_s.get(model_id, 0.0) + max(0.0, exec_s - fastest.profile.exec_s)
-        if lost_s < fastest.profile.load_s:
-            self._lost_s[model_id] = lost_s
-            return None
+        if form == model.form:
+            lost = times * (1 - fastest.profile.exec_s / model.profile.exec_s)
+            worth = fastest.profile.load_s / model.profile.exec_s
+            lost += self._lost.get(model.model_id, 0.0)
+            if lost < worth:
+                self._lost[model.model_id] = lost
+                return None
         # Whether or not there is room for it now: the next attempt comes after as long again.
-        self._lost_s[model_id] = 0.0
+        self._lost[model.model_id] = 0.0
         return fastest.profile
 
     def loaded(self, model_id: str) -> None:
         """Begin anew: a model was loaded, in the form that it is served in."""
-        self._lost_s.pop(model_id, None)
+        self._lost.pop(model_id, None)

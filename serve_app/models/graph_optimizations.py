@@ -189,7 +189,9 @@ def fold(module: nn.Module, folded: Iterable[FoldedNorm]) -> Callable[[], None]:
         norm: Any = module.get_submodule(pair.norm)
         owner, _, key = pair.norm.rpartition(".")
         if conv.weight.is_meta:
-            put(parameter_table(conv), "bias", nn.Parameter(torch.empty_like(norm.running_mean), requires_grad=False))
+            # Not empty_like: torch imports a part of its compiler for that.
+            bias = torch.empty(norm.running_mean.shape, dtype=norm.running_mean.dtype, device="meta")
+            put(parameter_table(conv), "bias", nn.Parameter(bias, requires_grad=False))
         else:
             weight, bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias

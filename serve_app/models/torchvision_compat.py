@@ -49,7 +49,7 @@ def import_torchvision() -> Any:
 
 @contextlib.contextmanager
 def _without_compiler() -> Iterator[None]:
-    """Keep an import of torchvision from importing torch's compiler, which takes seconds and 70 MB in every worker.
+    """Keep an import of torchvision from importing torch's compiler: seconds and tens of megabytes in every worker.
 
     Its ``roi_align`` wants one function of it, which says whether the compiler can be used. Whoever imports the
     compiler later gets the real one.

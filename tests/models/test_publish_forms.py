@@ -185,6 +185,33 @@ def test_a_form_that_answers_otherwise_is_not_served(store: ModelStore, monkeypa
     assert store.select([entry], environments=environments()).catalog["other"].form == "mapped"
 
 
+def test_an_exporter_that_fails_in_its_own_way_stops_no_other_model(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("an operator is unknown")
+
+    monkeypatch.setattr(publish_forms, "export_graph", fails)
+    entries = [tiny(name, "Convolved", runtime="auto") for name in ("first", "second")]
+    assert publish(store, entries, reachable=offline).published == ("first", "second")
+    key = store.find(entries[1])
+    assert key is not None
+    form = store.forms.key(key, "onnxruntime", environments()["onnxruntime"])
+    assert store.forms.refusal(form) == "RuntimeError: an operator is unknown"
+
+
+def test_a_full_disk_is_no_reason_against_a_form(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise StoreError("the disk is full; make room") from OSError("no space left")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(publish_forms, "export_graph", fails)
+        entry = tiny("convolved", "Convolved", runtime="auto")
+        publish(store, [entry], reachable=offline)
+    assert publish_again(store, entry)[1] == ["skipped", "compiling"], "it is tried again"
+    assert form_of(store, entry)
+
+
 def test_the_files_of_a_form_go_with_its_model(store: ModelStore, tmp_path: Path) -> None:
     entry = tiny("convolved", "Convolved", runtime="auto")
     publish(store, [entry], reachable=offline)

@@ -78,7 +78,9 @@ def test_torchvision_is_imported_without_the_compiler_which_can_still_be_importe
     program = """
 import sys, torch
 from serve_app.models.torchvision_compat import import_torchvision
+from serve_app.models.builders.registry import build_on_meta
 torchvision = import_torchvision()
+assert build_on_meta("torchvision:vit_b_32", "random:0").heads.head.weight.is_meta
 print("torch._dynamo" in sys.modules, "sympy" in sys.modules)
 boxes = torch.tensor([[0.0, 0.0, 3.0, 3.0]])
 print(torchvision.ops.roi_align(torch.ones(1, 1, 4, 4), [boxes], 2).sum().item())

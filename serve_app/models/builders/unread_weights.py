@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 #: A publisher refuses a factory that reads more than this for a structure: configurations and vocabularies are less.
 MOST_READ_BYTES = 1_000_000
@@ -24,13 +26,38 @@ MOST_READ_BYTES = 1_000_000
 #: What the kernel says this process has read.
 _IO = Path("/proc/self/io")
 
+#: What fills a tensor with random numbers, or calls what does.
+_INITIALIZERS = frozenset({
+    torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.bernoulli_, torch.Tensor.exponential_,
+    torch.Tensor.random_,
+    *(getattr(nn.init, name) for name in dir(nn.init) if name.endswith("_") and not name.startswith("_")),
+})  # fmt: skip
+
 _one_at_a_time = threading.RLock()
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Fills no tensor with random numbers: without storage there is nothing to fill.
+
+    torch would find out what that does to shapes and types by its compiler's tables, which takes seconds to import.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Called by torch for every function in this thread."""
+        kwargs = kwargs or {}
+        if func in _INITIALIZERS:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def without_reading_weights() -> Iterator[None]:
-    """Let ``torch.load`` give tensors without storage meanwhile, in this thread."""
-    with _one_at_a_time:
+    """Let ``torch.load`` give tensors without storage meanwhile, and fill none, in this thread."""
+    with _one_at_a_time, _Uninitialized():
         before = torch.load
         torch.load = _load_structure(before, threading.get_ident())
         try:

@@ -29,7 +29,7 @@ from serve_app.store.manifest import Manifest, ManifestKey
 from serve_app.store.model_store import ModelStore
 from serve_app.tasks.tensors import probe
 
-#: Of the operators of ONNX: the newest that the exporter of this version of torch writes.
+#: The version of ONNX's operators.
 _OPSET: Final = 18
 
 

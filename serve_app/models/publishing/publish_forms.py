@@ -60,7 +60,7 @@ def missing_forms(
 def publish_forms(
     store: ModelStore, entry: ModelEntry, key: ManifestKey, on_begin: Callable[[], None], *, force: bool = False
 ) -> bool:
-    """Make the missing forms of a published model, and return whether there are more now.
+    """Make the missing forms of a published model, and return whether others are there now.
 
     The caller holds ``store.exclusive``.
 
@@ -77,9 +77,17 @@ def publish_forms(
         try:
             _publish_form(store, entry, key, runtime, form)
             made = True
-        except StoreError as error:
-            logger.info("model %s has no form for %s: %s", entry.model_id, runtime, error)
-            store.forms.refuse(form, str(error))
+        except Exception as error:
+            # Exporters and runtimes raise what they like. The model is served as it was published.
+            reason = str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
+            if isinstance(error.__cause__, OSError):
+                # A full disk says nothing of the model: the next publisher tries again.
+                logger.warning("model %s is not compiled for %s: %s", entry.model_id, runtime, reason)
+                continue
+            logger.info("model %s has no form for %s: %s", entry.model_id, runtime, reason)
+            # Deployments must not look for what is no more, either.
+            made = made or store.forms.path(form).is_file()
+            store.forms.refuse(form, reason)
     return made
 
 

@@ -274,7 +274,7 @@ class Worker:
         )
         outputs, answer, executions = done.result
         self._measured.add(model.profile, work.origin, lease, done.exec_s / times_longer / executions)
-        self._change_form(model.model_id, lease, done.exec_s / times_longer / executions)
+        self._change_form(model, lease, times_longer * executions)
         queue_s = lease.wait_s + done.queue_s
         # Metrics take a while, so the answer goes first.
         asyncio.get_running_loop().call_soon(self._metrics.executed, model.model_id, queue_s, done.exec_s)
@@ -292,11 +292,11 @@ class Worker:
             form=lease.runnable.form,
         )
 
-    def _change_form(self, model_id: str, lease: Lease, exec_s: float) -> None:
+    def _change_form(self, model: PublishedModel, lease: Lease, times: float) -> None:
         """Let a model that was executed in another form than its fastest go over to that, once it pays."""
         if lease.outcome is Outcome.LOAD:
-            self._form_changes.loaded(model_id)
-        profile = self._form_changes.executed(model_id, lease.runnable.form, exec_s)
+            self._form_changes.loaded(model.model_id)
+        profile = self._form_changes.executed(model, lease.runnable.form, times)
         if profile is not None:
             self._manager.handle(ExchangeSuggested(profile))
 
