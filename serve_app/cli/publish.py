@@ -142,6 +142,8 @@ def publish_catalog(
         task = progress.add_task(f"publishing to {root}", total=len(entries))
 
         def show(event: PublishEvent) -> None:
+            if event.stage == "waiting" and not out.is_terminal:
+                out.print(f"waiting: another publisher writes to {root}")
             if event.stage == "published" and not out.is_terminal:
                 out.print(f"published {event.model_id} ({event.index + 1}/{event.total})")
             done = event.index + (event.stage in ("published", "compiling", "skipped", "failed"))

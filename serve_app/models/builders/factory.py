@@ -57,7 +57,8 @@ class FactoryBuilder:
             factory: Callable[[], object] = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
             raise StoreError(
-                f"builder {self._builder!r} cannot be imported ({error}); name it package.module:factory"
+                f"builder {self._builder!r} cannot be imported ({error}); name it package.module:factory, and put "
+                "the folder of the package on PYTHONPATH, also where edgeserve up starts"
             ) from error
         except (Exception, SystemExit) as error:
             # The user's module raises what it likes.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -31,6 +32,8 @@ from serve_app.store.project_recorder import ProjectRecorder
 from serve_app.store.projects import Project
 
 logger = logging.getLogger(__name__)
+
+_YIELD_S = 0.05
 
 #: Of one model in a run of the publisher.
 PublishStage = (
@@ -141,7 +144,9 @@ def publish(
             store.sweep()
     if compiled:
         for index, entry in enumerate(entries):
-            publisher.compile(index, entry, force=force)
+            if publisher.compile(index, entry, force=force):
+                # Who waits for the store has it between two models.
+                time.sleep(_YIELD_S)
     return publisher.report()
 
 
@@ -246,16 +251,20 @@ class Publisher:
         else:
             self._published.append(entry.model_id)
 
-    def compile(self, index: int, entry: ModelEntry, *, force: bool) -> None:
-        """Make the forms in which a model runs faster; one that cannot be made is no failure."""
+    def compile(self, index: int, entry: ModelEntry, *, force: bool) -> bool:
+        """Make the forms in which a model runs faster; return whether there was one to make.
+
+        One that cannot be made is no failure.
+        """
         if not force and not self.lacks_forms(entry):
-            return
+            return False
         with self._store.exclusive(on_wait=self.report_wait):
             key = self._store.find(entry, self._recorder.state())
             if key is not None and publish_forms(
                 self._store, entry, key, lambda: self._report_stage(index, entry, "compiling"), force=force
             ):
                 self._recorder.renew()
+        return True
 
     def report(self) -> PublishReport:
         """Return the outcome of the run so far, and log its warning."""
