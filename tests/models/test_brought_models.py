@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -222,8 +225,16 @@ def aoti_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("there is no compiler of C++")
     path = tmp_path_factory.mktemp("aoti") / "model.pt2"
-    program = torch.export.export(brought_models.Layers().eval(), (torch.zeros(1, 20),))
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    # In a process of its own: it imports setuptools, which must come before distutils, and other tests import that.
+    program = """
+import sys
+import brought_models, torch
+program = torch.export.export(brought_models.Layers().eval(), (torch.zeros(1, 20),))
+torch._inductor.aoti_compile_and_package(program, package_path=sys.argv[1])
+"""
+    folders = os.pathsep.join([str(Path(brought_models.__file__).parent), *sys.path])
+    command = [sys.executable, "-c", program, str(path)]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": folders}, check=True, capture_output=True)
     return path
 
 
