@@ -122,7 +122,8 @@ def check_edgeserve(words: list[str]) -> None:
     if isinstance(command, click.Group) and len(words) > 1:
         command = command.get_command(click.Context(command), words[1])
         assert command is not None, f"edgeserve {name} has no command {words[1]!r}"
-    known = {option for parameter in command.params for option in parameter.opts if isinstance(parameter, click.Option)}
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    known = {name for option in options for name in (*option.opts, *option.secondary_opts)}
     used = {re.sub(r"[\[\]]", "", word).partition("=")[0] for word in words[1:]}
     assert {word for word in used if word.startswith("--")} <= known | {"--help"}, " ".join(words)
 
