@@ -227,3 +227,23 @@ def test_free_axes_of_a_graph_keep_their_limits(tmp_path: Path) -> None:
     store = ModelStore(tmp_path / "store")
     assert not publish(store, [entry], reachable=offline).failures
     assert np.array_equal(answers(store, {"x": np.array([[1.5, -2]])})["y"], [[-1.5, 2]])
+
+
+def test_a_table_counts_whole_however_few_rows_one_execution_reads(tmp_path: Path) -> None:
+    rows, width = 4096, 1024
+    table = np.random.default_rng(0).standard_normal((rows, width)).astype(np.float32)
+    path = tmp_path / "table.onnx"
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Gather", ["table", "ids"], ["found"])],
+        "graph",
+        [value("ids", TYPES["INT64"], "batch", "sequence")],
+        [value("found", TYPES["FP32"], "batch", "sequence", width)],
+        [onnx.numpy_helper.from_array(table, "table")],
+    )
+    opset = onnx.helper.make_opsetid("", 17)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8), path)
+    limits = (Axis(name="batch", most=1), Axis(name="sequence", most=16))
+    store = ModelStore(tmp_path / "store")
+    report = publish(store, [ModelEntry(model_id="m", builder=f"onnx:{path}", limits=limits)], reachable=offline)
+    assert not report.failures, report.failures
+    assert store.manifest("m").model.profile.size_bytes == pytest.approx(table.nbytes, rel=0.1)

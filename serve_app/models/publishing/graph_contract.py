@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -96,17 +95,32 @@ def highest_numbers(contract: Contract, session: Any) -> dict[str, int]:
         kind = NUMPY_TYPES[spec.datatype].kind
         if kind not in "iu" or len(spec.shape) < 2 or spec.default is not None or spec.values is not None:
             continue
-        for bits in range(_TABLE_BITS, 1, -1):
-            number = 2**bits - 1
-            if number > np.iinfo(NUMPY_TYPES[spec.datatype]).max:
-                continue
-            inputs = probe(contract, least)
-            inputs[spec.name] = np.full_like(inputs[spec.name], number)
-            with contextlib.suppress(Exception):
-                session.run(names, {name: _with_texts(array) for name, array in inputs.items()})
-                highest[spec.name] = number
-                break
+        inputs = probe(contract, least)
+
+        def takes(number: int, name: str = spec.name, inputs: dict[str, NDArray[Any]] = inputs) -> bool:
+            given = {**inputs, name: np.full_like(inputs[name], number)}
+            try:
+                session.run(names, {each: _with_texts(array) for each, array in given.items()})
+            except Exception:
+                # Libraries raise what they like.
+                return False
+            return True
+
+        most = np.iinfo(NUMPY_TYPES[spec.datatype]).max
+        known = next(
+            (2**bits - 1 for bits in range(_TABLE_BITS, 1, -1) if 2**bits - 1 <= most and takes(2**bits - 1)), 0
+        )
+        if known:
+            highest[spec.name] = known if known == 2**_TABLE_BITS - 1 else _last(takes, known, min(2 * known, most))
     return highest
+
+
+def _last(takes: Callable[[int], bool], known: int, most: int) -> int:
+    """Return the last number up to ``most`` that is taken; ``known`` is, and what follows one that is not is not."""
+    while known < most:
+        middle = (known + most + 1) // 2
+        known, most = (middle, most) if takes(middle) else (known, middle - 1)
+    return known
 
 
 def run_trials(
