@@ -21,7 +21,7 @@ from serve_app.store.model_store import ModelStore
 from serve_app.store.projects import Project
 
 if TYPE_CHECKING:
-    from serve_app.models.publishing.publish_catalog import PublishEvent
+    from serve_app.models.publishing.publish_catalog import PublishEvent, PublishReport
 
 _EDGE_HELP = "Settings.  [default: edge.yaml of this folder, else deploy/edge.yaml]"
 edge_option = click.option("--edge", type=click.Path(path_type=Path), metavar="FILE", help=_EDGE_HELP)
@@ -161,13 +161,26 @@ def publish_catalog(
             require_weights=require_weights,
             compiled=compiled,
         )
-    out.print(f"{len(report.published)} models published, {len(report.skipped)} were in the store at {root}")
+    _show_report(report, ModelStore(root), Project.of(find(settings.catalog)), entries, canary)
+    _require_success(report, entries, require_weights=require_weights)
+
+
+def _show_report(
+    report: PublishReport, store: ModelStore, project: Project, entries: Sequence[ModelEntry], canary: float | None
+) -> None:
+    """Say what was published, in which versions, and what is held back."""
+    out = stdout()
+    out.print(f"{len(report.published)} models published, {len(report.skipped)} were in the store at {store.root}")
     if report.published:
-        out.print(_measured(ModelStore(root), [entry for entry in entries if entry.model_id in report.published]))
-    for line in _held_back(ModelStore(root), Project.of(find(settings.catalog)), report.skipped):
+        out.print(_measured(store, [entry for entry in entries if entry.model_id in report.published]))
+    for line in _held_back(store, project, report.skipped):
         out.print(line)
     for name, version in report.versions.items():
         out.print(f"{name} has the new version {version}" + (f", a canary of {canary:.0%}" if canary else ""))
+
+
+def _require_success(report: PublishReport, entries: Sequence[ModelEntry], *, require_weights: bool) -> None:
+    """Warn of random weights and say what has failed; raises what ``publish_catalog`` raises."""
     if report.warning and not require_weights:
         warn(report.warning)
     for failure in report.failures:
