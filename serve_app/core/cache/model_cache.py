@@ -341,7 +341,9 @@ class ModelCache:
 
     def _settle(self, now: float) -> tuple[Action, ...]:
         """Let requests go on with what has become free, and evict what should have left as soon as it was idle."""
-        actions = tuple(self._wait_queue.advance(now)) if self._waiting else ()
+        actions = self._unload_removed(now) if self._may_owe_evictions else ()
+        if self._waiting:
+            actions += tuple(self._wait_queue.advance(now))
         if self._may_owe_evictions:
             if self._residents.has_due_evictions:
                 actions += self._evict_due("memory" if self._accounting.unaccounted_bytes else "reconfigure", now)
@@ -349,19 +351,20 @@ class ModelCache:
         return actions
 
     def _evict_due(self, reason: EvictionReason, now: float) -> tuple[Action, ...]:
-        """Evict what is idle of the models that the catalog no longer has, and of those beyond the capacity."""
-        # Even a protected one: the cluster no longer requires it.
-        removed = [entry for entry in self._residents.removed if _is_settled(entry)]
-        changed = set(self._residents.changed)
-        for entry in removed:
-            self._residents.unload(entry, now)
-        evictions = tuple(
-            Evict(entry.model.model_id, "changed" if entry.model.model_id in changed else "reconfigure")
-            for entry in removed
-        )
-        actions = evictions + tuple(self._wait_queue.evict_excess(reason, now))
+        """Evict what is idle of the models that are to leave, and of those beyond the capacity."""
+        actions = self._unload_removed(now) + tuple(self._wait_queue.evict_excess(reason, now))
         self._may_owe_evictions = self._residents.may_owe_evictions
         return actions
+
+    def _unload_removed(self, now: float) -> tuple[Action, ...]:
+        """Unload what is idle of the models that are to leave, even a protected one: it is not what it was."""
+        actions: list[Action] = []
+        for entry in self._residents.removed:
+            if _is_settled(entry):
+                model_id = entry.model.model_id
+                actions.append(Evict(model_id, "changed" if model_id in self._residents.changed else "reconfigure"))
+                self._residents.unload(entry, now)
+        return tuple(actions)
 
 
 def _is_spare(entry: CacheEntry) -> bool:

@@ -204,8 +204,11 @@ class EdgeServe(EvictionPolicy):
     def accept_exchange(
         self, model: ModelProfile, other: ModelProfile, victims: Iterable[ModelProfile], now: float
     ) -> bool:
-        self.utility(model, now)
-        gain = self._tracked[model.model_id].rate * (model.exec_s - other.exec_s)
+        tracked = self._tracked.get(model.model_id)
+        if tracked is None:
+            return False
+        self._update(tracked, now)
+        gain = tracked.rate * (model.exec_s - other.exec_s)
         return gain > sum(self.utility(victim, now) * victim.size_bytes for victim in victims)
 
     def _weigh_ages(self, now: float) -> None:

@@ -185,8 +185,19 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.ready)
     @rule(choice=st.randoms(use_true_random=False), size_bytes=st.sampled_from([1, 20, 45]))
     def suggest_form(self, choice: random.Random, size_bytes: int) -> None:
+        self.go_over(choice.choice(sorted(self.ready)), size_bytes)
+
+    @rule(model_id=st.sampled_from("abcd"), added_bytes=st.sampled_from([5, 15]))
+    def request_until_in_a_larger_form(self, model_id: str, added_bytes: int) -> None:
+        """Or the machine would seldom see a cache that is full of larger forms."""
+        self.request_and_use_at_once(model_id)
+        if model_id in self.ready:
+            self.go_over(model_id, MODELS[model_id].size_bytes + added_bytes)
+        if model_id in self.incoming:
+            self.end_exchange(model_id, succeeded=True)
+
+    def go_over(self, model_id: str, size_bytes: int) -> None:
         self.look_at_worths()
-        model_id = choice.choice(sorted(self.ready))
         form = replace(MODELS[model_id], size_bytes=size_bytes, exec_s=0.05, tier=1)
         actions = self.cache.handle(ExchangeSuggested(form), self.now)
         if not actions:
