@@ -129,6 +129,7 @@ class PublishedModel:
         workspace_bytes: what one execution needs beside the weights, while it runs; see ``memory_budget.py``.
         costs: measured at several sizes of the free axes; empty where the costs of one row say it all.
         prepared_bytes: what every worker keeps of it while it is not in memory.
+        private_bytes: what of its memory is no page of a file; None: it was not measured, see ``own_bytes``.
     """
 
     model_id: str
@@ -146,6 +147,7 @@ class PublishedModel:
     workspace_bytes: int
     costs: tuple[SizeCost, ...] = ()
     prepared_bytes: int = 0
+    private_bytes: int | None = None
     profile: ModelProfile
     fingerprint: str = ""
 
@@ -163,6 +165,13 @@ class PublishedModel:
     def form(self) -> str:
         """How it is in memory: ``mapped``, or the library that it is compiled for; see ``forms.py``."""
         return "mapped" if self.runtime == "torch" else self.runtime
+
+    @property
+    def own_bytes(self) -> int:
+        """What of its memory is no page of a file, and returns to the heap of the process with an unload."""
+        if self.private_bytes is not None:
+            return self.private_bytes
+        return 0 if self.runtime == "torch" else self.weights_bytes
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:

@@ -46,6 +46,7 @@ class FakeModel:
         self.model_id = model_id
         self.in_memory = True
         self.form = "mapped"
+        self.own_bytes = 0
         self._events = events
 
     def run(self, inputs: Tensors) -> Tensors:

@@ -121,6 +121,12 @@ class ModelManager:
         self._is_closed = False
         self._waiters: dict[int, asyncio.Future[Answer]] = {}
 
+    @property
+    def own_bytes(self) -> int:
+        """What of the memory of models is no page of a file; all of those that are being loaded may be."""
+        loading = (model.size_bytes for model in self.cache.models() if model.state is ModelState.LOADING)
+        return sum(runnable.own_bytes for runnable in (*self._runnables.values(), *self._former)) + sum(loading)
+
     def handle(self, event: Event) -> None:
         """Let the cache take in an event, and carry out what it decides; raises what ``ModelCache.handle`` raises."""
         self._apply(self.cache.handle(event, self._clock()))
