@@ -67,7 +67,7 @@ class ModelLoader:
         for key in before.keys() - manifests.keys():
             model = manifests.get(model_of(key))
             if model is not None and model.stem != before[key].stem:
-                # The fastest form of what the model was before.
+                # A faster form of what the model was before.
                 self._prepared.pop(key, None)
                 self._meanings.pop(key, None)
         for key, manifest in manifests.items():
