@@ -96,9 +96,11 @@ class ModelEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelProfile:
-    """The numbers that decisions are made from.
+    """The numbers that decisions are made from: those of a model in one of its forms.
 
-    ``size_bytes`` is what one resident copy costs in memory, and what its eviction gives back: weights and buffers.
+    Attributes:
+        size_bytes: what one resident copy costs in memory, and what its eviction gives back: weights and buffers.
+        tier: 0: the form in which the model is loaded for a request; more: one that it goes over to, see ``forms.py``.
     """
 
     model_id: str
@@ -106,6 +108,7 @@ class ModelProfile:
     load_s: float
     exec_s: float
     accuracy: float | None = None
+    tier: int = 0
 
     def __post_init__(self) -> None:
         _require(self.size_bytes > 0, f"size_bytes of {self.model_id} must be positive, not {self.size_bytes}")
@@ -126,6 +129,7 @@ class PublishedModel:
         workspace_bytes: what one execution needs beside the weights, while it runs; see ``memory_budget.py``.
         costs: measured at several sizes of the free axes; empty where the costs of one row say it all.
         prepared_bytes: what every worker keeps of it while it is not in memory.
+        private_bytes: what of its memory is no page of a file; None: it was not measured, see ``own_bytes``.
     """
 
     model_id: str
@@ -143,6 +147,7 @@ class PublishedModel:
     workspace_bytes: int
     costs: tuple[SizeCost, ...] = ()
     prepared_bytes: int = 0
+    private_bytes: int | None = None
     profile: ModelProfile
     fingerprint: str = ""
 
@@ -160,6 +165,13 @@ class PublishedModel:
     def form(self) -> str:
         """How it is in memory: ``mapped``, or the library that it is compiled for; see ``forms.py``."""
         return "mapped" if self.runtime == "torch" else self.runtime
+
+    @property
+    def own_bytes(self) -> int:
+        """What of its memory is no page of a file, and returns to the heap of the process with an unload."""
+        if self.private_bytes is not None:
+            return self.private_bytes
+        return 0 if self.runtime == "torch" else self.weights_bytes
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -243,7 +255,7 @@ class Catalog:
         models: every version of every model.
         routes: which version answers for a name; a name without a route has one version.
         problems: why a model of the catalog file cannot be served at all, by name.
-        fastest: the fastest form of each model that has several, by key; see ``forms.py``.
+        faster: the forms that each model may go over to, slowest first, by key; see ``forms.py``.
     """
 
     def __init__(
@@ -251,12 +263,12 @@ class Catalog:
         models: tuple[PublishedModel, ...],
         routes: Mapping[str, VersionRoute] = MappingProxyType({}),
         problems: Mapping[str, str] = MappingProxyType({}),
-        fastest: Mapping[str, PublishedModel] = MappingProxyType({}),
+        faster: Mapping[str, tuple[PublishedModel, ...]] = MappingProxyType({}),
     ) -> None:
         self._models = {model.model_id: model for model in models}
         self.routes = routes
         self.problems = problems
-        self.fastest = fastest
+        self.faster = faster
         #: What a request may name, and which models that means.
         self._named: dict[str, tuple[PublishedModel, ...]] = {}
         self._versions: dict[str, tuple[int, ...]] = {}
@@ -331,7 +343,7 @@ class Catalog:
             name: replace(route, current=current[name]) if name in current else route
             for name, route in self.routes.items()
         }
-        return Catalog(self.models, routes, self.problems, self.fastest)
+        return Catalog(self.models, routes, self.problems, self.faster)
 
     def profiles(self) -> dict[str, ModelProfile]:
         """Profile of every version of every model, by key."""
