@@ -137,7 +137,7 @@ class SimulatedWorker:
         *,
         location: str,
         cache: ModelCache,
-        forms: FormsInMemory | None,
+        forms: FormsInMemory | None = None,
         report_rows: ReportRows,
         rules: RoutingRules,
         exec_slots: int,
