@@ -43,6 +43,9 @@ ITEM_BYTES = {
 }
 
 
+#: Fields that manifests of this format may lack, because they were written before there were such fields.
+_ADDED = frozenset({"joined_elements"})
+
 Layout = Literal["row_major", "channels_last"]
 
 Role = Literal["weights", "graph", "tokenizer"]
@@ -241,11 +244,11 @@ def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{where or 'the file'}: expected an object, found {type(value).__name__}")
     hints = _hints(kind)
-    if hints.keys() != value.keys():
-        missing, unknown = sorted(hints.keys() - value.keys()), sorted(value.keys() - hints.keys())
+    missing, unknown = sorted(_required(kind) - value.keys()), sorted(value.keys() - hints.keys())
+    if missing or unknown:
         raise ValueError(f"{where or 'the file'}: missing keys {missing}, unknown keys {unknown}")
     prefix = f"{where}." if where else ""
-    return kind(**{name: _decode(hint, value[name], prefix + name) for name, hint in hints.items()})
+    return kind(**{name: _decode(hints[name], each, prefix + name) for name, each in value.items()})
 
 
 def _decode_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
@@ -259,6 +262,12 @@ def _decode_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[A
         raise ValueError(f"{where}: expected {len(arguments)} values, found {len(value)}")
     pairs = enumerate(zip(arguments, value, strict=True))
     return tuple(_decode(kind, item, f"{where}[{index}]") for index, (kind, item) in pairs)
+
+
+@cache
+def _required(kind: Any) -> frozenset[str]:
+    """Return the fields that must be there."""
+    return frozenset(field.name for field in dataclasses.fields(kind) if field.name not in _ADDED)
 
 
 @cache

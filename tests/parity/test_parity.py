@@ -129,7 +129,7 @@ class FakeModel:
     def __init__(self) -> None:
         self.in_memory = True
 
-    def run(self, inputs: Tensors) -> Tensors:
+    def run(self, inputs: Tensors, threads: int = 0) -> Tensors:
         raise AssertionError("nothing is run here")
 
     def unload(self) -> None:

@@ -42,7 +42,7 @@ class FakeModel:
         self.form = "mapped"
         self._events = events
 
-    def run(self, inputs: Tensors) -> Tensors:
+    def run(self, inputs: Tensors, threads: int = 0) -> Tensors:
         assert self.in_memory
         return inputs
 

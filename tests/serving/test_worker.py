@@ -48,7 +48,7 @@ class FakeModel:
         self.unloaded = False
         self.form = "mapped"
 
-    def run(self, inputs: Tensors) -> Tensors:
+    def run(self, inputs: Tensors, threads: int = 0) -> Tensors:
         assert not self.unloaded, "a model in use was unloaded"
         if self._backend.changed:
             self._backend.changed = False

@@ -15,8 +15,8 @@ class RunnableModel(Protocol):
     def form(self) -> str:
         """How it is in memory, see ``PublishedModel.form``."""
 
-    def run(self, inputs: Tensors) -> Tensors:
-        """Execute the model; returns its outputs."""
+    def run(self, inputs: Tensors, threads: int = 0) -> Tensors:
+        """Execute the model; returns its outputs. ``threads``: of this execution; 0: as many as usual."""
 
     def unload(self) -> None:
         """Give its memory back."""
