@@ -96,9 +96,11 @@ class ModelEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelProfile:
-    """The numbers that decisions are made from.
+    """The numbers that decisions are made from: those of a model in one of its forms.
 
-    ``size_bytes`` is what one resident copy costs in memory, and what its eviction gives back: weights and buffers.
+    Attributes:
+        size_bytes: what one resident copy costs in memory, and what its eviction gives back: weights and buffers.
+        tier: 0: the form in which the model is loaded for a request; more: one that it goes over to, see ``forms.py``.
     """
 
     model_id: str
@@ -106,6 +108,7 @@ class ModelProfile:
     load_s: float
     exec_s: float
     accuracy: float | None = None
+    tier: int = 0
 
     def __post_init__(self) -> None:
         _require(self.size_bytes > 0, f"size_bytes of {self.model_id} must be positive, not {self.size_bytes}")
@@ -128,6 +131,7 @@ class PublishedModel:
         joined_elements: requests that wait are executed together as long as their inputs have no more elements than
             this, which measurements say is faster; 0: one by one. See ``joined_executions.py``.
         prepared_bytes: what every worker keeps of it while it is not in memory.
+        private_bytes: what of its memory is no page of a file; None: it was not measured, see ``own_bytes``.
     """
 
     model_id: str
@@ -145,6 +149,7 @@ class PublishedModel:
     workspace_bytes: int
     costs: tuple[SizeCost, ...] = ()
     prepared_bytes: int = 0
+    private_bytes: int | None = None
     profile: ModelProfile
     fingerprint: str = ""
     joined_elements: int = 0
@@ -163,6 +168,13 @@ class PublishedModel:
     def form(self) -> str:
         """How it is in memory: ``mapped``, or the library that it is compiled for; see ``forms.py``."""
         return "mapped" if self.runtime == "torch" else self.runtime
+
+    @property
+    def own_bytes(self) -> int:
+        """What of its memory is no page of a file, and returns to the heap of the process with an unload."""
+        if self.private_bytes is not None:
+            return self.private_bytes
+        return 0 if self.runtime == "torch" else self.weights_bytes
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -246,7 +258,7 @@ class Catalog:
         models: every version of every model.
         routes: which version answers for a name; a name without a route has one version.
         problems: why a model of the catalog file cannot be served at all, by name.
-        fastest: the fastest form of each model that has several, by key; see ``forms.py``.
+        faster: the forms that each model may go over to, slowest first, by key; see ``forms.py``.
     """
 
     def __init__(
@@ -254,12 +266,12 @@ class Catalog:
         models: tuple[PublishedModel, ...],
         routes: Mapping[str, VersionRoute] = MappingProxyType({}),
         problems: Mapping[str, str] = MappingProxyType({}),
-        fastest: Mapping[str, PublishedModel] = MappingProxyType({}),
+        faster: Mapping[str, tuple[PublishedModel, ...]] = MappingProxyType({}),
     ) -> None:
         self._models = {model.model_id: model for model in models}
         self.routes = routes
         self.problems = problems
-        self.fastest = fastest
+        self.faster = faster
         #: What a request may name, and which models that means.
         self._named: dict[str, tuple[PublishedModel, ...]] = {}
         self._versions: dict[str, tuple[int, ...]] = {}
@@ -334,7 +346,7 @@ class Catalog:
             name: replace(route, current=current[name]) if name in current else route
             for name, route in self.routes.items()
         }
-        return Catalog(self.models, routes, self.problems, self.fastest)
+        return Catalog(self.models, routes, self.problems, self.faster)
 
     def profiles(self) -> dict[str, ModelProfile]:
         """Profile of every version of every model, by key."""

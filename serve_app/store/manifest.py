@@ -13,6 +13,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -43,8 +44,8 @@ ITEM_BYTES = {
 }
 
 
-#: Fields that manifests of this format may lack, because they were written before there were such fields.
-_ADDED = frozenset({"joined_elements"})
+#: What came to be written after the format was made: manifests without it are read as well.
+_ADDED: Mapping[type, frozenset[str]] = {PublishedModel: frozenset({"private_bytes", "joined_elements"})}
 
 Layout = Literal["row_major", "channels_last"]
 
@@ -244,11 +245,12 @@ def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{where or 'the file'}: expected an object, found {type(value).__name__}")
     hints = _hints(kind)
-    missing, unknown = sorted(_required(kind) - value.keys()), sorted(value.keys() - hints.keys())
-    if missing or unknown:
+    required = hints.keys() - _ADDED.get(kind, frozenset())
+    if not required <= value.keys() <= hints.keys():
+        missing, unknown = sorted(required - value.keys()), sorted(value.keys() - hints.keys())
         raise ValueError(f"{where or 'the file'}: missing keys {missing}, unknown keys {unknown}")
     prefix = f"{where}." if where else ""
-    return kind(**{name: _decode(hints[name], each, prefix + name) for name, each in value.items()})
+    return kind(**{name: _decode(hint, value[name], prefix + name) for name, hint in hints.items() if name in value})
 
 
 def _decode_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
@@ -262,12 +264,6 @@ def _decode_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[A
         raise ValueError(f"{where}: expected {len(arguments)} values, found {len(value)}")
     pairs = enumerate(zip(arguments, value, strict=True))
     return tuple(_decode(kind, item, f"{where}[{index}]") for index, (kind, item) in pairs)
-
-
-@cache
-def _required(kind: Any) -> frozenset[str]:
-    """Return the fields that must be there."""
-    return frozenset(field.name for field in dataclasses.fields(kind) if field.name not in _ADDED)
 
 
 @cache

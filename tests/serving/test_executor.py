@@ -41,7 +41,7 @@ MODEL = dataclasses.replace(
 class Doubling:
     """Answers with twice its input; refuses negative numbers; remembers the rows and threads of each execution."""
 
-    form = "mapped"
+    form, own_bytes = "mapped", 0
 
     def __init__(self) -> None:
         self.gate = threading.Event()

@@ -98,7 +98,7 @@ class Worker:
     ) -> None:
         self._identity = identity
         self._catalog = catalog
-        self._form_changes = FormChanges(catalog.fastest)
+        self._form_changes = FormChanges(catalog.faster)
         self._manager = manager
         self._coordinator = coordinator
         self._metrics = metrics
@@ -196,7 +196,7 @@ class Worker:
         if sum(held.get(model.model_id, 0) for model in pinned) > budget.model_capacity_bytes:
             raise ValueError(f"{budget.model_capacity_bytes} bytes for models are less than what the pinned ones need")
         self._catalog = catalog
-        self._form_changes = FormChanges(catalog.fastest)
+        self._form_changes = FormChanges(catalog.faster)
         self._reporter.unusable = unusable
         self._reporter.reconfigure(catalog, rules, retention)
         self._manager.handle(_offered(catalog))
@@ -309,14 +309,15 @@ class Worker:
         self, model: PublishedModel, lease: Lease, sizes: tuple[int, ...], least_s: float, until_s: float
     ) -> Joinable | None:
         """Return what decides with which other requests this one may be executed; None: with none."""
-        in_memory = model if lease.runnable.form == model.form else self._catalog.fastest.get(model.model_id, model)
+        forms = (model, *self._catalog.faster.get(model.model_id, ()))
+        in_memory = next((each for each in forms if each.form == lease.runnable.form), model)
         if not in_memory.joined_elements:
             return None
         joinable = Joinable(model=in_memory, sizes=sizes, least_s=least_s, until_s=until_s)
         return joinable if joinable.rows < joinable.most_rows else None
 
     def _change_form(self, model: PublishedModel, lease: Lease, times: float) -> None:
-        """Let a model that was executed in another form than its fastest go over to that, once it pays."""
+        """Let a model that was executed in another form than its fastest go over to a faster one, once it pays."""
         if lease.outcome is Outcome.LOAD:
             self._form_changes.loaded(model.model_id)
         profile = self._form_changes.executed(model, lease.runnable.form, times)
