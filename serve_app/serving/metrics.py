@@ -151,7 +151,7 @@ class WorkerMetrics:
         """Record the begin of a load that no request asked for."""
         self._preloads.inc(tags=self._location)
 
-    def executed(self, model_id: str, queue_s: float, exec_s: float, requests: int) -> None:
+    def executed(self, model_id: str, queue_s: float, exec_s: float, requests: int = 1) -> None:
         """Record an inference: its time in the queue, its time of execution, and how many requests shared that."""
         if requests > 1:
             self._joined.inc(tags={**self._location, "model": model_id})
