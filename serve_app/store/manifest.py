@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from serve_app.core.catalog import PublishedModel, RuntimeName
+from serve_app.core.catalog import ModelProfile, PublishedModel, RuntimeName
 from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
 
@@ -45,7 +45,10 @@ ITEM_BYTES = {
 
 
 #: What came to be written after the format was made: manifests without it are read as well.
-_ADDED: Mapping[type, frozenset[str]] = {PublishedModel: frozenset({"private_bytes", "joined_elements"})}
+_ADDED: Mapping[type, frozenset[str]] = {
+    PublishedModel: frozenset({"private_bytes", "joined_elements"}),
+    ModelProfile: frozenset({"tier"}),
+}
 
 Layout = Literal["row_major", "channels_last"]
 
