@@ -46,7 +46,7 @@ def catalog() -> dict[str, dict[str, Any]]:
         "sentences": {
             "builder": f"{small}:sentences",
             "inputs": [{"name": "input", "datatype": "INT64", "shape": ["batch", "sequence"]}],
-            "limits": {"batch": 32, "sequence": 128},
+            "limits": {"batch": 16, "sequence": 32},
             **tensors,
         },
         "squeezenet": {"builder": "torchvision:squeezenet1_1", "weights": "random:0"},

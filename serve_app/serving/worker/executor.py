@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from weakref import WeakSet
@@ -19,6 +20,8 @@ from serve_app.serving.worker.machine import runnable_threads
 from serve_app.serving.worker.model_backend import RunnableModel
 from serve_app.serving.worker.model_manager import Lease
 from serve_app.serving.worker.process_budget import ProcessBudget
+
+logger = logging.getLogger(__name__)
 
 #: What two waiting requests must have in common to be executed together.
 _Key = tuple[RunnableModel, tuple[int, ...]]
@@ -240,43 +243,49 @@ class InferenceExecutor:
         return jobs
 
     def _run(self, jobs: Sequence[_Job], others: int) -> None:
-        unanswered = dict(enumerate(jobs))
-        try:
-            with self._budget.workspace(_workspace_bytes(jobs)):
-                self._execute(jobs, others, unanswered)
-        except BaseException as error:
-            if 1 < len(jobs) == len(unanswered) and isinstance(error, Exception):
-                # Perhaps the fault of one: only that one fails.
-                for job in jobs:
+        if len(jobs) > 1:
+            unanswered = dict(enumerate(jobs))
+            try:
+                self._run_together(jobs, others, unanswered)
+            except Exception as error:
+                # Perhaps the fault of one: then only that one fails.
+                logger.info("%d requests are executed one by one: %s", len(unanswered), error)
+                for job in unanswered.values():
                     self._run([job], others)
-            else:
-                results = [(job, error) for job in unanswered.values()]
-                jobs[0].loop.call_soon_threadsafe(self._answer, results)
+            return
+        job = jobs[0]
+        result: ExecutionResult | BaseException
+        try:
+            with self._budget.workspace(job.workspace_bytes):
+                began_s = self._clock()
+                executed = run_alone(job.lease.runnable, job.execution, self._threads_for(job.expected_s, others))
+                result = ExecutionResult(
+                    result=executed,
+                    queue_s=began_s - job.submitted_s,
+                    exec_s=self._clock() - began_s,
+                    times_longer=job.times_longer,
+                )
+        except BaseException as error:
+            result = error
+        job.loop.call_soon_threadsafe(self._answer, [(job, result)])
 
-    def _execute(self, jobs: Sequence[_Job], others: int, unanswered: dict[int, _Job]) -> None:
-        """Execute the model for all jobs, and answer each; what is not answered is left in ``unanswered``."""
-        rows = _rows(jobs)
-        joint = jobs[0].joinable if len(jobs) > 1 else None
-        times_longer = jobs[0].times_longer
-        if joint is not None:
-            times_longer = joint.model.times_longer(joint.of_rows(sum(rows)))
-        threads = self._threads_for(jobs[0].expected_s, others)
-        loaded, began_s = jobs[0].lease.runnable, self._clock()
-        executions = [job.execution for job in jobs]
-        steps: Iterable[Mapping[int, Executed | Exception]] = (
-            [{0: run_alone(loaded, executions[0], threads)}]
-            if joint is None
-            else run_joined(loaded, executions, threads)
-        )
-        for step in steps:
-            exec_s = self._clock() - began_s
-            results = []
-            for index, executed in step.items():
-                job = unanswered.pop(index)
-                result: ExecutionResult | Exception = (
-                    executed
-                    if isinstance(executed, Exception)
-                    else ExecutionResult(
+    def _run_together(self, jobs: Sequence[_Job], others: int, unanswered: dict[int, _Job]) -> None:
+        """Execute the model once, and answer each; what is not answered is left in ``unanswered``."""
+        members = [job.joinable for job in jobs if job.joinable is not None]
+        first, rows = members[0], [each.rows for each in members]
+        sizes = first.of_rows(sum(rows))
+        times_longer = first.model.times_longer(sizes)
+        with self._budget.workspace(first.model.cost(sizes).workspace_bytes):
+            threads, began_s = self._threads_for(first.least_s * times_longer, others), self._clock()
+            for step in run_joined(jobs[0].lease.runnable, [job.execution for job in jobs], threads):
+                exec_s = self._clock() - began_s
+                results: list[tuple[_Job, ExecutionResult | BaseException]] = []
+                for index, executed in step.items():
+                    job = unanswered.pop(index)
+                    if isinstance(executed, Exception):
+                        results.append((job, executed))
+                        continue
+                    result = ExecutionResult(
                         result=executed,
                         queue_s=began_s - job.submitted_s,
                         exec_s=exec_s,
@@ -284,9 +293,8 @@ class InferenceExecutor:
                         share=rows[index] / sum(rows),
                         requests=len(jobs),
                     )
-                )
-                results.append((job, result))
-            jobs[0].loop.call_soon_threadsafe(self._answer, results)
+                    results.append((job, result))
+                jobs[0].loop.call_soon_threadsafe(self._answer, results)
 
     def _threads_for(self, expected_s: float, others: int) -> int:
         if self._cores == 1 or others or not is_long(expected_s):
@@ -313,14 +321,3 @@ class InferenceExecutor:
         for job in jobs:
             self._queue.remove(job.added_s)
             self._release(job.lease)
-
-
-def _rows(jobs: Sequence[_Job]) -> list[int]:
-    return [1 if len(jobs) == 1 or job.joinable is None else job.joinable.rows for job in jobs]
-
-
-def _workspace_bytes(jobs: Sequence[_Job]) -> int:
-    first = jobs[0]
-    if len(jobs) == 1 or first.joinable is None:
-        return first.workspace_bytes
-    return first.joinable.model.cost(first.joinable.of_rows(sum(_rows(jobs)))).workspace_bytes
