@@ -17,6 +17,7 @@ from typing import Any
 
 from serve_app.core.catalog import ModelEntry, PublishedModel, RuntimeName
 from serve_app.errors import StoreError
+from serve_app.models.agreement import agree
 from serve_app.models.profiling.fresh_process import call_in_fresh_process
 from serve_app.models.profiling.grid import grid
 from serve_app.models.profiling.measure_published import measure_published
@@ -24,7 +25,7 @@ from serve_app.models.profiling.model_profile import in_turns
 from serve_app.models.publishing.described import with_measurement
 from serve_app.models.publishing.export_graph import export_graph, trial_inputs
 from serve_app.models.publishing.graph_files import WRITERS
-from serve_app.models.publishing.publish_graph import TOLERANCE, agree
+from serve_app.models.publishing.publish_graph import TOLERANCE
 from serve_app.models.readahead import ReadAhead
 from serve_app.models.runtimes.environment import environments
 from serve_app.models.runtimes.registry import prepare
