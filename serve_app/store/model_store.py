@@ -33,7 +33,7 @@ from serve_app.store.blob_store import BlobStore, check_size
 from serve_app.store.durable_files import explain_os_errors, fsync_path, is_alive, write_durably
 from serve_app.store.fingerprint import Fingerprints
 from serve_app.store.forms import Environments, Forms, choose
-from serve_app.store.manifest import Manifest, ManifestKey
+from serve_app.store.manifest import Manifest, ManifestKey, is_allowed
 from serve_app.store.projects import Projects, ProjectState
 
 logger = logging.getLogger(__name__)
@@ -265,9 +265,11 @@ class ModelStore(BlobStore):
         self, key: str, place: ManifestKey, entry: ModelEntry, route: VersionRoute, environments: Environments
     ) -> dict[ManifestKey, PublishedModel]:
         """Return a readable version in all forms that can serve it, first as it was published."""
-        others = self.forms.usable(place, environments) if entry.runtime == "auto" else []
+        others = self.forms.usable(place, environments, entry.precisions) if entry.runtime == "auto" else []
         forms = {form: self._overlaid(key, form, entry, route) for form in (place, *others)}
-        return {form: model for form, model in forms.items() if model is not None}
+        usable = {form: model for form, model in forms.items() if model is not None}
+        # Who asks for int8, and nothing else, gets it once it is there.
+        return {form: model for form, model in usable.items() if model.dtype == entry.lowered} or usable
 
     def _here(self, name: str, stem: str) -> ManifestKey:
         """Return the place of a version; a node with a store of its own has optimized the model for itself."""
@@ -277,11 +279,13 @@ class ModelStore(BlobStore):
         return next((each for each in self.manifest_keys(name) if each.fingerprint == key.fingerprint), key)
 
     def _overlaid(self, key: str, place: ManifestKey, entry: ModelEntry, route: VersionRoute) -> PublishedModel | None:
-        """Return a published version with what its entry lays over it; None if it cannot be read."""
+        """Return a published version with what its entry lays over it; None if it cannot be read, or must not serve."""
         try:
             manifest = self.read(place)
         except StoreError as error:
             logger.warning("a version of %s is left out: %s", entry.model_id, error)
+            return None
+        if place.form and not is_allowed(manifest, entry):
             return None
         model = manifest.model
         accuracy = model.profile.accuracy if entry.accuracy is None else entry.accuracy

@@ -10,7 +10,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.core.catalog import Dtype, ModelEntry, runtime_of, task_for
+from serve_app.core.catalog import ModelEntry, runtime_of, task_for
+from serve_app.core.precision import Dtype
 from serve_app.core.task import TaskSpec
 from serve_app.errors import EdgeServeError, StoreError
 from serve_app.models.profiling.grid import grid

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.core.catalog import Dtype
+from serve_app.core.precision import Dtype
 from serve_app.errors import InvalidRequest, StoreError
-from serve_app.models.runtimes.processor import processor
+from serve_app.models.runtimes.environment import environment, installed_version
 from serve_app.models.runtimes.session import PreparedSession, require_made_here
 from serve_app.models.threads import inference_threads
 from serve_app.store.manifest import Manifest
@@ -167,7 +167,9 @@ class OpenVinoRuntime:
 
     def environment(self) -> str:
         """Return what compiled models depend on, see ``Runtime.environment``."""
-        return f"openvino {library().__version__} {processor()}"
+        library()
+        # The library names itself with its build as well, which cannot be known without loading it.
+        return environment("openvino", installed_version("openvino") or "")
 
     def prepare(self, manifest: Manifest, store: ModelStore) -> PreparedSession:
         """Check that the model was compiled for this machine, see ``Runtime.prepare``."""

@@ -277,7 +277,8 @@ class Worker:
         self._change_form(model, lease, times_longer * executions)
         queue_s = lease.wait_s + done.queue_s
         # Metrics take a while, so the answer goes first.
-        asyncio.get_running_loop().call_soon(self._metrics.executed, model.model_id, queue_s, done.exec_s)
+        form = lease.runnable.form
+        asyncio.get_running_loop().call_soon(self._metrics.executed, model.model_id, form, queue_s, done.exec_s)
         return InferenceResult(
             outputs=outputs,
             answer=answer,
@@ -289,7 +290,7 @@ class Worker:
             replica=self._identity.replica,
             sequence=self._reporter.next_sequence,
             evicted=lease.evicted,
-            form=lease.runnable.form,
+            form=form,
         )
 
     def _change_form(self, model: PublishedModel, lease: Lease, times: float) -> None:
