@@ -16,13 +16,13 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from serve_app.core.catalog import PublishedModel, RuntimeName
 from serve_app.core.forms import fastest, key_of_fastest, soonest
-from serve_app.core.precision import Precision, form_name
+from serve_app.core.precision import Lowered, Precision, form_name
 from serve_app.store.directory import StoreDirectory
 from serve_app.store.manifest import Agreement, ManifestKey
 
@@ -73,6 +73,11 @@ class Chosen:
     model: PublishedModel
     fastest: PublishedModel | None
     manifests: Mapping[str, ManifestKey]
+
+
+def that_serve(forms: Sequence[PublishedModel], lowered: Lowered) -> list[PublishedModel]:
+    """Return the forms that may serve a model: who asks for int8, and nothing else, gets it once it is there."""
+    return [form for form in forms if form.dtype == lowered] or list(forms)
 
 
 def choose(forms: Mapping[ManifestKey, PublishedModel]) -> Chosen:

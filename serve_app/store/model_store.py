@@ -32,7 +32,7 @@ from serve_app.errors import StoreError
 from serve_app.store.blob_store import BlobStore, check_size
 from serve_app.store.durable_files import explain_os_errors, fsync_path, is_alive, write_durably
 from serve_app.store.fingerprint import Fingerprints
-from serve_app.store.forms import Environments, Forms, choose
+from serve_app.store.forms import Environments, Forms, choose, that_serve
 from serve_app.store.manifest import Manifest, ManifestKey, is_allowed
 from serve_app.store.projects import Projects, ProjectState
 
@@ -267,9 +267,8 @@ class ModelStore(BlobStore):
         """Return a readable version in all forms that can serve it, first as it was published."""
         others = self.forms.usable(place, environments, entry.precisions) if entry.runtime == "auto" else []
         forms = {form: self._overlaid(key, form, entry, route) for form in (place, *others)}
-        usable = {form: model for form, model in forms.items() if model is not None}
-        # Who asks for int8, and nothing else, gets it once it is there.
-        return {form: model for form, model in usable.items() if model.dtype == entry.lowered} or usable
+        serving = that_serve([model for model in forms.values() if model is not None], entry.lowered)
+        return {form: model for form, model in forms.items() if model in serving and model is not None}
 
     def _here(self, name: str, stem: str) -> ManifestKey:
         """Return the place of a version; a node with a store of its own has optimized the model for itself."""

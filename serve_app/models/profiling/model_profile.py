@@ -11,20 +11,22 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from serve_app.core.catalog import RuntimeName
-from serve_app.core.forms import soonest
+from serve_app.core.forms import fastest, soonest
+from serve_app.core.precision import Lowered
 from serve_app.errors import StoreError
 from serve_app.models.profiling.grid import grid
 from serve_app.models.profiling.measure import workspace_bytes
 from serve_app.models.readahead import ReadAhead, is_resident
 from serve_app.models.runtimes import registry
 from serve_app.models.runtimes.base import LoadedModel
-from serve_app.store.manifest import Manifest
+from serve_app.store.forms import Refusal, that_serve
+from serve_app.store.manifest import Agreement, Manifest
 from serve_app.store.model_store import ModelStore
 from serve_app.tasks.tensors import Tensors, probe
 
@@ -36,9 +38,6 @@ COLD_ROUNDS = 7
 
 #: Rounds of one form before the next form has its turn.
 _TURN = 6
-
-#: Of libraries whose memory comes to its size only with several executions after a load.
-_EXECUTIONS: Mapping[RuntimeName, int] = {"openvino": 6}
 
 _READ_BYTES = 1 << 20
 
@@ -94,7 +93,10 @@ class Profile:
 
     model_id: str
     form: str
+    precision: str
+    agreement: Agreement | None
     is_served: bool
+    is_fastest: bool
     size_bytes: int
     workspace_bytes: int
     load_s: float
@@ -122,29 +124,35 @@ class Summary:
     cold_over_bound: dict[str, float]
 
 
-def profile(store: ModelStore, manifests: Sequence[Manifest], *, cold: bool) -> list[Profile]:
+def profile(store: ModelStore, manifests: Sequence[Manifest], *, cold: bool, lowered: Lowered = "no") -> list[Profile]:
     """Measure the forms of one published model in turns, with the number of threads that ``use_threads`` has set.
 
     Args:
         store: where the model is published; its weights are in the page cache afterwards.
         manifests: of its forms; first of the one in which it was published.
         cold: measure with weights that must be read from the disk as well.
+        lowered: see ``ModelEntry``.
 
     Raises:
         StoreError: the model is broken, or the kernel keeps its weights in memory.
     """
     contract = manifests[0].model.contract
     inputs = probe(contract, grid(contract.axes)[0])
-    loads = [loader(store, manifest) for manifest in manifests]
+    loads = [partial(registry.prepare(manifest, store).load, ReadAhead, None) for manifest in manifests]
     warm = [_warm(load, inputs) for load in loads]
     count = min(MAX_ROUNDS, max(MIN_ROUNDS, math.ceil(_ROUNDS_S / (2 * max(once_s for _, once_s in warm)))))
-    rounds = in_turns(store, manifests, inputs, count)
-    served = soonest([manifest.model for manifest in manifests])
+    rounds = in_turns(loads, inputs, count)
+    serving = that_serve([manifest.model for manifest in manifests], lowered)
+    served = soonest(serving)
+    fast = fastest(serving, served)
     return [
         Profile(
             model_id=manifest.model.model_id,
             form=manifest.model.form,
+            precision=manifest.model.dtype,
+            agreement=manifest.agreement,
             is_served=manifest.model is served,
+            is_fastest=manifest.model is fast,
             size_bytes=manifest.model.weights_bytes,
             workspace_bytes=workspace,
             load_s=statistics.median(each.load_s for each in own),
@@ -192,11 +200,14 @@ def summarize(profiles: Sequence[Profile]) -> Summary:
     )
 
 
-def as_json(profiles: Sequence[Profile]) -> list[dict[str, Any]]:
+def as_json(
+    profiles: Sequence[Profile], refused: Mapping[str, Mapping[str, Refusal]] = MappingProxyType({})
+) -> list[dict[str, Any]]:
     """Convert to one object per model, with times in milliseconds; what was not measured is null.
 
-    The numbers are those of the model as it was published; ``forms`` has them for each form, and ``served`` names the
-    one that workers load.
+    The numbers are those of the model as it was published; ``forms`` has them for each form, ``served`` names the
+    one that workers load, and ``fastest`` the one that it goes over to. ``refused`` says by model and form why there
+    is none.
     """
     summary = summarize(profiles)
     forms: dict[str, list[Profile]] = {}
@@ -207,7 +218,17 @@ def as_json(profiles: Sequence[Profile]) -> list[dict[str, Any]]:
             "model": model_id,
             **_as_json(own[0], summary),
             "served": next(each.form for each in own if each.is_served),
-            "forms": [{"form": each.form, **_as_json(each, summary)} for each in own],
+            "fastest": next(each.form for each in own if each.is_fastest),
+            "forms": [
+                {
+                    "form": each.form,
+                    "precision": each.precision,
+                    "agreement": asdict(each.agreement) if each.agreement else None,
+                    **_as_json(each, summary),
+                }
+                for each in own
+            ],
+            "refused": [{"form": form, **asdict(refusal)} for form, refusal in refused.get(model_id, {}).items()],
         }
         for model_id, own in forms.items()
     ]
@@ -250,58 +271,39 @@ class Round:
         return self.load_s + self.first_s
 
 
-def in_turns(store: ModelStore, manifests: Sequence[Manifest], inputs: Tensors, count: int) -> list[list[Round]]:
+def in_turns(loads: Sequence[Callable[[], LoadedModel]], inputs: Tensors, count: int) -> list[list[Round]]:
     """Take misses and hits of every model in turns, until there are ``count`` of each; return the rounds of each.
 
     Whatever disturbs the machine then disturbs all of them alike. A turn is several rounds, and one before them that
     does not count: it finds the caches of the processor full of what ran before.
     """
-    measured = [
-        partial(_miss_and_hit, loader(store, each), inputs, executions(each.execution.runtime)) for each in manifests
-    ]
-    rounds: list[list[Round]] = [[] for _ in measured]
+    rounds: list[list[Round]] = [[] for _ in loads]
     while len(rounds[-1]) < count:
-        for own, measure in zip(rounds, measured, strict=True):
-            measure()
-            own += [measure() for _ in range(min(_TURN, count - len(own)))]
+        for own, load in zip(rounds, loads, strict=True):
+            _miss_and_hit(load, inputs)
+            own += [_miss_and_hit(load, inputs) for _ in range(min(_TURN, count - len(own)))]
     return rounds
 
 
-def loader(store: ModelStore, manifest: Manifest) -> Callable[[], LoadedModel]:
-    """Prepare a model; return what loads it."""
-    return partial(registry.prepare(manifest, store).load, ReadAhead, None)
-
-
-def executions(runtime: RuntimeName) -> int:
-    """Return the number of the first execution after a load that takes as long as all later ones."""
-    return _EXECUTIONS.get(runtime, 2)
-
-
-def _miss_and_hit(load: Callable[[], LoadedModel], inputs: Tensors, count: int) -> Round:
-    """Load a model and execute it so many times: the first execution belongs to the miss, the last one is the hit."""
+def _miss_and_hit(load: Callable[[], LoadedModel], inputs: Tensors) -> Round:
     stamps = [_clocks()]
     model = load()
     try:
         stamps.append(_clocks())
-        for _ in range(count):
+        for _ in range(2):
             model.run(inputs)
             stamps.append(_clocks())
     finally:
         model.unload()
-    (began, cpu_began), (loaded, cpu_loaded), (first, cpu_first), *_ = stamps
-    (before, cpu_before), (hit, cpu_hit) = stamps[-2:]
+    (began, cpu_began), (loaded, cpu_loaded), (first, cpu_first), (hit, cpu_hit) = stamps
     return Round(
         load_s=loaded - began,
         first_s=first - loaded,
-        hit_s=hit - before,
+        hit_s=hit - first,
         cpu_load_s=cpu_loaded - cpu_began,
         cpu_miss_s=cpu_first - cpu_began,
-        cpu_hit_s=cpu_hit - cpu_before,
+        cpu_hit_s=cpu_hit - cpu_first,
     )
-
-
-def _clocks() -> tuple[float, float]:
-    return time.perf_counter(), time.process_time()
 
 
 def _profile_cold(
@@ -312,7 +314,7 @@ def _profile_cold(
     for _ in range(COLD_ROUNDS):
         for path in paths:
             _drop_from_page_cache(path)
-        rounds.append(_miss_and_hit(load, inputs, executions(manifest.execution.runtime)))
+        rounds.append(_miss_and_hit(load, inputs))
         for path in paths:
             _drop_from_page_cache(path)
         reads.append(_seconds(lambda: _read_files(paths)))

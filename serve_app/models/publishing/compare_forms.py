@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,6 +14,8 @@ from serve_app.core.catalog import PublishedModel
 from serve_app.models.profiling.fresh_process import call_in_fresh_process
 from serve_app.models.profiling.grid import grid
 from serve_app.models.profiling.model_profile import in_turns
+from serve_app.models.readahead import ReadAhead
+from serve_app.models.runtimes.registry import prepare
 from serve_app.models.threads import one_thread
 from serve_app.store.manifest import Manifest
 from serve_app.store.model_store import ModelStore
@@ -51,7 +54,8 @@ def compare_here(root: str, forms: list[str]) -> dict[str, Any]:
     store, manifests = ModelStore(Path(root)), [Manifest.from_json(each.encode(), "of the publisher") for each in forms]
     contract = manifests[0].model.contract
     with one_thread():
-        first, *others = in_turns(store, manifests, probe(contract, grid(contract.axes)[0]), _ROUNDS)
+        loads = [partial(prepare(manifest, store).load, ReadAhead, None) for manifest in manifests]
+        first, *others = in_turns(loads, probe(contract, grid(contract.axes)[0]), _ROUNDS)
     hit_s = median(each.cpu_hit_s for each in first)
     times = [
         Times(

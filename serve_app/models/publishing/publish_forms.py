@@ -35,7 +35,7 @@ from serve_app.models.runtimes.processor import computes_in_bfloat16
 from serve_app.models.runtimes.registry import prepare
 from serve_app.models.threads import one_thread
 from serve_app.store.forms import KINDS, FormKind, Refusal
-from serve_app.store.manifest import Agreement, ExecutionFormat, Manifest, ManifestKey
+from serve_app.store.manifest import Agreement, ExecutionFormat, Manifest, ManifestKey, is_allowed
 from serve_app.store.model_store import ModelStore
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,20 @@ def missing_forms(
     }
 
 
+def refused_forms(store: ModelStore, entry: ModelEntry, key: ManifestKey) -> dict[str, Refusal]:
+    """Return why a published model does not have forms for this machine, or may not be served by them, by form."""
+    refused = {}
+    for kind, form in wanted_forms(store, entry, key).items():
+        refusal = store.forms.refusal(form)
+        if refusal is None and store.forms.path(form).is_file():
+            manifest = store.read(form)
+            if manifest.agreement is not None and not is_allowed(manifest, entry):
+                refusal = _too_little(manifest.agreement, entry)
+        if refusal is not None:
+            refused[kind.form] = refusal
+    return refused
+
+
 def publish_forms(
     store: ModelStore, entry: ModelEntry, key: ManifestKey, on_begin: Callable[[], None], *, force: bool = False
 ) -> tuple[FormOutcome, ...]:
@@ -123,12 +137,17 @@ def _is_whole(store: ModelStore, form: ManifestKey) -> bool:
     return True
 
 
+def _too_little(agreement: Agreement, entry: ModelEntry) -> Refusal:
+    reason = f"it has {agreement}, and {entry.agreement:.2%} are asked for"
+    return Refusal(reason=reason, agreement=agreement)
+
+
 class _Refused(StoreError):
     """A form that does not agree enough."""
 
-    def __init__(self, reason: str, agreement: Agreement) -> None:
-        super().__init__(reason)
-        self.agreement = agreement
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.reason)
+        self.agreement = refusal.agreement
 
 
 class _Attempt:
@@ -266,8 +285,7 @@ class _Attempt:
                 if agreement.share >= self._entry.agreement:
                     self._forms[kind] = dataclasses.replace(self._forms[kind], agreement=agreement)
                     continue
-                reason = f"it has {agreement}, and {self._entry.agreement:.2%} are asked for"
-                self._refuse(kind, _Refused(reason, agreement))
+                self._refuse(kind, _Refused(_too_little(agreement, self._entry)))
 
 
 def _verify(store: ModelStore, manifest: Manifest, answers: Sequence[Sequence[Any]]) -> None:

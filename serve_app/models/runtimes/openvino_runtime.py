@@ -118,10 +118,17 @@ def settings(dtype: Dtype | str) -> dict[str, Any]:
 
 
 class _OpenVinoSession:
-    """A ``CompiledModel``, see ``Session``."""
+    """A ``CompiledModel``, see ``Session``.
 
-    def __init__(self, compiled: Any, outputs: list[str]) -> None:
+    Args:
+        compiled: the model.
+        outputs: their names.
+        has_one_size: it is always executed at the same sizes.
+    """
+
+    def __init__(self, compiled: Any, outputs: list[str], has_one_size: bool) -> None:
         self._compiled = compiled
+        self._has_one_size = has_one_size
         self._outputs = [compiled.output(name) for name in outputs]
         self._lock = threading.Lock()
 
@@ -134,8 +141,10 @@ class _OpenVinoSession:
                 results = self._compiled.create_infer_request().infer(feeds, share_inputs=True, share_outputs=True)
                 return [np.array(results[output]) for output in self._outputs]
             finally:
-                # It keeps the activations of the largest execution else.
-                self._compiled.release_memory()
+                # It keeps the activations of the largest execution else. Where all take as much, these count with the
+                # model: to have the system make their pages anew takes up to half of an execution.
+                if not self._has_one_size:
+                    self._compiled.release_memory()
 
 
 def _require_32_bits(feeds: Mapping[str, NDArray[Any]]) -> None:
@@ -158,7 +167,9 @@ def _open(manifest: Manifest, store: ModelStore) -> _OpenVinoSession:
             config["WEIGHTS_PATH"] = str(store.blob_path(file.name))
     content = io.BytesIO(store.blob_path(graph.name).read_bytes())
     return _OpenVinoSession(
-        core().import_model(content, DEVICE, config), [spec.name for spec in manifest.model.outputs]
+        core().import_model(content, DEVICE, config),
+        [spec.name for spec in manifest.model.outputs],
+        manifest.model.row_by_row,
     )
 
 
