@@ -12,7 +12,7 @@ from serve_app.config.yaml_files import Settings, beside, read_settings
 from serve_app.core.catalog import ModelEntry
 from serve_app.core.contract import Axis, ValueRange
 from serve_app.core.contract_declaration import TensorDeclaration
-from serve_app.core.precision import AGREEMENT, Precision
+from serve_app.core.precision import AGREEMENT
 from serve_app.core.reference import is_reference
 from serve_app.core.task import Activation, Fit, ImageInput, Interpolation, Pooling, TaskKind, TaskSpec
 from serve_app.errors import ConfigError
@@ -102,7 +102,7 @@ def _limit_alone(value: object) -> object:
 
 
 #: ``auto``: float32, and what agrees with it.
-_PrecisionChoice = Precision | Literal["auto"]
+_PrecisionChoice = Literal["float32", "bfloat16", "int8", "auto"]
 
 
 class _ModelSettings(Settings):

@@ -306,6 +306,10 @@ def _miss_and_hit(load: Callable[[], LoadedModel], inputs: Tensors) -> Round:
     )
 
 
+def _clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
 def _profile_cold(
     store: ModelStore, manifest: Manifest, load: Callable[[], LoadedModel], inputs: Tensors
 ) -> ColdProfile:
