@@ -6,6 +6,7 @@ They run one inference with one thread, and have one replica.
 
 \b
 edgeserve            one location, as `edgeserve up` deploys it
+edgeserve-mapped     the same without compiled forms: torch runs every model eagerly, on mapped weights
 multiplexed          @serve.multiplexed as its documentation shows it, with Serve's default proxy
 multiplexed-haproxy  the same with HAProxy and throughput mode, which EdgeServe uses, too
 multiplexed-tuned    the same, but loads and runs models in two threads, as EdgeServe does, and unpickles whole modules

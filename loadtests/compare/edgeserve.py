@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import yaml
 
@@ -18,18 +19,25 @@ _UP_S, _DOWN_S = 180.0, 60.0
 
 
 class EdgeServe:
-    """One location with one worker; everything but memory and models is as configured by default."""
+    """One location with one worker; everything but memory and models is as configured by default.
 
-    def __init__(self, zoo: Zoo) -> None:
+    Args:
+        name: of the side.
+        zoo: the models.
+        catalog: of them, which is published.
+    """
+
+    def __init__(self, name: str, zoo: Zoo, catalog: Path) -> None:
         self._zoo = zoo
+        self._catalog = catalog
         (self._port,) = free_ports(1)
-        self._processes = Processes("edgeserve", serving=("ray::ServeReplica", "haproxy", "ray::HAProxy"))
+        self._processes = Processes(name, serving=("ray::ServeReplica", "haproxy", "ray::HAProxy"))
         self._variables = {"EDGESERVE_STORE": str(zoo.store)}
 
     def start(self) -> None:
         """``edgeserve up``; raises ``SideFailed``."""
         folder = self._processes.folder
-        edge = {"catalog": str(self._zoo.catalog), "locations": {_LOCATION: {"memory": self._zoo.memory_bytes}}}
+        edge = {"catalog": str(self._catalog), "locations": {_LOCATION: {"memory": self._zoo.memory_bytes}}}
         local = {
             "http_options": {"host": "127.0.0.1", "port": self._port},
             "logging_config": {"enable_access_log": False},

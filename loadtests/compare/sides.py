@@ -35,12 +35,13 @@ class Side(Protocol):
         """End everything that it has started."""
 
 
-OURS = "edgeserve"
+OURS, MAPPED = "edgeserve", "edgeserve-mapped"
 DEFAULT_PROXY, HAPROXY, TUNED = "multiplexed", "multiplexed-haproxy", "multiplexed-tuned"
 
 #: In the order of the tables.
 SIDES: dict[str, Callable[[Zoo], Side]] = {
-    OURS: EdgeServe,
+    OURS: lambda zoo: EdgeServe(OURS, zoo, zoo.catalog),
+    MAPPED: lambda zoo: EdgeServe(MAPPED, zoo, zoo.mapped_catalog),
     DEFAULT_PROXY: lambda zoo: Multiplexed(DEFAULT_PROXY, zoo, haproxy=False, tuned=False),
     HAPROXY: lambda zoo: Multiplexed(HAPROXY, zoo, haproxy=True, tuned=False),
     TUNED: lambda zoo: Multiplexed(TUNED, zoo, haproxy=True, tuned=True),

@@ -21,7 +21,7 @@ from serve_app.store.model_store import ModelStore
 
 CATALOG = Path("deploy/catalog.yaml")
 WEIGHTS = "random:0"
-_PUBLISH_S = 600.0
+_PUBLISH_S = 1200.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,14 +50,16 @@ SETTINGS = {
 class Zoo:
     """The models of one setting, on disk.
 
-    ``spec`` is a file that tells the other sides where what is; ``sizes`` are bytes of weights by model. Every side has
-    ``memory_bytes``: EdgeServe counts each model's workspace as well, and who counts models may hold ``slots``.
+    ``catalog`` is served in compiled forms, and ``mapped_catalog`` as it was published. ``spec`` is a file that tells
+    the other sides where what is; ``sizes`` are bytes of weights by model. Every side has ``memory_bytes``: EdgeServe
+    counts each model's workspace as well, and who counts models may hold ``slots``.
     """
 
     setting: Setting
     folder: Path
     store: Path
     catalog: Path
+    mapped_catalog: Path
     spec: Path
     sizes: Mapping[str, int]
     memory_bytes: int
@@ -79,18 +81,22 @@ def prepare(setting: Setting, cache: Path, *, share: float, whole: bool, say: Ca
     """
     folder = cache / setting.name
     folder.mkdir(parents=True, exist_ok=True)
-    store, catalog, edge = cache / "store", folder / "catalog.yaml", folder / "publish.yaml"
+    store, catalog, mapped_catalog = cache / "store", folder / "catalog.yaml", folder / "mapped.yaml"
     entries = [entry for entry in load_catalog(CATALOG) if entry.model_id not in setting.without]
     models = {
         _model_id(entry.model_id, setting): {"builder": entry.builder, "weights": WEIGHTS, **_input(setting)}
         for entry in entries
     }
     catalog.write_text(yaml.safe_dump({"models": models}))
-    edge.write_text(
-        yaml.safe_dump({"catalog": str(catalog), "store": str(store), "locations": {"edge": {"memory": "1GiB"}}})
-    )
-    say(f"publishing {len(models)} models, where that is not done yet")
-    _run("-m", "serve_app", "publish", "--edge", str(edge), variables={"EDGESERVE_STORE": str(store)})
+    mapped = {model_id: {**model, "runtime": "torch"} for model_id, model in models.items()}
+    mapped_catalog.write_text(yaml.safe_dump({"models": mapped}))
+    say(f"publishing and compiling {len(models)} models, where that is not done yet")
+    for each in (catalog, mapped_catalog):
+        edge = folder / f"publish-{each.name}"
+        edge.write_text(
+            yaml.safe_dump({"catalog": str(each), "store": str(store), "locations": {"edge": {"memory": "1GiB"}}})
+        )
+        _run("-m", "serve_app", "publish", "--edge", str(edge), variables={"EDGESERVE_STORE": str(store)})
     published = ModelStore(store).catalog(load_catalog(catalog)).models
     sizes = {model.model_id: model.weights_bytes for model in published}
     memory_bytes = int(share * sum(sizes.values()))
@@ -115,6 +121,7 @@ def prepare(setting: Setting, cache: Path, *, share: float, whole: bool, say: Ca
         folder=folder,
         store=store,
         catalog=catalog,
+        mapped_catalog=mapped_catalog,
         spec=spec,
         sizes=sizes,
         memory_bytes=memory_bytes,

@@ -26,6 +26,7 @@ from serve_app.errors import StoreError
 from serve_app.models.loader import ModelLoader
 from serve_app.models.process_memory import give_back_free_memory, keep_freed_memory, process_memory
 from serve_app.models.publishing.publish_catalog import publish
+from serve_app.models.runtimes.environment import environments
 from serve_app.models.sources.fetcher import Fetcher
 from serve_app.models.threads import expect_parallel, use_threads
 from serve_app.models.warm_up import warm_up
@@ -68,7 +69,14 @@ class Bench:
 
     async def infer(self, model: PublishedModel) -> None:
         """Run one inference of any size; raises what the worker refuses it with."""
-        payload = self.rng.choice(self.inputs[model.model_id])
+        await self._infer(model, self.rng.choice(self.inputs[model.model_id]))
+
+    async def infer_all(self, model: PublishedModel) -> None:
+        """Run one inference of every size; raises what the worker refuses one with."""
+        for payload in self.inputs[model.model_id]:
+            await self._infer(model, payload)
+
+    async def _infer(self, model: PublishedModel, payload: Tensors) -> None:
         work = InferenceTask(model_id=model.model_id, origin="here", payload=payload, budget_s=_BUDGET_S)
         reply = await self.worker.infer(work)
         if isinstance(reply, InferenceRejected):
@@ -113,12 +121,13 @@ async def bench(
     keep_freed_memory()
     use_threads(settings.worker.threads_per_inference, settings.worker.parallel_inferences)
     store = ModelStore(settings.store)
-    selection = store.select(load_catalog(models_of or settings.catalog))
+    # Compiled forms too, where they have been made.
+    selection = store.select(load_catalog(models_of or settings.catalog), environments=environments())
     catalog = selection.catalog
     loader = ModelLoader(store, release_page_cache=release_page_cache)
     loader.select(selection.manifests)
-    for model in catalog.models:
-        loader.prepare(model.model_id)
+    for key in selection.manifests:
+        loader.prepare(key)
     await asyncio.to_thread(warm_up, loader, catalog)
     slots = settings.worker.parallel_inferences
     budget = divide(parse_size(memory), catalog.models, slots)

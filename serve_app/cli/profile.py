@@ -228,7 +228,7 @@ def _show_profiles(profiles: Sequence[Profile]) -> None:
     worst = next(each for each in profiles if each.is_served and each.model_id == summary.worst).miss_over_hit.median
     if len(profiles) > len({each.model_id for each in profiles}):
         out.print("* the form that is loaded first: its load and one inference take the least time")
-        out.print("+ the form that a model in memory goes over to: the fastest, if it is faster by more than a tenth")
+        out.print("+ the fastest form that a model in memory goes over to, where the cache has room for it")
     out.print(
         f"miss over hit: geometric mean {summary.miss_over_hit:.3f}, worst {worst:.3f} ({summary.worst}); "
         f"in processor time {summary.cpu_miss_over_hit:.3f}; {min(rounds)} to {max(rounds)} rounds a model"

@@ -11,7 +11,7 @@ from typing import Literal
 
 from serve_app.core.contract import BATCH, Axis, Contract, SizeCost, TensorSpec, cost_at, expected_exec_s
 from serve_app.core.contract_declaration import TensorDeclaration
-from serve_app.core.precision import AGREEMENT, Dtype, Lowered, Precision, form_name
+from serve_app.core.precision import AGREEMENT, Dtype, Lowered, Precision, form_name, precisions, problem_of
 from serve_app.core.reference import FORMS, is_reference, parse_reference
 from serve_app.core.task import ImageInput, TaskSpec
 from serve_app.core.versions import VersionRoute, split_key, version_key
@@ -96,27 +96,13 @@ class ModelEntry:
         )
         _require(self.accuracy is None or 0 <= self.accuracy <= 1, f"accuracy must lie in 0..1, not {self.accuracy}")
         _require(0 <= self.agreement <= 1, f"agreement must lie in 0..1, not {self.agreement}")
-        if self.lowered != "no":
-            _require(self.dtype == "float32", f"what is published in {self.dtype} has no forms of lower precision")
-            _require(
-                self.runtime == "auto",
-                f"precision: {self.lowered} chooses among runtimes; leave runtime: {self.runtime} out",
-            )
-            _require(
-                self.lowered == "auto" or kind != "onnx",
-                "precision: int8 is for modules; quantize the ONNX file itself, and leave precision out",
-            )
+        problem = problem_of(self.lowered, self.dtype, self.runtime, self.builder)
+        _require(problem is None, problem or "")
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
         """The precisions that its compiled forms may have; the lower ones as far as they agree with float32."""
-        match self.lowered:
-            case "auto":
-                return ("float32", "bfloat16", "int8")
-            case "int8":
-                return ("float32", "int8")
-            case "no":
-                return (self.dtype,)
+        return precisions(self.dtype, self.lowered)
 
     def allows(self, precision: str, agreement: float | None) -> bool:
         """Return whether a compiled form may serve it that agrees on such a share of probes; None: not measured."""
@@ -127,9 +113,11 @@ class ModelEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelProfile:
-    """The numbers that decisions are made from.
+    """The numbers that decisions are made from: those of a model in one of its forms.
 
-    ``size_bytes`` is what one resident copy costs in memory, and what its eviction gives back: weights and buffers.
+    Attributes:
+        size_bytes: what one resident copy costs in memory, and what its eviction gives back: weights and buffers.
+        tier: 0: the form in which the model is loaded for a request; more: one that it goes over to, see ``forms.py``.
     """
 
     model_id: str
@@ -137,6 +125,7 @@ class ModelProfile:
     load_s: float
     exec_s: float
     accuracy: float | None = None
+    tier: int = 0
 
     def __post_init__(self) -> None:
         _require(self.size_bytes > 0, f"size_bytes of {self.model_id} must be positive, not {self.size_bytes}")
@@ -157,6 +146,7 @@ class PublishedModel:
         workspace_bytes: what one execution needs beside the weights, while it runs; see ``memory_budget.py``.
         costs: measured at several sizes of the free axes; empty where the costs of one row say it all.
         prepared_bytes: what every worker keeps of it while it is not in memory.
+        private_bytes: what of its memory is no page of a file; None: it was not measured, see ``own_bytes``.
     """
 
     model_id: str
@@ -174,6 +164,7 @@ class PublishedModel:
     workspace_bytes: int
     costs: tuple[SizeCost, ...] = ()
     prepared_bytes: int = 0
+    private_bytes: int | None = None
     profile: ModelProfile
     fingerprint: str = ""
 
@@ -191,6 +182,13 @@ class PublishedModel:
     def form(self) -> str:
         """How it is in memory: see ``form_name``."""
         return form_name(self.runtime, self.dtype)
+
+    @property
+    def own_bytes(self) -> int:
+        """What of its memory is no page of a file, and returns to the heap of the process with an unload."""
+        if self.private_bytes is not None:
+            return self.private_bytes
+        return 0 if self.runtime == "torch" else self.weights_bytes
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -274,7 +272,7 @@ class Catalog:
         models: every version of every model.
         routes: which version answers for a name; a name without a route has one version.
         problems: why a model of the catalog file cannot be served at all, by name.
-        fastest: the fastest form of each model that has several, by key; see ``forms.py``.
+        faster: the forms that each model may go over to, slowest first, by key; see ``forms.py``.
     """
 
     def __init__(
@@ -282,12 +280,12 @@ class Catalog:
         models: tuple[PublishedModel, ...],
         routes: Mapping[str, VersionRoute] = MappingProxyType({}),
         problems: Mapping[str, str] = MappingProxyType({}),
-        fastest: Mapping[str, PublishedModel] = MappingProxyType({}),
+        faster: Mapping[str, tuple[PublishedModel, ...]] = MappingProxyType({}),
     ) -> None:
         self._models = {model.model_id: model for model in models}
         self.routes = routes
         self.problems = problems
-        self.fastest = fastest
+        self.faster = faster
         #: What a request may name, and which models that means.
         self._named: dict[str, tuple[PublishedModel, ...]] = {}
         self._versions: dict[str, tuple[int, ...]] = {}
@@ -362,7 +360,7 @@ class Catalog:
             name: replace(route, current=current[name]) if name in current else route
             for name, route in self.routes.items()
         }
-        return Catalog(self.models, routes, self.problems, self.fastest)
+        return Catalog(self.models, routes, self.problems, self.faster)
 
     def profiles(self) -> dict[str, ModelProfile]:
         """Profile of every version of every model, by key."""

@@ -92,14 +92,12 @@ class MemoryGuard:
         self._smoothed_bytes = 0.0
         self._updated_s: float | None = None
 
-    def beyond_bytes(
-        self, memory: ProcessMemory, budget: MemoryBudget, used_bytes: int, unmapped_bytes: int = 0
-    ) -> int:
+    def beyond_bytes(self, memory: ProcessMemory, budget: MemoryBudget, used_bytes: int, own_bytes: int = 0) -> int:
         """By how much the process exceeds its base, workspace, and models of ``used_bytes``.
 
-        ``unmapped_bytes`` are those of models that are no mapped files, or not wholly.
+        ``own_bytes`` are those of the models that are no pages of files.
         """
-        private_bytes = memory.anonymous_bytes - self.base.anonymous_bytes - budget.workspace_bytes - unmapped_bytes
+        private_bytes = memory.anonymous_bytes - self.base.anonymous_bytes - budget.workspace_bytes - own_bytes
         all_bytes = memory.rss_bytes - self.base.rss_bytes - budget.workspace_bytes - used_bytes
         return max(private_bytes, all_bytes, 0)
 

@@ -18,6 +18,30 @@ Lowered = Literal["no", "auto", "int8"]
 AGREEMENT = 0.99
 
 
+def precisions(dtype: Dtype, lowered: Lowered) -> tuple[Precision, ...]:
+    """Return the precisions that compiled forms may have; the lower ones as far as they agree with float32."""
+    match lowered:
+        case "auto":
+            return ("float32", "bfloat16", "int8")
+        case "int8":
+            return ("float32", "int8")
+        case "no":
+            return (dtype,)
+
+
+def problem_of(lowered: Lowered, dtype: Dtype, runtime: str, builder: str) -> str | None:
+    """Return why a catalog entry cannot have forms of lower precision; None if it can, or has none."""
+    if lowered == "no":
+        return None
+    if dtype != "float32":
+        return f"what is published in {dtype} has no forms of lower precision"
+    if runtime != "auto":
+        return f"precision: {lowered} chooses among runtimes; leave runtime: {runtime} out"
+    if lowered == "int8" and builder.startswith("onnx:"):
+        return "precision: int8 is for modules; quantize the ONNX file itself, and leave precision out"
+    return None
+
+
 def form_name(runtime: str, precision: str) -> str:
     """Return the name of a form: ``mapped``, or the library that it is compiled for, and what it computes in.
 

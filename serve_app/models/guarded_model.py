@@ -37,13 +37,17 @@ class GuardedModel:
         files: their signatures before the load.
         is_current: whether the name of the model still stands for what was loaded.
         form: see ``PublishedModel.form``.
+        own_bytes: see ``PublishedModel.own_bytes``.
     """
 
-    def __init__(self, model: LoadedModel, files: Signatures, is_current: Callable[[], bool], form: str) -> None:
+    def __init__(
+        self, model: LoadedModel, files: Signatures, is_current: Callable[[], bool], form: str, own_bytes: int
+    ) -> None:
         self._model = model
         self._files = files
         self._is_current = is_current
         self.form = form
+        self.own_bytes = own_bytes
         self.model_id = model.model_id
         self.weights_bytes = model.weights_bytes
 

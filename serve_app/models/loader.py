@@ -14,6 +14,7 @@ from pathlib import Path
 from serve_app.core.forms import model_of
 from serve_app.errors import StoreError
 from serve_app.models.guarded_model import GuardedModel, signatures
+from serve_app.models.process_memory import give_back_free_memory
 from serve_app.models.readahead import ReadAhead
 from serve_app.models.runtimes import registry
 from serve_app.models.runtimes.base import PreparedModel, StartReadAhead
@@ -22,6 +23,9 @@ from serve_app.store.manifest import Manifest, ManifestKey
 from serve_app.store.model_store import ModelStore
 
 logger = logging.getLogger(__name__)
+
+#: An unload that frees more has the kernel get it back.
+_HEAP_BYTES = 4 * 2**20
 
 
 class ModelLoader:
@@ -43,8 +47,9 @@ class ModelLoader:
     ) -> None:
         self._store = store
         self._read_ahead = read_ahead
+        self._release_page_cache = release_page_cache
         # A release takes milliseconds, for which the caller of unload must not wait.
-        self._releases = ThreadPoolExecutor(1, thread_name_prefix="release") if release_page_cache else None
+        self._releases = ThreadPoolExecutor(1, thread_name_prefix="release")
         self._prepared: dict[str, PreparedModel] = {}
         self._locks: dict[str, threading.Lock] = {}
         #: Stands for what a key means now, whatever its form: a model in memory may run as long as this is the same.
@@ -62,7 +67,7 @@ class ModelLoader:
         for key in before.keys() - manifests.keys():
             model = manifests.get(model_of(key))
             if model is not None and model.stem != before[key].stem:
-                # The fastest form of what the model was before.
+                # A faster form of what the model was before.
                 self._prepared.pop(key, None)
                 self._meanings.pop(key, None)
         for key, manifest in manifests.items():
@@ -118,8 +123,8 @@ class ModelLoader:
             self._meanings[model_id] = meaning = object()
             files = signatures(other, self._store)
             loaded = prepared.load(self._read_ahead, self._release)
-        form = prepared.manifest.model.form
-        return GuardedModel(loaded, files, lambda: self._meanings.get(model_id) is meaning, form)
+        model = prepared.manifest.model
+        return GuardedModel(loaded, files, lambda: self._meanings.get(model_id) is meaning, model.form, model.own_bytes)
 
     def _prepare_now(self, model_id: str) -> PreparedModel:
         try:
@@ -172,7 +177,10 @@ class ModelLoader:
         return self._store.read(self._selected[model_id])
 
     def _release(self, manifest: Manifest, readers: Sequence[ReadAhead]) -> None:
-        if self._releases is not None:
+        if manifest.model.own_bytes > _HEAP_BYTES:
+            # The allocator would keep it, and the next model takes memory of its own.
+            self._releases.submit(give_back_free_memory)
+        if self._release_page_cache:
             paths = [self._store.blob_path(file.name) for file in manifest.files]
             self._releases.submit(_release_pages, paths, readers)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,15 @@ _EXACT_BYTES = 64 * 2**10
 #: Where glibc's own threshold ends up by itself, once a block of that size has been freed.
 _USUAL_BYTES = 32 * 2**20
 
+#: Of workers, see ``MALLOC_ARENA_MAX`` in ``serving/app.py``.
+_ARENAS = 2
+#: The C library looks at the end of an arena when so much is freed at once, or more.
+_LOOKED_AT_BYTES = 128 * 2**10
+
+_trimming = threading.Lock()
+#: The threshold of this process; before it is set, glibc's own.
+_trim_bytes = 128 * 2**10
+
 
 def process_memory() -> ProcessMemory:
     """Read what this process has in memory, as the kernel accounts for it; takes microseconds."""
@@ -32,7 +42,39 @@ def give_back_free_memory() -> None:
     The allocator keeps what executions have freed, which makes the next ones faster, and never returns it by itself.
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        libc = ctypes.CDLL("libc.so.6")
+        libc.malloc_trim(0)
+        _trim_tops(libc)
+
+
+def _trim_tops(libc: ctypes.CDLL) -> None:
+    """Give back the free end of every arena: ``malloc_trim`` reaches that of the main one only.
+
+    The C library looks at the end of an arena when a larger block of it is freed. Threads get the arenas in turns, so
+    as many as there are arenas, all alive at the same time, reach each of them.
+    """
+    libc.malloc.restype = ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    together = threading.Barrier(_ARENAS)
+
+    def free_a_block() -> None:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait()
+            libc.free(libc.malloc(_LOOKED_AT_BYTES))
+
+    with _trimming:
+        libc.mallopt(_M_TRIM_THRESHOLD, 0)
+        try:
+            threads = [threading.Thread(target=free_a_block, name="trim") for _ in range(_ARENAS)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        except RuntimeError:
+            # The machine has no thread left.
+            together.abort()
+        finally:
+            libc.mallopt(_M_TRIM_THRESHOLD, _trim_bytes)
 
 
 def keep_freed_memory() -> None:
@@ -57,7 +99,9 @@ def exact_heap() -> Iterator[None]:
 
 
 def _set_thresholds(*, mmap: int, trim: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):
+    global _trim_bytes
+    with contextlib.suppress(OSError, AttributeError), _trimming:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(_M_MMAP_THRESHOLD, mmap)
         mallopt(_M_TRIM_THRESHOLD, trim)
+        _trim_bytes = trim

@@ -11,7 +11,7 @@ import logging
 from PIL import Image
 
 from serve_app.core.catalog import Catalog, PublishedModel
-from serve_app.core.forms import key_of_fastest
+from serve_app.core.forms import key_of_tier
 from serve_app.models.loader import ModelLoader
 from serve_app.tasks.images import decode_image
 from serve_app.tasks.tensors import probe
@@ -34,9 +34,12 @@ def warm_up(loader: ModelLoader, catalog: Catalog) -> None:
     for model in sorted(catalog.models, key=lambda model: model.weights_bytes + model.workspace_bytes):
         smallest.setdefault(model.runtime, model)
     keys = {model.model_id: model for model in smallest.values()}
-    if catalog.fastest:
-        name = min(catalog.fastest, key=lambda each: catalog.fastest[each].weights_bytes)
-        keys[key_of_fastest(name)] = catalog[name]
+    others: dict[str, PublishedModel] = {}
+    for form in sorted(
+        (each for forms in catalog.faster.values() for each in forms), key=lambda form: form.weights_bytes
+    ):
+        others.setdefault(form.runtime, form)
+    keys |= {key_of_tier(form.model_id, form.profile.tier): form for form in others.values()}
     for key, model in keys.items():
         try:
             loaded = loader.load(key)

@@ -17,7 +17,7 @@ from serve_app.config.edge import EdgeSettings
 from serve_app.config.environment import sockets_dir
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import Catalog
-from serve_app.core.forms import key_of_fastest
+from serve_app.core.forms import key_of_tier
 from serve_app.core.memory_budget import MemoryBudget
 from serve_app.errors import ConfigError, EdgeServeError
 from serve_app.models.process_memory import give_back_free_memory, keep_freed_memory, process_memory
@@ -78,10 +78,10 @@ class WorkerReplica:
                 logger.exception("model %s cannot be served", model.model_id)
                 is_foreseen = isinstance(error, EdgeServeError)
                 unusable[model.model_id] = str(error) if is_foreseen else f"{type(error).__name__}: {error}"
-        for model_id in selection.catalog.fastest:
+        for form in (each for forms in selection.catalog.faster.values() for each in forms):
             # What its library takes belongs to what the process takes without any model.
             with contextlib.suppress(EdgeServeError):
-                self._loader.prepare(key_of_fastest(model_id))
+                self._loader.prepare(key_of_tier(form.model_id, form.profile.tier))
         self._unusable = unusable
         return selection.catalog
 

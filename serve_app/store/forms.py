@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from serve_app.core.catalog import PublishedModel, RuntimeName
-from serve_app.core.forms import fastest, key_of_fastest, soonest
+from serve_app.core.forms import faster, key_of_tier, soonest
 from serve_app.core.precision import Lowered, Precision, form_name
 from serve_app.store.directory import StoreDirectory
 from serve_app.store.manifest import Agreement, ManifestKey
@@ -65,13 +65,13 @@ class Chosen:
     """The forms of one model that serve it.
 
     Attributes:
-        model: in the form in which it is loaded, with the memory that an execution needs in the fastest one as well.
-        fastest: in its fastest form; None where it has but one.
-        manifests: of these forms, by the key of the model and by ``key_of_fastest``.
+        model: in the form in which it is loaded, with the memory that an execution needs in any of them.
+        faster: in the forms that it goes over to, slowest first; none where it has but one.
+        manifests: of the former, by the key of the model, and of all where there are several, by ``key_of_tier``.
     """
 
     model: PublishedModel
-    fastest: PublishedModel | None
+    faster: tuple[PublishedModel, ...]
     manifests: Mapping[str, ManifestKey]
 
 
@@ -83,18 +83,18 @@ def that_serve(forms: Sequence[PublishedModel], lowered: Lowered) -> list[Publis
 def choose(forms: Mapping[ManifestKey, PublishedModel]) -> Chosen:
     """Choose among all forms of one model, first as it was published."""
     served = soonest(list(forms.values()))
-    manifests = {served.model_id: next(place for place, model in forms.items() if model is served)}
-    if len(forms) == 1:
-        return Chosen(model=served, fastest=None, manifests=manifests)
-    fast = fastest(list(forms.values()), served)
-    manifests[key_of_fastest(served.model_id)] = next(place for place, model in forms.items() if model is fast)
+    others = faster(list(forms.values()), served)
+    places = {model.form: place for place, model in forms.items()}
+    manifests = {served.model_id: places[served.form]}
+    if len(forms) > 1:
+        manifests |= {key_of_tier(form.model_id, form.profile.tier): places[form.form] for form in (served, *others)}
     costs = tuple(
-        replace(cost, workspace_bytes=max(cost.workspace_bytes, other.workspace_bytes))
-        for cost, other in zip(served.costs, fast.costs, strict=True)
+        replace(cost, workspace_bytes=max(each.workspace_bytes for each in (cost, *rest)))
+        for cost, *rest in zip(served.costs, *(form.costs for form in others), strict=True)
     )
-    workspace_bytes = max(served.workspace_bytes, fast.workspace_bytes)
+    workspace_bytes = max(form.workspace_bytes for form in (served, *others))
     model = replace(served, workspace_bytes=workspace_bytes, costs=costs)
-    return Chosen(model=model, fastest=fast, manifests=manifests)
+    return Chosen(model=model, faster=others, manifests=manifests)
 
 
 class Forms:

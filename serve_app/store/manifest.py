@@ -13,11 +13,12 @@ import math
 import re
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from serve_app.core.catalog import ModelEntry, PublishedModel, RuntimeName
+from serve_app.core.catalog import ModelEntry, ModelProfile, PublishedModel, RuntimeName
 from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
 
@@ -42,6 +43,12 @@ ITEM_BYTES = {
     "F64": 8,
 }
 
+
+#: What came to be written after the format was made: manifests without it are read as well.
+_ADDED: Mapping[type, frozenset[str]] = {
+    PublishedModel: frozenset({"private_bytes"}),
+    ModelProfile: frozenset({"tier"}),
+}
 
 Layout = Literal["row_major", "channels_last"]
 
@@ -215,11 +222,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Convert to UTF-8 JSON that ``from_json`` converts back unchanged."""
-        content = dataclasses.asdict(self)
-        if self.agreement is None:
-            # Versions of EdgeServe that do not know of it read all other manifests.
-            del content["agreement"]
-        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, text: bytes, source: str) -> Manifest:
@@ -236,6 +239,7 @@ class Manifest:
             raw = json.loads(text)
             if isinstance(raw, dict) and raw.get("format") != FORMAT:
                 raise ValueError(f"format {raw.get('format')!r} is not the format {FORMAT} that this version reads")
+            # Earlier versions have not written it.
             manifest = _decode(cls, {"agreement": None} | raw if isinstance(raw, dict) else raw, "")
         except (ValueError, RecursionError) as error:
             raise StoreError(f"manifest {source} is malformed ({error}); publish the model again") from error
@@ -274,11 +278,12 @@ def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{where or 'the file'}: expected an object, found {type(value).__name__}")
     hints = _hints(kind)
-    if hints.keys() != value.keys():
-        missing, unknown = sorted(hints.keys() - value.keys()), sorted(value.keys() - hints.keys())
+    required = hints.keys() - _ADDED.get(kind, frozenset())
+    if not required <= value.keys() <= hints.keys():
+        missing, unknown = sorted(required - value.keys()), sorted(value.keys() - hints.keys())
         raise ValueError(f"{where or 'the file'}: missing keys {missing}, unknown keys {unknown}")
     prefix = f"{where}." if where else ""
-    return kind(**{name: _decode(hint, value[name], prefix + name) for name, hint in hints.items()})
+    return kind(**{name: _decode(hint, value[name], prefix + name) for name, hint in hints.items() if name in value})
 
 
 def _decode_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:

@@ -46,7 +46,7 @@ _NO_FINGERPRINT = "0" * 32
 class Selection:
     """What a deployment serves: its catalog, and the manifest of each model by the model's key.
 
-    The fastest form of a model that has several is there by ``forms.key_of_fastest``.
+    The forms that a model goes over to are there by ``forms.key_of_tier``.
     """
 
     catalog: Catalog
@@ -221,7 +221,7 @@ class ModelStore(BlobStore):
         routes: dict[str, VersionRoute] = {}
         problems: dict[str, str] = {}
         manifests: dict[str, ManifestKey] = {}
-        fastest: dict[str, PublishedModel] = {}
+        faster: dict[str, tuple[PublishedModel, ...]] = {}
         for entry in entries:
             try:
                 versions, route = self._versions(entry, state)
@@ -238,12 +238,12 @@ class ModelStore(BlobStore):
                 chosen = choose(self._forms(key, versions[key], entry, route, environments))
                 models.append(chosen.model)
                 manifests |= chosen.manifests
-                if chosen.fastest is not None:
-                    fastest[key] = chosen.fastest
+                if chosen.faster:
+                    faster[key] = chosen.faster
             if route.canary is not None and version_key(entry.model_id, route.canary) not in keys:
                 route = dataclasses.replace(route, canary=None, canary_share=0.0)
             routes[entry.model_id] = route
-        return Selection(catalog=Catalog(tuple(models), routes, problems, fastest), manifests=manifests)
+        return Selection(catalog=Catalog(tuple(models), routes, problems, faster), manifests=manifests)
 
     def _versions(self, entry: ModelEntry, state: ProjectState | None) -> tuple[dict[str, ManifestKey], VersionRoute]:
         """Return the manifests of an entry by the keys of its versions, and which of them answers."""

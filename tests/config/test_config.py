@@ -321,7 +321,7 @@ def test_a_catalog_becomes_entries_in_its_order(write: Write, tmp_path: Path) ->
         ),
         (
             {"builder": "onnx:m.onnx", "precision": "int8"},
-            "models.m: precision: int8 is for modules; quantize the ONNX file",
+            "models.m: precision: int8 is for modules",
         ),
         (MODEL | {"task": "classify"}, "models.m.task.kind: .*image-classification"),
         (MODEL | {"task": {"kind": "detection", "least": 1}}, "unknown key models.m.task.least; there are kind, image"),

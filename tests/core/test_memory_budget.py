@@ -133,10 +133,10 @@ def test_what_is_beyond_the_accounting(now: ProcessMemory, used: int, beyond: in
 
 def test_weights_in_memory_of_a_librarys_own_are_not_counted_twice() -> None:
     guard = MemoryGuard(BASE, step_bytes=10)
-    assert guard.beyond_bytes(grown(anonymous=600), BUDGET, 500, unmapped_bytes=500) == 0
-    assert guard.beyond_bytes(grown(anonymous=640), BUDGET, 500, unmapped_bytes=500) == 40
+    assert guard.beyond_bytes(grown(anonymous=600), BUDGET, 500, own_bytes=500) == 0
+    assert guard.beyond_bytes(grown(anonymous=640), BUDGET, 500, own_bytes=500) == 40
     # The rest is mapped, and not touched yet.
-    assert guard.beyond_bytes(grown(anonymous=440), BUDGET, 500, unmapped_bytes=300) == 40
+    assert guard.beyond_bytes(grown(anonymous=440), BUDGET, 500, own_bytes=300) == 40
 
 
 def looked(guard: MemoryGuard, beyond: int, since: float, until: float) -> list[int]:

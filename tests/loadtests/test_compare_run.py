@@ -78,6 +78,7 @@ def compare(sides: dict[str, Fake], monkeypatch: pytest.MonkeyPatch) -> Result:
         folder=nowhere,
         store=nowhere,
         catalog=nowhere,
+        mapped_catalog=nowhere,
         spec=nowhere,
         sizes=MODELS,
         memory_bytes=20,

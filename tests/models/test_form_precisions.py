@@ -10,7 +10,7 @@ import pytest
 from model_support import classify, images, offline, tiny
 
 from serve_app.core.catalog import ModelEntry
-from serve_app.core.forms import key_of_fastest
+from serve_app.core.forms import key_of_tier
 from serve_app.models.loader import ModelLoader
 from serve_app.models.publishing import publish_forms
 from serve_app.models.publishing.publish_catalog import PublishReport, publish
@@ -52,7 +52,7 @@ def key_of(store: ModelStore, entry: ModelEntry) -> ManifestKey:
 def forms(store: ModelStore, entry: ModelEntry) -> set[str]:
     """The forms that serve an entry, now and once it has gone over."""
     catalog = store.select([entry], environments=environments()).catalog
-    return {model.form for model in (catalog[entry.model_id], *catalog.fastest.values())}
+    return {model.form for model in (catalog[entry.model_id], *catalog.faster.get(entry.model_id, ()))}
 
 
 @needs_bfloat16
@@ -144,7 +144,7 @@ def test_a_damaged_form_of_openvino_leaves_the_model_as_it_was_published(store: 
         else:
             path.unlink()
     loader = ModelLoader(store)
-    loader.select({"decided": place, key_of_fastest("decided"): place})
+    loader.select({"decided": place, key_of_tier("decided", 1): place})
     model = loader.load("decided")
     assert model.form == "mapped"
     assert classify(model, images(1, 32)).shape == (1, 16)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from exact_heap_process import faults_of_the_second_burst, freed_while_exact_bytes
+from exact_heap_process import faults_of_the_second_burst, freed_while_exact_bytes, kept_by_a_thread_bytes
 from model_support import classify, images
 
 from serve_app.models.loader import ModelLoader
@@ -43,6 +43,13 @@ def test_free_heap_goes_back_to_the_kernel() -> None:
     before = process_memory()
     give_back_free_memory()
     assert before.anonymous_bytes - process_memory().anonymous_bytes > 1000 * 40 * 2**10
+
+
+def test_free_heap_of_threads_goes_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As workers have it; trimming by itself reaches the end of the main arena only.
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        assert fresh.submit(kept_by_a_thread_bytes).result() < 8 * 2**20
 
 
 def test_what_is_freed_while_the_heap_is_exact_is_gone_at_once() -> None:

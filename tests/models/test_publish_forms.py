@@ -11,7 +11,7 @@ import pytest
 from model_support import classify, images, offline, tiny, vision
 
 from serve_app.core.catalog import ModelEntry
-from serve_app.core.forms import key_of_fastest
+from serve_app.core.forms import key_of_tier
 from serve_app.errors import ModelChanged, StoreError
 from serve_app.models.loader import ModelLoader
 from serve_app.models.publishing import publish_forms
@@ -76,7 +76,7 @@ def test_a_model_in_memory_goes_on_when_another_form_is_there(compiled: ModelSto
     loader.select(compiled.select([ENTRY]).manifests)
     mapped = loader.load(ENTRY.model_id)
     loader.select(compiled.select([ENTRY], environments=environments()).manifests)
-    other = loader.load(key_of_fastest(ENTRY.model_id))
+    other = loader.load(key_of_tier(ENTRY.model_id, 0))
     assert (mapped.form, other.form) == ("mapped", "onnxruntime")
     np.testing.assert_allclose(classify(mapped, images()), classify(other, images()), rtol=0, atol=1e-3)
     mapped.unload()
@@ -88,13 +88,13 @@ def test_a_form_of_what_the_model_was_before_answers_no_more(compiled: ModelStor
     publish(compiled, [changed], reachable=offline, compiled=False)
     loader = ModelLoader(compiled)
     loader.select(compiled.select([ENTRY], environments=environments()).manifests)
-    form = loader.load(key_of_fastest(ENTRY.model_id))
+    form = loader.load(key_of_tier(ENTRY.model_id, 0))
     loader.select(compiled.select([changed], environments=environments()).manifests)
     with pytest.raises(ModelChanged, match="published again"):
         classify(form, images())
     form.unload()
     with pytest.raises(StoreError, match="has not published"):
-        loader.load(key_of_fastest(ENTRY.model_id))
+        loader.load(key_of_tier(ENTRY.model_id, 0))
 
 
 def test_a_machine_with_another_library_or_processor_serves_the_model_as_it_was_published(compiled: ModelStore) -> None:
@@ -157,7 +157,7 @@ def test_a_model_whose_form_is_damaged_is_served_as_it_was_published(
     if harm != "manifest":
         assert serving.load(ENTRY.model_id).form == "mapped"
         with pytest.raises(StoreError, match="publish it again"):
-            serving.load(key_of_fastest(ENTRY.model_id))
+            serving.load(key_of_tier(ENTRY.model_id, 0))
 
 
 def test_a_module_that_decides_by_its_numbers_is_served_as_it_was_published(store: ModelStore) -> None:

@@ -125,6 +125,7 @@ class FakeModel:
     """A model in memory: it goes once."""
 
     form = "mapped"
+    own_bytes = 0
 
     def __init__(self) -> None:
         self.in_memory = True

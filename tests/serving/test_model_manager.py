@@ -18,7 +18,13 @@ import pytest
 import pytest_asyncio
 from core_support import Ranked, assert_accounting_adds_up, profile
 
-from serve_app.core.cache.events import ExchangeSuggested, ForwardCostsChanged, ModelsKnown, UnloadRequested
+from serve_app.core.cache.events import (
+    ContentChanged,
+    ExchangeSuggested,
+    ForwardCostsChanged,
+    ModelsKnown,
+    UnloadRequested,
+)
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.policies.base import PreloadCandidates
@@ -40,6 +46,7 @@ class FakeModel:
         self.model_id = model_id
         self.in_memory = True
         self.form = "mapped"
+        self.own_bytes = 0
         self._events = events
 
     def run(self, inputs: Tensors) -> Tensors:
@@ -1065,3 +1072,35 @@ async def test_a_form_that_is_loaded_after_the_end_is_unloaded() -> None:
     fast = bench.loads.end(key)
     await bench.settle()
     assert (slow.in_memory, fast.in_memory) == (False, False)
+
+
+async def test_a_larger_form_goes_before_the_smaller_one_is_loaded_and_requests_join_that_load(bench: Bench) -> None:
+    small = profile("a", 30)
+    await bench.hold(small)
+    bench.loads.end(await exchange(bench, replace(small, size_bytes=50, tier=1)))
+    await bench.settle()
+    other = await bench.acquire(profile("b", 60))
+    joining = await bench.acquire(small)
+    assert bench.loads.events[-3:] == ["unload a#1", "load a", "load b"]
+    for model_id in ("b", "a"):
+        bench.loads.end(model_id)
+    await bench.settle()
+    assert (other.result().outcome, joining.result().outcome) == (Outcome.LOAD, Outcome.JOIN)
+    assert other.result().evicted == ()
+    assert bench.cache.used_bytes == 90
+    bench.release(other, joining)
+
+
+async def test_requests_for_a_model_whose_files_have_changed_wait_for_the_new_ones(bench: Bench) -> None:
+    before = await bench.hold(A)
+    key = await exchange(bench, replace(A, size_bytes=12, tier=1))
+    bench.manager.handle(ContentChanged("a"))
+    request = await bench.acquire(A)
+    assert not request.done()
+    form = bench.loads.end(key)
+    await bench.settle()
+    after = bench.loads.end("a")
+    await bench.settle()
+    assert request.result().runnable is after
+    assert (before.in_memory, form.in_memory) == (False, False)
+    bench.release(request)

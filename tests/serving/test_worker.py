@@ -47,6 +47,7 @@ class FakeModel:
         self.running = 0
         self.unloaded = False
         self.form = "mapped"
+        self.own_bytes = 0
 
     def run(self, inputs: Tensors) -> Tensors:
         assert not self.unloaded, "a model in use was unloaded"

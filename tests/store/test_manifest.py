@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,15 @@ def test_manifest_survives_json(shared: ModelStore) -> None:
     for model_id in shared.published():
         manifest = shared.manifest(model_id)
         assert Manifest.from_json(manifest.to_json(), "again") == manifest
+
+
+def test_manifest_of_before_forms_is_read(shared: ModelStore) -> None:
+    raw = json.loads(shared.manifest("tied").to_json())
+    del raw["model"]["private_bytes"], raw["model"]["profile"]["tier"]
+    model = Manifest.from_json(json.dumps(raw).encode(), "models/tied.json").model
+    assert model.own_bytes == 0
+    # What else may have all of its weights in memory of its own.
+    assert dataclasses.replace(model, runtime="onnxruntime").own_bytes == model.weights_bytes
 
 
 @pytest.mark.parametrize(

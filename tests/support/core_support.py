@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from serve_app.core.cache.decisions import Action, Evict, Grant, Load, StartLoad
+from serve_app.core.cache.decisions import Action, Evict, Grant, Load, StartLoad, StartShrink
 from serve_app.core.cache.events import (
     TICK,
     LoadEnded,
@@ -78,10 +78,11 @@ class Trimming(Ranked):
 
 
 class Preload(NamedTuple):
-    """A background load, and what is evicted for it."""
+    """A background load, what is evicted for it, and what goes over to these smaller forms."""
 
     model: ModelProfile
     victims: tuple[str, ...]
+    shrunk: tuple[ModelProfile, ...] = ()
 
 
 class Decided(NamedTuple):
@@ -95,21 +96,24 @@ class Decided(NamedTuple):
 def decided(actions: Iterable[Action]) -> Decided:
     """Sort actions by kind; each load must stand right behind its evictions, and before the grant that reports it."""
     evicted, grants, preloads = list[str](), list[Grant](), list[Preload]()
-    victims, load = list[Evict](), None
+    victims, shrunk, load = list[Evict](), list[ModelProfile](), None
     for action in actions:
         match action:
             case Evict(reason="capacity" | "preload"):
                 victims.append(action)
             case Evict():
                 evicted.append(action.model_id)
+            case StartShrink():
+                shrunk.append(action.model)
             case StartLoad():
                 assert {victim.reason for victim in victims} <= {"preload" if action.background else "capacity"}
-                load, victims = Preload(action.model, tuple(victim.model_id for victim in victims)), []
+                load = Preload(action.model, tuple(victim.model_id for victim in victims), tuple(shrunk))
+                victims, shrunk = [], []
                 if action.background:
                     preloads.append(load)
                     load = None
-            case Grant(answer=Load(granted)):
-                assert load == Preload(load.model, granted)
+            case Grant(answer=Load(granted, made_smaller)):
+                assert load == Preload(load.model, granted, made_smaller)
                 assert load.model.model_id == action.model_id
                 grants.append(action)
                 load = None
@@ -117,6 +121,7 @@ def decided(actions: Iterable[Action]) -> Decided:
                 grants.append(action)
         assert load is None or isinstance(action, StartLoad)
     assert not victims
+    assert not shrunk
     assert load is None
     return Decided(tuple(evicted), tuple(grants), tuple(preloads))
 

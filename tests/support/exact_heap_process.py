@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from serve_app.models.process_memory import exact_heap, keep_freed_memory, process_memory
+from serve_app.models.process_memory import exact_heap, give_back_free_memory, keep_freed_memory, process_memory
+
+_BLOCK_BYTES = 30 * 2**20
 
 
 def freed_while_exact_bytes() -> int:
@@ -28,3 +33,24 @@ def faults_of_the_second_burst() -> int:
         del burst
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     return faults
+
+
+def kept_by_a_thread_bytes() -> int:
+    """Have a thread that lives on free what it took; return what of that the process has after giving back."""
+    keep_freed_memory()
+
+    def take() -> None:
+        # One block, which is the end of the arena of the thread, and no wrapped one, whose objects would come after it.
+        libc = ctypes.CDLL("libc.so.6")
+        libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+        block = libc.malloc(ctypes.c_size_t(_BLOCK_BYTES))
+        ctypes.memset(block, 1, _BLOCK_BYTES)
+        libc.free(block)
+
+    before = process_memory()
+    with ThreadPoolExecutor(2) as threads:
+        together = threading.Barrier(2)
+        for ended in [threads.submit(lambda: (together.wait(), take())) for _ in range(2)]:
+            ended.result()
+        give_back_free_memory()
+        return process_memory().anonymous_bytes - before.anonymous_bytes

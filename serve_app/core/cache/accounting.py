@@ -68,8 +68,11 @@ class CacheAccounting:
         entry.incoming = incoming
         self.used_bytes += incoming.size_bytes
 
-    def end_exchange(self, entry: CacheEntry, succeeded: bool, now: float) -> None:
-        """Count one form of a model again: the other one if the exchange has succeeded."""
+    def end_exchange(self, entry: CacheEntry, succeeded: bool, smaller: ModelProfile, now: float) -> None:
+        """Count one form of a model again: the other one if the exchange has succeeded.
+
+        ``smaller`` is the form in which a request loads the model.
+        """
         incoming, entry.incoming = entry.incoming, None
         assert incoming is not None
         former = entry.model if succeeded else incoming
@@ -78,10 +81,26 @@ class CacheAccounting:
             grown_bytes = incoming.size_bytes - former.size_bytes
             self.pinned_bytes += entry.pinned * grown_bytes
             self.protected_bytes += entry.protected * grown_bytes
+            entry.smaller = smaller if incoming.tier else None
             entry.model = incoming
             if not entry.unevictable:
                 self.victims.remove(entry)
                 self.victims.add(entry, now)
+
+    def set_smaller(self, entry: CacheEntry, smaller: ModelProfile, now: float) -> None:
+        """Take in that a request would load the model of a larger form in this smaller one now."""
+        entry.smaller = smaller
+        if not entry.unevictable:
+            self.victims.remove(entry)
+            self.victims.add(entry, now)
+
+    def shrink(self, entry: CacheEntry, now: float) -> None:
+        """Count an evictable model in its smaller form."""
+        assert entry.smaller is not None
+        self.victims.forget(entry)
+        self.used_bytes += entry.smaller.size_bytes - entry.model.size_bytes
+        entry.model, entry.smaller = entry.smaller, None
+        self.victims.add(entry, now)
 
     # Pinned and protected models
 

@@ -36,13 +36,18 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The request loads the model, whose bytes are reserved, in the place of ``victims``."""
+    """The request loads the model, whose bytes are reserved, in the place of ``victims``.
+
+    The models of ``shrunk`` make room as well: they go over to these smaller forms.
+    """
 
     victims: tuple[str, ...]
+    shrunk: tuple[ModelProfile, ...] = ()
 
     def actions(self, model: ModelProfile) -> tuple[Action, ...]:
         """What the caller does for a request for ``model`` that was answered so at once."""
-        return (*(Evict(victim, "capacity") for victim in self.victims), StartLoad(model, background=False))
+        room = Displaced(self.victims, self.shrunk).actions("capacity")
+        return (*room, StartLoad(model, background=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +102,16 @@ class StartExchange:
 
 
 @dataclass(frozen=True, slots=True)
+class StartShrink:
+    """Unload a model and load this smaller form of it in its place; requests join that load.
+
+    The model is idle. Both forms together might not fit, so the larger one goes first. The load ends like any other.
+    """
+
+    model: ModelProfile
+
+
+@dataclass(frozen=True, slots=True)
 class Grant:
     """Answer a request that had to wait. The actions of a ``Load`` stand before the grant."""
 
@@ -105,4 +120,16 @@ class Grant:
     answer: Answer
 
 
-Action = Evict | StartLoad | StartExchange | Grant
+Action = Evict | StartLoad | StartExchange | StartShrink | Grant
+
+
+@dataclass(frozen=True, slots=True)
+class Displaced:
+    """What has made room: models that are evicted, and models that go over to these smaller forms."""
+
+    evicted: tuple[str, ...]
+    shrunk: tuple[ModelProfile, ...] = ()
+
+    def actions(self, reason: EvictionReason) -> tuple[Action, ...]:
+        """What the caller does to make the room."""
+        return (*(Evict(model_id, reason) for model_id in self.evicted), *map(StartShrink, self.shrunk))

@@ -29,6 +29,10 @@ class CacheEntry:
     speculative: bool = False
     #: The form that it is going over to, whose bytes are counted as well.
     incoming: ModelProfile | None = None
+    #: The form in which it was loaded, if that is another one: it may go back to it.
+    smaller: ModelProfile | None = None
+    #: That form is being loaded in the place of a larger one: a load that takes no slot.
+    shrinking: bool = False
 
     @property
     def size_bytes(self) -> int:

@@ -88,9 +88,9 @@ class WithdrawSuggested:
 
 @dataclass(frozen=True, slots=True)
 class ContentChanged:
-    """What is in memory of a model is not what the store has any more: unless it is in use it leaves, even if pinned.
+    """What is in memory of a model is not what the store has any more: it leaves as soon as it is idle, even if pinned.
 
-    The next request for the model, or any preload, brings it back.
+    Until then it takes no new requests: they wait, and the first of them, or any preload, brings it back.
     """
 
     model_id: str

@@ -57,6 +57,8 @@ class ModelCache:
     | READY   | ``request`` -> ``Hit``                     | READY   |
     | READY   | ``Evict``, or ``victims`` of a ``Load``    | absent  |
     | READY   | ``StartExchange``, ``ExchangeEnded``       | READY   |
+    | READY   | ``StartShrink``, or ``shrunk`` of a        | LOADING |
+    |         | ``Load``: goes over to a smaller form      |         |
 
     ``request`` and ``finish`` are methods because they run for every request; all else comes in by ``handle``. The
     caller does three things: it carries out the actions that ``finish`` and ``handle`` return, and those of a ``Load``,
@@ -251,10 +253,11 @@ class ModelCache:
                 return (Evict(model_id, "placement"), *self._settle(now))
             case ContentChanged(model_id):
                 entry = entries.get(model_id)
-                if entry is None or not _is_settled(entry):
+                if entry is None or entry.state is not ModelState.READY:
                     return ()
-                residents.unload(entry, now)
-                return (Evict(model_id, "changed"), *self._settle(now))
+                residents.changed.add(model_id)
+                self._may_owe_evictions = True
+                return self._settle(now)
             case IdleChecked(since_s):
                 unused = [entry for entry in entries.values() if entry.used_s <= since_s and _is_spare(entry)]
                 for entry in unused:
@@ -328,7 +331,9 @@ class ModelCache:
                 policy.on_catalog(tuple(residents.catalog.values()), now)
                 policy.on_forward_costs(self._forward_costs.forward_s)
                 for entry in sorted(self._entries.values(), key=lambda entry: entry.used_s):
-                    policy.on_load(entry.model, now)
+                    policy.on_load(entry.smaller or entry.model, now)
+                    if entry.smaller is not None:
+                        policy.on_exchange(entry.smaller, entry.model, now)
                 self._policy = residents.policy = policy
                 self._accounting.victims.set_policy(policy, now)
             case _:
@@ -336,7 +341,9 @@ class ModelCache:
 
     def _settle(self, now: float) -> tuple[Action, ...]:
         """Let requests go on with what has become free, and evict what should have left as soon as it was idle."""
-        actions = tuple(self._wait_queue.advance(now)) if self._waiting else ()
+        actions = self._unload_removed(now) if self._may_owe_evictions else ()
+        if self._waiting:
+            actions += tuple(self._wait_queue.advance(now))
         if self._may_owe_evictions:
             if self._residents.has_due_evictions:
                 actions += self._evict_due("memory" if self._accounting.unaccounted_bytes else "reconfigure", now)
@@ -344,15 +351,20 @@ class ModelCache:
         return actions
 
     def _evict_due(self, reason: EvictionReason, now: float) -> tuple[Action, ...]:
-        """Evict what is idle of the models that the catalog no longer has, and of those beyond the capacity."""
-        # Even a protected one: the cluster no longer requires it.
-        removed = [entry for entry in self._residents.removed if _is_settled(entry)]
-        for entry in removed:
-            self._residents.unload(entry, now)
-        evictions = tuple(Evict(entry.model.model_id, "reconfigure") for entry in removed)
-        actions = evictions + tuple(self._wait_queue.evict_excess(reason, now))
+        """Evict what is idle of the models that are to leave, and of those beyond the capacity."""
+        actions = self._unload_removed(now) + tuple(self._wait_queue.evict_excess(reason, now))
         self._may_owe_evictions = self._residents.may_owe_evictions
         return actions
+
+    def _unload_removed(self, now: float) -> tuple[Action, ...]:
+        """Unload what is idle of the models that are to leave, even a protected one: it is not what it was."""
+        actions: list[Action] = []
+        for entry in self._residents.removed:
+            if _is_settled(entry):
+                model_id = entry.model.model_id
+                actions.append(Evict(model_id, "changed" if model_id in self._residents.changed else "reconfigure"))
+                self._residents.unload(entry, now)
+        return tuple(actions)
 
 
 def _is_spare(entry: CacheEntry) -> bool:

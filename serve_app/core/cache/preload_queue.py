@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sized
 from dataclasses import dataclass
 
-from serve_app.core.cache.decisions import Action, Evict, StartExchange, StartLoad
+from serve_app.core.cache.decisions import Action, StartExchange, StartLoad
 from serve_app.core.cache.entries import idle
 from serve_app.core.cache.residents import Residents
 from serve_app.core.catalog import ModelProfile
@@ -69,10 +69,10 @@ class PreloadQueue:
         return tuple(actions)
 
     def exchange(self, model: ModelProfile, now: float) -> tuple[Action, ...]:
-        """Begin to load another form of a model in memory, unless something more useful would have to leave for it."""
+        """Begin to load another form of a model in memory, if the policy accepts what must leave for it."""
         if self._waiting or self._residents.preloading >= self.max_preloads:
             return ()
-        if not self._residents.may_exchange(model.model_id):
+        if not self._residents.may_exchange(model):
             return ()
         own = self._residents.entries[model.model_id]
         victims = self._accounting.victims.choose(
@@ -80,11 +80,12 @@ class PreloadQueue:
         )
         if victims is None:
             return ()
-        if not self._is_more_useful(own.model, victims, now):
+        parts = [victim.model for victim in victims]
+        if not self._residents.policy.accept_exchange(own.model, model, parts, now):
             self._accounting.victims.spare(victims, now)
             return ()
-        names = self._residents.begin_exchange(model, victims, now)
-        return (*(Evict(name, "preload") for name in names), StartExchange(model))
+        displaced = self._residents.begin_exchange(model, victims, now)
+        return (*displaced.actions("preload"), StartExchange(model))
 
     def _first_possible(self, suggestions: deque[_Suggestion], now: float, *, required: bool) -> list[Action]:
         while suggestions:
@@ -131,8 +132,8 @@ class PreloadQueue:
         return all(utility(victim.model, now) < own for victim in victims)
 
     def _load(self, model: ModelProfile, victims: list[HeapEntry], now: float) -> list[Action]:
-        names = self._residents.admit(model, victims, now, uses=0, preload=True)
-        return [*(Evict(name, "preload") for name in names), StartLoad(model, background=True)]
+        displaced = self._residents.admit(model, victims, now, uses=0, preload=True)
+        return [*displaced.actions("preload"), StartLoad(model, background=True)]
 
 
 def _next_candidate(candidates: PreloadCandidates, verdict: PreloadVerdict | None) -> ModelProfile | None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from serve_app.core.cache.accounting import CacheAccounting
-from serve_app.core.cache.decisions import Reject, RejectReason
+from serve_app.core.cache.decisions import Displaced, Reject, RejectReason
 from serve_app.core.cache.entries import CacheEntry
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.lazy_heap import HeapEntry
@@ -29,7 +29,7 @@ class CacheCounters:
     #: Loads that no request has started (not in ``loads``), and those of them that left before any request came.
     preloads: int = 0
     wasted_preloads: int = 0
-    #: Exchanges of a model in memory for another of its forms.
+    #: Exchanges of a model in memory for another of its forms, a faster or a smaller one.
     form_changes: int = 0
 
 
@@ -78,6 +78,8 @@ class Residents:
         #: Models that requests may ask for, and those that they no longer may.
         self.catalog: dict[str, ModelProfile] = {}
         self._not_in_catalog: set[str] = set()
+        #: Models in memory whose files have changed since: they take no new requests.
+        self.changed: set[str] = set()
         #: Versions in whose place another one answers: only a request or a required preload loads them.
         self._superseded: frozenset[str] = frozenset()
 
@@ -149,34 +151,44 @@ class Residents:
         self._failed_in_row.clear()
         for model_id, entry in self.entries.items():
             self.accounting.pin(entry, model_id in self._pinned, now)
+            if entry.smaller is not None and model_id in offered:
+                self.accounting.set_smaller(entry, offered[model_id], now)
         return offered
 
     @property
     def removed(self) -> list[CacheEntry]:
-        """Models in memory that the catalog no longer has."""
-        if not self._not_in_catalog:
+        """Models in memory that the catalog no longer has, and those whose files have changed."""
+        if not self._not_in_catalog and not self.changed:
             return []
-        return [entry for model_id, entry in self.entries.items() if model_id in self._not_in_catalog]
+        leaving = self._not_in_catalog | self.changed
+        return [entry for model_id, entry in self.entries.items() if model_id in leaving]
 
     @property
     def has_due_evictions(self) -> bool:
         """Whether a resident model is to leave as soon as it is idle."""
-        return self.accounting.excess_bytes > 0 or not self._not_in_catalog.isdisjoint(self.entries)
+        return (
+            self.accounting.excess_bytes > 0 or bool(self.changed) or not self._not_in_catalog.isdisjoint(self.entries)
+        )
 
     @property
     def may_owe_evictions(self) -> bool:
         """Whether a model that becomes idle may have to leave at once; False is certain."""
         accounting = self.accounting
-        return accounting.unaccounted_bytes > 0 or accounting.excess_bytes > 0 or bool(self._not_in_catalog)
+        return (
+            accounting.unaccounted_bytes > 0
+            or accounting.excess_bytes > 0
+            or bool(self.changed)
+            or bool(self._not_in_catalog)
+        )
 
     # Entering and leaving
 
     def admit(
         self, model: ModelProfile, victims: Sequence[HeapEntry], now: float, *, uses: int, preload: bool
-    ) -> tuple[str, ...]:
-        """Begin a load of ``model`` in the place of ``victims``; returns their names."""
+    ) -> Displaced:
+        """Begin a load of ``model`` in the place of ``victims``; returns what has become of them."""
         model_id = model.model_id
-        self.evict(victims, now)
+        displaced = self.displace(victims, now)
         if preload:
             self.preloading += 1
             self.counters.preloads += 1
@@ -196,30 +208,40 @@ class Residents:
             speculative=preload,
         )
         self.accounting.add(entry, now)
-        return tuple(victim.model.model_id for victim in victims)
+        return displaced
 
-    def may_exchange(self, model_id: str) -> bool:
-        """Whether a model could go over to another form now: it is in memory, and on its way to none."""
-        entry = self.entries.get(model_id)
-        return (
-            entry is not None
-            and entry.state is ModelState.READY
-            and entry.incoming is None
-            and model_id not in self._not_in_catalog
-        )
+    def may_exchange(self, model: ModelProfile) -> bool:
+        """Whether a model could go over to this form now: it is in memory, on its way to none, and is to stay.
 
-    def begin_exchange(self, model: ModelProfile, victims: Sequence[HeapEntry], now: float) -> tuple[str, ...]:
-        """Begin to load another form of a model in the place of ``victims``; returns their names.
+        A pinned model must leave room for the largest of the others.
+        """
+        entry = self.entries.get(model.model_id)
+        if (
+            entry is None
+            or entry.state is not ModelState.READY
+            or entry.incoming is not None
+            or model.model_id in self._not_in_catalog
+            or model.model_id in self.changed
+        ):
+            return False
+        if not entry.pinned or model.size_bytes <= entry.model.size_bytes:
+            return True
+        pinned_bytes = self.accounting.pinned_bytes + model.size_bytes - entry.model.size_bytes
+        others = (other.size_bytes for model_id, other in self.catalog.items() if model_id not in self._pinned)
+        return pinned_bytes + max(others, default=0) <= self.accounting.model_capacity_bytes
+
+    def begin_exchange(self, model: ModelProfile, victims: Sequence[HeapEntry], now: float) -> Displaced:
+        """Begin to load another form of a model in the place of ``victims``; returns what has become of them.
 
         The model stays in use until the exchange ends: neither form can leave meanwhile.
         """
         entry = self.entries[model.model_id]
         entry.uses += 1
-        self.evict(victims, now)
+        displaced = self.displace(victims, now)
         self.preloading += 1
         self.counters.form_changes += 1
         self.accounting.begin_exchange(entry, model)
-        return tuple(victim.model.model_id for victim in victims)
+        return displaced
 
     def end_exchange(self, model_id: str, succeeded: bool, now: float) -> None:
         """Make a model ready in its other form, or leave it as it is.
@@ -231,7 +253,10 @@ class Residents:
         if entry is None or entry.incoming is None:
             raise ValueError(f"{model_id} is on its way to no other form")
         self.preloading -= 1
-        self.accounting.end_exchange(entry, succeeded, now)
+        if succeeded:
+            self.policy.on_exchange(entry.model, entry.incoming, now)
+        smaller = self.catalog.get(model_id) or entry.smaller or entry.model
+        self.accounting.end_exchange(entry, succeeded, smaller, now)
         entry.uses -= 1
 
     def load_ended(self, model_id: str) -> None:
@@ -258,15 +283,36 @@ class Residents:
         self._remove(entry)
         self.policy.on_unload(entry.model, now)
 
-    def evict(self, victims: Iterable[HeapEntry], now: float) -> None:
-        """Remove models that were displaced."""
-        for victim in victims:
-            self.counters.evictions += 1
-            entry = self.entries[victim.model.model_id]
-            if entry.state is ModelState.LOADING:
-                self._free_load_slot(entry)
-            self._remove(entry)
-            self.policy.on_evict(victim.model, now)
+    def displace(self, victims: Iterable[HeapEntry], now: float) -> Displaced:
+        """Remove models that were displaced; one that has lost its surplus alone goes over to its smaller form."""
+        # What is taken last of a model is the most of it.
+        last = {victim.model.model_id: victim.model for victim in victims}
+        shrunk: list[ModelProfile] = []
+        evicted: list[str] = []
+        for model_id, part in last.items():
+            entry = self.entries[model_id]
+            if entry.smaller is not None and part is not entry.model and part is not entry.smaller:
+                shrunk.append(self._shrink(entry, now))
+            else:
+                evicted.append(model_id)
+                self._evict(entry, now)
+        return Displaced(tuple(evicted), tuple(shrunk))
+
+    def _evict(self, entry: CacheEntry, now: float) -> None:
+        self.counters.evictions += 1
+        if entry.state is ModelState.LOADING:
+            self._free_load_slot(entry)
+        self._remove(entry)
+        self.policy.on_evict(entry.model, now)
+
+    def _shrink(self, entry: CacheEntry, now: float) -> ModelProfile:
+        """Begin to load the smaller form of an idle model in the place of the larger one; returns that form."""
+        self.counters.form_changes += 1
+        former = entry.model
+        self.accounting.shrink(entry, now)
+        entry.state, entry.shrinking = ModelState.LOADING, True
+        self.policy.on_exchange(former, entry.model, now)
+        return entry.model
 
     def unload(self, entry: CacheEntry, now: float) -> None:
         """Remove a model for any other reason."""
@@ -285,12 +331,15 @@ class Residents:
         self.unload(entry, now)
 
     def _free_load_slot(self, entry: CacheEntry) -> None:
-        if entry.preload:
+        if entry.shrinking:
+            entry.shrinking = False
+        elif entry.preload:
             self.preloading -= 1
         else:
             self.loading -= 1
 
     def _remove(self, entry: CacheEntry) -> None:
+        self.changed.discard(entry.model.model_id)
         if entry.speculative:
             self.counters.wasted_preloads += 1
         self.accounting.remove(entry)

@@ -1,16 +1,24 @@
-"""Chooses victims: the models that leave so that a load fits."""
+"""Chooses victims: the models that leave so that a load fits, or that go over to a smaller form for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 
 from serve_app.core.cache.entries import CacheEntry
+from serve_app.core.catalog import ModelProfile
+from serve_app.core.forms import surplus
 from serve_app.core.lazy_heap import HeapEntry, LazyHeap
 from serve_app.core.policies.base import EvictionPolicy
 
 
 class VictimRanking:
     """The evictable models of one cache by their utility. Unevictable ones are not on the heap, hence never chosen.
+
+    A model in a larger form than that in which it was loaded is ranked in two parts, if the first is worth no more per
+    byte than the second: the ``Surplus`` of its form, and the model in the smaller form. Otherwise both would leave
+    together anyway, and it is ranked whole. So victims are parts of models: a surplus alone means that the model goes
+    over to its smaller form; with the rest, or where there is none, that the model leaves.
 
     Args:
         entries: of the cache, by model.
@@ -25,16 +33,17 @@ class VictimRanking:
 
     def add(self, entry: CacheEntry, now: float) -> None:
         """Rank a model from now on."""
-        self._heap.push(entry.model, now)
+        self._heap.push(self._first_part(entry, now) if entry.smaller else entry.model, now)
 
     def remove(self, entry: CacheEntry) -> None:
         """Rank a model no more; it is unevictable now, or has left."""
         self._heap.remove(entry.model.model_id)
 
     def forget(self, entry: CacheEntry) -> None:
-        """The model has left."""
+        """The model has left, or is another one now for whoever would displace it."""
         if entry.draining:
             self._draining.remove(entry)
+            entry.draining = False
         self._heap.remove(entry.model.model_id)
 
     def set_policy(self, policy: EvictionPolicy, now: float) -> None:
@@ -79,12 +88,16 @@ class VictimRanking:
                 victim = heap.remove(entry.model.model_id)
                 if victim is not None:
                     taken.append(victim)
-                    freed_bytes += entry.model.size_bytes
+                    freed_bytes += victim.model.size_bytes
+                    self._rank_rest(entry, victim, now)
         passed_over: list[HeapEntry] = []
         while freed_bytes < missing_bytes and (victim := heap.pop(now)) is not None:
-            if eligible(entries[victim.model.model_id]):
+            entry = entries[victim.model.model_id]
+            if eligible(entry):
                 taken.append(victim)
                 freed_bytes += victim.model.size_bytes
+                if entry.smaller is not None:
+                    self._rank_rest(entry, victim, now)
             else:
                 passed_over.append(victim)
         if passed_over:
@@ -94,20 +107,43 @@ class VictimRanking:
     def spare(self, victims: Iterable[HeapEntry], now: float) -> None:
         """Put victims back on the heap: they are not evicted after all."""
         for victim in victims:
+            model = victim.model
+            if model is self._entries[model.model_id].smaller:
+                # A model without its surplus, which stands for it.
+                continue
             self._heap.push_back(victim)
             # The policy may have announced a lower utility while the model was off the heap.
-            self._heap.decrease_key(victim.model.model_id, now)
+            self._heap.decrease_key(model.model_id, now)
 
     def drain(self, victims: Iterable[HeapEntry]) -> None:
         """Drain these models from now on, and no others."""
         for entry in self._draining:
             entry.draining = False
-        self._draining = [self._entries[victim.model.model_id] for victim in victims]
+        self._draining = [
+            self._entries[model_id] for model_id in dict.fromkeys(each.model.model_id for each in victims)
+        ]
         for entry in self._draining:
             entry.draining = True
 
+    def _first_part(self, entry: CacheEntry, now: float) -> ModelProfile:
+        """Return what of a model would leave first: the surplus of its form, or the whole of it."""
+        first, smaller = surplus(entry.model, entry.smaller), entry.smaller
+        if first is None or smaller is None:
+            return entry.model
+        utility = self._policy.utility
+        return first if utility(first, now) <= utility(smaller, now) else entry.model
 
-def _largest_that_suffice(victims: list[HeapEntry], missing_bytes: int) -> list[HeapEntry]:
+    def _rank_rest(self, entry: CacheEntry, victim: HeapEntry, now: float) -> None:
+        """Rank a model without the surplus that was taken off the heap, as its next victim."""
+        if entry.smaller is not None and victim.model is not entry.model and victim.model is not entry.smaller:
+            self._heap.push(entry.smaller, now)
+
+
+def _largest_that_suffice(victims: Sequence[HeapEntry], missing_bytes: int) -> list[HeapEntry]:
+    """Return the fewest victims that suffice, the largest first; of none more than its surplus if that will do."""
+    if len({victim.model.model_id for victim in victims}) < len(victims):
+        models = [list(parts) for _, parts in groupby(sorted(victims, key=_model_id), key=_model_id)]
+        return _largest_models_that_suffice(models, missing_bytes)
     largest: list[HeapEntry] = []
     for victim in sorted(victims, key=lambda victim: -victim.model.size_bytes):
         if missing_bytes <= 0:
@@ -115,3 +151,24 @@ def _largest_that_suffice(victims: list[HeapEntry], missing_bytes: int) -> list[
         largest.append(victim)
         missing_bytes -= victim.model.size_bytes
     return largest
+
+
+def _largest_models_that_suffice(models: list[list[HeapEntry]], missing_bytes: int) -> list[HeapEntry]:
+    largest: list[list[HeapEntry]] = []
+    for parts in sorted(models, key=lambda parts: -_size_bytes(parts)):
+        if missing_bytes <= 0:
+            break
+        largest.append(parts)
+        missing_bytes -= _size_bytes(parts)
+    for parts in largest:
+        if len(parts) > 1 and missing_bytes + parts[-1].model.size_bytes <= 0:
+            missing_bytes += parts.pop().model.size_bytes
+    return [part for parts in largest for part in parts]
+
+
+def _model_id(victim: HeapEntry) -> str:
+    return victim.model.model_id
+
+
+def _size_bytes(parts: Sequence[HeapEntry]) -> int:
+    return sum(part.model.size_bytes for part in parts)

@@ -9,7 +9,6 @@ from serve_app.core.cache.decisions import (
     JOIN,
     Action,
     Answer,
-    Evict,
     EvictionReason,
     Grant,
     Hit,
@@ -59,6 +58,8 @@ class WaitQueue:
                 return None
             # The load that it was drained for has come to nothing.
             self._accounting.victims.drain(())
+        if self._residents.changed and model_id in self._residents.changed:
+            return None
         entry.uses += 1
         entry.used_s = now
         entry.speculative = False
@@ -97,13 +98,13 @@ class WaitQueue:
         """Evict what is idle of the models beyond the capacity, drain the rest, and let requests go on."""
         excess_bytes = self._accounting.excess_bytes
         victims = self._accounting.victims.take_least_useful(excess_bytes, now, idle)
-        self._residents.evict(victims, now)
+        displaced = self._residents.displace(victims, now)
         if self._accounting.excess_bytes > 0:
             self._drain_victims_for_head(now)
         elif not self.waiting:
             # Memory was taken away and given back before the drained models were idle.
             self._accounting.victims.drain(())
-        return [*(Evict(victim.model.model_id, reason) for victim in victims), *self.advance(now)]
+        return [*displaced.actions(reason), *self.advance(now)]
 
     def _enqueue(self, model: ModelProfile, now: float) -> Wait | Reject:
         if len(self.waiting) >= self._max_waiting:
@@ -122,7 +123,8 @@ class WaitQueue:
         victims = self._accounting.victims.choose(self._accounting.missing_bytes(model.size_bytes), now, idle)
         if victims is None:
             return None
-        return Load(self._residents.admit(model, victims, now, uses=1, preload=False))
+        displaced = self._residents.admit(model, victims, now, uses=1, preload=False)
+        return Load(displaced.evicted, displaced.shrunk)
 
     def _drain_victims_for_head(self, now: float) -> None:
         """Let no new request onto the models that are to be evicted, but onto all others.

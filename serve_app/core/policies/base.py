@@ -40,6 +40,9 @@ class EvictionPolicy(ABC):
     def on_load(self, model: ModelProfile, now: float) -> None:
         """``model`` takes memory from now on."""
 
+    def on_exchange(self, model: ModelProfile, other: ModelProfile, now: float) -> None:
+        """``model`` is in memory, or is being loaded, in the form ``other`` from now on, see ``core/forms.py``."""
+
     def on_evict(self, model: ModelProfile, now: float) -> None:
         """``model`` was displaced by another one and no longer takes memory."""
 
@@ -57,7 +60,11 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def utility(self, model: ModelProfile, now: float) -> float:
-        """What keeping ``model`` is worth; only the order of the numbers matters."""
+        """What keeping ``model`` in its form is worth; only the order of the numbers matters.
+
+        A policy may rank a model alike in all of its forms. One that ranks by bytes is asked for a ``Surplus``, too:
+        what a model takes beyond its smaller form, which leaves before the rest if it is worth no more.
+        """
 
     def lowered(self, now: float) -> Iterable[str]:
         """Resident models whose utility may have fallen since the last call, for whatever reason.
@@ -75,5 +82,18 @@ class EvictionPolicy(ABC):
         yield from ()
 
     def accept_preload(self, model: ModelProfile, victims: Iterable[ModelProfile], now: float) -> bool:
-        """Whether a candidate is worth its load and the absence of ``victims``; changes nothing."""
+        """Whether a candidate is worth its load and the absence of ``victims``; changes nothing.
+
+        Of a model that goes over to its smaller form, the ``Surplus`` is a victim.
+        """
         return False
+
+    def accept_exchange(
+        self, model: ModelProfile, other: ModelProfile, victims: Iterable[ModelProfile], now: float
+    ) -> bool:
+        """Whether ``other``, a faster form of the resident ``model``, is worth ``victims``; changes nothing.
+
+        That its load pays back is known. Unless a policy says otherwise, ``model`` displaces what it ranks above.
+        """
+        own = self.utility(model, now)
+        return all(self.utility(victim, now) < own for victim in victims)

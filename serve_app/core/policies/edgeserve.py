@@ -8,16 +8,21 @@ import random
 from collections.abc import Iterable, Mapping
 
 from serve_app.core.catalog import ModelProfile
+from serve_app.core.forms import Surplus, surplus
 from serve_app.core.policies.absent_models import AbsentModels
 from serve_app.core.policies.base import EvictionPolicy, PreloadCandidates
 from serve_app.core.policies.rate_forecast import RateForecast, RequestHistory
 
 
 class _TrackedModel(RequestHistory):
-    """What the policy keeps of one model besides; ``utility`` is in seconds saved per second and byte."""
+    """What the policy keeps of one model besides; ``utility`` is in seconds saved per second and byte.
+
+    ``utility`` is that of ``model``, the form in which it is loaded.
+    """
 
     __slots__ = (
-        "due_s", "entry_s", "model", "requested", "resident", "updated_s", "utility", "utility_per_rate",
+        "due_s", "entry_s", "form", "model", "per_rate", "rate", "requested", "resident", "updated_s", "utility",
+        "utility_per_rate",
     )  # fmt: skip
 
     def __init__(self, model: ModelProfile, now: float) -> None:
@@ -25,6 +30,11 @@ class _TrackedModel(RequestHistory):
         self.model = model
         self.utility = 0.0
         self.utility_per_rate = 0.0
+        #: Requests per second as of ``updated_s``.
+        self.rate = 0.0
+        #: The form that it has in memory, if that is another one, and the least that any part of that is worth.
+        self.form: ModelProfile | None = None
+        self.per_rate = 0.0
         self.resident = False
         #: When the utility was computed, and whether a request has come since.
         self.updated_s = now
@@ -40,6 +50,8 @@ class EdgeServe(EvictionPolicy):
     The rate is that of ``RateForecast``, at its highest within the time that a load takes. The cost of absence is a
     load, or the forward to the next location that holds the model, whichever is less: duplicates leave before last
     copies. ``AbsentModels`` chooses the preloads.
+
+    The surplus of a faster form over the form in which a model is loaded saves what its executions are shorter.
 
     Args:
         short_s: half-life of the short-term request rate; the length of a session.
@@ -112,17 +124,24 @@ class EdgeServe(EvictionPolicy):
 
     def on_load(self, model: ModelProfile, now: float) -> None:
         tracked = self._tracked.get(model.model_id) or self._meet(model, now)
-        tracked.resident = True
+        tracked.resident, tracked.form, tracked.per_rate = True, None, tracked.utility_per_rate
         self._changed_absent.pop(model.model_id, None)
         self._changed_residents[model.model_id] = tracked
         self._absent.remove(model, now)
+
+    def on_exchange(self, model: ModelProfile, other: ModelProfile, now: float) -> None:
+        tracked = self._tracked.get(model.model_id) or self._meet(model, now)
+        tracked.form = other if other.tier else None
+        self._set_per_rate(tracked)
+        if tracked.resident:
+            self._absent.resident_lowered(tracked.rate * tracked.per_rate)
 
     def on_evict(self, model: ModelProfile, now: float) -> None:
         self.on_unload(model, now)
 
     def on_unload(self, model: ModelProfile, now: float) -> None:
         tracked = self._tracked.get(model.model_id) or self._meet(model, now)
-        tracked.resident = False
+        tracked.resident, tracked.form = False, None
         self._changed_residents.pop(model.model_id, None)
         self._changed_absent[model.model_id] = tracked
         self._review_by(now + self._review_every_s)
@@ -132,7 +151,7 @@ class EdgeServe(EvictionPolicy):
         for model_id in before.keys() | forward_s.keys():
             tracked = self._tracked.get(model_id)
             if tracked is not None and before.get(model_id) != forward_s.get(model_id):
-                tracked.utility_per_rate = self._utility_per_rate(tracked.model)
+                self._set_per_rate(tracked)
                 self._update(tracked, tracked.counted_s)
 
     def on_succession(self, model: ModelProfile, successor: ModelProfile, now: float) -> None:
@@ -154,7 +173,7 @@ class EdgeServe(EvictionPolicy):
             return 0.0
         if tracked.requested or now - tracked.updated_s > self._review_every_s:
             self._update(tracked, now)
-        return tracked.utility
+        return tracked.utility if not model.tier else tracked.rate * self._utility_per_rate(model, tracked.model)
 
     def lowered(self, now: float) -> Iterable[str]:
         self._take_in_residents(now)
@@ -181,6 +200,16 @@ class EdgeServe(EvictionPolicy):
         gain = self.utility(model, now) * model.size_bytes
         loss = sum(self.utility(victim, now) * victim.size_bytes for victim in victims)
         return gain > self._margin * loss
+
+    def accept_exchange(
+        self, model: ModelProfile, other: ModelProfile, victims: Iterable[ModelProfile], now: float
+    ) -> bool:
+        tracked = self._tracked.get(model.model_id)
+        if tracked is None:
+            return False
+        self._update(tracked, now)
+        gain = tracked.rate * (model.exec_s - other.exec_s)
+        return gain > sum(self.utility(victim, now) * victim.size_bytes for victim in victims)
 
     def _weigh_ages(self, now: float) -> None:
         """Rely on loading models again only as far as background loads keep up.
@@ -239,12 +268,13 @@ class EdgeServe(EvictionPolicy):
         """Compute the utility of a model as of ``now``."""
         before = tracked.utility
         rate = (self._forecast or self._make_forecast(now)).rate(tracked, tracked.lead_s, now)
+        tracked.rate = rate
         tracked.utility = utility = rate * tracked.utility_per_rate
         tracked.updated_s, tracked.requested = now, False
         if tracked.resident:
             if utility < before:
                 self._lowered[tracked.model.model_id] = None
-                self._absent.resident_lowered(utility)
+                self._absent.resident_lowered(utility if tracked.form is None else rate * tracked.per_rate)
         elif utility > before:
             self._absent.raised(tracked.model.model_id, now)
 
@@ -259,11 +289,23 @@ class EdgeServe(EvictionPolicy):
         tracked.model = model
         # A preload takes a load, and up to a round until it begins.
         tracked.lead_s = model.load_s + self._review_every_s
-        tracked.utility_per_rate = self._utility_per_rate(model)
+        self._set_per_rate(tracked)
 
-    def _utility_per_rate(self, model: ModelProfile) -> float:
-        """Seconds per byte that each request for an absent model would cost."""
-        return min(model.load_s, self._forward_s.get(model.model_id, model.load_s)) / model.size_bytes
+    def _set_per_rate(self, tracked: _TrackedModel) -> None:
+        model, form = tracked.model, tracked.form
+        tracked.utility_per_rate = tracked.per_rate = self._utility_per_rate(model, model)
+        if form is not None:
+            parts = (surplus(form, model) or form, form)
+            tracked.per_rate = min(tracked.per_rate, *(self._utility_per_rate(part, model) for part in parts))
+
+    def _utility_per_rate(self, part: ModelProfile, model: ModelProfile) -> float:
+        """Seconds per byte that each request would cost without a part of a model, which is loaded as ``model``."""
+        if isinstance(part, Surplus):
+            return part.saved_s / part.size_bytes
+        absence_s = min(model.load_s, self._forward_s.get(model.model_id, model.load_s))
+        if part.tier:
+            absence_s += max(0.0, model.exec_s - part.exec_s)
+        return absence_s / part.size_bytes
 
     def _make_forecast(self, now: float) -> RateForecast:
         if self._forecast is None:

@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 
 from serve_app.core.contract import Contract, SizeCost, non_decreasing
+from serve_app.core.memory_budget import ProcessMemory
 from serve_app.models.process_memory import exact_heap, give_back_free_memory, process_memory
 from serve_app.models.readahead import ReadAhead
 from serve_app.models.runtimes.base import LoadedModel, PreparedModel
@@ -93,6 +94,7 @@ class Measurement:
         prepared_bytes: what a process keeps of the model while it is not in memory, once it has run.
         resident_bytes: by how much resident memory falls with an unload at most, once every thread that executes models
             has executed it at several sizes.
+        private_bytes: what of that is no page of a file.
         kept_bytes: by how much it is larger after a load and an unload than before, every time; heaps that grow to
             their size keep something now and then.
         skipped: sizes at which it was not measured.
@@ -102,6 +104,7 @@ class Measurement:
     costs: tuple[SizeCost, ...]
     prepared_bytes: int
     resident_bytes: int
+    private_bytes: int
     kept_bytes: int
     skipped: tuple[Skipped, ...] = ()
 
@@ -146,11 +149,11 @@ def measure(
         # First without measuring: libraries set themselves up, which no unload gives back and no further model takes.
         for _ in range(repetitions.settling):
             _load_and_run(first, [inputs(sizes[0])], threads, rounds)
-        before = _resident_bytes()
+        before = _resident().rss_bytes
         prepared, prepared_bytes = prepare(), first_bytes
         if prepared is not first:
             _load_and_run(prepared, [inputs(sizes[0])], threads, rounds)
-            prepared_bytes = _resident_bytes() - before
+            prepared_bytes = _resident().rss_bytes - before
         model = prepared.load(ReadAhead, None)
         try:
             costs, skipped = _costs(model, contract, sizes, inputs)
@@ -173,6 +176,7 @@ def measure(
         costs=non_decreasing(costs),
         prepared_bytes=max(0, prepared_bytes),
         resident_bytes=max(0, *(cycle.resident_bytes for cycle in cycles)),
+        private_bytes=max(0, *(cycle.private_bytes for cycle in cycles)),
         kept_bytes=max(0, min(cycle.kept_bytes for cycle in cycles)),
         skipped=tuple(skipped),
     )
@@ -208,6 +212,7 @@ class _Cycle:
 
     load_s: float
     resident_bytes: int
+    private_bytes: int
     kept_bytes: int
 
 
@@ -222,7 +227,7 @@ def _load_seconds(prepared: PreparedModel) -> float:
 def _load_and_run(
     prepared: PreparedModel, inputs: Sequence[Tensors], threads: ThreadPoolExecutor, rounds: int
 ) -> _Cycle:
-    before = _resident_bytes()
+    before = _resident()
     started = time.perf_counter()
     model = prepared.load(ReadAhead, None)
     load_s = time.perf_counter() - started
@@ -231,17 +236,22 @@ def _load_and_run(
         for each in others:
             run_in_every_thread(model, each, threads, repeats=1)
         run_in_every_thread(model, last, threads, repeats=rounds)
-        loaded = _resident_bytes()
+        loaded = _resident()
     finally:
         model.unload()
-    after = _resident_bytes()
-    return _Cycle(load_s=load_s, resident_bytes=loaded - after, kept_bytes=after - before)
+    after = _resident()
+    return _Cycle(
+        load_s=load_s,
+        resident_bytes=loaded.rss_bytes - after.rss_bytes,
+        private_bytes=loaded.anonymous_bytes - after.anonymous_bytes,
+        kept_bytes=after.rss_bytes - before.rss_bytes,
+    )
 
 
-def _resident_bytes() -> int:
+def _resident() -> ProcessMemory:
     gc.collect()
     give_back_free_memory()
-    return process_memory().rss_bytes
+    return process_memory()
 
 
 def _costs(

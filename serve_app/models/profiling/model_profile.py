@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from serve_app.core.forms import fastest, soonest
+from serve_app.core.forms import faster, soonest
 from serve_app.core.precision import Lowered
 from serve_app.errors import StoreError
 from serve_app.models.profiling.grid import grid
@@ -144,7 +144,7 @@ def profile(store: ModelStore, manifests: Sequence[Manifest], *, cold: bool, low
     rounds = in_turns(loads, inputs, count)
     serving = that_serve([manifest.model for manifest in manifests], lowered)
     served = soonest(serving)
-    fast = fastest(serving, served)
+    fast = [served.form, *(form.form for form in faster(serving, served))][-1]
     return [
         Profile(
             model_id=manifest.model.model_id,
@@ -152,7 +152,7 @@ def profile(store: ModelStore, manifests: Sequence[Manifest], *, cold: bool, low
             precision=manifest.model.dtype,
             agreement=manifest.agreement,
             is_served=manifest.model is served,
-            is_fastest=manifest.model is fast,
+            is_fastest=manifest.model.form == fast,
             size_bytes=manifest.model.weights_bytes,
             workspace_bytes=workspace,
             load_s=statistics.median(each.load_s for each in own),
@@ -206,8 +206,8 @@ def as_json(
     """Convert to one object per model, with times in milliseconds; what was not measured is null.
 
     The numbers are those of the model as it was published; ``forms`` has them for each form, ``served`` names the
-    one that workers load, and ``fastest`` the one that it goes over to. ``refused`` says by model and form why there
-    is none.
+    one that workers load, and ``fastest`` the last one that it goes over to. ``refused`` says by model and form why
+    there is none.
     """
     summary = summarize(profiles)
     forms: dict[str, list[Profile]] = {}

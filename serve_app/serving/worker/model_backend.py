@@ -15,6 +15,10 @@ class RunnableModel(Protocol):
     def form(self) -> str:
         """How it is in memory, see ``PublishedModel.form``."""
 
+    @property
+    def own_bytes(self) -> int:
+        """What of its memory is no page of a file."""
+
     def run(self, inputs: Tensors) -> Tensors:
         """Execute the model; returns its outputs."""
 

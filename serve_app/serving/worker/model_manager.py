@@ -26,6 +26,7 @@ from serve_app.core.cache.decisions import (
     RejectReason,
     StartExchange,
     StartLoad,
+    StartShrink,
     Wait,
 )
 from serve_app.core.cache.events import (
@@ -41,7 +42,7 @@ from serve_app.core.cache.events import (
 )
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.forms import key_of_fastest
+from serve_app.core.forms import key_of_tier
 from serve_app.core.vocabulary import ModelState, Outcome
 from serve_app.errors import DoesNotFit, EdgeServeError, StoreError, Unavailable
 from serve_app.serving.worker.model_backend import ModelBackend, ModelObserver, RunnableModel, Timer
@@ -119,6 +120,12 @@ class ModelManager:
         self._timer_s = math.inf
         self._is_closed = False
         self._waiters: dict[int, asyncio.Future[Answer]] = {}
+
+    @property
+    def own_bytes(self) -> int:
+        """What of the memory of models is no page of a file; all of those that are being loaded may be."""
+        loading = (model.size_bytes for model in self.cache.models() if model.state is ModelState.LOADING)
+        return sum(runnable.own_bytes for runnable in (*self._runnables.values(), *self._former)) + sum(loading)
 
     def handle(self, event: Event) -> None:
         """Let the cache take in an event, and carry out what it decides; raises what ``ModelCache.handle`` raises."""
@@ -280,7 +287,9 @@ class ModelManager:
                 case StartLoad(model, background):
                     self._start_load(model.model_id, background)
                 case StartExchange(model):
-                    self._start_exchange(model.model_id)
+                    self._start_exchange(model)
+                case StartShrink(model):
+                    self._start_shrink(model.model_id)
                 case Grant(ticket, model_id, answer):
                     waiter = self._waiters.get(ticket)
                     if waiter is None or waiter.done():
@@ -354,15 +363,22 @@ class ModelManager:
         self._runnables[model_id] = runnable
         self.handle(LoadEnded(model_id))
 
-    def _start_exchange(self, model_id: str) -> None:
-        task = asyncio.get_running_loop().create_task(self._exchange(model_id), name=f"exchange {model_id}")
+    def _start_shrink(self, model_id: str) -> None:
+        """Load the form in which a model was loaded first in the place of the one in memory, which nothing uses."""
+        _unload(model_id, self._runnables.pop(model_id))
+        # Requests may join it, so it must not wait for a thread that works on a guess.
+        self._loads[model_id] = self._begin(model_id, background=False)
+
+    def _start_exchange(self, model: ModelProfile) -> None:
+        key = key_of_tier(model.model_id, model.tier)
+        task = asyncio.get_running_loop().create_task(self._exchange(model.model_id, key), name=f"exchange {key}")
         self._exchanges.add(task)
         task.add_done_callback(self._exchanges.discard)
 
-    async def _exchange(self, model_id: str) -> None:
-        """Load the fastest form of a model beside the one in memory, and let it take that one's place."""
+    async def _exchange(self, model_id: str, key: str) -> None:
+        """Load another form of a model beside the one in memory, and let it take that one's place."""
         try:
-            job = self._preloaders.submit(self._backend.load, key_of_fastest(model_id))
+            job = self._preloaders.submit(self._backend.load, key)
             runnable = await asyncio.wrap_future(job)
         except Exception as error:
             # The model goes on in the form that it has.

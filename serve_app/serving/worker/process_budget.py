@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from serve_app.core.cache.events import UnaccountedChanged
-from serve_app.core.catalog import Catalog, PublishedModel
+from serve_app.core.catalog import PublishedModel
 from serve_app.core.memory_budget import MemoryBudget, MemoryGuard, ProcessMemory
 from serve_app.errors import DoesNotFit
 from serve_app.serving.worker.model_manager import ModelManager
@@ -98,19 +98,19 @@ class ProcessBudget:
                 self._running_bytes -= needed_bytes
                 self._ended.notify_all()
 
-    async def update(self, manager: ModelManager, catalog: Catalog, now: float) -> None:
+    async def update(self, manager: ModelManager, now: float) -> None:
         """Compare the kernel's figures with the accounting, and have models leave room for the difference.
 
         Free heap is given back first where the difference would grow, or after an unload, but not too often: the
         allocator keeps what executions have freed.
         """
         counters = manager.cache.counters
-        unloaded, beyond_bytes = counters.evictions + counters.unloads, self._beyond_bytes(manager, catalog)
+        unloaded, beyond_bytes = counters.evictions + counters.unloads, self._beyond_bytes(manager)
         is_due = unloaded != self._unloaded and now - self._given_back_s >= _GIVE_BACK_EVERY_S
         if is_due or beyond_bytes > self._guard.unaccounted_bytes:
             self._unloaded, self._given_back_s = unloaded, now
             await asyncio.to_thread(self._give_back)
-            beyond_bytes = self._beyond_bytes(manager, catalog)
+            beyond_bytes = self._beyond_bytes(manager)
         before_bytes = self._guard.unaccounted_bytes
         unaccounted_bytes = self._guard.update(beyond_bytes, now)
         if unaccounted_bytes != before_bytes:
@@ -131,11 +131,5 @@ class ProcessBudget:
             )
             manager.handle(UnaccountedChanged(unaccounted_bytes))
 
-    def _beyond_bytes(self, manager: ModelManager, catalog: Catalog) -> int:
-        cache = manager.cache
-        unmapped_bytes = sum(
-            model.size_bytes
-            for model in cache.models()
-            if model.model_id in catalog and catalog[model.model_id].runtime != "torch"
-        )
-        return self._guard.beyond_bytes(self._read(), self._budget, cache.used_bytes, unmapped_bytes)
+    def _beyond_bytes(self, manager: ModelManager) -> int:
+        return self._guard.beyond_bytes(self._read(), self._budget, manager.cache.used_bytes, manager.own_bytes)

@@ -166,7 +166,7 @@ class WorkerReporter:
         if self._retention.idle_unload_s is not None:
             self._manager.handle(IdleChecked(self._clock() - self._retention.idle_unload_s))
         self._check_some()
-        await self._budget.update(self._manager, self._catalog, self._clock())
+        await self._budget.update(self._manager, self._clock())
         await self._exchange()
 
     async def leave(self) -> None:

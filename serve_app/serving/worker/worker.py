@@ -96,7 +96,7 @@ class Worker:
     ) -> None:
         self._identity = identity
         self._catalog = catalog
-        self._form_changes = FormChanges(catalog.fastest)
+        self._form_changes = FormChanges(catalog.faster)
         self._manager = manager
         self._coordinator = coordinator
         self._metrics = metrics
@@ -189,7 +189,7 @@ class Worker:
         if sum(held.get(model.model_id, 0) for model in pinned) > budget.model_capacity_bytes:
             raise ValueError(f"{budget.model_capacity_bytes} bytes for models are less than what the pinned ones need")
         self._catalog = catalog
-        self._form_changes = FormChanges(catalog.fastest)
+        self._form_changes = FormChanges(catalog.faster)
         self._reporter.unusable = unusable
         self._reporter.reconfigure(catalog, rules, retention)
         self._manager.handle(_offered(catalog))
@@ -294,7 +294,7 @@ class Worker:
         )
 
     def _change_form(self, model: PublishedModel, lease: Lease, times: float) -> None:
-        """Let a model that was executed in another form than its fastest go over to that, once it pays."""
+        """Let a model that was executed in another form than its fastest go over to a faster one, once it pays."""
         if lease.outcome is Outcome.LOAD:
             self._form_changes.loaded(model.model_id)
         profile = self._form_changes.executed(model, lease.runnable.form, times)

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from core_support import Ranked, assert_accounting_adds_up, finish, load_ended, profile
 
-from serve_app.core.cache.decisions import HIT, Action, Evict, Load, StartExchange, Wait
-from serve_app.core.cache.events import CapacityChanged, ExchangeEnded, ExchangeSuggested, UnloadRequested
+from serve_app.core.cache.decisions import HIT, JOIN, Action, Evict, Load, StartExchange, StartLoad, StartShrink, Wait
+from serve_app.core.cache.events import (
+    CapacityChanged,
+    CatalogChanged,
+    ContentChanged,
+    ExchangeEnded,
+    ExchangeSuggested,
+    LoadFailed,
+    ModelsKnown,
+    UnloadRequested,
+)
 from serve_app.core.cache.model_cache import ModelCache
+from serve_app.core.catalog import ModelProfile
+from serve_app.core.vocabulary import ModelState
 from serve_app.errors import Conflict
 
 
@@ -106,3 +119,117 @@ def test_memory_that_shrinks_meanwhile_is_given_back_when_the_exchange_has_ended
     assert cache.handle(ExchangeEnded("b", succeeded=True), 2.0) == ()
     assert (cache.used_bytes, sizes(cache)) == (35, {"b": 35})
     assert_accounting_adds_up(cache)
+
+
+# Back to a smaller form
+
+
+def larger(model_id: str, size: int = 40) -> ModelProfile:
+    return replace(profile(model_id, size, exec_s=0.05), tier=1)
+
+
+def go_over(cache: ModelCache, form: ModelProfile) -> None:
+    assert cache.handle(ExchangeSuggested(form), 1.0) == (StartExchange(form),)
+    assert cache.handle(ExchangeEnded(form.model_id, succeeded=True), 1.0) == ()
+
+
+def test_a_model_goes_back_to_its_smaller_form_before_it_is_lost(cache: ModelCache) -> None:
+    go_over(cache, larger("a"))
+    answer = cache.request(profile("c", 35), 2.0)
+    assert answer == Load((), shrunk=(profile("a", 30),))
+    assert answer.actions(profile("c", 35)) == (
+        StartShrink(profile("a", 30)),
+        StartLoad(profile("c", 35), background=False),
+    )
+    assert (cache.used_bytes, sizes(cache)) == (95, {"a": 30, "b": 30, "c": 35})
+    assert cache.counters.evictions == 0
+    assert cache.counters.form_changes == 2
+    assert_accounting_adds_up(cache)
+
+
+def test_requests_join_the_load_of_the_smaller_form(cache: ModelCache) -> None:
+    go_over(cache, larger("a"))
+    cache.request(profile("c", 35), 2.0)
+    assert cache.request(profile("a", 30), 2.0) == JOIN
+    load_ended(cache, "a", 2.0)
+    assert cache.request(profile("a", 30), 2.0) == HIT
+
+
+def test_a_model_is_lost_if_its_smaller_form_would_not_leave_enough(cache: ModelCache) -> None:
+    go_over(cache, larger("a"))
+    assert cache.request(profile("c", 50), 2.0) == Load(("a",))
+    assert sizes(cache) == {"b": 30, "c": 50}
+    assert_accounting_adds_up(cache)
+
+
+def test_a_form_that_takes_no_more_leaves_with_its_model(cache: ModelCache) -> None:
+    go_over(cache, larger("a", 30))
+    assert cache.request(profile("c", 45), 2.0) == Load(("a",))
+
+
+def test_a_model_in_use_keeps_its_form(cache: ModelCache) -> None:
+    go_over(cache, larger("a"))
+    assert cache.request(profile("a", 30), 2.0) == HIT
+    assert cache.request(profile("c", 35), 2.0) == Load(("b",))
+
+
+def test_memory_that_shrinks_takes_larger_forms_first(cache: ModelCache) -> None:
+    go_over(cache, larger("a"))
+    assert cache.handle(CapacityChanged(65), 2.0) == (StartShrink(profile("a", 30)),)
+    assert cache.used_bytes == 60
+    assert_accounting_adds_up(cache)
+
+
+def test_a_smaller_form_that_cannot_be_loaded_loses_the_model(cache: ModelCache) -> None:
+    go_over(cache, larger("a"))
+    cache.handle(CapacityChanged(65), 2.0)
+    assert cache.handle(LoadFailed("a", "its file is gone"), 2.0) == ()
+    assert sizes(cache) == {"b": 30}
+    assert_accounting_adds_up(cache)
+
+
+def test_a_faster_form_of_one_model_displaces_that_of_a_less_useful_one(cache: ModelCache) -> None:
+    go_over(cache, larger("a"))
+    cache.handle(CapacityChanged(105), 1.0)
+    assert cache.handle(ExchangeSuggested(larger("b")), 2.0) == (
+        StartShrink(profile("a", 30)),
+        StartExchange(larger("b")),
+    )
+
+
+def test_a_new_catalog_says_to_which_form_a_model_goes_back(cache: ModelCache) -> None:
+    go_over(cache, larger("a"))
+    cache.handle(CatalogChanged([profile("a", 25), profile("b", 30)], pinned=()), 2.0)
+    assert cache.request(profile("c", 45), 2.0) == Load((), shrunk=(profile("a", 25),))
+    assert_accounting_adds_up(cache)
+
+
+def test_a_pinned_model_leaves_room_for_the_largest_of_the_others() -> None:
+    cache = ModelCache(capacity_bytes=100, policy=Ranked(), pinned=["a"])
+    cache.handle(ModelsKnown([profile("a", 30), profile("b", 65)]), 0.0)
+    cache.request(profile("a", 30), 0.0)
+    load_ended(cache, "a", 0.0)
+    assert cache.handle(ExchangeSuggested(larger("a")), 1.0) == (), "b would never fit beside it"
+    assert cache.handle(ExchangeSuggested(larger("a", 35)), 1.0) == (StartExchange(larger("a", 35)),)
+
+
+# Files that have changed
+
+
+def test_a_model_whose_files_change_during_an_exchange_leaves_when_that_has_ended(cache: ModelCache) -> None:
+    suggest(cache, "b", 35)
+    assert cache.handle(ContentChanged("b"), 1.0) == ()
+    assert isinstance(cache.request(profile("b", 30), 1.0), Wait), "what is in memory must not answer"
+    actions = cache.handle(ExchangeEnded("b", succeeded=True), 2.0)
+    assert actions[:2] == (Evict("b", "changed"), StartLoad(profile("b", 30), background=False))
+    assert sizes(cache) == {"a": 30, "b": 30}
+    assert_accounting_adds_up(cache)
+
+
+def test_a_model_whose_files_change_while_it_is_in_use_leaves_after_its_last_use(cache: ModelCache) -> None:
+    assert cache.request(profile("a", 30), 1.0) == HIT
+    assert cache.handle(ContentChanged("a"), 1.0) == ()
+    assert isinstance(cache.request(profile("a", 30), 1.0), Wait)
+    assert cache.request(profile("b", 30), 1.0) == HIT, "others go on"
+    assert Evict("a", "changed") in cache.finish("a", 2.0)
+    assert cache.state("a") is ModelState.LOADING

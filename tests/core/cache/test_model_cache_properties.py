@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
-from core_support import assert_accounting_adds_up, cancel_wait, decided, finish, load_ended, load_failed, unload
+from core_support import assert_accounting_adds_up, cancel_wait, decided, load_ended, load_failed, unload
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -35,10 +35,12 @@ from serve_app.core.cache.decisions import (
     Reject,
     RejectReason,
     StartExchange,
+    StartShrink,
     Wait,
 )
 from serve_app.core.cache.events import (
     TICK,
+    ContentChanged,
     ExchangeEnded,
     ExchangeSuggested,
     ForwardCostsChanged,
@@ -48,6 +50,7 @@ from serve_app.core.cache.events import (
 )
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
+from serve_app.core.forms import surplus
 from serve_app.core.policies.registry import make_policy
 from serve_app.core.vocabulary import ModelState
 from serve_app.errors import Conflict, NotFound
@@ -107,6 +110,10 @@ class CacheMachine(RuleBasedStateMachine):
         #: Forms that models in memory have gone over to, and those that they are going over to.
         self.forms: dict[str, ModelProfile] = {}
         self.incoming: dict[str, ModelProfile] = {}
+        #: Models that are loaded again in the form that they were in first: loads that take no slot.
+        self.shrinking: set[str] = set()
+        #: Models in use that are to leave, because their files have changed.
+        self.changed: set[str] = set()
         self.waiting: dict[int, str] = {}
         #: Whether a request has waited: then drained models may leave although they need not any more.
         self.any_was_drained = False
@@ -151,11 +158,13 @@ class CacheMachine(RuleBasedStateMachine):
     def suggest(self, model_id: str) -> None:
         self.look_at_worths()
         actions = self.cache.handle(PreloadSuggested(MODELS[model_id]), self.now)
-        for model, victims in decided(actions).preloads:
+        for model, victims, shrunk in decided(actions).preloads:
             # Two policies use randomness and the clock only now; and a model may have been required before.
             if self.policy_name not in ("random", "modelmesh") and model.model_id not in self.required:
-                assert self.policy.accept_preload(model, [MODELS[victim] for victim in victims], self.now) or all(
-                    self.worth[victim] < self.worth[model.model_id] for victim in victims
+                parts = [self.form(victim) for victim in victims]
+                parts += [part for smaller in shrunk if (part := surplus(self.forms[smaller.model_id], smaller))]
+                assert self.policy.accept_preload(model, parts, self.now) or all(
+                    self.policy.utility(part, self.now) < self.worth[model.model_id] for part in parts
                 )
         self.preloads_start(actions)
 
@@ -176,9 +185,20 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.ready)
     @rule(choice=st.randoms(use_true_random=False), size_bytes=st.sampled_from([1, 20, 45]))
     def suggest_form(self, choice: random.Random, size_bytes: int) -> None:
+        self.go_over(choice.choice(sorted(self.ready)), size_bytes)
+
+    @rule(model_id=st.sampled_from("abcd"), added_bytes=st.sampled_from([5, 15]))
+    def request_until_in_a_larger_form(self, model_id: str, added_bytes: int) -> None:
+        """Or the machine would seldom see a cache that is full of larger forms."""
+        self.request_and_use_at_once(model_id)
+        if model_id in self.ready:
+            self.go_over(model_id, MODELS[model_id].size_bytes + added_bytes)
+        if model_id in self.incoming:
+            self.end_exchange(model_id, succeeded=True)
+
+    def go_over(self, model_id: str, size_bytes: int) -> None:
         self.look_at_worths()
-        model_id = choice.choice(sorted(self.ready))
-        form = replace(MODELS[model_id], size_bytes=size_bytes)
+        form = replace(MODELS[model_id], size_bytes=size_bytes, exec_s=0.05, tier=1)
         actions = self.cache.handle(ExchangeSuggested(form), self.now)
         if not actions:
             return
@@ -187,7 +207,13 @@ class CacheMachine(RuleBasedStateMachine):
         assert not self.waiting, "a guess never goes before a request"
         assert len(self.preloading) + len(self.incoming) < self.max_preloads
         for action in actions[:-1]:
-            assert isinstance(action, Evict)
+            assert isinstance(action, Evict | StartShrink)
+            if isinstance(action, StartShrink):
+                assert action.model.model_id != model_id
+                if self.policy_name in STEADY:
+                    assert self.worth[action.model.model_id] < self.worth[model_id]
+                self.shrinks(action.model)
+                continue
             victim = action.model_id
             assert victim in self.ready | self.guessed
             assert victim != model_id
@@ -204,6 +230,12 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(choice=st.randoms(use_true_random=False), succeeded=st.booleans())
     def exchange_ends(self, choice: random.Random, succeeded: bool) -> None:
         self.end_exchange(choice.choice(sorted(self.incoming)), succeeded=succeeded)
+
+    @rule(model_id=st.sampled_from(sorted(MODELS)))
+    def content_changes(self, model_id: str) -> None:
+        if model_id in self.ready:
+            self.changed.add(model_id)
+        self.settled(self.cache.handle(ContentChanged(model_id), self.now))
 
     @precondition(lambda self: self.uses.total())
     @rule(choice=st.randoms(use_true_random=False))
@@ -249,7 +281,7 @@ class CacheMachine(RuleBasedStateMachine):
         if isinstance(answer, Wait):
             assert answer.ticket not in self.tickets, "a ticket is used twice"
             assert model_id not in self.loading - self.guessed, "a load under way can be joined at once"
-            if model_id in self.ready | self.loading:
+            if model_id in (self.ready | self.loading) - self.changed:
                 assert self.waiting, "a hit or join is turned away only in favor of an earlier request"
                 assert self.slots_taken() < self.max_loads, "and only if that one waits for nothing but memory"
             assert len(self.waiting) < self.max_waiting
@@ -274,12 +306,13 @@ class CacheMachine(RuleBasedStateMachine):
         match answer:
             case Hit():
                 assert model_id in self.ready
+                assert model_id not in self.changed, "what is to leave takes no new requests"
                 self.used(model_id)
             case Join():
                 assert model_id in self.loading
                 self.used(model_id)
-            case Load(victims=victims):
-                self.load_starts(model_id, victims)
+            case Load(victims=victims, shrunk=shrunk):
+                self.load_starts(model_id, victims, shrunk)
             case Reject(reason=RejectReason.TOO_LARGE):
                 assert MODELS[model_id].size_bytes > self.capacity - self.pinned_bytes()
             case Reject(reason=RejectReason.LOAD_FAILED, retry_s=retry_s):
@@ -288,8 +321,8 @@ class CacheMachine(RuleBasedStateMachine):
             case Reject(reason=RejectReason.QUEUE_FULL):
                 assert len(self.waiting) == self.max_waiting
 
-    def load_starts(self, model_id: str, victims: tuple[str, ...]) -> None:
-        self.takes_the_place_of(model_id, victims)
+    def load_starts(self, model_id: str, victims: tuple[str, ...], shrunk: tuple[ModelProfile, ...]) -> None:
+        self.takes_the_place_of(model_id, victims, shrunk)
         self.uses[model_id] += 1
         self.loads += 1
 
@@ -297,30 +330,36 @@ class CacheMachine(RuleBasedStateMachine):
         evicted, grants, preloads = decided(actions)
         assert not evicted
         assert not grants
-        for model, victims in preloads:
+        for model, victims, shrunk in preloads:
             assert not self.waiting, "a guess never goes before a request"
             assert len(self.preloading) + len(self.incoming) < (self.max_preloads or int(model.model_id in self.pinned))
-            self.takes_the_place_of(model.model_id, victims)
+            self.takes_the_place_of(model.model_id, victims, shrunk)
             self.preloading.add(model.model_id)
             self.guessed.add(model.model_id)
             self.required.discard(model.model_id)
             self.preloads += 1
 
-    def takes_the_place_of(self, model_id: str, victims: tuple[str, ...]) -> None:
+    def takes_the_place_of(self, model_id: str, victims: tuple[str, ...], shrunk: tuple[ModelProfile, ...]) -> None:
         assert model_id not in self.ready | self.loading, "single flight"
         assert self.failed_until.get(model_id, self.now) <= self.now, "a failure is remembered"
         assert len(set(victims)) == len(victims)
         missing = self.used_bytes() + MODELS[model_id].size_bytes - self.capacity
         freed = [self.form(victim).size_bytes for victim in victims]
+        freed += [self.forms[smaller.model_id].size_bytes - smaller.size_bytes for smaller in shrunk]
         assert sum(freed) >= missing, "the victims suffice"
         if self.policy.trim_victims:
             assert all(sum(freed) - size < missing for size in freed), "and not one goes in vain"
-        else:
+        elif not shrunk or not self.any_was_drained:
             assert not freed or sum(freed[:-1]) < missing, "and they go one by one only until there is room"
-        if self.policy_name in STEADY and victims and not self.any_was_drained:
-            others = {other for other in self.ready | self.guessed if not self.uses[other]} - self.pinned - set(victims)
+        displaced = {*victims, *(smaller.model_id for smaller in shrunk)}
+        if self.policy_name in STEADY and displaced and not self.any_was_drained:
+            assert len(shrunk) <= 1, "a model is lost only if its smaller form does not fit either"
+            for victim in victims:
+                rest_bytes = min(MODELS[victim].size_bytes, self.form(victim).size_bytes)
+                assert victim not in self.forms or shrunk or sum(freed) - rest_bytes < missing or victim != victims[-1]
+            others = {other for other in self.ready | self.guessed if not self.uses[other]} - self.pinned - displaced
             others -= self.incoming.keys()
-            dearest = max(self.worth[victim] for victim in victims)
+            dearest = max(self.worth[victim] for victim in displaced)
             assert all(self.worth[other] >= dearest for other in others), "the least useful go"
         for victim in victims:
             assert victim in self.ready | self.guessed, "a model that is absent, or loading for a request, is no victim"
@@ -329,8 +368,23 @@ class CacheMachine(RuleBasedStateMachine):
             assert victim not in self.pinned, "a pinned model is no victim"
             self.leaves(victim)
             self.evictions += 1
+        for smaller in shrunk:
+            self.shrinks(smaller)
         self.loading.add(model_id)
         self.failed_until.pop(model_id, None)
+
+    def shrinks(self, smaller: ModelProfile) -> None:
+        model_id = smaller.model_id
+        assert smaller == MODELS[model_id], "it goes back to the form in which it was loaded"
+        assert smaller.size_bytes < self.forms.pop(model_id).size_bytes, "which takes less"
+        assert model_id in self.ready
+        assert not self.uses[model_id], "a model in use keeps its form"
+        assert model_id not in self.incoming
+        assert model_id not in self.pinned, "and so does a pinned one"
+        self.ready.remove(model_id)
+        self.loading.add(model_id)
+        self.shrinking.add(model_id)
+        self.exchanges += 1
 
     def look_at_worths(self) -> None:
         """As they are before anything happens."""
@@ -338,7 +392,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def leaves(self, model_id: str) -> None:
         self.wasted += model_id in self.guessed
-        for models in (self.ready, self.loading, self.preloading, self.guessed):
+        for models in (self.ready, self.loading, self.preloading, self.guessed, self.shrinking, self.changed):
             models.discard(model_id)
         self.forms.pop(model_id, None)
         del self.uses[model_id]
@@ -348,25 +402,35 @@ class CacheMachine(RuleBasedStateMachine):
         self.guessed.discard(model_id)
 
     def slots_taken(self) -> int:
-        return len(self.loading - self.preloading)
+        return len(self.loading - self.preloading - self.shrinking)
 
     def end_load(self, model_id: str) -> None:
         self.loading.remove(model_id)
         self.preloading.discard(model_id)
+        self.shrinking.discard(model_id)
         self.ready.add(model_id)
         self.granted(load_ended(self.cache, model_id, self.now))
 
     def end_use(self, model_id: str) -> None:
         self.uses[model_id] -= 1
-        self.granted(finish(self.cache, model_id, self.now))
+        self.settled(self.cache.finish(model_id, self.now))
 
     def end_exchange(self, model_id: str, *, succeeded: bool) -> None:
         form = self.incoming.pop(model_id)
         if succeeded:
             self.forms[model_id] = form
-        evicted, grants, preloads = decided(self.cache.handle(ExchangeEnded(model_id, succeeded), self.now))
-        assert not evicted
+        self.settled(self.cache.handle(ExchangeEnded(model_id, succeeded), self.now))
+
+    def settled(self, actions: Iterable[Action]) -> None:
+        """Something has become idle: models that are to leave do so, and requests go on."""
+        evicted, grants, preloads = decided(actions)
         assert not preloads
+        assert set(evicted) == {
+            model_id for model_id in self.changed if not self.uses[model_id] and model_id not in self.incoming
+        }, "it leaves as soon as nothing uses it"
+        for model_id in evicted:
+            self.leaves(model_id)
+            self.unloads += 1
         self.granted(grants)
 
     def form(self, model_id: str) -> ModelProfile:

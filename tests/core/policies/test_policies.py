@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from core_support import finish, load_ended, load_failed, profile, tick, unload
@@ -16,12 +17,15 @@ from serve_app.core.cache.decisions import Hit, Load
 from serve_app.core.cache.events import ModelsKnown, RetryAllowed
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
+from serve_app.core.forms import surplus
 from serve_app.core.policies.base import EvictionPolicy, PreloadVerdict
 from serve_app.core.policies.registry import ORACLES, POLICIES, make_policy, policy_parameters
 
 A = profile("a", 10, load_s=1.0)
 B = profile("b", 20, load_s=4.0)
 C = profile("c", 50, load_s=1.0)
+#: As the first, but there is much to save.
+SLOW = profile("a", 10, load_s=1.0, exec_s=10.0)
 MODELS = [A, B, C, *(profile(f"m{i}", 5 + 7 * i, load_s=0.1 * i) for i in range(7))]
 EVERY_POLICY = pytest.mark.parametrize("name", POLICIES)
 
@@ -82,6 +86,10 @@ def request(policy: EvictionPolicy, models: str, now: float = 0.0) -> None:
         policy.on_request({"a": A, "b": B, "c": C}[model_id], now)
 
 
+def larger(model: ModelProfile, saved_s: float = 0.05) -> ModelProfile:
+    return replace(model, size_bytes=2 * model.size_bytes, exec_s=model.exec_s - saved_s, tier=1)
+
+
 # The contract
 
 
@@ -97,6 +105,19 @@ def test_every_hook_may_come_first(name: str) -> None:
         getattr(policy, first)(A, 1.0)
         policy.on_forward_costs({"a": 0.5})
         assert math.isfinite(policy.utility(A, 2.0))
+        policy.on_exchange(A, larger(A), 2.0)
+        assert math.isfinite(policy.utility(larger(A), 2.0))
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"edgeserve"}))
+def test_a_model_displaces_for_a_faster_form_what_is_ranked_below_it(name: str) -> None:
+    policy = fresh(name)
+    for model in (A, B):
+        request(policy, model.model_id)
+        policy.on_load(model, 0.0)
+    above = policy.utility(B, 0.0) < policy.utility(A, 0.0)
+    assert policy.accept_exchange(A, larger(A), [B], 0.0) is above
+    assert policy.accept_exchange(A, larger(A), [], 0.0)
 
 
 @EVERY_POLICY
@@ -105,6 +126,7 @@ def test_the_questions_may_come_first(name: str) -> None:
     assert list(fresh(name).preload_candidates(1.0, 0)) == []
     assert fresh(name).next_review_s == math.inf
     assert not fresh(name).accept_preload(A, [B], 1.0)
+    assert not fresh(name).accept_exchange(A, larger(A), [A], 1.0)
     policy = fresh(name)
     policy.on_catalog(MODELS, 0.0)
     policy.on_catalog([], 0.0)
@@ -734,3 +756,34 @@ def test_edgeserve_evicts_duplicates_before_last_copies() -> None:
     assert first_to_go(policy, [A, C], 0.0) == "c"
     policy.on_forward_costs({"a": 0.002})
     assert first_to_go(policy, [A, C], 0.0) == "a"
+
+
+def test_edgeserve_takes_a_faster_form_that_saves_more_than_what_must_leave() -> None:
+    policy = fresh("edgeserve")
+    for model in (*[SLOW] * 20, B):
+        policy.on_request(model, 0.0)
+    for model in (SLOW, B):
+        policy.on_load(model, 0.0)
+    lost = policy.utility(B, 0.0) * B.size_bytes
+    rate = policy.utility(SLOW, 0.0) * A.size_bytes / A.load_s
+    assert policy.accept_exchange(SLOW, larger(SLOW, 1.01 * lost / rate), [B], 0.0)
+    assert not policy.accept_exchange(SLOW, larger(SLOW, 0.99 * lost / rate), [B], 0.0)
+
+
+def test_edgeserve_ranks_a_form_by_what_it_saves_over_being_absent() -> None:
+    policy = fresh("edgeserve")
+    policy.on_request(SLOW, 0.0)
+    form, part = larger(SLOW), surplus(larger(SLOW), SLOW)
+    assert part is not None
+    rate = policy.utility(SLOW, 0.0) * A.size_bytes / A.load_s
+    assert policy.utility(form, 0.0) * form.size_bytes == pytest.approx(rate * (A.load_s + 0.05))
+    assert policy.utility(part, 0.0) * part.size_bytes == pytest.approx(rate * 0.05)
+
+
+def test_edgeserve_gives_up_a_form_that_saves_little_before_its_model() -> None:
+    policy = fresh("edgeserve")
+    policy.on_request(SLOW, 0.0)
+    little, much = surplus(larger(SLOW, A.load_s / 2), SLOW), surplus(larger(SLOW, 2 * A.load_s), SLOW)
+    assert little is not None
+    assert much is not None
+    assert policy.utility(little, 0.0) < policy.utility(SLOW, 0.0) < policy.utility(much, 0.0)
