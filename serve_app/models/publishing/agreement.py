@@ -108,7 +108,13 @@ def _count(exec_s: float) -> int:
 
 def _takes_images(model: PublishedModel) -> bool:
     inputs, preset = model.inputs, model.task.image
-    if preset is None or len(inputs) != 1 or len(inputs[0].shape) != 4 or inputs[0].datatype != "FP32":
+    if (
+        preset is None
+        or not find_photographs(None)
+        or len(inputs) != 1
+        or len(inputs[0].shape) != 4
+        or inputs[0].datatype != "FP32"
+    ):
         return False
     return inputs[0].shape[1] == preset.channels
 

@@ -174,8 +174,10 @@ class _Attempt:
                 with self._refusing(kind):
                     self._forms[kind] = self._write(kind, graph)
                     _verify(self._store, self._forms[kind], answers)
-        times = self._in_turns()
-        self._refuse_slow(times)
+        times: Mapping[FormKind, Times] = {}
+        with self._refusing(*self._forms):
+            times = self._in_turns()
+            self._refuse_slow(times)
         for kind in tuple(self._forms):
             with self._refusing(kind):
                 self._forms[kind] = self._measured(self._forms[kind], times[kind])
