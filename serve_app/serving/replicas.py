@@ -5,6 +5,7 @@ No ``from __future__ import annotations`` here: Serve reads the annotations of t
 
 import asyncio
 import contextlib
+import gc
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,7 @@ class WorkerReplica:
         await self._worker.preload_pinned()
         self._worker.start(config.settings.coordinator.report_every)
         self._versions.start()
+        _keep_from_garbage_collection()
 
     def _prepare_models(self, config: ReplicaConfig) -> Catalog:
         """Return the models in the store of this node, those that answer prepared for loading."""
@@ -235,6 +237,7 @@ class RouterReplica:
         )
         app = build_http_app(self._router, http, MetricsScraper().scrape)
         fast_path.register(app.fast_path)
+        _keep_from_garbage_collection()
         return app
 
     async def reconfigure(self, user_config: Any) -> None:
@@ -277,6 +280,12 @@ def _log_to_serve() -> None:
     package_logger.handlers = ray_internals.serve_log_handlers()
     package_logger.setLevel(logging.INFO)
     package_logger.propagate = False
+
+
+def _keep_from_garbage_collection() -> None:
+    """Spare what the process has made by now, which stays: collections would look at it again and again, amid hits."""
+    gc.collect()
+    gc.freeze()
 
 
 def _identity(config: ReplicaConfig) -> WorkerIdentity:

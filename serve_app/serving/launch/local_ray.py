@@ -34,6 +34,8 @@ FAST_INGRESS = {
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
     # The third failed check replaces a dead HAProxy: with Serve's ten seconds, after half a minute without connections.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    # HAProxy would send a line for each request to a process of Serve's, for metrics that EdgeServe has of its own.
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     # Otherwise requests from router to worker end at 4 MiB: seven images.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",
     # Inference detects by itself that its client has gone; Serve's own detection takes longer.

@@ -9,9 +9,7 @@ the name of its replica: without such a socket, a router knows that the worker i
 * a worker that shuts down answers until ``LocalRpcServer.close``, which waits for every call that has begun; later
   calls fail like calls to a dead worker. Serve does not count these calls, so its own draining does not wait for them.
 
-A frame is a header, a pickled message, and the bytes of its first large array, if it has any, which are not copied in
-between.
-Both ends run the same program as the same user, as with Ray's own calls, so either may unpickle what the other sends.
+A frame is a header, a message as ``encoding`` writes it, and its arrays; large ones are not copied in between.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ import contextlib
 import itertools
 import logging
 import os
-import pickle
 import socket
 import stat
 import struct
@@ -31,16 +28,15 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from serve_app.serving.transport.encoding import ALIGNMENT, decode, encode
 from serve_app.serving.transport.messages import InferenceTask, Reply
 
 logger = logging.getLogger(__name__)
 
-#: Number of the call, kind, bytes of the pickled message with its padding, bytes of the array.
+#: Number of the call, kind, bytes of the message with its padding, bytes of the arrays.
 _HEADER = struct.Struct("<QIIQ")
-#: Arrays begin at multiples of this, for vector instructions.
-_ALIGNMENT = 64
 _SCRATCH_BYTES = 64 * 1024
-#: Arrays of at least so many bytes travel apart from their message; to copy smaller ones is faster.
+#: Frames from so many bytes on are handed to the socket piece by piece; to join smaller ones is faster.
 _APART_BYTES = 4096
 #: As much as the system allows: each time a socket is full costs two switches between processes.
 _SOCKET_BYTES = 4 * 2**20
@@ -107,23 +103,19 @@ class _FramedProtocol(asyncio.BufferedProtocol, ABC):
         """Send one frame; do nothing if the connection is lost."""
         if self._transport is None or self._transport.is_closing():
             return
-        arrays: list[pickle.PickleBuffer] = []
-
-        def take(array: pickle.PickleBuffer) -> bool:
-            # A large one; any other is copied into the pickled message.
-            if arrays or array.raw().nbytes < _APART_BYTES:
-                return True
-            arrays.append(array)
-            return False
-
-        pickled = pickle.dumps(message, protocol=5, buffer_callback=take)
-        padding = -(_HEADER.size + len(pickled)) % _ALIGNMENT
-        array = arrays[0].raw() if arrays else b""
-        head = _HEADER.pack(call, kind, len(pickled) + padding, len(array)) + pickled + bytes(padding)
-        if arrays:
-            self._transport.writelines((head, array))
+        content, arrays = encode(message)
+        padding = -(_HEADER.size + len(content)) % ALIGNMENT
+        pieces: list[bytes | memoryview] = [content, bytes(padding)]
+        arrays_bytes = 0
+        for array in arrays:
+            gap = -len(array) % ALIGNMENT
+            pieces += (array, bytes(gap))
+            arrays_bytes += len(array) + gap
+        header = _HEADER.pack(call, kind, len(content) + padding, arrays_bytes)
+        if arrays_bytes < _APART_BYTES:
+            self._transport.write(b"".join((header, *pieces)))
         else:
-            self._transport.write(head)
+            self._transport.writelines((header, *pieces))
 
     def close(self) -> None:
         """Close the connection once everything has been sent."""
@@ -136,13 +128,12 @@ class _FramedProtocol(asyncio.BufferedProtocol, ABC):
             self._transport.abort()
 
     def _decode(self, frame: memoryview) -> None:
-        call, kind, message_bytes, array_bytes = _HEADER.unpack_from(frame)
+        call, kind, message_bytes, _ = _HEADER.unpack_from(frame)
         end = _HEADER.size + message_bytes
-        array = (frame[end : end + array_bytes],) if array_bytes else ()
-        self.received(call, _Kind(kind), pickle.loads(frame[_HEADER.size : end], buffers=array))
+        self.received(call, kind, decode(frame[_HEADER.size : end], frame[end:]))
 
     @abstractmethod
-    def received(self, call: int, kind: _Kind, message: Any) -> None:
+    def received(self, call: int, kind: int, message: Any) -> None:
         """Handle one frame."""
 
 
@@ -176,7 +167,7 @@ class LocalRpcConnection(_FramedProtocol):
         finally:
             self._pending.pop(call, None)
 
-    def received(self, call: int, kind: _Kind, message: Any) -> None:
+    def received(self, call: int, kind: int, message: Any) -> None:
         """End the call that a frame answers."""
         reply = self._pending.get(call)
         if reply is None or reply.done():
@@ -224,9 +215,9 @@ class _ServerConnection(_FramedProtocol):
         """The calls that have begun."""
         return tuple(self._running.values())
 
-    def received(self, call: int, kind: _Kind, message: Any) -> None:
+    def received(self, call: int, kind: int, message: Any) -> None:
         """Begin a call, or cancel it."""
-        if kind is _Kind.CANCEL:
+        if kind == _Kind.CANCEL:
             running = self._running.get(call)
             if running is not None:
                 running.cancel()
