@@ -6,6 +6,8 @@ Each part runs the real worker, without Ray and coordinator, in a process of its
 by at once, how much more when free heap is given back, and what of its file stays in the page cache
 (``release_page_cache: true``).
 ``--leak N``: N times a small model is loaded, run and evicted. Printed is the slope of resident memory.
+``--form-changes N``: N times a model that has several forms goes over from one to the next, and is evicted in the last.
+Printed is the slope of resident memory.
 ``--churn SECONDS``: models that are not there are asked for at ``--rate``, in a memory cgroup (root) of the capacity
 and what the process took before its first model; as many of them run as there are slots for. Printed is whether it
 lives, and what it took at most.
@@ -38,6 +40,7 @@ from rich.table import Table
 
 from loadtests.support.memory_worker import Bench, bench, publish_missing
 from loadtests.testbed.machine import TestbedError, make_cgroup, remove_cgroups
+from serve_app.core.cache.events import ExchangeSuggested
 from serve_app.core.catalog import PublishedModel
 from serve_app.errors import EdgeServeError, StoreError
 from serve_app.models.process_memory import give_back_free_memory, process_memory
@@ -99,6 +102,29 @@ async def leak(made: Bench, cycles: int) -> dict[str, Any]:
         await made.infer(model)
         await made.worker.unload(model.model_id)
     return {"samples": samples, "models": len(small)}
+
+
+async def form_changes(made: Bench, changes: int) -> dict[str, Any]:
+    """Let models go over to their faster forms again and again; resident memory every now and then."""
+    several = [model for model in made.models if made.faster(model)]
+    if not several:
+        raise StoreError("no model has several forms here; run edgeserve publish first")
+    samples: list[tuple[int, int]] = []
+    done = 0
+    for model in itertools.cycle(several):
+        if not samples or done - samples[-1][0] >= changes // _SAMPLES:
+            give_back_free_memory()
+            samples.append((done, process_memory().rss_bytes))
+        if done >= changes:
+            break
+        await made.infer(model)
+        for form in made.faster(model):
+            made.manager.handle(ExchangeSuggested(form.profile))
+            while await made.infer(model) != form.form:
+                pass
+            done += 1
+        await made.worker.unload(model.model_id)
+    return {"samples": samples, "models": len(several)}
 
 
 async def churn(made: Bench, seconds: float, rate: float) -> dict[str, Any]:
@@ -186,7 +212,7 @@ def _in_process(
     """Run one part in a process, in a cgroup where asked; what it found, and how the kernel judged it."""
     command = [sys.executable, "-m", "loadtests.memory", "--part", part, *common]
     for name, value in options.items():
-        command += [f"--{name}", str(value)]
+        command += [f"--{name.replace('_', '-')}", str(value)]
     if group:
         folder = make_cgroup(_GROUP, _UNLIMITED)
         command = ["sh", "-c", f'echo $$ > {folder}/cgroup.procs && exec "$@"', "sh", *command]
@@ -226,8 +252,14 @@ def _as_part(part: str, memory: str, catalog: Path | None, cycles: int, seconds:
 
     async def run() -> dict[str, Any]:
         # What nobody has asked for must not come in between where single models are measured.
-        preloads, release = 2 if part == "churn" else 0, part == "evictions"
-        async with bench(memory, preloads=preloads, release_page_cache=release, models_of=catalog) as made:
+        preloads = {"churn": 2, "form_changes": 1}.get(part, 0)
+        async with bench(
+            memory,
+            preloads=preloads,
+            release_page_cache=part == "evictions",
+            models_of=catalog,
+            policy="lru" if part == "form_changes" else None,
+        ) as made:
             budget = {
                 "base": made.memory.base_bytes,
                 "capacity": made.manager.cache.capacity_bytes,
@@ -239,6 +271,8 @@ def _as_part(part: str, memory: str, catalog: Path | None, cycles: int, seconds:
                     return await evictions(made)
                 case "leak":
                     return await leak(made, cycles)
+                case "form_changes":
+                    return await form_changes(made, cycles)
                 case _:
                     return await churn(made, seconds, rate)
 
@@ -284,15 +318,15 @@ def _print_evictions(console: Console, found: dict[str, Any]) -> None:
     )
 
 
-def _print_leak(console: Console, found: dict[str, Any]) -> None:
+def _print_leak(console: Console, found: dict[str, Any], what: str) -> None:
     # What libraries set up once comes in the first tenth.
     samples = found["samples"][max(1, len(found["samples"]) // 10) :]
     cycles, sizes = np.array(samples, float).T
     per_cycle, _ = np.polyfit(cycles, sizes, 1)
-    console.print(f"{found['samples'][-1][0]} cycles of {found['models']} models")
+    console.print(f"{found['samples'][-1][0]} {what} of {found['models']} models")
     _aims(
         console,
-        ("slope of resident memory, bytes a cycle", "about 0", f"{per_cycle:+.0f}"),
+        ("slope of resident memory, bytes each", "about 0", f"{per_cycle:+.0f}"),
         (
             "resident memory, MB: after a tenth / at the end / range",
             "",
@@ -351,6 +385,7 @@ def _aims(console: Console, *rows: tuple[str, str, str]) -> None:
 @click.command()
 @click.option("--evictions", "want_evictions", is_flag=True, help="Only how memory falls with evictions.")
 @click.option("--leak", "cycles", type=int, help="Only so many cycles of load, inference and eviction.")
+@click.option("--form-changes", "changes", type=int, help="Only so many changes of the form of models.")
 @click.option("--churn", "seconds", type=float, help="Only so many seconds of churn in a cgroup (root).")
 @click.option("--rate", default=50.0, show_default=True, help="Loads a second of the churn.")
 @click.option("--memory", default="512MiB", show_default=True, help="Capacity of the worker.")
@@ -364,6 +399,7 @@ def _aims(console: Console, *rows: tuple[str, str, str]) -> None:
 def main(
     want_evictions: bool,
     cycles: int | None,
+    changes: int | None,
     seconds: float | None,
     rate: float,
     memory: str,
@@ -373,20 +409,24 @@ def main(
 ) -> None:
     """Show that a worker's memory is bounded, and given back."""
     if part is not None:
-        _as_part(part, memory, catalog, cycles or 0, seconds or 0.0, rate)
+        _as_part(part, memory, catalog, cycles or changes or 0, seconds or 0.0, rate)
         return
     console = Console()
     common = ["--memory", memory, *(["--catalog", str(catalog)] if catalog else [])]
-    everything = not want_evictions and cycles is None and seconds is None
+    everything = not want_evictions and cycles is None and changes is None and seconds is None
     if everything:
-        cycles, seconds = (10_000, 600.0) if full else (2_000, 60.0)
+        cycles, changes, seconds = (10_000, 10_000, 600.0) if full else (2_000, 1_000, 60.0)
     try:
         if catalog is not None:
             publish_missing(catalog)
         if everything or want_evictions:
             _print_evictions(console, _in_process("evictions", common=common, timeout_s=240.0))
         if cycles is not None:
-            _print_leak(console, _in_process("leak", common=common, timeout_s=60 + cycles * 0.1, leak=cycles))
+            found = _in_process("leak", common=common, timeout_s=60 + cycles * 0.1, leak=cycles)
+            _print_leak(console, found, "cycles")
+        if changes is not None:
+            found = _in_process("form_changes", common=common, timeout_s=60 + changes * 0.5, form_changes=changes)
+            _print_leak(console, found, "changes of form")
         if seconds is not None and os.geteuid() != 0:
             console.print("churn needs root: it makes a memory cgroup")
         elif seconds is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from serve_app.models.threads import expect_parallel, use_threads
 from serve_app.models.warm_up import warm_up
 from serve_app.serving.coordinator.client import CoordinatorClient
 from serve_app.serving.metrics import WorkerMetrics
-from serve_app.serving.transport.messages import InferenceRejected, InferenceTask
+from serve_app.serving.transport.messages import InferenceRejected, InferenceResult, InferenceTask
 from serve_app.serving.worker.model_manager import ModelManager
 from serve_app.serving.worker.process_budget import ProcessBudget
 from serve_app.serving.worker.settings import WorkerIdentity
@@ -67,20 +67,26 @@ class Bench:
     slots: int
     rng: random.Random
 
-    async def infer(self, model: PublishedModel) -> None:
-        """Run one inference of any size; raises what the worker refuses it with."""
-        await self._infer(model, self.rng.choice(self.inputs[model.model_id]))
+    def faster(self, model: PublishedModel) -> Sequence[PublishedModel]:
+        """Return the forms that a model goes over to, one after the other."""
+        return self.selection.catalog.faster.get(model.model_id, ())
+
+    async def infer(self, model: PublishedModel) -> str:
+        """Run one inference of any size; return the form that ran it; raises what the worker refuses it with."""
+        return await self._infer(model, self.rng.choice(self.inputs[model.model_id]))
 
     async def infer_all(self, model: PublishedModel) -> None:
         """Run one inference of every size; raises what the worker refuses one with."""
         for payload in self.inputs[model.model_id]:
             await self._infer(model, payload)
 
-    async def _infer(self, model: PublishedModel, payload: Tensors) -> None:
+    async def _infer(self, model: PublishedModel, payload: Tensors) -> str:
         work = InferenceTask(model_id=model.model_id, origin="here", payload=payload, budget_s=_BUDGET_S)
         reply = await self.worker.infer(work)
         if isinstance(reply, InferenceRejected):
             raise reply.error
+        assert isinstance(reply, InferenceResult)
+        return reply.form
 
     def weights(self, model: PublishedModel) -> Path:
         """Its largest file, which has its weights."""
@@ -104,7 +110,12 @@ def publish_missing(catalog: Path) -> None:
 
 @asynccontextmanager
 async def bench(
-    memory: str, *, preloads: int, release_page_cache: bool, models_of: Path | None = None
+    memory: str,
+    *,
+    preloads: int,
+    release_page_cache: bool,
+    models_of: Path | None = None,
+    policy: str | None = None,
 ) -> AsyncIterator[Bench]:
     """A worker with the settings and the models of ``deploy/edge.yaml``, but so much memory.
 
@@ -113,6 +124,7 @@ async def bench(
         preloads: background loads at the same time.
         release_page_cache: whether evicted files leave the page cache.
         models_of: a catalog whose models it has instead.
+        policy: another one than that of the settings.
 
     Raises:
         StoreError: no model is published that fits.
@@ -140,7 +152,7 @@ async def bench(
     if not models:
         raise StoreError("no model is published that fits; run edgeserve publish, or give more memory")
     metrics = WorkerMetrics("here", "here-1")
-    manager = _make_manager(settings, budget, preloads, loader, metrics)
+    manager = _make_manager(settings, budget, preloads, loader, metrics, policy)
     worker = _make_worker(settings, catalog, manager, worker_memory, metrics)
     worker.start(settings.coordinator.report_every)
     try:
@@ -171,13 +183,19 @@ def _inputs(model: PublishedModel, budget: MemoryBudget) -> list[Tensors]:
 
 
 def _make_manager(
-    settings: EdgeSettings, budget: MemoryBudget, preloads: int, loader: ModelLoader, metrics: WorkerMetrics
+    settings: EdgeSettings,
+    budget: MemoryBudget,
+    preloads: int,
+    loader: ModelLoader,
+    metrics: WorkerMetrics,
+    policy: str | None,
 ) -> ModelManager:
+    name, parameters = (policy, {}) if policy else (settings.policy.name, settings.policy.parameters)
     return ModelManager(
         cache=ModelCache(
             capacity_bytes=budget.capacity_bytes,
             workspace_bytes=budget.workspace_bytes,
-            policy=make_policy(settings.policy.name, random.Random(0), **settings.policy.parameters),
+            policy=make_policy(name, random.Random(0), **parameters),
             max_loads=settings.worker.parallel_loads,
             max_preloads=preloads,
         ),

@@ -42,6 +42,7 @@ class _Options:
     models: Path | None
     mapping: str
     policies: tuple[str, ...]
+    forms: tuple[str, ...]
     capacities: tuple[str, ...]
     locations: int | None
     time_model: TimeModel
@@ -109,6 +110,13 @@ _EXPERIMENT_OPTIONS = (
         help="Memory of a location, 2GiB or 25% of what all models take; several with commas.  "
         f"[default: {','.join(_DEFAULT_CAPACITIES)}]",
     ),
+    click.option(
+        "--forms",
+        multiple=True,
+        metavar="F",
+        help="The forms that models have: tiered, soonest, compiled, or the name of one, mapped; several with commas. "
+        "The table of models needs a column form.  [default: models have one form]",
+    ),
     click.option("--locations", type=click.IntRange(1, 10_000), help="Spread the requests over so many locations."),
     click.option(
         "--time",
@@ -163,6 +171,7 @@ def simulate(**parsed: Any) -> None:
     edgeserve simulate --trace "zipf:models=50&rate=2" --policy lru --policy "modelmesh:churn_age=5min"
     edgeserve simulate --trace "azure:FILE?minutes=60" --models FILE --json
     edgeserve simulate --trace sessions:days=2 --capacity 25% --locations 4 --time full --coordination forwarding
+    edgeserve simulate --trace sessions: --policy edgeserve --forms tiered,mapped,compiled --capacity 10%,25%,50%
     edgeserve simulate --paper
 
     \b
@@ -195,8 +204,10 @@ def _check_compatible(options: _Options) -> None:
     is_full = options.time_model == "full"
     if given >= {"paper", "benchmark"}:
         raise click.UsageError("--paper and --benchmark are two commands; choose one")
-    if given & {"paper", "benchmark"} and (is_full or given & {"policies", "capacities"}):
-        raise click.UsageError("--paper and --benchmark choose policies, capacities and the model of time themselves")
+    if given & {"paper", "benchmark"} and (is_full or given & {"policies", "capacities", "forms"}):
+        raise click.UsageError(
+            "--paper and --benchmark choose policies, capacities, forms and the model of time themselves"
+        )
     if "benchmark" in given and given & {"trace", "models", "locations", "as_json", "csv", "plot"}:
         raise click.UsageError("--benchmark takes --data and --seed alone")
     if "data" in given and not given & {"paper", "benchmark"}:
@@ -217,20 +228,46 @@ def _compare(options: _Options) -> None:
 
     policies = _parsed(parse_policies, options.policies or _DEFAULT_POLICIES, "--policy")
     capacities = _parsed(parse_capacities, options.capacities or _DEFAULT_CAPACITIES, "--capacity")
-    workload = options.workload(options.trace or _DEFAULT_TRACE, options.models, seed=options.seed)
+    workloads = _workloads(options)
+    workload = workloads[0]
     coordination = options.coordination or "full"
     if options.time_model == "full":
         _warn_of_overload(workload)
         if coordination != "none" and len(workload.trace.locations) > 1:
             policies = _without_oracles(policies)
-    replays = tuple(ReplaySpec(policy=policy, capacity=capacity) for capacity in capacities for policy in policies)
-    plan = ExperimentPlan(workloads=(workload,), replays=replays, time=options.time_model, coordination=coordination)
+    replays = tuple(
+        ReplaySpec(workload=number, policy=policy, capacity=capacity)
+        for capacity in capacities
+        for policy in policies
+        for number in range(len(workloads))
+    )
+    plan = ExperimentPlan(workloads=workloads, replays=replays, time=options.time_model, coordination=coordination)
     rows = _run(plan, options.jobs)
     _warn_of_rejections(rows, workload.largest_bytes)
     if not options.as_json:
         stdout().print(summary(rows), markup=False)
         stdout().print(as_table(rows, ORACLES))
     _write(rows, options)
+
+
+def _workloads(options: _Options) -> tuple[Workload, ...]:
+    """Make the workload of the options, once for each choice of forms."""
+    from serve_app.simulator.scenario import make_workloads, parse_forms
+
+    trace = options.trace or _DEFAULT_TRACE
+    if not options.forms:
+        return (options.workload(trace, options.models, seed=options.seed),)
+    try:
+        return make_workloads(
+            trace=trace,
+            choices=parse_forms(options.forms),
+            models=options.models,
+            keep=options.mapping == "keep",
+            locations=options.locations,
+            seed=options.seed,
+        )
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--forms") from None
 
 
 def _paper(options: _Options) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from serve_app.core.catalog import ModelProfile, PublishedModel
 
@@ -35,6 +35,9 @@ class ModelForm(Protocol):
     @property
     def profile(self) -> ModelProfile:
         """What the model costs in this form."""
+
+
+AnyForm = TypeVar("AnyForm", bound=ModelForm)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +73,7 @@ def surplus(form: ModelProfile, smaller: ModelProfile | None) -> Surplus | None:
     )
 
 
-def soonest(forms: Sequence[PublishedModel]) -> PublishedModel:
+def soonest(forms: Sequence[AnyForm]) -> AnyForm:
     """Return the form whose first answer after a miss comes soonest: its load and one execution.
 
     Args:
@@ -127,8 +130,9 @@ class FormChanges:
     """Says when a model in memory should go over to its next faster form: when to have stayed has cost as much.
 
     That is the rule of the ski rental problem (Karlin et al., Competitive snoopy caching, 1988): whatever requests
-    come, it loses at most twice what is lost by who knows them beforehand. It needs no forecast. Whether the form is
-    also worth its bytes is for the policy of the cache to say.
+    come, it loses at most twice what is lost by who knows them beforehand. It needs no forecast. What a model has lost
+    before it was evicted counts on, or one that is evicted again and again would never change. Whether the form is also
+    worth its bytes is for the policy of the cache to say.
 
     Args:
         faster: the forms that each model may go over to, slowest first, by model.
@@ -165,10 +169,6 @@ class FormChanges:
         self._lost[model.model_id] = form, 0.0
         return following
 
-    def loaded(self, model_id: str) -> None:
-        """Begin anew: a model was loaded, in the form that it is served in."""
-        self._lost.pop(model_id, None)
-
 
 def _step(model: ModelForm, others: Sequence[ModelForm], form: str) -> tuple[ModelProfile | None, ModelProfile]:
     """Return the form of that name, None if the model is not loaded in it any more, and the next faster one."""
@@ -180,7 +180,7 @@ def _step(model: ModelForm, others: Sequence[ModelForm], form: str) -> tuple[Mod
     return None, present.profile
 
 
-def _first_answer_s(form: PublishedModel) -> float:
+def _first_answer_s(form: ModelForm) -> float:
     return form.profile.load_s + form.profile.exec_s
 
 

@@ -13,11 +13,25 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from serve_app.core.cache.decisions import Action, Evict, Grant, Hit, Join, Load, Reject, StartLoad, Wait
-from serve_app.core.cache.events import TICK, LoadEnded, ModelsKnown, WaitCanceled
+from serve_app.core.cache.decisions import (
+    Action,
+    Evict,
+    Grant,
+    Hit,
+    Join,
+    Load,
+    Reject,
+    StartExchange,
+    StartLoad,
+    StartShrink,
+    Wait,
+)
+from serve_app.core.cache.events import TICK, ExchangeEnded, ExchangeSuggested, LoadEnded, ModelsKnown, WaitCanceled
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
+from serve_app.core.forms import key_of_tier
 from serve_app.core.vocabulary import ModelState
+from serve_app.simulator.forms import FormsInMemory
 from serve_app.workload.trace import Trace
 
 #: How many requests pass between two reports of progress.
@@ -36,6 +50,9 @@ class LoadDelayResults:
     preloads: int = 0
     wasted_preloads: int = 0
     evictions: int = 0
+    form_changes: int = 0
+    #: Seconds of loads for changes of form.
+    form_change_s: float = 0.0
     #: Seconds that requests waited for loads, that background loads took, and that executions take.
     load_s: float = 0.0
     preload_s: float = 0.0
@@ -55,6 +72,7 @@ def replay(
     profiles: Sequence[ModelProfile],
     make_cache: Callable[[int], ModelCache],
     progress: Callable[[int], None] = lambda _: None,
+    make_forms: Callable[[], FormsInMemory] | None = None,
 ) -> LoadDelayResults:
     """Replay a trace through one cache per location.
 
@@ -63,10 +81,11 @@ def replay(
         profiles: of ``trace.models``, in their order.
         make_cache: a fresh cache for the location of that number.
         progress: called now and then with the number of requests done since.
+        make_forms: the forms of a fresh cache; None: every model has one.
     """
     total = LoadDelayResults()
     for number in range(len(trace.locations)):
-        location = _Location(make_cache(number), profiles)
+        location = _Location(make_cache(number), profiles, make_forms and make_forms())
         location.play(*_stream(trace, number), progress)
         total += location.close()
     return total
@@ -83,10 +102,13 @@ def _stream(trace: Trace, number: int) -> tuple[Sequence[float], Sequence[int]]:
 class _Location:
     cache: ModelCache
     profiles: Sequence[ModelProfile]
+    forms: FormsInMemory | None = None
     results: LoadDelayResults = field(default_factory=LoadDelayResults)
     #: Preloads under way, also those that were evicted for a request: when each ends, in order, and the same by model.
     _endings: list[tuple[float, str]] = field(default_factory=list)
     _ends_s: dict[str, float] = field(default_factory=dict)
+    #: The forms that models are going over to, by their keys, which are among the endings as well.
+    _exchanges: dict[str, ModelProfile] = field(default_factory=dict)
     #: Made once: to make an event costs as much as half of what the cache does with it.
     _load_ended: dict[str, LoadEnded] = field(default_factory=dict)
 
@@ -105,16 +127,20 @@ class _Location:
             before_s = now
             profile = profiles[number]
             answer = request(profile, now)
-            if isinstance(answer, Hit):
+            if self.forms is not None:
+                self._answer_in_form(profile, answer, now)
+            elif isinstance(answer, Hit):
                 results.hits += 1
                 finish(profile.model_id, now)
             else:
-                self._miss(profile, answer, now)
+                self._miss(profile, answer, now, profile.exec_s)
             done += 1
             if done % _STRIDE == 0:
                 progress(_STRIDE)
         progress(done % _STRIDE)
         results.requests += done
+        if self.forms is not None:
+            return
         for number, count in Counter(model).items():
             results.exec_s += count * profiles[number].exec_s
             results.at_once[profiles[number].exec_s] += count
@@ -124,14 +150,34 @@ class _Location:
         self.results.preloads = counters.preloads
         self.results.wasted_preloads = counters.wasted_preloads
         self.results.evictions = counters.evictions
+        self.results.form_changes = counters.form_changes
         return self.results
 
-    def _miss(self, profile: ModelProfile, answer: Join | Load | Reject | Wait, now: float) -> None:
+    def _answer_in_form(self, profile: ModelProfile, answer: Hit | Join | Load | Reject | Wait, now: float) -> None:
+        """Answer a request by the form in which its model is, which may be the reason to go over to another one."""
+        assert self.forms is not None
+        if isinstance(answer, Load):
+            self.forms.loaded(profile.model_id)
+        present = self.forms.present(profile.model_id)
+        self.results.exec_s += present.exec_s
+        self.results.at_once[present.exec_s] += 1
+        if isinstance(answer, Hit):
+            self.results.hits += 1
+            self._apply(self.cache.finish(profile.model_id, now), now)
+        else:
+            self._miss(profile, answer, now, present.exec_s)
+        other = self.forms.executed(profile.model_id, present)
+        if other is not None:
+            self._apply(self.cache.handle(ExchangeSuggested(other), now), now)
+
+    def _miss(self, profile: ModelProfile, answer: Join | Load | Reject | Wait, now: float, exec_s: float) -> None:
         match answer:
             case Load():
                 self.results.misses += 1
+                for smaller in answer.shrunk:
+                    self._start_shrink(smaller, now)
                 # A preload of the model that was evicted and is still under way is taken back.
-                self._count_wait(profile, self._ends_s.pop(profile.model_id, now + profile.load_s) - now)
+                self._count_wait(self._ends_s.pop(profile.model_id, now + profile.load_s) - now, exec_s)
                 for actions in (
                     self.cache.handle(self._load_ended[profile.model_id], now),
                     self.cache.finish(profile.model_id, now),
@@ -141,24 +187,24 @@ class _Location:
                         self._apply(actions, now)
             case Join():
                 self.results.joins += 1
-                self._count_wait(profile, self._ends_s[profile.model_id] - now)
+                self._count_wait(self._ends_s[profile.model_id] - now, exec_s)
                 self._apply(self.cache.finish(profile.model_id, now), now)
             case Reject():
-                self._count_rejection(profile)
+                self._count_rejection(profile, exec_s)
             case Wait(ticket=ticket):
-                # Only where a joined preload fills the memory; nothing queues in this model of time.
+                # Only where a joined preload or a change of form fills the memory; nothing queues here.
                 self._apply(self.cache.handle(WaitCanceled(ticket), now), now)
-                self._count_rejection(profile)
+                self._count_rejection(profile, exec_s)
 
-    def _count_rejection(self, profile: ModelProfile) -> None:
+    def _count_rejection(self, profile: ModelProfile, exec_s: float) -> None:
         self.results.misses += 1
         self.results.rejected += 1
-        self._count_wait(profile, profile.load_s)
+        self._count_wait(profile.load_s, exec_s)
 
-    def _count_wait(self, profile: ModelProfile, wait_s: float) -> None:
+    def _count_wait(self, wait_s: float, exec_s: float) -> None:
         self.results.load_s += wait_s
-        self.results.waited_latency_s.append(wait_s + profile.exec_s)
-        self.results.at_once[profile.exec_s] -= 1
+        self.results.waited_latency_s.append(wait_s + exec_s)
+        self.results.at_once[exec_s] -= 1
 
     def _run_background(self, before_s: float, now: float) -> None:
         """Let the background work that is due by ``now`` happen, each at its time, and nothing before ``before_s``."""
@@ -183,17 +229,40 @@ class _Location:
                 case StartLoad():
                     assert action.background, "a load for a request is over at once"
                     self._start_preload(action.model, now)
+                case StartExchange():
+                    self._start_exchange(action.model, now)
+                case StartShrink():
+                    self._start_shrink(action.model, now)
                 case Grant():
                     raise AssertionError("no request waits")
 
     def _start_preload(self, model: ModelProfile, now: float) -> None:
+        if self.forms is not None:
+            self.forms.loaded(model.model_id)
         if model.model_id not in self._ends_s:
             self._ends_s[model.model_id] = now + model.load_s
             heapq.heappush(self._endings, (now + model.load_s, model.model_id))
             self.results.preload_s += model.load_s
 
-    def _end_preload(self, at_s: float, model_id: str) -> None:
-        if self._ends_s.get(model_id) == at_s:
-            del self._ends_s[model_id]
-            if self.cache.state(model_id) is ModelState.LOADING:
-                self._apply(self.cache.handle(self._load_ended[model_id], at_s), at_s)
+    def _start_exchange(self, other: ModelProfile, now: float) -> None:
+        key = key_of_tier(other.model_id, other.tier)
+        self._exchanges[key] = other
+        heapq.heappush(self._endings, (now + other.load_s, key))
+        self.results.form_change_s += other.load_s
+
+    def _start_shrink(self, smaller: ModelProfile, now: float) -> None:
+        assert self.forms is not None
+        self.forms.exchanged(smaller)
+        self._ends_s[smaller.model_id] = now + smaller.load_s
+        heapq.heappush(self._endings, (now + smaller.load_s, smaller.model_id))
+        self.results.form_change_s += smaller.load_s
+
+    def _end_preload(self, at_s: float, key: str) -> None:
+        if (other := self._exchanges.pop(key, None)) is not None:
+            assert self.forms is not None
+            self.forms.exchanged(other)
+            self._apply(self.cache.handle(ExchangeEnded(other.model_id, succeeded=True), at_s), at_s)
+        elif self._ends_s.get(key) == at_s:
+            del self._ends_s[key]
+            if self.cache.state(key) is ModelState.LOADING:
+                self._apply(self.cache.handle(self._load_ended[key], at_s), at_s)

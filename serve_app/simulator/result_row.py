@@ -32,6 +32,10 @@ class ResultRow:
         preload_s_per_request: seconds of background loads per request; no request waited for them.
         preload_over_exec: the same over the mean execution time.
         coordination: between locations, as in ``DiscreteEventOptions``.
+        forms: how the forms of models were chosen; empty where models have but one.
+        form_changes: models that went over to another form, while in memory.
+        background_load_over_exec: the seconds of all loads that no request started, preloads and changes of form, over
+            those of executions.
         wall_s: duration of the replay.
         requests_per_s: requests that the simulator replayed in a second.
     """
@@ -64,6 +68,9 @@ class ResultRow:
     preload_s_per_request: float
     preload_over_exec: float | None
     coordination: str
+    forms: str
+    form_changes: int
+    background_load_over_exec: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +111,8 @@ class ReplayCounts(Protocol):
     load_s: float
     preload_s: float
     exec_s: float
+    form_changes: int
+    form_change_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +162,9 @@ def make_row(
         preload_s_per_request=counts.preload_s / requests,
         preload_over_exec=_ratio(counts.preload_s, counts.exec_s),
         coordination=result.coordination,
+        forms=workload.forms,
+        form_changes=counts.form_changes,
+        background_load_over_exec=_ratio(counts.preload_s + counts.form_change_s, counts.exec_s),
     )
 
 

@@ -37,6 +37,7 @@ class _Column:
     optional: Callable[[ResultRow], float] = lambda _: 1
 
 
+_MEAN = _Column("mean", lambda row: seconds(row.mean_latency_s))
 _COLUMNS = (
     _Column("load/exec", lambda row: percent(row.load_over_exec)),
     _Column("hits", lambda row: percent(row.hits / row.requests)),
@@ -48,7 +49,9 @@ _COLUMNS = (
     _Column("wasted", lambda row: f"{row.wasted_preloads:,}", lambda row: row.preloads),
     _Column("preload/exec", lambda row: percent(row.preload_over_exec), lambda row: row.preloads),
     _Column("evictions", lambda row: f"{row.evictions:,}"),
-    _Column("mean", lambda row: seconds(row.mean_latency_s)),
+    _Column("form changes", lambda row: f"{row.form_changes:,}", lambda row: row.form_changes),
+    _Column("background/exec", lambda row: percent(row.background_load_over_exec), lambda row: row.form_changes),
+    _MEAN,
     _Column("p99", lambda row: seconds(row.p99_s)),
     _Column("requests/s", lambda row: f"{row.requests_per_s:,.0f}"),
 )
@@ -57,11 +60,14 @@ _COLUMNS = (
 def as_table(rows: Sequence[ResultRow], oracles: Collection[str]) -> Table:
     """Make a table of the rows, grouped by capacity.
 
-    A star marks the least load over exec of the policies that are not in ``oracles``, unless all are the same.
+    A star marks the least load over exec of the policies that are not in ``oracles``, unless all are the same. Where
+    models have several forms, it is the least mean latency, as executions differ too.
     """
     columns = [column for column in _COLUMNS if any(column.optional(row) for row in rows)]
+    if has_forms := any(row.forms for row in rows):
+        columns.sort(key=lambda column: column is not _MEAN)
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for header in ("memory", "policy"):
+    for header in ("memory", "policy", "forms") if has_forms else ("memory", "policy"):
         table.add_column(header, no_wrap=True)
     for column in columns:
         table.add_column(column.header, justify="right", no_wrap=True)
@@ -76,7 +82,8 @@ def as_table(rows: Sequence[ResultRow], oracles: Collection[str]) -> Table:
             cells = [column.cell(row) for column in columns]
             # Two blanks in place of the star keep the figures aligned.
             cells[0] += " *" if row is best else "  "
-            texts = [Text(cell, style=style) for cell in (policy, *cells)]
+            named = (policy, row.forms) if has_forms else (policy,)
+            texts = [Text(cell, style=style) for cell in (*named, *cells)]
             table.add_row("" if number else memory, *texts, end_section=number == len(shown) - 1)
     return table
 
@@ -123,8 +130,13 @@ def size(value_bytes: int) -> str:
 
 
 def _best(rows: Sequence[ResultRow], oracles: Collection[str]) -> ResultRow | None:
-    attainable = [row for row in rows if row.policy not in oracles and row.load_over_exec is not None]
+    figures = [(_figure(row), row) for row in rows if row.policy not in oracles]
+    attainable = [(figure, row) for figure, row in figures if figure is not None]
     # With nothing to compare there is nothing to mark.
-    if len({row.load_over_exec for row in attainable}) < 2:
+    if len({figure for figure, _ in attainable}) < 2:
         return None
-    return min(attainable, key=lambda row: row.load_over_exec or 0.0)
+    return min(attainable, key=lambda pair: pair[0])[1]
+
+
+def _figure(row: ResultRow) -> float | None:
+    return row.mean_latency_s if row.forms else row.load_over_exec

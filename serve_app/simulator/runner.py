@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from serve_app.errors import EdgeServeError
 from serve_app.simulator.load_delay import replay
 from serve_app.simulator.result_row import Latency, ReplayResult, ResultRow, compulsory_load_s, make_row
-from serve_app.simulator.scenario import Capacity, PolicyChoice, Workload, cache_maker
+from serve_app.simulator.scenario import Capacity, PolicyChoice, Workload, cache_maker, forms_maker
 
 if TYPE_CHECKING:
     from serve_app.simulator.discrete_event.settings import Coordination
@@ -124,7 +124,7 @@ def _replay_load_delay(
 ) -> ReplayResult:
     make_cache = cache_maker(workload, policy, capacity_bytes=capacity_bytes, max_preloads=max_preloads)
     began_s = time.perf_counter()
-    results = replay(workload.trace, workload.profiles, make_cache, on_progress)
+    results = replay(workload.trace, workload.profiles, make_cache, on_progress, forms_maker(workload))
     return ReplayResult(
         counts=results,
         forwards=0,
@@ -149,6 +149,7 @@ def _replay_full(
         coordination = "none"
     options = DiscreteEventOptions(
         make_cache=cache_maker(workload, policy, capacity_bytes=capacity_bytes, max_preloads=LIVE_PRELOADS),
+        make_forms=forms_maker(workload),
         coordination=coordination,
         links=geographic_links(workload.trace.locations, seed=workload.seed),
     )

@@ -6,8 +6,8 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from serve_app.config.policy_parameters import parse_parameters
@@ -16,9 +16,10 @@ from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
 from serve_app.core.policies.base import EvictionPolicy
 from serve_app.core.policies.registry import ORACLES, POLICIES, make_policy
+from serve_app.simulator.forms import COMPILED, SOONEST, TIERED, FormsInMemory, Ladder, choose
 from serve_app.simulator.oracles import Belady, BeladyAm, next_uses
 from serve_app.workload.locations import split
-from serve_app.workload.profiles import DEFAULT_PROFILES, assign, read_profiles
+from serve_app.workload.profiles import DEFAULT_FORMS, DEFAULT_PROFILES, assign, assign_forms, read_forms, read_profiles
 from serve_app.workload.spec import parse_trace
 from serve_app.workload.trace import Trace
 
@@ -38,16 +39,22 @@ class Workload:
         trace: the requests.
         profiles: of ``trace.models``, in their order.
         seed: of every random draw for this workload, including those of the policies.
+        forms: how forms were chosen; empty where models have but one.
+        ladders: the forms of each model, if they matter.
+        published_bytes: what all models take as they were published, if they are in other forms.
     """
 
     trace: Trace
     profiles: tuple[ModelProfile, ...]
     seed: int
+    forms: str = ""
+    ladders: Mapping[str, Ladder] = field(default_factory=dict)
+    published_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        """Return the memory in which all models fit together."""
-        return sum(profile.size_bytes for profile in self.profiles)
+        """Return the memory in which all models fit together, as they were published."""
+        return self.published_bytes or sum(profile.size_bytes for profile in self.profiles)
 
     @property
     def largest_bytes(self) -> int:
@@ -124,6 +131,59 @@ def make_workload(
     stream = split(parse_trace(trace, seed=seed), locations, seed=seed)
     profile_of = assign(stream.models, rows, seed=seed, keep=keep)
     return Workload(trace=stream, profiles=tuple(profile_of[model] for model in stream.models), seed=seed)
+
+
+def make_workloads(
+    *,
+    trace: str,
+    choices: Sequence[str],
+    models: Path | None = None,
+    keep: bool = False,
+    locations: int | None = None,
+    seed: int = 0,
+) -> tuple[Workload, ...]:
+    """Make the same workload with the forms of the models chosen in several ways; arguments as of ``make_workload``.
+
+    Args:
+        trace, models, keep, locations, seed: the table of models has a column ``form``.
+        choices: see ``forms.choose``.
+
+    Raises:
+        TraceError: the trace or the table is wrong, or does not fit the other.
+        ValueError: no model of the table has such a form.
+    """
+    rows = read_forms(models or DEFAULT_FORMS)
+    names = dict.fromkeys(form.form for row in rows for form in row)
+    for choice in choices:
+        if choice not in (TIERED, SOONEST, COMPILED, *names):
+            raise ValueError(f"{choice!r} is no form; there are {TIERED}, {SOONEST}, {COMPILED}, {', '.join(names)}")
+    stream = split(parse_trace(trace, seed=seed), locations, seed=seed)
+    forms_of = assign_forms(stream.models, rows, seed=seed, keep=keep)
+    published_bytes = sum(forms[0].profile.size_bytes for forms in forms_of.values())
+    workloads = []
+    for choice in choices:
+        ladders = {model: choose(forms_of[model], choice) for model in stream.models}
+        workloads.append(
+            Workload(
+                trace=stream,
+                profiles=tuple(ladders[model].loaded.profile for model in stream.models),
+                seed=seed,
+                forms=choice,
+                ladders=ladders,
+                published_bytes=published_bytes,
+            )
+        )
+    return tuple(workloads)
+
+
+def forms_maker(workload: Workload) -> Callable[[], FormsInMemory] | None:
+    """Return the function that makes the forms of an empty cache; None where every model has one form."""
+    return (lambda: FormsInMemory(workload.ladders)) if workload.ladders else None
+
+
+def parse_forms(texts: Sequence[str]) -> tuple[str, ...]:
+    """Parse choices of forms, several with commas between them, each once, in order."""
+    return tuple(dict.fromkeys(part.strip() for text in texts for part in text.split(",")))
 
 
 def parse_policies(texts: Sequence[str]) -> tuple[PolicyChoice, ...]:

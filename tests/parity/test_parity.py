@@ -10,23 +10,37 @@ import asyncio
 import heapq
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import pytest
 
-from serve_app.core.cache.decisions import Action, Answer, Evict, Hit, Join, Load, StartLoad, Wait
-from serve_app.core.cache.events import Event, ModelsKnown
+from serve_app.core.cache.decisions import (
+    Action,
+    Answer,
+    Evict,
+    Hit,
+    Join,
+    Load,
+    StartExchange,
+    StartLoad,
+    StartShrink,
+    Wait,
+)
+from serve_app.core.cache.events import Event, ExchangeSuggested, ModelsKnown
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
+from serve_app.core.forms import FormChanges, key_of_tier, model_of
 from serve_app.core.policies.registry import POLICIES, make_policy
 from serve_app.core.vocabulary import ModelState
 from serve_app.serving.worker.model_manager import Lease, ModelManager
+from serve_app.simulator.forms import FormsInMemory, Ladder
 from serve_app.simulator.load_delay import replay
 from serve_app.tasks.tensors import Tensors
+from serve_app.workload.profiles import FormProfile
 from serve_app.workload.spec import parse_trace
 from serve_app.workload.trace import Trace
 
@@ -79,6 +93,10 @@ class Recorded(ModelCache):
 class Scene:
     trace: Trace
     profiles: tuple[ModelProfile, ...]
+    ladders: Mapping[str, Ladder] = field(default_factory=dict)
+
+    def forms(self) -> FormsInMemory | None:
+        return FormsInMemory(self.ladders) if self.ladders else None
 
     def cache(self, choice: str) -> Recorded:
         name, parameters = CHOICES[choice]
@@ -104,6 +122,25 @@ def scene(stream: str, seed: int) -> Scene:
     )
 
 
+def with_forms(played: Scene) -> Scene:
+    """The same with a form of each model that runs faster, and takes more memory and longer to load."""
+    ladders = {
+        profile.model_id: Ladder(
+            loaded=FormProfile(form="mapped", profile=profile),
+            faster=(
+                FormProfile(
+                    form="fast",
+                    profile=replace(
+                        profile, size_bytes=profile.size_bytes * 3 // 2, load_s=profile.load_s / 4, exec_s=0.02, tier=1
+                    ),
+                ),
+            ),
+        )
+        for profile in played.profiles
+    }
+    return Scene(trace=played.trace, profiles=played.profiles, ladders=ladders)
+
+
 # The simulator
 
 
@@ -114,7 +151,7 @@ def simulated(played: Scene, choice: str) -> Recorded:
         made.append(played.cache(choice))
         return made[-1]
 
-    replay(played.trace, played.profiles, make)
+    replay(played.trace, played.profiles, make, make_forms=played.forms if played.ladders else None)
     return made[0]
 
 
@@ -124,11 +161,11 @@ def simulated(played: Scene, choice: str) -> Recorded:
 class FakeModel:
     """A model in memory: it goes once."""
 
-    form = "mapped"
     own_bytes = 0
 
-    def __init__(self) -> None:
+    def __init__(self, key: str) -> None:
         self.in_memory = True
+        self.form = "mapped" if model_of(key) == key else "fast"
 
     def run(self, inputs: Tensors) -> Tensors:
         raise AssertionError("nothing is run here")
@@ -160,6 +197,8 @@ class Bench(Executor):
     """Backend, clock and timer of a manager; as an executor it runs loads for requests, which are over at once."""
 
     load_s: dict[str, float]
+    #: Whether a load for requests is one of a smaller form, which takes its time.
+    takes_time: Callable[[str], bool]
     now: float = 0.0
     timer: ManualTimer | None = None
     #: Background loads under way: when each ends.
@@ -169,11 +208,15 @@ class Bench(Executor):
         """All files are there."""
 
     def load(self, model_id: str) -> FakeModel:
-        return FakeModel()
+        return FakeModel(model_id)
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        (model_id,) = args
         job: Future[FakeModel] = Future()
-        job.set_result(function(*args))
+        if self.takes_time(model_id):
+            heapq.heappush(self.under_way, (self.now + self.load_s[model_id], model_id, job))
+        else:
+            job.set_result(function(model_id))
         return job
 
     def call_at(self, when_s: float, callback: Callable[[], None]) -> ManualTimer:
@@ -194,7 +237,7 @@ class Bench(Executor):
         (entry,) = [entry for entry in self.under_way if entry[1] == model_id]
         self.under_way.remove(entry)
         heapq.heapify(self.under_way)
-        entry[2].set_result(FakeModel())
+        entry[2].set_result(FakeModel(model_id))
 
 
 class Background(Executor):
@@ -215,10 +258,17 @@ class Background(Executor):
 class Live:
     """A manager whose requests come, load and end as those of a replay do."""
 
-    def __init__(self, cache: Recorded, profiles: Sequence[ModelProfile]) -> None:
+    def __init__(self, cache: Recorded, played: Scene) -> None:
         self.cache = cache
-        self.profiles = profiles
-        self.bench = Bench({profile.model_id: profile.load_s for profile in profiles})
+        self.profiles = played.profiles
+        self.ladders = played.ladders
+        self.form_changes = FormChanges({model_id: ladder.faster for model_id, ladder in played.ladders.items()})
+        faster = [form.profile for ladder in played.ladders.values() for form in ladder.faster]
+        self.bench = Bench(
+            {profile.model_id: profile.load_s for profile in played.profiles}
+            | {key_of_tier(profile.model_id, profile.tier): profile.load_s for profile in faster},
+            lambda model_id: cache._entries[model_id].shrinking,
+        )
         self.manager = ModelManager(
             cache=cache,
             backend=self.bench,
@@ -247,7 +297,14 @@ class Live:
             self.bench.end_now(model.model_id)
             await settle()
         self.joining.append(request)
+        form = request.result().runnable.form if request.done() else "mapped"
         self.release()
+        if self.ladders:
+            # As a worker does when it has executed; here that takes no time.
+            other = self.form_changes.executed(self.ladders[model.model_id].loaded, form, 1.0)
+            if other is not None:
+                self.manager.handle(ExchangeSuggested(other))
+                await settle()
 
     async def until(self, now: float) -> None:
         """Let what is due happen, each at its time."""
@@ -259,7 +316,8 @@ class Live:
                 return
             bench.now = max(bench.now, due_s)
             if ending_s <= due_s:
-                heapq.heappop(bench.under_way)[2].set_result(FakeModel())
+                _, key, job = heapq.heappop(bench.under_way)
+                job.set_result(FakeModel(key))
                 await settle()
                 self.release()
             else:
@@ -273,7 +331,8 @@ class Live:
     async def close(self) -> None:
         self.manager.close()
         while self.bench.under_way:
-            heapq.heappop(self.bench.under_way)[2].set_result(FakeModel())
+            _, key, job = heapq.heappop(self.bench.under_way)
+            job.set_result(FakeModel(key))
         await settle()
         self.release()
 
@@ -292,7 +351,24 @@ async def settle() -> None:
 async def test_a_worker_decides_as_its_simulation_does(choice: str, stream: str, seed: int) -> None:
     played = scene(stream, seed)
     expected = simulated(played, choice)
-    live = Live(played.cache(choice), played.profiles)
+    live = Live(played.cache(choice), played)
+    await live.play(played.trace)
+    assert live.cache.decisions == expected.decisions
+    assert live.cache.resident() == expected.resident()
+    assert live.cache.counters == expected.counters
+    await live.close()
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("choice", ["lru", "gdsf", "edgeserve"])
+async def test_a_worker_changes_forms_as_its_simulation_does(choice: str, stream: str) -> None:
+    played = with_forms(scene(stream, 1))
+    expected = simulated(played, choice)
+    assert {StartExchange, StartShrink} <= expected.kinds() | {
+        type(action) for decision in expected.decisions if isinstance(decision[-1], Load)
+        for action in decision[-1].actions(played.profiles[0])
+    }  # fmt: skip
+    live = Live(played.cache(choice), played)
     await live.play(played.trace)
     assert live.cache.decisions == expected.decisions
     assert live.cache.resident() == expected.resident()
@@ -306,7 +382,7 @@ async def test_the_streams_leave_nothing_out() -> None:
     taken_back = wasted = 0
     for seed in (3, 4, 5, 6):
         played = scene("zipf", seed)
-        live = Live(played.cache("edgeserve, eager"), played.profiles)
+        live = Live(played.cache("edgeserve, eager"), played)
         await live.play(played.trace)
         kinds |= live.cache.kinds()
         taken_back += live.taken_back

@@ -29,6 +29,7 @@ KEYS = [
 ]  # fmt: skip
 ADDED = {
     "time", "seed", "rejected", "wasted_preloads", "preload_s_per_request", "preload_over_exec", "coordination",
+    "forms", "form_changes", "background_load_over_exec",
 }  # fmt: skip
 FULL = ("--trace", "zipf:models=12&requests=300&rate=0.2", "--capacity", "40%", "--time", "full")
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -365,6 +365,8 @@ class ModelManager:
 
     def _start_shrink(self, model_id: str) -> None:
         """Load the form in which a model was loaded first in the place of the one in memory, which nothing uses."""
+        if self._is_closed:
+            return
         _unload(model_id, self._runnables.pop(model_id))
         # Requests may join it, so it must not wait for a thread that works on a guess.
         self._loads[model_id] = self._begin(model_id, background=False)
@@ -418,7 +420,7 @@ class ModelManager:
     def _cancel_load(self, model_id: str) -> None:
         """Cancel a background load that no request has joined; one that runs already is unloaded when it ends."""
         loading = self._loads.pop(model_id)
-        if not loading.job.cancel():
+        if not loading.task.done() and not loading.job.cancel():
             self._abandoned[model_id] = loading
 
 

@@ -27,7 +27,6 @@ from serve_app.core.memory_budget import MemoryBudget
 from serve_app.core.policies.base import EvictionPolicy
 from serve_app.core.routing.rules import RoutingRules
 from serve_app.core.versions import split_key
-from serve_app.core.vocabulary import Outcome
 from serve_app.errors import DeadlineExceeded, EdgeServeError, ModelChanged, StoreError
 from serve_app.serving.coordinator.client import CoordinatorClient
 from serve_app.serving.metrics import WorkerMetrics
@@ -295,8 +294,6 @@ class Worker:
 
     def _change_form(self, model: PublishedModel, lease: Lease, times: float) -> None:
         """Let a model that was executed in another form than its fastest go over to a faster one, once it pays."""
-        if lease.outcome is Outcome.LOAD:
-            self._form_changes.loaded(model.model_id)
         profile = self._form_changes.executed(model, lease.runnable.form, times)
         if profile is not None:
             self._manager.handle(ExchangeSuggested(profile))

@@ -39,6 +39,9 @@ class DiscreteEventResults:
     #: Seconds and bytes of loads without a request.
     preload_s: float = 0.0
     preload_bytes: int = 0
+    #: Models that went over to another form, and the seconds of the loads for it.
+    form_changes: int = 0
+    form_change_s: float = 0.0
     #: Of every request, in the order of the trace.
     latencies: array[float] = field(default_factory=lambda: array("d"))
 

@@ -147,5 +147,5 @@ class SimulatedRouter:
     def _close(self, job: Job, latency_s: float) -> None:
         assert math.isnan(self._results.latencies[job.number]), f"request {job.number} was answered twice"
         self._results.latencies[job.number] = latency_s
-        self._results.exec_s += job.model.exec_s
+        self._results.exec_s += (job.form or job.model).exec_s
         self._results.requests += 1

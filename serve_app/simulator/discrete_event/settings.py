@@ -13,6 +13,7 @@ from serve_app.config.edge import CoordinatorSettings, WorkerSettings
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.links import Link
 from serve_app.core.placement.rules import PlacementRules
+from serve_app.simulator.forms import FormsInMemory
 
 #: ``none``: independent caches; ``forwarding``: reports, views and forwards as well; ``full``: placement as well.
 Coordination = Literal["none", "forwarding", "full"]
@@ -29,6 +30,7 @@ class DiscreteEventOptions:
 
     Attributes:
         make_cache: a fresh cache for the location of that number, with its policy, randomness and capacity.
+        make_forms: the forms of a fresh cache; None: every model has one.
         coordination: how far the locations cooperate.
         exec_slots: executions at the same time, per location.
         links: between locations, by their names, in either direction.
@@ -47,6 +49,7 @@ class DiscreteEventOptions:
     """
 
     make_cache: Callable[[int], ModelCache]
+    make_forms: Callable[[], FormsInMemory] | None = None
     coordination: Coordination = "full"
     exec_slots: int = _WORKER.parallel_inferences
     links: Mapping[tuple[str, str], Link] = field(default_factory=dict)

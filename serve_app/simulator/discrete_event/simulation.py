@@ -90,6 +90,7 @@ class _Simulation:
             SimulatedWorker(
                 location=location,
                 cache=options.make_cache(number),
+                forms=options.make_forms and options.make_forms(),
                 report_rows=rows,
                 rules=rules,
                 exec_slots=options.exec_slots,
@@ -138,6 +139,7 @@ class _Simulation:
             results.wasted_preloads += counters.wasted_preloads
             results.evictions += counters.evictions
             results.unloads += counters.unloads
+            results.form_changes += counters.form_changes
         return results
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,11 +19,15 @@ from serve_app.core.cache.decisions import (
     Load,
     Reject,
     RejectReason,
+    StartExchange,
     StartLoad,
+    StartShrink,
     Wait,
 )
 from serve_app.core.cache.events import (
     TICK,
+    ExchangeEnded,
+    ExchangeSuggested,
     ForwardCostsChanged,
     LoadEnded,
     PreloadSuggested,
@@ -40,6 +45,7 @@ from serve_app.core.vocabulary import ModelState, Outcome, ResidentModel
 from serve_app.errors import DoesNotFit, StoreError, Unavailable
 from serve_app.simulator.discrete_event.event_queue import EventQueue
 from serve_app.simulator.discrete_event.results import DiscreteEventResults
+from serve_app.simulator.forms import FormsInMemory
 
 #: Rejections as the router takes them: the class of the error counts, as in ``serving/worker/model_manager.py``.
 _REJECTED = {
@@ -75,6 +81,8 @@ class Job:
     asked_s: float = 0.0
     outcome: Outcome = Outcome.HIT
     victims: tuple[str, ...] = ()
+    #: The form that executes it, where models have several.
+    form: ModelProfile | None = None
     #: What came of the last attempt.
     result: AttemptResult | None = None
 
@@ -111,6 +119,7 @@ class SimulatedWorker:
     Args:
         location: its name.
         cache: of the worker.
+        forms: in which its models are in memory; None: every model has one.
         report_rows: of all models.
         rules: for the cost of a forward.
         exec_slots: executions at the same time.
@@ -128,6 +137,7 @@ class SimulatedWorker:
         *,
         location: str,
         cache: ModelCache,
+        forms: FormsInMemory | None = None,
         report_rows: ReportRows,
         rules: RoutingRules,
         exec_slots: int,
@@ -138,6 +148,10 @@ class SimulatedWorker:
         self.location = location
         self.replica = f"{location}#0"
         self.cache = cache
+        self._forms = forms
+        #: Executions in each form, and forms that others have taken the place of, which leave when there are none.
+        self._executing: Counter[ModelProfile] = Counter()
+        self._former: set[ModelProfile] = set()
         self._report_rows = report_rows
         self._exec_slots = exec_slots
         self._event_queue = event_queue
@@ -199,7 +213,11 @@ class SimulatedWorker:
                 self._reply(job, _REJECTED[reason], now)
 
     def _execute(self, job: Job, now: float) -> None:
-        ends, exec_s = self._slot_ends_s, job.model.exec_s
+        model = job.model
+        if self._forms is not None:
+            job.form = model = self._forms.present(model.model_id)
+            self._executing[model] += 1
+        ends, exec_s = self._slot_ends_s, model.exec_s
         if ends and ends[0] <= now:
             end_s = now + exec_s
             heapq.heapreplace(ends, end_s)
@@ -214,13 +232,47 @@ class SimulatedWorker:
         self._event_queue.at(end_s, self._executed, job)
 
     def _executed(self, job: Job, now: float) -> None:
-        self._queue.remove(job.model.exec_s)
+        self._queue.remove((job.form or job.model).exec_s)
         if self._reported_queue_s:
             self._note_change(now)
         actions = self.cache.finish(job.model.model_id, now)
+        if job.form is not None:
+            self._apply(actions, now)
+            actions = self._change_form(job.form, now)
         self._reply(job, Finished(self.replica, self.follower.next_sequence, job.victims), now)
         self._apply(actions, now)
         self.start_preloads(now)
+
+    def _change_form(self, form: ModelProfile, now: float) -> tuple[Action, ...]:
+        """An execution in this form has ended: that may be the end of the form, or a reason to go over to another."""
+        assert self._forms is not None
+        self._executing[form] -= 1
+        if form in self._former and not self._executing[form]:
+            self._former.remove(form)
+            return self.cache.handle(ExchangeEnded(form.model_id, succeeded=True), now)
+        other = self._forms.executed(form.model_id, form)
+        return () if other is None else self.cache.handle(ExchangeSuggested(other), now)
+
+    def _start_exchange(self, other: ModelProfile, now: float) -> None:
+        self._results.form_change_s += other.load_s
+        self._event_queue.at(now + other.load_s, self._exchanged, other)
+
+    def _exchanged(self, other: ModelProfile, now: float) -> None:
+        """Requests use the other form from now on; the former one leaves after those that use it."""
+        assert self._forms is not None
+        former = self._forms.present(other.model_id)
+        self._forms.exchanged(other)
+        if self._executing[former]:
+            self._former.add(former)
+        else:
+            self._apply(self.cache.handle(ExchangeEnded(other.model_id, succeeded=True), now), now)
+            self.start_preloads(now)
+
+    def _start_shrink(self, smaller: ModelProfile, now: float) -> None:
+        assert self._forms is not None
+        self._forms.exchanged(smaller)
+        self._results.form_change_s += smaller.load_s
+        self._begin_load(smaller, now)
 
     def _reply(self, job: Job, result: AttemptResult, now: float) -> None:
         job.result = result
@@ -239,6 +291,10 @@ class SimulatedWorker:
                     self._note_change(now)
                 case StartLoad():
                     self._start_load(action.model, action.background, now)
+                case StartExchange():
+                    self._start_exchange(action.model, now)
+                case StartShrink():
+                    self._start_shrink(action.model, now)
                 case Grant():
                     waiter = self._waiting.pop(action.ticket)
                     if isinstance(waiter, Job):
@@ -280,6 +336,11 @@ class SimulatedWorker:
         if background:
             self._results.preload_s += model.load_s
             self._results.preload_bytes += model.size_bytes
+        if self._forms is not None:
+            self._forms.loaded(model.model_id)
+        self._begin_load(model, now)
+
+    def _begin_load(self, model: ModelProfile, now: float) -> None:
         load = _LoadUnderWay(model, now + model.load_s, [])
         self._own_residents()[model.model_id] = self._report_rows[model.model_id][ModelState.LOADING]
         self._loads[model.model_id] = load
