@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,7 @@ def edgeserve(
     *,
     edge: Mapping[str, Any] | None = None,
     store: Path | None = None,
+    prepare: Callable[[Path], object] = lambda store: None,
 ) -> Iterator[Here]:
     """EdgeServe from beginning to end.
 
@@ -68,6 +69,7 @@ def edgeserve(
         locations: as in ``edge.yaml``.
         edge: more of ``edge.yaml``.
         store: where models are published already; by default they are published into a store of its own.
+        prepare: is called with the store once all is published, before anything starts.
 
     Raises:
         StartError: it did not come up.
@@ -79,6 +81,7 @@ def edgeserve(
     try:
         # Compiled before, so that nothing goes on in the background while something is measured.
         _run(here, "publish", "--edge", str(folder / "edge.yaml"), timeout_s=_PUBLISH_S)
+        prepare(store or folder / "store")
         _run(here, "up", str(folder / "local.yaml"), "--detach", "--no-compile", timeout_s=_UP_S)
         yield here
     finally:

@@ -145,6 +145,8 @@ class PublishedModel:
         row_by_row: the rows of a batch are executed one after another, each in the workspace of one.
         workspace_bytes: what one execution needs beside the weights, while it runs; see ``memory_budget.py``.
         costs: measured at several sizes of the free axes; empty where the costs of one row say it all.
+        joined_elements: requests that wait are executed together as long as their inputs have no more elements than
+            this, which measurements say is faster; 0: one by one. See ``joined_executions.py``.
         prepared_bytes: what every worker keeps of it while it is not in memory.
         private_bytes: what of its memory is no page of a file; None: it was not measured, see ``own_bytes``.
     """
@@ -167,6 +169,7 @@ class PublishedModel:
     private_bytes: int | None = None
     profile: ModelProfile
     fingerprint: str = ""
+    joined_elements: int = 0
 
     @property
     def name(self) -> str:

@@ -214,6 +214,14 @@ class Contract:
         """The axis ``batch``; None if the model has none."""
         return next((axis for axis in self.axes if axis.name == BATCH), None)
 
+    @property
+    def is_stackable(self) -> bool:
+        """Whether inputs of several requests can be stacked along ``batch``, and the outputs taken apart again."""
+        tensors = (*self.inputs, *self.outputs)
+        limited = {axis.name for axis in self.axes}
+        # An axis that only outputs have may be of another size for each request.
+        return all(BATCH in spec.axes and set(filter(None, spec.axes)) <= limited for spec in tensors)
+
     def input(self, name: str) -> TensorSpec | None:
         """Return the input of that name."""
         return next((spec for spec in self.inputs if spec.name == name), None)

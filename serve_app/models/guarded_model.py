@@ -51,7 +51,7 @@ class GuardedModel:
         self.model_id = model.model_id
         self.weights_bytes = model.weights_bytes
 
-    def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Tensors, threads: int = 0) -> dict[str, NDArray[Any]]:
         """Execute the model, see ``LoadedModel.run``.
 
         Raises:
@@ -65,7 +65,7 @@ class GuardedModel:
                     f"file {path} of model {self.model_id!r} was changed or removed after it was published; "
                     "publish it again"
                 )
-        return self._model.run(inputs)
+        return self._model.run(inputs, threads)
 
     def unload(self) -> None:
         """Give the memory back at once, see ``LoadedModel.unload``."""

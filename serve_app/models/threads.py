@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
 
 import torch
+
+#: Of MKL: as many threads as in threads of which nothing else is said.
+_AS_OTHERS = 0
 
 _parallel = 2
 
@@ -50,3 +57,39 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def threads_of_one(count: int) -> Iterator[None]:
+    """Let executions of torch in the calling thread use ``count`` threads meanwhile; 0, or no way to: as before.
+
+    ``torch.set_num_threads`` is for all threads. What OpenMP and MKL have below it is for the calling one.
+    """
+    libraries = _libraries() if count else None
+    if libraries is None:
+        yield
+        return
+    set_openmp, set_mkl = libraries
+    # torch sets up every thread at its first use, which would undo this.
+    before = torch.get_num_threads()
+    set_openmp(count)
+    set_mkl(count)
+    try:
+        yield
+    finally:
+        set_openmp(before)
+        set_mkl(_AS_OTHERS)
+
+
+@cache
+def _libraries() -> tuple[Callable[[int], object], Callable[[int], object]] | None:
+    """Return what sets the threads of the calling thread in OpenMP and in MKL, of the libraries that torch has loaded.
+
+    None where it was built on others.
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        openmp = ctypes.CDLL("libgomp.so.1", os.RTLD_NOLOAD)
+        return openmp.omp_set_num_threads, ctypes.CDLL(str(library), os.RTLD_NOLOAD).MKL_Set_Num_Threads_Local
+    except (OSError, AttributeError):
+        return None

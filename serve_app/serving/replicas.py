@@ -36,6 +36,7 @@ from serve_app.serving.transport.local_rpc import LocalRpcServer
 from serve_app.serving.transport.messages import InferenceRejected, InferenceTask, Reply
 from serve_app.serving.transport.worker_client import ServeWorkerPool
 from serve_app.serving.version_watcher import VersionWatcher
+from serve_app.serving.worker.machine import usable_cores
 from serve_app.serving.worker.model_manager import ModelManager
 from serve_app.serving.worker.process_budget import ProcessBudget
 from serve_app.serving.worker.settings import WorkerIdentity
@@ -110,6 +111,8 @@ class WorkerReplica:
             find_blob=self._store.blob_path,
             unusable=self._unusable,
             look_for_versions=self._versions.look,
+            # Who wants several threads for every inference has chosen them.
+            cores=usable_cores() if config.settings.worker.threads_per_inference == 1 else 1,
         )
 
     def _make_manager(self, cache: ModelCache, metrics: WorkerMetrics) -> ModelManager:

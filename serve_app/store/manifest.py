@@ -46,7 +46,7 @@ ITEM_BYTES = {
 
 #: What came to be written after the format was made: manifests without it are read as well.
 _ADDED: Mapping[type, frozenset[str]] = {
-    PublishedModel: frozenset({"private_bytes"}),
+    PublishedModel: frozenset({"private_bytes", "joined_elements"}),
     ModelProfile: frozenset({"tier"}),
 }
 

@@ -43,7 +43,7 @@ def test_a_worker_without_models_starts_without_warnings(store: ModelStore, capl
 class _Fussy:
     """A loaded model whose module raises what foreign code raises."""
 
-    def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Tensors, threads: int = 0) -> dict[str, NDArray[Any]]:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     def unload(self) -> None:

@@ -167,7 +167,7 @@ class FakeModel:
         self.in_memory = True
         self.form = "mapped" if model_of(key) == key else "fast"
 
-    def run(self, inputs: Tensors) -> Tensors:
+    def run(self, inputs: Tensors, threads: int = 0) -> Tensors:
         raise AssertionError("nothing is run here")
 
     def unload(self) -> None:

@@ -22,6 +22,7 @@ PUBLIC = {
     "edgeserve_evictions_total": ("counter", "unloads", {"location", "model", "reason"}),
     "edgeserve_preloads_total": ("counter", "loads", {"location"}),
     "edgeserve_exec_seconds": ("histogram", "seconds", {"location", "model", "form"}),
+    "edgeserve_joined_requests_total": ("counter", "requests", {"location", "model"}),
     "edgeserve_queue_seconds": ("histogram", "seconds", {"location"}),
     "edgeserve_cache_used_bytes": ("gauge", "bytes", {"location", "replica"}),
     "edgeserve_cache_capacity_bytes": ("gauge", "bytes", {"location", "replica"}),

@@ -49,7 +49,7 @@ class FakeModel:
         self.form = "mapped"
         self.own_bytes = 0
 
-    def run(self, inputs: Tensors) -> Tensors:
+    def run(self, inputs: Tensors, threads: int = 0) -> Tensors:
         assert not self.unloaded, "a model in use was unloaded"
         if self._backend.changed:
             self._backend.changed = False

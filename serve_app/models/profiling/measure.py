@@ -19,6 +19,7 @@ import psutil
 from serve_app.core.contract import Contract, SizeCost, non_decreasing
 from serve_app.core.memory_budget import ProcessMemory
 from serve_app.models.process_memory import exact_heap, give_back_free_memory, process_memory
+from serve_app.models.profiling.joined import joined_elements
 from serve_app.models.readahead import ReadAhead
 from serve_app.models.runtimes.base import LoadedModel, PreparedModel
 from serve_app.models.threads import one_thread, parallel_inferences
@@ -98,6 +99,7 @@ class Measurement:
         kept_bytes: by how much it is larger after a load and an unload than before, every time; heaps that grow to
             their size keep something now and then.
         skipped: sizes at which it was not measured.
+        joined_elements: see ``PublishedModel.joined_elements``.
     """
 
     load_s: float
@@ -107,6 +109,7 @@ class Measurement:
     private_bytes: int
     kept_bytes: int
     skipped: tuple[Skipped, ...] = ()
+    joined_elements: int = 0
 
     @property
     def exec_s(self) -> float:
@@ -157,6 +160,8 @@ def measure(
         model = prepared.load(ReadAhead, None)
         try:
             costs, skipped = _costs(model, contract, sizes, inputs)
+            # What is measured at the least sizes only runs its rows one by one.
+            joined = joined_elements(model, contract, highest) if len(sizes) > 1 else 0
         finally:
             model.unload()
         held = _held_sizes(costs, contract) or [sizes[0]]
@@ -179,6 +184,7 @@ def measure(
         private_bytes=max(0, *(cycle.private_bytes for cycle in cycles)),
         kept_bytes=max(0, min(cycle.kept_bytes for cycle in cycles)),
         skipped=tuple(skipped),
+        joined_elements=joined,
     )
 
 

@@ -70,6 +70,7 @@ def with_measurement(model: PublishedModel, measurement: Measurement, size_bytes
         weights_bytes=size_bytes,
         workspace_bytes=measurement.workspace_bytes,
         costs=() if model.row_by_row else measurement.costs,
+        joined_elements=measurement.joined_elements,
         prepared_bytes=measurement.prepared_bytes,
         # Tensors of torch are mapped; what is seen besides is the heap's.
         private_bytes=0 if model.runtime == "torch" else min(measurement.private_bytes, size_bytes),

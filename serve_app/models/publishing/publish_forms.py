@@ -20,14 +20,15 @@ import numpy as np
 
 from serve_app.core.catalog import ModelEntry
 from serve_app.errors import StoreError
+from serve_app.models.agreement import agree
 from serve_app.models.profiling.grid import grid
 from serve_app.models.profiling.measure_published import measure_published
-from serve_app.models.publishing.agreement import measure_agreement
 from serve_app.models.publishing.compare_forms import Times, compare, timed_like
 from serve_app.models.publishing.described import with_measurement
 from serve_app.models.publishing.export_graph import export_graph, trial_inputs
 from serve_app.models.publishing.graph_files import WRITERS
-from serve_app.models.publishing.publish_graph import TOLERANCE, agree
+from serve_app.models.publishing.probe_agreement import measure_agreement
+from serve_app.models.publishing.publish_graph import TOLERANCE
 from serve_app.models.publishing.quantize import quantize_graph
 from serve_app.models.readahead import ReadAhead
 from serve_app.models.runtimes.environment import environments

@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Final
 
 from serve_app.core.catalog import ModelEntry, runtime_of, task_for
 from serve_app.core.precision import Dtype
 from serve_app.core.task import TaskSpec
 from serve_app.errors import EdgeServeError, StoreError
+from serve_app.models.agreement import agree
 from serve_app.models.profiling.grid import grid
 from serve_app.models.profiling.measure_published import measure_published
 from serve_app.models.publishing.described import OnStage, describe, runs_row_by_row, with_measurement
@@ -29,9 +27,6 @@ from serve_app.store.model_store import ModelStore
 #: Largest difference between the answers of the written and of the original graph, in parts of the largest number, by
 #: what the written one computes in.
 TOLERANCE: Final[Mapping[Dtype, float]] = {"float32": 1e-4, "bfloat16": 0.05}
-
-#: How many times what a type can tell from 1 answers may differ in any case: near 0, a sigmoid is all rounding.
-_ROUNDING: Final = 16
 
 
 def publish_graph(store: ModelStore, entry: ModelEntry, path: Path, on_stage: OnStage) -> Manifest:
@@ -104,16 +99,3 @@ def _verify(
         raise StoreError(f"{entry.builder}: as written for {runtime_of(entry)} it does not run: {error}") from error
     finally:
         model.unload()
-
-
-def agree(actual: NDArray[Any], expected: NDArray[Any], tolerance: float) -> bool:
-    """Return whether an answer is the expected one, but for ``tolerance`` in parts of its largest number."""
-    if expected.dtype.kind in "OSU":
-        texts = [item if isinstance(item, bytes) else str(item).encode() for item in expected.flat]
-        return actual.shape == expected.shape and list(actual.flat) == texts
-    if expected.dtype.kind != "f":
-        return bool(np.array_equal(actual, expected))
-    finite = expected[np.isfinite(expected)]
-    largest = float(np.max(np.abs(finite), initial=0.0))
-    close = max(tolerance * largest, _ROUNDING * float(np.finfo(expected.dtype).eps) * max(largest, 1.0))
-    return actual.shape == expected.shape and bool(np.allclose(actual, expected, rtol=0, atol=close, equal_nan=True))

@@ -11,7 +11,7 @@ from typing import Any, Final
 from serve_app.core.catalog import PublishedModel
 from serve_app.errors import StoreError
 from serve_app.models.profiling.fresh_process import call_in_fresh_process
-from serve_app.models.publishing.agreement import probes
+from serve_app.models.publishing.probe_agreement import probes
 from serve_app.models.runtimes.processor import multiplies_int8
 from serve_app.models.threads import one_thread
 from serve_app.store.manifest import Manifest

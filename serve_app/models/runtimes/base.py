@@ -36,11 +36,12 @@ class LoadedModel(Protocol):
     def weights_bytes(self) -> int:
         """What it takes in memory while no execution runs."""
 
-    def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Tensors, threads: int = 0) -> dict[str, NDArray[Any]]:
         """Execute the model; may be called by several threads.
 
         Args:
             inputs: every input of the contract, of a shape that ``Contract.sizes`` accepts; may be read-only.
+            threads: of this execution; 0: as many as ``use_threads`` says. A runtime that cannot do it uses those.
 
         Returns:
             Every output of the contract, in memory of its own.

@@ -83,7 +83,7 @@ class _OnnxSession:
         self._session = session
         self._outputs = outputs
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    def run(self, feeds: Mapping[str, NDArray[Any]], threads: int) -> list[NDArray[Any]]:
         """Run the graph, see ``Session.run``."""
         # Copied: an output is a view into memory that belongs to its session.
         return [np.array(output) for output in self._session.run(self._outputs, feeds)]

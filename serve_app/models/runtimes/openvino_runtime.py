@@ -132,7 +132,7 @@ class _OpenVinoSession:
         self._outputs = [compiled.output(name) for name in outputs]
         self._lock = threading.Lock()
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    def run(self, feeds: Mapping[str, NDArray[Any]], threads: int) -> list[NDArray[Any]]:
         """Run the model, one inference at a time, see ``Session.run``."""
         _require_32_bits(feeds)
         with self._lock:

@@ -29,8 +29,11 @@ _REASON_LENGTH = 300
 class Session(Protocol):
     """A model in the memory of a library; its memory returns when the last reference to it goes."""
 
-    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-        """Return the outputs of the contract, in its order and in memory of their own; called by several threads."""
+    def run(self, feeds: Mapping[str, NDArray[Any]], threads: int) -> list[NDArray[Any]]:
+        """Return the outputs of the contract, in its order and in memory of their own; called by several threads.
+
+        ``threads`` is that of ``LoadedModel.run``.
+        """
 
 
 #: Opens the session of a model whose files are as they were published.
@@ -59,7 +62,7 @@ class SessionModel:
         self._inputs = model.contract.inputs
         self._outputs = model.contract.outputs
 
-    def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Tensors, threads: int = 0) -> dict[str, NDArray[Any]]:
         """Execute the model, see ``LoadedModel.run``.
 
         Raises:
@@ -74,7 +77,9 @@ class SessionModel:
             reader.prioritize()
         feeds = {spec.name: _feed(inputs[spec.name], spec) for spec in self._inputs}
         try:
-            results = _run_rows(session, feeds, self._inputs) if self._row_by_row else session.run(feeds)
+            results = (
+                _run_rows(session, feeds, self._inputs, threads) if self._row_by_row else session.run(feeds, threads)
+            )
         except EdgeServeError:
             raise
         except Exception as error:
@@ -175,14 +180,16 @@ def _result(array: NDArray[Any]) -> NDArray[Any]:
     return texts
 
 
-def _run_rows(session: Session, feeds: Mapping[str, NDArray[Any]], inputs: Sequence[TensorSpec]) -> list[NDArray[Any]]:
+def _run_rows(
+    session: Session, feeds: Mapping[str, NDArray[Any]], inputs: Sequence[TensorSpec], threads: int
+) -> list[NDArray[Any]]:
     """Run the rows of a batch one after another, each in the workspace of one."""
     axes = {spec.name: spec.axes.index(BATCH) for spec in inputs}
     count = next(feeds[name].shape[axis] for name, axis in axes.items())
     if count == 1:
-        return session.run(feeds)
+        return session.run(feeds, threads)
     rows = [
-        session.run({name: np.ascontiguousarray(feeds[name].take([row], axis)) for name, axis in axes.items()})
+        session.run({name: np.ascontiguousarray(feeds[name].take([row], axis)) for name, axis in axes.items()}, threads)
         for row in range(count)
     ]
     return [np.concatenate(parts) for parts in zip(*rows, strict=True)]

@@ -15,6 +15,7 @@ from serve_app.models.module_template import ModuleTemplate
 from serve_app.models.readahead import ReadAhead
 from serve_app.models.runtimes.base import OnUnload, StartReadAhead
 from serve_app.models.runtimes.blob_files import map_blob
+from serve_app.models.threads import threads_of_one
 from serve_app.store.manifest import Manifest
 from serve_app.store.model_store import ModelStore
 from serve_app.tasks.tensors import NUMPY_TYPES, Tensors
@@ -45,7 +46,7 @@ class TorchModel:
         self._outputs = model.contract.outputs
         self._template: ModuleTemplate | None = template
 
-    def run(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+    def run(self, inputs: Tensors, threads: int = 0) -> dict[str, NDArray[Any]]:
         """Execute the model, see ``LoadedModel.run``."""
         template = self._template
         if template is None:
@@ -57,7 +58,7 @@ class TorchModel:
             torch.from_numpy(np.require(inputs[spec.name], NUMPY_TYPES[spec.datatype], ["C", "W"]))
             for spec in self._inputs
         ]
-        with torch.inference_mode():
+        with torch.inference_mode(), threads_of_one(threads):
             if not self._row_by_row:
                 results = self._call(template, tensors)
             else:

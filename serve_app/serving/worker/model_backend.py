@@ -19,8 +19,8 @@ class RunnableModel(Protocol):
     def own_bytes(self) -> int:
         """What of its memory is no page of a file."""
 
-    def run(self, inputs: Tensors) -> Tensors:
-        """Execute the model; returns its outputs."""
+    def run(self, inputs: Tensors, threads: int = 0) -> Tensors:
+        """Execute the model; returns its outputs. ``threads``: of this execution; 0: as many as usual."""
 
     def unload(self) -> None:
         """Give its memory back."""

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -23,6 +22,7 @@ from serve_app.core.catalog import Catalog, PublishedModel
 from serve_app.core.cluster.reports import WorkerReport
 from serve_app.core.coordination.rules import CoordinatorRules
 from serve_app.core.forms import FormChanges
+from serve_app.core.joined_executions import Joinable
 from serve_app.core.memory_budget import MemoryBudget
 from serve_app.core.policies.base import EvictionPolicy
 from serve_app.core.routing.rules import RoutingRules
@@ -37,13 +37,13 @@ from serve_app.serving.transport.messages import (
     NotResident,
     Reply,
 )
+from serve_app.serving.worker.execution import Execution
 from serve_app.serving.worker.executor import InferenceExecutor
-from serve_app.serving.worker.model_backend import RunnableModel
 from serve_app.serving.worker.model_manager import Lease, ModelManager
 from serve_app.serving.worker.process_budget import ProcessBudget
 from serve_app.serving.worker.reporter import WorkerReporter
 from serve_app.serving.worker.settings import RetentionRules, WorkerIdentity
-from serve_app.tasks.base import Answer, RawInput, Solution, TaskModel
+from serve_app.tasks.base import RawInput, Solution, TaskModel
 from serve_app.tasks.registry import solve
 from serve_app.tasks.tensors import Tensors, complete
 
@@ -69,6 +69,7 @@ class Worker:
         retention: what it holds beside what is worth it to its policy.
         unusable: models that cannot be loaded here, and why.
         look_for_versions: reconfigures the worker if other versions have been published.
+        cores: for one inference where nothing else runs.
         clock: monotonic seconds.
 
     Attributes:
@@ -91,6 +92,7 @@ class Worker:
         retention: RetentionRules = _NO_RETENTION,
         unusable: Mapping[str, str] = MappingProxyType({}),
         look_for_versions: Callable[[], Awaitable[None]] | None = None,
+        cores: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._identity = identity
@@ -106,7 +108,12 @@ class Worker:
         self._preload_at_start = retention.preload
         self._clock = clock
         self.executor = InferenceExecutor(
-            slots=exec_slots, budget=process_budget, release=manager.release, name=identity.location, clock=clock
+            slots=exec_slots,
+            budget=process_budget,
+            release=manager.release,
+            name=identity.location,
+            clock=clock,
+            cores=cores,
         )
         self._reporter = WorkerReporter(
             identity=identity,
@@ -253,6 +260,7 @@ class Worker:
 
     async def _infer(self, work: InferenceTask, model: PublishedModel) -> InferenceResult:
         began_s, solution = self._clock(), None
+        until_s = began_s + work.budget_s
         if isinstance(work.payload, RawInput):
             # Before anything is loaded: bad input must not displace a good model.
             solution, inputs, sizes = await asyncio.to_thread(self._begin, work.payload, model)
@@ -265,22 +273,27 @@ class Worker:
         times_longer = model.times_longer(sizes)
         self._reporter.count_demand(work.origin, work.model_id)
         lease = await self._manager.acquire(model.profile)
+        least_s = self._measured.expected_exec_s(model.profile)
         done = await self.executor.execute(
             lease,
-            partial(_run, model=model, inputs=inputs, solution=solution),
-            expected_s=self._measured.expected_exec_s(model.profile) * times_longer,
+            Execution(contract=model.contract, inputs=inputs, solution=solution),
+            least_s=least_s,
+            times_longer=times_longer,
             workspace_bytes=cost.workspace_bytes,
+            joinable=self._joinable(model, lease, sizes, least_s, until_s),
         )
-        outputs, answer, executions = done.result
-        self._measured.add(model.profile, work.origin, lease, done.exec_s / times_longer / executions)
-        self._change_form(model, lease, times_longer * executions)
+        executed, times_longer = done.result, done.times_longer * done.result.executions
+        self._measured.add(model.profile, work.origin, lease, done.exec_s / times_longer)
+        self._change_form(model, lease, times_longer * done.share)
         queue_s = lease.wait_s + done.queue_s
         # Metrics take a while, so the answer goes first.
         form = lease.runnable.form
-        asyncio.get_running_loop().call_soon(self._metrics.executed, model.model_id, form, queue_s, done.exec_s)
+        asyncio.get_running_loop().call_soon(
+            self._metrics.executed, model.model_id, form, queue_s, done.exec_s, done.requests
+        )
         return InferenceResult(
-            outputs=outputs,
-            answer=answer,
+            outputs=executed.outputs,
+            answer=executed.answer,
             outcome=lease.outcome,
             queue_s=queue_s,
             load_s=lease.load_s,
@@ -291,6 +304,17 @@ class Worker:
             evicted=lease.evicted,
             form=form,
         )
+
+    def _joinable(
+        self, model: PublishedModel, lease: Lease, sizes: tuple[int, ...], least_s: float, until_s: float
+    ) -> Joinable | None:
+        """Return what decides with which other requests this one may be executed; None: with none."""
+        forms = (model, *self._catalog.faster.get(model.model_id, ()))
+        in_memory = next((each for each in forms if each.form == lease.runnable.form), model)
+        if not in_memory.joined_elements:
+            return None
+        joinable = Joinable(model=in_memory, sizes=sizes, least_s=least_s, until_s=until_s)
+        return joinable if joinable.rows < joinable.most_rows else None
 
     def _change_form(self, model: PublishedModel, lease: Lease, times: float) -> None:
         """Let a model that was executed in another form than its fastest go over to a faster one, once it pays."""
@@ -358,19 +382,3 @@ def _offered(catalog: Catalog) -> CatalogChanged:
 
 async def _nothing_new() -> None:
     """Find no other versions."""
-
-
-def _run(
-    loaded: RunnableModel, *, model: PublishedModel, inputs: Tensors, solution: Solution | None
-) -> tuple[Tensors, Answer | None, int]:
-    """Execute a model until its task has an answer; return outputs or answer, and the number of executions."""
-    outputs, executions = loaded.run(inputs), 1
-    if solution is None:
-        return outputs, None, executions
-    while True:
-        try:
-            wanted = solution.send(outputs)
-        except StopIteration as done:
-            return {}, done.value, executions
-        outputs = loaded.run(complete(wanted, model.contract)[0])
-        executions += 1

@@ -14,7 +14,7 @@ from serve_app.core.contract import BATCH, Axis, Contract, TensorSpec, ValueRang
 from serve_app.core.task import ImageInput, TaskKind, TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.profiling.photographs import find_photographs, random_squares
-from serve_app.models.publishing.agreement import probes, share_alike
+from serve_app.models.publishing.probe_agreement import probes, share_alike
 from serve_app.store.forms import Refusal
 from serve_app.store.manifest import Agreement, ManifestKey
 from serve_app.store.model_store import ModelStore
