@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import itertools
 import json
 import mmap
@@ -97,6 +98,7 @@ async def leak(made: Bench, cycles: int) -> dict[str, Any]:
     samples: list[tuple[int, int]] = []
     for cycle, model in zip(range(cycles + 1), itertools.cycle(small), strict=False):
         if cycle % max(1, cycles // _SAMPLES) == 0:
+            gc.collect()
             give_back_free_memory()
             samples.append((cycle, process_memory().rss_bytes))
         await made.infer(model)
@@ -113,6 +115,7 @@ async def form_changes(made: Bench, changes: int) -> dict[str, Any]:
     done = 0
     for model in itertools.cycle(several):
         if not samples or done - samples[-1][0] >= changes // _SAMPLES:
+            gc.collect()
             give_back_free_memory()
             samples.append((done, process_memory().rss_bytes))
         if done >= changes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,10 @@ from serve_app.config.default_files import find_default
 from serve_app.config.edge import EdgeSettings, load_edge
 from serve_app.config.environment import ca_bundle, downloads_dir
 from serve_app.core.catalog import ModelEntry
+from serve_app.core.precision import parts_of_form
 from serve_app.errors import ConfigError
-from serve_app.store.manifest import Manifest
+from serve_app.store.forms import Refusal
+from serve_app.store.manifest import Manifest, is_allowed
 from serve_app.store.model_store import ModelStore
 
 # torch takes seconds to import, and --help should not wait for it.
@@ -55,10 +57,10 @@ def profile(
     """Measure published models: size, load, first inference, hit and workspace. Without MODEL, the whole catalog.
 
     A miss is a load and the first inference; the weights are in the page cache. A model that was compiled for this
-    machine has a row for each form. Each round takes a miss and a hit of every form. miss/hit is the median of the
-    rounds, of a miss over a hit of the form as it was published, with quartiles behind it, and the same in processor
-    time, which other processes disturb less. Size is weights and buffers; in memory a model counts with its workspace
-    as well.
+    machine has a row for each form, with what it computes in; below the table stands why it has no others. Each round
+    takes a miss and a hit of every form. miss/hit is the median of the rounds, of a miss over a hit of the form as it
+    was published, with quartiles behind it, and the same in processor time, which other processes disturb less. Size is
+    weights and buffers; in memory a model counts with its workspace as well.
 
     With --cold the kernel is made to drop the weights before each load. A cold miss can take no less than a hit, and no
     less than reading the weights; cold/bound says how many times the longer of the two it took.
@@ -98,13 +100,15 @@ def _profiles(
         _each(
             entries,
             "profiling",
-            lambda entry: model_profile.profile(store, _forms(store, entry), cold=cold),
+            lambda entry: model_profile.profile(store, _forms(store, entry), cold=cold, lowered=entry.lowered),
         )
     )
     profiles = [each for forms in measured for each in forms]
-    _write(model_profile.as_json(profiles), as_json, out)
+    refused = {entry.model_id: _refused(store, entry) for entry in entries}
+    _write(model_profile.as_json(profiles, refused), as_json, out)
     if not as_json:
         _show_profiles(profiles)
+        _show_precisions(profiles, refused)
 
 
 def _variants(
@@ -150,7 +154,15 @@ def _forms(store: ModelStore, entry: ModelEntry) -> list[Manifest]:
     key = store.find(entry)
     if key is None or entry.runtime != "auto":
         return [_manifest(store, entry)]
-    return [store.read(each) for each in (key, *store.forms.usable(key, environments()))]
+    forms = (store.read(each) for each in store.forms.usable(key, environments(), entry.precisions))
+    return [store.read(key), *(form for form in forms if is_allowed(form, entry))]
+
+
+def _refused(store: ModelStore, entry: ModelEntry) -> dict[str, Refusal]:
+    from serve_app.models.publishing.publish_forms import refused_forms
+
+    key = store.find(entry)
+    return {} if key is None else refused_forms(store, entry, key)
 
 
 def _manifest(store: ModelStore, entry: ModelEntry) -> Manifest:
@@ -181,6 +193,7 @@ def _show_profiles(profiles: Sequence[Profile]) -> None:
     columns = [
         "model",
         "form",
+        "precision",
         "size MB",
         "workspace MB",
         "load ms",
@@ -196,7 +209,8 @@ def _show_profiles(profiles: Sequence[Profile]) -> None:
         spread = each.miss_over_hit
         cells = [
             each.model_id,
-            f"{each.form} *" if each.is_served else each.form,
+            f"{parts_of_form(each.form)[0]}{' *' if each.is_served else ''}{' +' if each.is_fastest else ''}",
+            each.precision,
             *(f"{bytes_ / 1e6:.1f}" for bytes_ in (each.size_bytes, each.workspace_bytes)),
             f"{each.load_s * 1000:.2f}",
             *(f"{seconds * 1000:.1f}" for seconds in (each.first_s, each.miss_s, each.hit_s)),
@@ -213,7 +227,8 @@ def _show_profiles(profiles: Sequence[Profile]) -> None:
     rounds = [each.rounds for each in profiles]
     worst = next(each for each in profiles if each.is_served and each.model_id == summary.worst).miss_over_hit.median
     if len(profiles) > len({each.model_id for each in profiles}):
-        out.print("* the form that is served: its load and one inference take the least time")
+        out.print("* the form that is loaded first: its load and one inference take the least time")
+        out.print("+ the fastest form that a model in memory goes over to, where the cache has room for it")
     out.print(
         f"miss over hit: geometric mean {summary.miss_over_hit:.3f}, worst {worst:.3f} ({summary.worst}); "
         f"in processor time {summary.cpu_miss_over_hit:.3f}; {min(rounds)} to {max(rounds)} rounds a model"
@@ -225,6 +240,17 @@ def _show_profiles(profiles: Sequence[Profile]) -> None:
             f"cold miss over the longer of hit and read at {summary.read_bytes_per_s / 1e9:.2f} GB/s: "
             f"geometric mean {geometric_mean(over.values()):.3f}, worst {over[worst_cold]:.3f} ({worst_cold})"
         )
+
+
+def _show_precisions(profiles: Sequence[Profile], refused: Mapping[str, Mapping[str, Refusal]]) -> None:
+    """Say what lets forms of lower precision in, and why there are no others."""
+    out = stdout()
+    for each in profiles:
+        if each.agreement is not None:
+            out.print(f"{each.model_id}: {each.form} has {each.agreement}", markup=False, highlight=False)
+    for model_id, forms in refused.items():
+        for form, refusal in forms.items():
+            out.print(f"{model_id}: no form {form}: {refusal.reason}", markup=False, highlight=False)
 
 
 def _show_variants(rows: Sequence[Comparison]) -> None:
@@ -242,7 +268,7 @@ def _show_variants(rows: Sequence[Comparison]) -> None:
 def _table(columns: Iterable[str]) -> Table:
     table = Table(box=None, header_style="bold")
     for column in columns:
-        table.add_column(column, justify="left" if column in ("model", "form") else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column in ("model", "form", "precision") else "right", no_wrap=True)
     return table
 
 

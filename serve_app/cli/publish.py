@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -173,6 +173,8 @@ def _show_report(
     out.print(f"{len(report.published)} models published, {len(report.skipped)} were in the store at {store.root}")
     if report.published:
         out.print(_measured(store, [entry for entry in entries if entry.model_id in report.published]))
+    for line in _compiled(report):
+        out.print(line, markup=False, highlight=False)
     for line in _held_back(store, project, report.skipped):
         out.print(line)
     for name, version in report.versions.items():
@@ -207,6 +209,18 @@ def _held_back(store: ModelStore, project: Project, names: Sequence[str]) -> lis
                 f"edgeserve rollback {name} --to {latest} goes on to what the catalog asks for"
             )
     return lines
+
+
+def _compiled(report: PublishReport) -> Iterator[str]:
+    """What has come of every form that was to be made."""
+    for name, outcomes in report.forms.items():
+        for each in outcomes:
+            if each.refusal is not None:
+                yield f"{name} has no form {each.form}: {each.refusal}"
+            elif each.agreement is not None:
+                yield f"{name} has the form {each.form}, with {each.agreement}"
+            else:
+                yield f"{name} has the form {each.form}"
 
 
 def _downloaded(event: PublishEvent) -> str:

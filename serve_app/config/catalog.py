@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from serve_app.config.default_files import find
 from serve_app.config.yaml_files import Settings, beside, read_settings
-from serve_app.core.catalog import Dtype, ModelEntry
+from serve_app.core.catalog import ModelEntry
 from serve_app.core.contract import Axis, ValueRange
 from serve_app.core.contract_declaration import TensorDeclaration
+from serve_app.core.precision import AGREEMENT
 from serve_app.core.reference import is_reference
 from serve_app.core.task import Activation, Fit, ImageInput, Interpolation, Pooling, TaskKind, TaskSpec
 from serve_app.errors import ConfigError
@@ -100,11 +101,18 @@ def _limit_alone(value: object) -> object:
     return value
 
 
+#: ``auto``: float32, and what agrees with it.
+_PrecisionChoice = Literal["float32", "bfloat16", "int8", "auto"]
+
+
 class _ModelSettings(Settings):
     builder: str
     weights: str = "pretrained"
     family: str | None = None
-    precision: Dtype = Field(default="float32", validation_alias=AliasChoices("precision", "dtype"))
+    precision: _PrecisionChoice | None = None
+    #: Its former name.
+    dtype: _PrecisionChoice | None = None
+    agreement: float | None = Field(default=None, ge=0, le=1)
     accuracy: float | None = Field(default=None, ge=0, le=1)
     input: _ImageSettings | None = None
     task: Annotated[_TaskSettings | None, BeforeValidator(_kind_alone)] = None
@@ -115,6 +123,16 @@ class _ModelSettings(Settings):
     runtime: Literal["auto", "torch", "onnxruntime", "openvino"] = "auto"
     pinned: bool = False
     min_copies: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _precision_is_said_once(self) -> _ModelSettings:
+        if self.precision and self.dtype and self.precision != self.dtype:
+            raise ValueError(
+                f"precision is {self.precision}, and dtype, its former name, is {self.dtype}; leave dtype out"
+            )
+        if self.agreement is not None and (self.precision or self.dtype) not in ("auto", "int8"):
+            raise ValueError("agreement is of forms with lower precision; write precision: auto, or leave it out")
+        return self
 
 
 class _CatalogSettings(Settings):
@@ -156,12 +174,18 @@ def _entry(path: Path, model_id: str, model: _ModelSettings) -> ModelEntry:
             example=model.example,
             limits=tuple(Axis(name=name, **limit.model_dump()) for name, limit in model.limits.items()),
             runtime=model.runtime,
-            dtype=model.precision,
+            **_precisions(model.precision or model.dtype or "float32"),
+            agreement=AGREEMENT if model.agreement is None else model.agreement,
             pinned=model.pinned,
             min_copies=model.min_copies,
         )
     except ValueError as error:
         raise ConfigError(f"{path}: models.{model_id}: {error}") from None
+
+
+def _precisions(choice: _PrecisionChoice) -> dict[str, Any]:
+    """Return what ``ModelEntry`` says of the precision."""
+    return {"lowered": choice} if choice in ("auto", "int8") else {"dtype": choice}
 
 
 def _task(path: Path, task: _TaskSettings | None) -> TaskSpec | None:

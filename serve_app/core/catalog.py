@@ -11,15 +11,13 @@ from typing import Literal
 
 from serve_app.core.contract import BATCH, Axis, Contract, SizeCost, TensorSpec, cost_at, expected_exec_s
 from serve_app.core.contract_declaration import TensorDeclaration
+from serve_app.core.precision import AGREEMENT, Dtype, Lowered, Precision, form_name, precisions, problem_of
 from serve_app.core.reference import FORMS, is_reference, parse_reference
 from serve_app.core.task import ImageInput, TaskSpec
 from serve_app.core.versions import VersionRoute, split_key, version_key
 from serve_app.errors import InvalidRequest
 
 MODEL_ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-#: What a model computes in; its tensors have the datatypes of its contract all the same.
-Dtype = Literal["float32", "bfloat16"]
 
 #: The libraries that run models.
 RuntimeName = Literal["torch", "onnxruntime", "openvino"]
@@ -44,6 +42,9 @@ class ModelEntry:
         example: ``package.module:function`` that returns an example of the inputs, which then says what they are.
         limits: of the free axes.
         runtime: the library that runs it; ``auto``: the first that can.
+        dtype: what it is published in.
+        lowered: which forms of lower precision it may have; it is published in float32 then.
+        agreement: on which share of probes these must agree with float32, in 0..1.
         min_copies: so many workers hold the model, at different locations as far as there are so many, whether or not
             it is requested.
         pinned: the model is in the memory of every worker.
@@ -63,6 +64,8 @@ class ModelEntry:
     limits: tuple[Axis, ...] = ()
     runtime: RuntimeName | Literal["auto"] = "auto"
     dtype: Dtype = "float32"
+    lowered: Lowered = "no"
+    agreement: float = AGREEMENT
     pinned: bool = False
     min_copies: int = 0
     fingerprint: str = ""
@@ -92,6 +95,20 @@ class ModelEntry:
             f"example {self.example!r} must name a function: package.module:function",
         )
         _require(self.accuracy is None or 0 <= self.accuracy <= 1, f"accuracy must lie in 0..1, not {self.accuracy}")
+        _require(0 <= self.agreement <= 1, f"agreement must lie in 0..1, not {self.agreement}")
+        problem = problem_of(self.lowered, self.dtype, self.runtime, self.builder)
+        _require(problem is None, problem or "")
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """The precisions that its compiled forms may have; the lower ones as far as they agree with float32."""
+        return precisions(self.dtype, self.lowered)
+
+    def allows(self, precision: str, agreement: float | None) -> bool:
+        """Return whether a compiled form may serve it that agrees on such a share of probes; None: not measured."""
+        if precision == self.dtype:
+            return True
+        return precision in self.precisions and agreement is not None and agreement >= self.agreement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,8 +183,8 @@ class PublishedModel:
 
     @property
     def form(self) -> str:
-        """How it is in memory: ``mapped``, or the library that it is compiled for; see ``forms.py``."""
-        return "mapped" if self.runtime == "torch" else self.runtime
+        """How it is in memory: see ``form_name``."""
+        return form_name(self.runtime, self.dtype)
 
     @property
     def own_bytes(self) -> int:

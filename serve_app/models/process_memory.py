@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,10 @@ _EXACT_BYTES = 64 * 2**10
 #: Where glibc's own threshold ends up by itself, once a block of that size has been freed.
 _USUAL_BYTES = 32 * 2**20
 
-#: Of workers, see ``MALLOC_ARENA_MAX`` in ``serving/app.py``.
-_ARENAS = 2
+#: Of glibc, beside the size of a block: it is not of the main arena.
+_NON_MAIN_ARENA = 4
+#: Workers have two arenas, see ``MALLOC_ARENA_MAX`` in ``serving/app.py``.
+_MOST_THREADS = 8
 #: The C library looks at the end of an arena when so much is freed at once, or more.
 _LOOKED_AT_BYTES = 128 * 2**10
 
@@ -48,33 +51,45 @@ def give_back_free_memory() -> None:
 
 
 def _trim_tops(libc: ctypes.CDLL) -> None:
-    """Give back the free end of every arena: ``malloc_trim`` reaches that of the main one only.
+    """Give back the free end of the main arena and of another one: ``malloc_trim`` reaches the main one only.
 
-    The C library looks at the end of an arena when a larger block of it is freed. Threads get the arenas in turns, so
-    as many as there are arenas, all alive at the same time, reach each of them.
+    The C library looks at the end of an arena when a larger block of it is freed. Threads get the arenas in turns, more
+    or less, and a block says whether it is of the main one: so threads are started until both kinds were seen.
     """
     libc.malloc.restype = ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
-    together = threading.Barrier(_ARENAS)
+    seen: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    ended = threading.Event()
 
     def free_a_block() -> None:
-        with contextlib.suppress(threading.BrokenBarrierError):
-            together.wait()
-            libc.free(libc.malloc(_LOOKED_AT_BYTES))
+        block = libc.malloc(_LOOKED_AT_BYTES)
+        if block:
+            size_and_flags = ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value
+            libc.free(block)
+            seen.put(bool(size_and_flags & _NON_MAIN_ARENA))
+        else:
+            seen.put(False)
+        # A thread that ends leaves its arena to the next one.
+        ended.wait()
 
+    threads: list[threading.Thread] = []
+    kinds: set[bool] = set()
     with _trimming:
         libc.mallopt(_M_TRIM_THRESHOLD, 0)
         try:
-            threads = [threading.Thread(target=free_a_block, name="trim") for _ in range(_ARENAS)]
-            for thread in threads:
+            while len(kinds) < 2 and len(threads) < _MOST_THREADS:
+                thread = threading.Thread(target=free_a_block, name="trim")
                 thread.start()
-            for thread in threads:
-                thread.join()
+                threads.append(thread)
+                kinds.add(seen.get())
         except RuntimeError:
             # The machine has no thread left.
-            together.abort()
+            pass
         finally:
+            ended.set()
             libc.mallopt(_M_TRIM_THRESHOLD, _trim_bytes)
+    for thread in threads:
+        thread.join()
 
 
 def keep_freed_memory() -> None:

@@ -71,7 +71,7 @@ _WORKER = (
     _seconds("edgeserve_load_seconds", _MODEL, "Time of a load."),
     _counter("edgeserve_evictions_total", "unloads", (*_MODEL, "reason"), "Unloads by reason."),
     _counter("edgeserve_preloads_total", "loads", _LOCATION, "Loads that no request asked for."),
-    _seconds("edgeserve_exec_seconds", _MODEL, "Time of an inference."),
+    _seconds("edgeserve_exec_seconds", (*_MODEL, "form"), "Time of an inference, by the form that ran."),
     _counter("edgeserve_joined_requests_total", "requests", _MODEL, "Requests that were executed with others at once."),
     _seconds("edgeserve_queue_seconds", _LOCATION, "Time of waiting for memory or a thread."),
     _gauge("edgeserve_cache_used_bytes", "bytes", _REPLICA, "Bytes of all models in memory."),
@@ -151,11 +151,11 @@ class WorkerMetrics:
         """Record the begin of a load that no request asked for."""
         self._preloads.inc(tags=self._location)
 
-    def executed(self, model_id: str, queue_s: float, exec_s: float, requests: int = 1) -> None:
-        """Record an inference: its time in the queue, its time of execution, and how many requests shared that."""
+    def executed(self, model_id: str, form: str, queue_s: float, exec_s: float, requests: int = 1) -> None:
+        """Record an inference: its form, its times in the queue and of execution, and how many requests shared that."""
         if requests > 1:
             self._joined.inc(tags={**self._location, "model": model_id})
-        self._exec_seconds.observe(exec_s, tags={**self._location, "model": model_id})
+        self._exec_seconds.observe(exec_s, tags={**self._location, "model": model_id, "form": form})
         self._queue_seconds.observe(queue_s, tags=self._location)
 
 

@@ -24,7 +24,9 @@ from serve_app.core.task import ImageInput, TaskSpec
 from serve_app.store.durable_files import sha256_of, stat_signature
 
 #: What ``ModelStore.catalog`` takes from the entry whenever it reads the store.
-OVERLAY_FIELDS: Final = frozenset({"model_id", "family", "accuracy", "pinned", "min_copies", "fingerprint"})
+OVERLAY_FIELDS: Final = frozenset(
+    {"model_id", "family", "accuracy", "pinned", "min_copies", "lowered", "agreement", "fingerprint"}
+)
 _OVERLAY_TASK_FIELDS: Final = frozenset(
     {"image", "labels", "activation", "pooling", "normalize", "min_score", "max_overlap", "sample_rate", "context"}
 )

@@ -2,29 +2,62 @@
 
 A form has a manifest of its own, below that of its model::
 
-    root/forms/<name>/<fingerprint>-<content>/<runtime>-<digest of what it was made for>.json
-    root/forms/<name>/<fingerprint>-<content>/<runtime>-<digest of what it was made for>.refused
+    root/forms/<name>/<fingerprint>-<content>/<form>-<digest of what it was made for>.json
+    root/forms/<name>/<fingerprint>-<content>/<form>-<digest of what it was made for>.refused
 
-The second file says why there is no such form, so that publishing does not try it again and again. A machine looks for
-the forms that were made for it and sees no others. The model as it was published runs anywhere.
+The form is named after its library and what it computes in, see ``form_name``. The second file says why there is no
+such form, so that publishing does not try it again and again. A machine looks for the forms that were made for it and
+sees no others. The model as it was published runs anywhere.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from serve_app.core.catalog import PublishedModel, RuntimeName
 from serve_app.core.forms import faster, key_of_tier, soonest
+from serve_app.core.precision import Lowered, Precision, form_name
 from serve_app.store.directory import StoreDirectory
-from serve_app.store.manifest import ManifestKey
+from serve_app.store.manifest import Agreement, ManifestKey
 
 #: What a compiled model depends on, by the library that runs it: its version and the processor.
 Environments = Mapping[RuntimeName, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormKind:
+    """One way to compile a module: the library that runs it, and what it computes in."""
+
+    runtime: RuntimeName
+    precision: Precision = "float32"
+
+    @property
+    def form(self) -> str:
+        """The name of such a form."""
+        return form_name(self.runtime, self.precision)
+
+
+#: All of them, in the order in which they are made. What comes later must be faster than what came before in float32.
+KINDS = (
+    FormKind(runtime="onnxruntime"),
+    FormKind(runtime="openvino"),
+    FormKind(runtime="openvino", precision="bfloat16"),
+    FormKind(runtime="onnxruntime", precision="int8"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Why there is no such form of a model; ``agreement`` is what it falls short by, if that is the reason."""
+
+    reason: str
+    agreement: Agreement | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +73,11 @@ class Chosen:
     model: PublishedModel
     faster: tuple[PublishedModel, ...]
     manifests: Mapping[str, ManifestKey]
+
+
+def that_serve(forms: Sequence[PublishedModel], lowered: Lowered) -> list[PublishedModel]:
+    """Return the forms that may serve a model: who asks for int8, and nothing else, gets it once it is there."""
+    return [form for form in forms if form.dtype == lowered] or list(forms)
 
 
 def choose(forms: Mapping[ManifestKey, PublishedModel]) -> Chosen:
@@ -69,33 +107,53 @@ class Forms:
     def __init__(self, directory: StoreDirectory) -> None:
         self._root = directory.root / "forms"
 
-    def key(self, model: ManifestKey, runtime: RuntimeName, made_for: str) -> ManifestKey:
+    def key(
+        self, model: ManifestKey, runtime: RuntimeName, made_for: str, precision: Precision = "float32"
+    ) -> ManifestKey:
         """Return the place of a form, whether or not it exists."""
         digest = hashlib.sha256(made_for.encode()).hexdigest()[:16]
-        return ManifestKey(name=model.name, stem=model.stem, form=f"{runtime}-{digest}")
+        return ManifestKey(name=model.name, stem=model.stem, form=f"{form_name(runtime, precision)}-{digest}")
+
+    def keys(
+        self, model: ManifestKey, environments: Environments, precisions: Collection[str] = ("float32",)
+    ) -> dict[FormKind, ManifestKey]:
+        """Return the places of all forms that a model may have for these environments, in the order of ``KINDS``."""
+        return {
+            kind: self.key(model, kind.runtime, environments[kind.runtime], kind.precision)
+            for kind in KINDS
+            if kind.runtime in environments and kind.precision in precisions
+        }
 
     def path(self, key: ManifestKey) -> Path:
         """Return the path of the manifest of a form."""
         return self._folder(key) / f"{key.form}.json"
 
-    def usable(self, model: ManifestKey, environments: Environments) -> list[ManifestKey]:
+    def usable(
+        self, model: ManifestKey, environments: Environments, precisions: Collection[str] = ("float32",)
+    ) -> list[ManifestKey]:
         """Return the places of the forms that a model has for these environments."""
-        keys = (self.key(model, runtime, made_for) for runtime, made_for in environments.items())
-        return [key for key in keys if self.path(key).is_file()]
+        return [key for key in self.keys(model, environments, precisions).values() if self.path(key).is_file()]
 
-    def refusal(self, key: ManifestKey) -> str | None:
+    def refusal(self, key: ManifestKey) -> Refusal | None:
         """Return why a form cannot be made; None if that is not known."""
         try:
-            return self._refusal_path(key).read_text()
+            text = self._refusal_path(key).read_text()
         except OSError:
             return None
+        try:
+            raw = json.loads(text)
+            agreement = Agreement(**raw["agreement"]) if raw["agreement"] else None
+            return Refusal(reason=raw["reason"], agreement=agreement)
+        except (ValueError, TypeError, KeyError):
+            # Earlier versions have written the reason and nothing else.
+            return Refusal(reason=text)
 
-    def refuse(self, key: ManifestKey, reason: str) -> None:
+    def refuse(self, key: ManifestKey, refusal: Refusal) -> None:
         """Remember why a form cannot be made; a store that cannot be written is tried again next time."""
         with contextlib.suppress(OSError):
             self._folder(key).mkdir(parents=True, exist_ok=True)
             self.path(key).unlink(missing_ok=True)
-            self._refusal_path(key).write_text(reason)
+            self._refusal_path(key).write_text(json.dumps(asdict(refusal)))
 
     def forget_refusal(self, key: ManifestKey) -> None:
         """Forget why a form could not be made."""

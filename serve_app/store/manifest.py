@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from serve_app.core.catalog import ModelProfile, PublishedModel, RuntimeName
+from serve_app.core.catalog import ModelEntry, ModelProfile, PublishedModel, RuntimeName
 from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
 
@@ -161,11 +161,32 @@ class ExecutionFormat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """How far a form of lower precision answers as the model was published.
+
+    Attributes:
+        share: of the probes, or of what their answers consist of, that agree; in 0..1.
+        probes: how many inputs were compared.
+        inputs: what they were, such as ``crops of 9 photographs``.
+        criterion: what agrees, such as ``the same best class``.
+    """
+
+    share: float
+    probes: int
+    inputs: str
+    criterion: str
+
+    def __str__(self) -> str:
+        return f"{self.criterion} on {self.share:.2%} of {self.probes} {self.inputs}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """One published model.
 
     ``model`` has what comes with the weights. ``ModelStore.catalog`` overlays it with family, pinning, accuracy and
     task of the catalog. ``default_task`` is that of the weights, which applies where the catalog names none.
+    ``agreement`` is of forms with lower precision.
     """
 
     model: PublishedModel
@@ -174,6 +195,7 @@ class Manifest:
     tensors: tuple[TensorPlace, ...]
     files: tuple[BlobFile, ...]
     format: int = FORMAT
+    agreement: Agreement | None = None
 
     def __post_init__(self) -> None:
         if self.format != FORMAT:
@@ -193,6 +215,7 @@ class Manifest:
     def content_id(self) -> str:
         """Return 16 hexadecimal digits that are equal for manifests which answer alike, whenever they were measured."""
         content = dataclasses.asdict(self)
+        del content["agreement"]
         model = content.pop("model")
         content["model"] = [model[key] for key in ("contract", "runtime", "dtype", "weights_actual", "row_by_row")]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -216,11 +239,18 @@ class Manifest:
             raw = json.loads(text)
             if isinstance(raw, dict) and raw.get("format") != FORMAT:
                 raise ValueError(f"format {raw.get('format')!r} is not the format {FORMAT} that this version reads")
-            manifest = _decode(cls, raw, "")
+            # Earlier versions have not written it.
+            manifest = _decode(cls, {"agreement": None} | raw if isinstance(raw, dict) else raw, "")
         except (ValueError, RecursionError) as error:
             raise StoreError(f"manifest {source} is malformed ({error}); publish the model again") from error
         assert isinstance(manifest, Manifest)
         return manifest
+
+
+def is_allowed(form: Manifest, entry: ModelEntry) -> bool:
+    """Return whether a compiled form may serve an entry: in the precision that it asks for, and agreeing enough."""
+    share = None if form.agreement is None else form.agreement.share
+    return entry.allows(form.model.dtype, share)
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:

@@ -32,8 +32,8 @@ from serve_app.errors import StoreError
 from serve_app.store.blob_store import BlobStore, check_size
 from serve_app.store.durable_files import explain_os_errors, fsync_path, is_alive, write_durably
 from serve_app.store.fingerprint import Fingerprints
-from serve_app.store.forms import Environments, Forms, choose
-from serve_app.store.manifest import Manifest, ManifestKey
+from serve_app.store.forms import Environments, Forms, choose, that_serve
+from serve_app.store.manifest import Manifest, ManifestKey, is_allowed
 from serve_app.store.projects import Projects, ProjectState
 
 logger = logging.getLogger(__name__)
@@ -265,9 +265,10 @@ class ModelStore(BlobStore):
         self, key: str, place: ManifestKey, entry: ModelEntry, route: VersionRoute, environments: Environments
     ) -> dict[ManifestKey, PublishedModel]:
         """Return a readable version in all forms that can serve it, first as it was published."""
-        others = self.forms.usable(place, environments) if entry.runtime == "auto" else []
+        others = self.forms.usable(place, environments, entry.precisions) if entry.runtime == "auto" else []
         forms = {form: self._overlaid(key, form, entry, route) for form in (place, *others)}
-        return {form: model for form, model in forms.items() if model is not None}
+        serving = that_serve([model for model in forms.values() if model is not None], entry.lowered)
+        return {form: model for form, model in forms.items() if model in serving and model is not None}
 
     def _here(self, name: str, stem: str) -> ManifestKey:
         """Return the place of a version; a node with a store of its own has optimized the model for itself."""
@@ -277,11 +278,13 @@ class ModelStore(BlobStore):
         return next((each for each in self.manifest_keys(name) if each.fingerprint == key.fingerprint), key)
 
     def _overlaid(self, key: str, place: ManifestKey, entry: ModelEntry, route: VersionRoute) -> PublishedModel | None:
-        """Return a published version with what its entry lays over it; None if it cannot be read."""
+        """Return a published version with what its entry lays over it; None if it cannot be read, or must not serve."""
         try:
             manifest = self.read(place)
         except StoreError as error:
             logger.warning("a version of %s is left out: %s", entry.model_id, error)
+            return None
+        if place.form and not is_allowed(manifest, entry):
             return None
         model = manifest.model
         accuracy = model.profile.accuracy if entry.accuracy is None else entry.accuracy

@@ -309,6 +309,20 @@ def test_a_catalog_becomes_entries_in_its_order(write: Write, tmp_path: Path) ->
         ),
         (MODEL | {"pinned": "perhaps"}, "models.m.pinned: .*boolean"),
         (MODEL | {"precision": "int4"}, "models.m.precision: .*float32"),
+        (
+            MODEL | {"precision": "auto", "dtype": "float32"},
+            "models.m: precision is auto, and dtype, its former name, is float32; leave dtype out",
+        ),
+        (MODEL | {"precision": "bfloat16", "agreement": 0.9}, "models.m: agreement is of forms with lower precision"),
+        (MODEL | {"precision": "auto", "agreement": 99}, "models.m.agreement: .*less than or equal to 1"),
+        (
+            MODEL | {"precision": "auto", "runtime": "torch"},
+            "models.m: precision: auto chooses among runtimes; leave runtime: torch out",
+        ),
+        (
+            {"builder": "onnx:m.onnx", "precision": "int8"},
+            "models.m: precision: int8 is for modules",
+        ),
         (MODEL | {"task": "classify"}, "models.m.task.kind: .*image-classification"),
         (MODEL | {"task": {"kind": "detection", "least": 1}}, "unknown key models.m.task.least; there are kind, image"),
         (MODEL | {"runtime": "tensorflow"}, "models.m.runtime: .*onnxruntime"),
@@ -504,7 +518,27 @@ def test_a_model_declares_its_tensors_limits_and_task(tmp_path: Path) -> None:
         Axis(name="x_3", most=64, multiple=8),
     )
     assert entry.task == TaskSpec(kind="tensors")
-    assert entry.dtype == "bfloat16"
+    assert (entry.dtype, entry.lowered) == ("bfloat16", "no")
+
+
+@pytest.mark.parametrize(
+    ("given", "means"),
+    [
+        ({}, ("float32", "no", 0.99)),
+        ({"dtype": "bfloat16"}, ("bfloat16", "no", 0.99)),
+        ({"precision": "auto"}, ("float32", "auto", 0.99)),
+        ({"dtype": "auto", "precision": "auto", "agreement": 0.97}, ("float32", "auto", 0.97)),
+        ({"precision": "int8"}, ("float32", "int8", 0.99)),
+    ],
+    ids=str,
+)
+def test_precision_says_what_is_published_and_what_forms_may_have(
+    tmp_path: Path, given: dict[str, object], means: tuple[str, str, float]
+) -> None:
+    catalog = tmp_path / "catalog.yaml"
+    catalog.write_text(yaml.safe_dump({"models": {"m": MODEL | given}}))
+    (entry,) = load_catalog(catalog)
+    assert (entry.dtype, entry.lowered, entry.agreement) == means
 
 
 def test_builders_of_files_are_relative_to_the_catalog_and_names_are_not(write: Write, tmp_path: Path) -> None:

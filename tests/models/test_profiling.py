@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from serve_app.config.catalog import load_catalog
 from serve_app.models.loader import ModelLoader
 from serve_app.models.profiling.model_profile import ColdProfile, Profile, Quartiles, as_json, summarize
 from serve_app.models.publishing.publish_catalog import publish
+from serve_app.store.forms import Refusal
+from serve_app.store.manifest import Agreement
 from serve_app.store.model_store import ModelStore
 
 pytestmark = pytest.mark.slow
@@ -150,7 +153,8 @@ def test_weights_that_are_mapped_elsewhere_cannot_be_measured_cold(
 def measured(name: str, ratio: float, cold: ColdProfile | None = None) -> Profile:
     quartiles = Quartiles(median=ratio, low=ratio, high=ratio)
     return Profile(
-        model_id=name, form="mapped", is_served=True, size_bytes=1000, workspace_bytes=1, load_s=0.1, first_s=0.2,
+        model_id=name, form="mapped", precision="float32", agreement=None, is_served=True, is_fastest=True,
+        size_bytes=1000, workspace_bytes=1, load_s=0.1, first_s=0.2,
         miss_s=0.3, hit_s=0.25,
         miss_over_hit=quartiles, cpu_miss_over_hit=ratio, rounds=11, cold=cold,
     )  # fmt: skip
@@ -172,6 +176,20 @@ def test_cold_bound_is_the_longer_of_hit_and_read_at_the_bandwidth_of_the_whole_
     assert summary.cold_over_bound == {"computes": pytest.approx(1.5), "reads": pytest.approx(3.0)}
     shown: list[dict[str, Any]] = as_json(rows)
     assert [row["cold_over_bound"] for row in shown] == [1.5, 3.0]
+
+
+def test_rows_say_what_lets_a_form_in_and_why_there_are_no_others() -> None:
+    agreement = Agreement(share=0.995, probes=396, inputs="squares of 9 photographs", criterion="the same best class")
+    half = replace(measured("a", 2.0), form="openvino-bfloat16", precision="bfloat16", agreement=agreement)
+    published = replace(measured("a", 1.0), is_fastest=False)
+    refused = {"a": {"onnxruntime-int8": Refusal(reason="it differs", agreement=replace(agreement, share=0.9))}}
+    (row,) = as_json([published, replace(half, is_served=False)], refused)
+    assert (row["served"], row["fastest"]) == ("mapped", "openvino-bfloat16")
+    assert [(form["precision"], form["agreement"]) for form in row["forms"]] == [
+        ("float32", None), ("bfloat16", asdict(agreement)),
+    ]  # fmt: skip
+    assert row["refused"][0]["reason"] == "it differs"
+    assert row["refused"][0]["agreement"]["share"] == 0.9
 
 
 def test_spread_is_the_median_and_the_quartiles() -> None:

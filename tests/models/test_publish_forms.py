@@ -38,8 +38,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
 def form_of(store: ModelStore, entry: ModelEntry) -> ManifestKey:
     key = store.find(entry)
     assert key is not None
-    (form,) = store.forms.of(key)
-    return form
+    return store.forms.key(key, "onnxruntime", environments()["onnxruntime"])
 
 
 def answers(store: ModelStore, selection: Selection, name: str, batch: np.ndarray) -> np.ndarray:
@@ -169,9 +168,9 @@ def test_a_module_that_decides_by_its_numbers_is_served_as_it_was_published(stor
     assert store.select([entry], environments=environments()).catalog["choosy"].form == "mapped"
     key = store.find(entry)
     assert key is not None
-    reason = store.forms.refusal(store.forms.key(key, "onnxruntime", environments()["onnxruntime"]))
-    assert reason is not None
-    assert "numbers in its tensors" in reason
+    refusal = store.forms.refusal(store.forms.key(key, "onnxruntime", environments()["onnxruntime"]))
+    assert refusal is not None
+    assert "numbers in its tensors" in refusal.reason
     assert publish_again(store, entry)[1] == ["skipped"], "it is not tried again"
     assert publish_again(store, entry, force=True)[1][-1] == "compiling"
 
@@ -197,7 +196,9 @@ def test_an_exporter_that_fails_in_its_own_way_stops_no_other_model(
     key = store.find(entries[1])
     assert key is not None
     form = store.forms.key(key, "onnxruntime", environments()["onnxruntime"])
-    assert store.forms.refusal(form) == "RuntimeError: an operator is unknown"
+    refusal = store.forms.refusal(form)
+    assert refusal is not None
+    assert refusal.reason == "RuntimeError: an operator is unknown"
 
 
 def test_a_full_disk_is_no_reason_against_a_form(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +210,7 @@ def test_a_full_disk_is_no_reason_against_a_form(store: ModelStore, monkeypatch:
         entry = tiny("convolved", "Convolved", runtime="auto")
         publish(store, [entry], reachable=offline)
     assert publish_again(store, entry)[1] == ["skipped", "compiling"], "it is tried again"
-    assert form_of(store, entry)
+    assert store.forms.path(form_of(store, entry)).is_file()
 
 
 def test_the_files_of_a_form_go_with_its_model(store: ModelStore, tmp_path: Path) -> None:

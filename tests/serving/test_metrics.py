@@ -21,7 +21,7 @@ PUBLIC = {
     "edgeserve_load_seconds": ("histogram", "seconds", {"location", "model"}),
     "edgeserve_evictions_total": ("counter", "unloads", {"location", "model", "reason"}),
     "edgeserve_preloads_total": ("counter", "loads", {"location"}),
-    "edgeserve_exec_seconds": ("histogram", "seconds", {"location", "model"}),
+    "edgeserve_exec_seconds": ("histogram", "seconds", {"location", "model", "form"}),
     "edgeserve_joined_requests_total": ("counter", "requests", {"location", "model"}),
     "edgeserve_queue_seconds": ("histogram", "seconds", {"location"}),
     "edgeserve_cache_used_bytes": ("gauge", "bytes", {"location", "replica"}),
@@ -97,7 +97,7 @@ def test_a_worker_gives_every_label_a_value(made: dict[str, Recorded]) -> None:
     worker.load_failed("a")
     worker.evicted("a", "space")
     worker.preload_started()
-    worker.executed("a", 0.0, 0.01)
+    worker.executed("a", "mapped", 0.0, 0.01)
     recorded = {name: metric for name, metric in made.items() if metric.given}
     assert len(recorded) == 6
     assert all(given == metric.labels for metric in recorded.values() for given in metric.given)

@@ -6,6 +6,7 @@ import json
 import math
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,12 @@ from hypothesis import strategies as st
 from serve_app.core.catalog import ModelProfile, PublishedModel
 from serve_app.core.contract import Axis, Contract, TensorSpec
 from serve_app.core.task import ImageInput, TaskSpec
+from serve_app.core.vocabulary import Outcome
 from serve_app.errors import EdgeServeError, InvalidRequest, NotFound
 from serve_app.serving import oip
+from serve_app.serving.api.inference import outcome_headers
 from serve_app.serving.oip.tensors import DTYPES
+from serve_app.serving.router.request import InferenceResponse
 
 Json = dict[str, Any]
 Array = np.ndarray[Any, Any]
@@ -892,6 +896,18 @@ def test_metadata_describe_the_model() -> None:
             "optional": [],
         },
     }
+
+
+def test_metadata_and_header_name_the_library_and_the_precision() -> None:
+    model = replace(published(), runtime="openvino", dtype="bfloat16")
+    parameters = oip.model_metadata(model)["parameters"]
+    assert (parameters["form"], parameters["precision"]) == ("openvino", "bfloat16")
+    response = InferenceResponse(
+        model=published(), form=model.form, location="paris", outcome=Outcome.HIT, outputs={}, answer=None, queue_s=0,
+        load_s=0, decode_s=0, exec_s=0, forward_s=0,
+    )  # fmt: skip
+    assert outcome_headers(response)["X-EdgeServe-Form"] == "openvino; precision=bfloat16"
+    assert outcome_headers(replace(response, form="mapped"))["X-EdgeServe-Form"] == "mapped; precision=float32"
 
 
 def test_metadata_warn_of_fallback_weights() -> None:

@@ -67,11 +67,18 @@ def test_what_is_laid_over_a_published_model_needs_no_publishing(tmp_path: Path)
         {"accuracy": 0.5},
         {"pinned": True},
         {"min_copies": 2},
+        {"agreement": 0.9},
         {"task": TaskSpec(kind="image-classification", labels=("a", "b"))},
     ):
         assert store.fingerprinted([dataclasses.replace(first, fingerprint="", **change)])[0] == dataclasses.replace(
             first, **change
         )
+
+
+def test_forms_of_lower_precision_are_of_the_same_published_model(tmp_path: Path) -> None:
+    plain = dataclasses.replace(MINE, runtime="auto")
+    first, second = ModelStore(tmp_path).fingerprinted([plain, dataclasses.replace(plain, lowered="auto")])
+    assert first.fingerprint == second.fingerprint
 
 
 @pytest.mark.parametrize(

@@ -185,3 +185,32 @@ def not_a_module() -> object:
 
 def broken() -> nn.Module:
     raise OSError("the factory's own file is missing")
+
+
+class Deep(nn.Module):
+    """Convolutions that take long enough for lower precision to be faster, whose classes are far from each other."""
+
+    #: How far the weights of the classes are from each other, in parts of their size.
+    apart = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = 64
+        self.first = nn.Conv2d(3, width, 3, padding=1)
+        self.more = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(4))
+        self.head = nn.Linear(width, 16)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.randn(width) + self.apart * torch.randn(16, width))
+            self.head.bias.zero_()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = torch.relu(self.first(images))
+        for convolution in self.more:
+            features = features + torch.relu(convolution(features))
+        return self.head(features.mean((2, 3)))
+
+
+class Undecided(Deep):
+    """Classes so close to each other that rounding decides between them."""
+
+    apart = 1e-3

@@ -10,20 +10,23 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from serve_app.core.forms import soonest
+from serve_app.core.forms import faster, soonest
+from serve_app.core.precision import Lowered
 from serve_app.errors import StoreError
 from serve_app.models.profiling.grid import grid
 from serve_app.models.profiling.measure import workspace_bytes
 from serve_app.models.readahead import ReadAhead, is_resident
 from serve_app.models.runtimes import registry
 from serve_app.models.runtimes.base import LoadedModel
-from serve_app.store.manifest import Manifest
+from serve_app.store.forms import Refusal, that_serve
+from serve_app.store.manifest import Agreement, Manifest
 from serve_app.store.model_store import ModelStore
 from serve_app.tasks.tensors import Tensors, probe
 
@@ -90,7 +93,10 @@ class Profile:
 
     model_id: str
     form: str
+    precision: str
+    agreement: Agreement | None
     is_served: bool
+    is_fastest: bool
     size_bytes: int
     workspace_bytes: int
     load_s: float
@@ -118,13 +124,14 @@ class Summary:
     cold_over_bound: dict[str, float]
 
 
-def profile(store: ModelStore, manifests: Sequence[Manifest], *, cold: bool) -> list[Profile]:
+def profile(store: ModelStore, manifests: Sequence[Manifest], *, cold: bool, lowered: Lowered = "no") -> list[Profile]:
     """Measure the forms of one published model in turns, with the number of threads that ``use_threads`` has set.
 
     Args:
         store: where the model is published; its weights are in the page cache afterwards.
         manifests: of its forms; first of the one in which it was published.
         cold: measure with weights that must be read from the disk as well.
+        lowered: see ``ModelEntry``.
 
     Raises:
         StoreError: the model is broken, or the kernel keeps its weights in memory.
@@ -135,12 +142,17 @@ def profile(store: ModelStore, manifests: Sequence[Manifest], *, cold: bool) -> 
     warm = [_warm(load, inputs) for load in loads]
     count = min(MAX_ROUNDS, max(MIN_ROUNDS, math.ceil(_ROUNDS_S / (2 * max(once_s for _, once_s in warm)))))
     rounds = in_turns(loads, inputs, count)
-    served = soonest([manifest.model for manifest in manifests])
+    serving = that_serve([manifest.model for manifest in manifests], lowered)
+    served = soonest(serving)
+    fast = [served.form, *(form.form for form in faster(serving, served))][-1]
     return [
         Profile(
             model_id=manifest.model.model_id,
             form=manifest.model.form,
+            precision=manifest.model.dtype,
+            agreement=manifest.agreement,
             is_served=manifest.model is served,
+            is_fastest=manifest.model.form == fast,
             size_bytes=manifest.model.weights_bytes,
             workspace_bytes=workspace,
             load_s=statistics.median(each.load_s for each in own),
@@ -188,11 +200,14 @@ def summarize(profiles: Sequence[Profile]) -> Summary:
     )
 
 
-def as_json(profiles: Sequence[Profile]) -> list[dict[str, Any]]:
+def as_json(
+    profiles: Sequence[Profile], refused: Mapping[str, Mapping[str, Refusal]] = MappingProxyType({})
+) -> list[dict[str, Any]]:
     """Convert to one object per model, with times in milliseconds; what was not measured is null.
 
-    The numbers are those of the model as it was published; ``forms`` has them for each form, and ``served`` names the
-    one that workers load.
+    The numbers are those of the model as it was published; ``forms`` has them for each form, ``served`` names the
+    one that workers load, and ``fastest`` the last one that it goes over to. ``refused`` says by model and form why
+    there is none.
     """
     summary = summarize(profiles)
     forms: dict[str, list[Profile]] = {}
@@ -203,7 +218,17 @@ def as_json(profiles: Sequence[Profile]) -> list[dict[str, Any]]:
             "model": model_id,
             **_as_json(own[0], summary),
             "served": next(each.form for each in own if each.is_served),
-            "forms": [{"form": each.form, **_as_json(each, summary)} for each in own],
+            "fastest": next(each.form for each in own if each.is_fastest),
+            "forms": [
+                {
+                    "form": each.form,
+                    "precision": each.precision,
+                    "agreement": asdict(each.agreement) if each.agreement else None,
+                    **_as_json(each, summary),
+                }
+                for each in own
+            ],
+            "refused": [{"form": form, **asdict(refusal)} for form, refusal in refused.get(model_id, {}).items()],
         }
         for model_id, own in forms.items()
     ]

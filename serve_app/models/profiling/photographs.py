@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +32,9 @@ _SHIPPED: Final = (
 
 #: The parts of the shorter side that are cut out of every photograph.
 _PARTS: Final = (1.0, 0.75, 0.5)
+
+#: The least square that is cut out at random, in parts of the shorter side.
+_LEAST_PART: Final = 1 / 3
 
 _MAX_PIXELS: Final = 100_000_000
 
@@ -62,18 +65,43 @@ def crops(paths: Sequence[Path], preset: ImageInput) -> list[torch.Tensor]:
     """
     tensors = []
     for path in paths:
-        try:
-            image = decode_image(path.read_bytes(), _MAX_PIXELS, preset.channels)
-        except (OSError, InvalidRequest) as error:
-            raise ConfigError(f"{path}: {error}") from error
+        image = _decoded(path, preset.channels)
         tensors += [torch.from_numpy(preprocess(square, preset))[None] for square in _squares(image)]
     return tensors
+
+
+def random_squares(paths: Sequence[Path], count: int, channels: int, seed: int) -> Iterator[Image.Image]:
+    """Yield squares that are cut out of photographs at random, as many of each as far as that is possible.
+
+    Args:
+        paths: the photographs; at least one.
+        count: how many squares.
+        channels: 1 for gray, 3 for RGB.
+        seed: of the places and the sizes, from a third of the shorter side to all of it.
+
+    Raises:
+        ConfigError: a file is no image.
+    """
+    random = np.random.default_rng(seed)
+    for number, path in enumerate(paths):
+        image = _decoded(path, channels)
+        for _ in range(count // len(paths) + (number < count % len(paths))):
+            side = max(1, int(min(image.size) * random.uniform(_LEAST_PART, 1.0)))
+            left, top = (int(random.integers(0, length - side + 1)) for length in image.size)
+            yield image.crop((left, top, left + side, top + side))
 
 
 def noise(shape: Sequence[int], count: int) -> list[torch.Tensor]:
     """Return tensors of seeded random numbers: what a model with random weights is compared on."""
     generator = np.random.default_rng(0)
     return [torch.from_numpy(generator.standard_normal((1, *shape), dtype=np.float32)) for _ in range(count)]
+
+
+def _decoded(path: Path, channels: int) -> Image.Image:
+    try:
+        return decode_image(path.read_bytes(), _MAX_PIXELS, channels)
+    except (OSError, InvalidRequest) as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _squares(image: Image.Image) -> list[Image.Image]:

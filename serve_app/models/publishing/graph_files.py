@@ -7,11 +7,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from serve_app.core.catalog import Dtype, ModelEntry, RuntimeName
+from serve_app.core.catalog import ModelEntry, RuntimeName
 from serve_app.core.contract import Contract
+from serve_app.core.precision import Dtype
 from serve_app.errors import StoreError
+from serve_app.models.publishing.described import runs_row_by_row
 from serve_app.models.runtimes import onnx_runtime, openvino_runtime
 from serve_app.models.runtimes.session import reason_of
 from serve_app.store.manifest import BlobFile
@@ -67,7 +69,7 @@ def write_for_openvino(store: ModelStore, entry: ModelEntry, path: Path, contrac
     with tempfile.TemporaryDirectory() as folder:
         model, weights = Path(folder) / "model.xml", Path(folder) / "model.bin"
         try:
-            ov.save_model(core.read_model(str(path)), str(model), compress_to_fp16=False)
+            ov.save_model(_at_one_size(core.read_model(str(path)), contract), str(model), compress_to_fp16=False)
             compiled = core.compile_model(
                 core.read_model(str(model), str(weights)), openvino_runtime.DEVICE, openvino_runtime.settings(dtype)
             )
@@ -76,6 +78,13 @@ def write_for_openvino(store: ModelStore, entry: ModelEntry, path: Path, contrac
             raise StoreError(f"{entry.builder}: {_why_not_converted(error)}; write runtime: onnxruntime") from error
         del compiled
         return (*_put_weights(store, weights, "bin"), _put_graph(store, graph, "blob"))
+
+
+def _at_one_size(graph: Any, contract: Contract) -> Any:
+    """Return a graph whose rows are executed one by one for batches of one: it need not be prepared for others."""
+    if runs_row_by_row(contract):
+        graph.reshape({spec.name: [1, *spec.shape[1:]] for spec in contract.inputs})
+    return graph
 
 
 def _why_not_converted(error: Exception) -> str:

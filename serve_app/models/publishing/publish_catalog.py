@@ -20,7 +20,7 @@ from serve_app.models.builders import registry
 from serve_app.models.profiling.fresh_process import prepare_server
 from serve_app.models.publishing.described import ModuleStage, OnStage
 from serve_app.models.publishing.publish_apart import publish_apart
-from serve_app.models.publishing.publish_forms import missing_forms, publish_forms
+from serve_app.models.publishing.publish_forms import FormOutcome, missing_forms, publish_forms, wanted_forms
 from serve_app.models.runtimes.registry import is_made_here
 from serve_app.models.sources.download_cache import OnBytes
 from serve_app.models.sources.fetcher import Fetcher
@@ -71,7 +71,8 @@ class PublishReport:
 
     ``fallbacks`` are all models of the run, published now or before, that serve seeded random weights because the
     pretrained ones could not be fetched; ``refused`` those that would, and were not published for that reason.
-    ``versions`` has the new version of each model that had one before.
+    ``versions`` has the new version of each model that had one before, and ``forms`` what has come of every attempt to
+    compile a model.
     """
 
     published: tuple[str, ...] = ()
@@ -80,6 +81,7 @@ class PublishReport:
     refused: tuple[str, ...] = ()
     failures: tuple[PublishFailure, ...] = ()
     versions: Mapping[str, int] = field(default_factory=dict)
+    forms: Mapping[str, tuple[FormOutcome, ...]] = field(default_factory=dict)
 
     @property
     def warning(self) -> str | None:
@@ -147,6 +149,7 @@ def publish(
             if publisher.compile(index, entry, force=force):
                 # Who waits for the store has it between two models.
                 time.sleep(_YIELD_S)
+            publisher.require_precision(entry)
     return publisher.report()
 
 
@@ -181,6 +184,7 @@ class Publisher:
         self._skipped: list[str] = []
         self._refused: list[str] = []
         self._failures: list[PublishFailure] = []
+        self._forms: dict[str, tuple[FormOutcome, ...]] = {}
 
     def is_pending(self, entry: ModelEntry) -> bool:
         """Return whether the store does not have the model as the entry asks for it."""
@@ -254,17 +258,34 @@ class Publisher:
     def compile(self, index: int, entry: ModelEntry, *, force: bool) -> bool:
         """Make the forms in which a model runs faster; return whether there was one to make.
 
-        One that cannot be made is no failure.
+        One that cannot be made is no failure, unless the entry asks for its precision and no other.
         """
         if not force and not self.lacks_forms(entry):
             return False
         with self._store.exclusive(on_wait=self.report_wait):
             key = self._store.find(entry, self._recorder.state())
-            if key is not None and publish_forms(
-                self._store, entry, key, lambda: self._report_stage(index, entry, "compiling"), force=force
-            ):
-                self._recorder.renew()
+            if key is not None:
+                outcomes = self._forms[entry.model_id] = publish_forms(
+                    self._store, entry, key, lambda: self._report_stage(index, entry, "compiling"), force=force
+                )
+                if any(each.is_change for each in outcomes):
+                    self._recorder.renew()
+                if any(each.refusal is not None for each in outcomes):
+                    self._store.sweep()
         return True
+
+    def require_precision(self, entry: ModelEntry) -> None:
+        """Add a failure where the entry asks for a precision in which the model has no form that agrees enough."""
+        key = self._store.find(entry, self._recorder.state())
+        if key is None or entry.lowered in ("no", "auto"):
+            return
+        for kind, form in wanted_forms(self._store, entry, key).items():
+            refusal = self._store.forms.refusal(form)
+            if kind.precision == entry.lowered and refusal is not None:
+                message = (
+                    f"it has no form in {entry.lowered}: {refusal.reason}; lower agreement, or write precision: auto"
+                )
+                self._failures.append(PublishFailure(model_id=entry.model_id, message=message))
 
     def report(self) -> PublishReport:
         """Return the outcome of the run so far, and log its warning."""
@@ -277,6 +298,7 @@ class Publisher:
             refused=tuple(self._refused),
             failures=tuple(self._failures),
             versions=self._recorder.versions,
+            forms=self._forms,
         )
         if report.warning:
             logger.warning("%s", report.warning)

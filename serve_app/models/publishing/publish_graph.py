@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from serve_app.core.catalog import Dtype, ModelEntry, runtime_of, task_for
+from serve_app.core.catalog import ModelEntry, runtime_of, task_for
+from serve_app.core.precision import Dtype
 from serve_app.core.task import TaskSpec
 from serve_app.errors import EdgeServeError, StoreError
 from serve_app.models.agreement import agree

@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from serve_app.core.catalog import Dtype, ModelEntry, task_for
+from serve_app.core.catalog import ModelEntry, task_for
 from serve_app.core.contract import Contract
+from serve_app.core.precision import Dtype
 from serve_app.core.task import TaskSpec
 from serve_app.errors import StoreError
 from serve_app.models.builders import registry

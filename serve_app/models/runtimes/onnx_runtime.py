@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.errors import StoreError
-from serve_app.models.runtimes.environment import onnxruntime_environment
+from serve_app.models.runtimes.environment import environment
 from serve_app.models.runtimes.session import PreparedSession, require_made_here
 from serve_app.models.threads import inference_threads
 from serve_app.store.manifest import Manifest
@@ -104,7 +104,7 @@ class OnnxRuntime:
 
     def environment(self) -> str:
         """Return what optimized graphs depend on, see ``Runtime.environment``."""
-        return onnxruntime_environment(library().__version__)
+        return environment("onnxruntime", library().__version__)
 
     def prepare(self, manifest: Manifest, store: ModelStore) -> PreparedSession:
         """Check that the graph was optimized for this machine, see ``Runtime.prepare``."""

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.core.catalog import Dtype
+from serve_app.core.precision import Dtype
 from serve_app.errors import InvalidRequest, StoreError
-from serve_app.models.runtimes.processor import processor
+from serve_app.models.runtimes.environment import environment, installed_version
 from serve_app.models.runtimes.session import PreparedSession, require_made_here
 from serve_app.models.threads import inference_threads
 from serve_app.store.manifest import Manifest
@@ -118,10 +118,17 @@ def settings(dtype: Dtype | str) -> dict[str, Any]:
 
 
 class _OpenVinoSession:
-    """A ``CompiledModel``, see ``Session``."""
+    """A ``CompiledModel``, see ``Session``.
 
-    def __init__(self, compiled: Any, outputs: list[str]) -> None:
+    Args:
+        compiled: the model.
+        outputs: their names.
+        has_one_size: it is always executed at the same sizes.
+    """
+
+    def __init__(self, compiled: Any, outputs: list[str], has_one_size: bool) -> None:
         self._compiled = compiled
+        self._has_one_size = has_one_size
         self._outputs = [compiled.output(name) for name in outputs]
         self._lock = threading.Lock()
 
@@ -134,8 +141,10 @@ class _OpenVinoSession:
                 results = self._compiled.create_infer_request().infer(feeds, share_inputs=True, share_outputs=True)
                 return [np.array(results[output]) for output in self._outputs]
             finally:
-                # It keeps the activations of the largest execution else.
-                self._compiled.release_memory()
+                # It keeps the activations of the largest execution else. Where all take as much, these count with the
+                # model: to have the system make their pages anew takes up to half of an execution.
+                if not self._has_one_size:
+                    self._compiled.release_memory()
 
 
 def _require_32_bits(feeds: Mapping[str, NDArray[Any]]) -> None:
@@ -158,7 +167,9 @@ def _open(manifest: Manifest, store: ModelStore) -> _OpenVinoSession:
             config["WEIGHTS_PATH"] = str(store.blob_path(file.name))
     content = io.BytesIO(store.blob_path(graph.name).read_bytes())
     return _OpenVinoSession(
-        core().import_model(content, DEVICE, config), [spec.name for spec in manifest.model.outputs]
+        core().import_model(content, DEVICE, config),
+        [spec.name for spec in manifest.model.outputs],
+        manifest.model.row_by_row,
     )
 
 
@@ -167,7 +178,9 @@ class OpenVinoRuntime:
 
     def environment(self) -> str:
         """Return what compiled models depend on, see ``Runtime.environment``."""
-        return f"openvino {library().__version__} {processor()}"
+        library()
+        # The library names itself with its build as well, which cannot be known without loading it.
+        return environment("openvino", installed_version("openvino") or "")
 
     def prepare(self, manifest: Manifest, store: ModelStore) -> PreparedSession:
         """Check that the model was compiled for this machine, see ``Runtime.prepare``."""

@@ -19,3 +19,13 @@ def processor() -> str:
         lines = []
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
     return " ".join([platform.machine(), *sorted(flag for flag in flags if flag.startswith(_EXTENSIONS))])
+
+
+def computes_in_bfloat16() -> bool:
+    """Return whether the processor has instructions for bfloat16; without them it is slower than float32."""
+    return "bf16" in processor()
+
+
+def multiplies_int8() -> bool:
+    """Return whether the processor adds up products of 8 bits without cutting them off at 16; others need 7 bits."""
+    return "vnni" in processor() or not processor().startswith("x86_64")

@@ -8,6 +8,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from serve_app.core.catalog import PublishedModel
+from serve_app.core.precision import parts_of_form
 from serve_app.core.versions import FIRST_VERSION
 from serve_app.core.vocabulary import Forwarding
 from serve_app.serving import oip
@@ -103,11 +104,12 @@ def parts_s(response: InferenceResponse) -> dict[str, float]:
 def outcome_headers(response: InferenceResponse) -> dict[str, str]:
     """Return the HTTP headers that say how and where an inference ran."""
     parts = ", ".join(f"{name};dur={part_s * 1000:.3f}" for name, part_s in parts_s(response).items())
+    form, precision = parts_of_form(response.form)
     headers = {
         "X-EdgeServe-Outcome": response.outcome.value,
         "X-EdgeServe-Location": response.location,
         "X-EdgeServe-Model": response.model.name,
-        "X-EdgeServe-Form": f"{response.form}; precision={response.model.dtype}",
+        "X-EdgeServe-Form": f"{form}; precision={precision}",
         "Server-Timing": parts,
     }
     if response.model.version != FIRST_VERSION:

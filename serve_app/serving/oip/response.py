@@ -12,6 +12,7 @@ import orjson
 
 from serve_app.core.catalog import PublishedModel
 from serve_app.core.contract import TensorSpec
+from serve_app.core.precision import parts_of_form
 from serve_app.errors import InvalidRequest, NotFound
 from serve_app.serving.oip.request import InferRequest, RequestedOutput
 from serve_app.serving.oip.tensors import DTYPES, datatype_of, describe
@@ -112,7 +113,7 @@ def model_metadata(model: PublishedModel, versions: Sequence[str] = (VERSION,)) 
             "size_bytes": model.profile.size_bytes,
             "workspace_bytes": model.workspace_bytes,
             "runtime": model.runtime,
-            "form": model.form,
+            "form": parts_of_form(model.form)[0],
             "precision": model.dtype,
             "task": model.task.kind,
             "labels_count": len(model.labels),

@@ -287,8 +287,9 @@ class Worker:
         self._change_form(model, lease, times_longer * done.share)
         queue_s = lease.wait_s + done.queue_s
         # Metrics take a while, so the answer goes first.
+        form = lease.runnable.form
         asyncio.get_running_loop().call_soon(
-            self._metrics.executed, model.model_id, queue_s, done.exec_s, done.requests
+            self._metrics.executed, model.model_id, form, queue_s, done.exec_s, done.requests
         )
         return InferenceResult(
             outputs=executed.outputs,
@@ -301,7 +302,7 @@ class Worker:
             replica=self._identity.replica,
             sequence=self._reporter.next_sequence,
             evicted=lease.evicted,
-            form=lease.runnable.form,
+            form=form,
         )
 
     def _joinable(
