@@ -13,7 +13,7 @@ class HeapEntry(NamedTuple):
     """A model under the key that it was last seen to have; of equal keys, the one pushed first goes first."""
 
     key: float
-    order: int
+    order: float
     model: ModelProfile
 
 
@@ -46,6 +46,10 @@ class LazyHeap:
         """Add a model under its key as of ``now``."""
         self._order += 1
         self.push_back(HeapEntry(self._key(model, now), self._order, model))
+
+    def push_behind(self, former: HeapEntry, model: ModelProfile, now: float) -> None:
+        """Add a model under its key as of ``now``; of equal keys it goes right after ``former``, which was taken."""
+        self.push_back(HeapEntry(self._key(model, now), former.order + 0.5, model))
 
     def decrease_key(self, model_id: str, now: float) -> None:
         """Take in that the key of a model may have shrunk; unknown models are ignored."""

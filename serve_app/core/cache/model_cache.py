@@ -137,7 +137,10 @@ class ModelCache:
         match event:
             case LoadEnded():
                 self._residents.load_ended(event.model_id)
-                return self._settle(now) if self._waiting or self._may_owe_evictions else ()
+                actions = self._settle(now) if self._waiting or self._may_owe_evictions else ()
+                if self._residents.former_forms:
+                    actions += self._preload_queue.resume_form(event.model_id, now)
+                return actions
             case PreloadTick():
                 return self._preload_queue.start(now)
             case LoadFailed():

@@ -87,6 +87,15 @@ class PreloadQueue:
         displaced = self._residents.begin_exchange(model, victims, now)
         return (*displaced.actions("preload"), StartExchange(model))
 
+    def resume_form(self, model_id: str, now: float) -> tuple[Action, ...]:
+        """Have a model that was preloaded go back to the form that it had when it was displaced, if that is worth it.
+
+        For a request it would change when its executions have lost enough again. But a preload comes before them.
+        """
+        form = self._residents.former_forms.pop(model_id, None)
+        entry = self._residents.entries.get(model_id)
+        return self.exchange(form, now) if form is not None and entry is not None and entry.preload else ()
+
     def _first_possible(self, suggestions: deque[_Suggestion], now: float, *, required: bool) -> list[Action]:
         while suggestions:
             suggestion = suggestions.popleft()

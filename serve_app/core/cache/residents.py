@@ -80,6 +80,8 @@ class Residents:
         self._not_in_catalog: set[str] = set()
         #: Models in memory whose files have changed since: they take no new requests.
         self.changed: set[str] = set()
+        #: The forms that models had when they were displaced, if those were not the ones in which they are loaded.
+        self.former_forms: dict[str, ModelProfile] = {}
         #: Versions in whose place another one answers: only a request or a required preload loads them.
         self._superseded: frozenset[str] = frozenset()
 
@@ -149,6 +151,7 @@ class Residents:
         # What was published again may be sound now.
         self._failures.clear()
         self._failed_in_row.clear()
+        self.former_forms.clear()
         for model_id, entry in self.entries.items():
             self.accounting.pin(entry, model_id in self._pinned, now)
             if entry.smaller is not None and model_id in offered:
@@ -300,6 +303,8 @@ class Residents:
 
     def _evict(self, entry: CacheEntry, now: float) -> None:
         self.counters.evictions += 1
+        if entry.smaller is not None:
+            self.former_forms[entry.model.model_id] = entry.model
         if entry.state is ModelState.LOADING:
             self._free_load_slot(entry)
         self._remove(entry)

@@ -136,7 +136,7 @@ class VictimRanking:
     def _rank_rest(self, entry: CacheEntry, victim: HeapEntry, now: float) -> None:
         """Rank a model without the surplus that was taken off the heap, as its next victim."""
         if entry.smaller is not None and victim.model is not entry.model and victim.model is not entry.smaller:
-            self._heap.push(entry.smaller, now)
+            self._heap.push_behind(victim, entry.smaller, now)
 
 
 def _largest_that_suffice(victims: Sequence[HeapEntry], missing_bytes: int) -> list[HeapEntry]:

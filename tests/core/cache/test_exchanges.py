@@ -14,8 +14,10 @@ from serve_app.core.cache.events import (
     ContentChanged,
     ExchangeEnded,
     ExchangeSuggested,
+    LoadEnded,
     LoadFailed,
     ModelsKnown,
+    PreloadSuggested,
     UnloadRequested,
 )
 from serve_app.core.cache.model_cache import ModelCache
@@ -233,3 +235,34 @@ def test_a_model_whose_files_change_while_it_is_in_use_leaves_after_its_last_use
     assert cache.request(profile("b", 30), 1.0) == HIT, "others go on"
     assert Evict("a", "changed") in cache.finish("a", 2.0)
     assert cache.state("a") is ModelState.LOADING
+
+
+# Back to the form that it had
+
+
+def lose_form(cache: ModelCache) -> None:
+    """Have a leave in its larger form."""
+    go_over(cache, larger("a"))
+    cache.request(profile("c", 50), 2.0)
+    load_ended(cache, "c", 2.0)
+    finish(cache, "c", 2.0)
+    cache.handle(UnloadRequested("c"), 2.0)
+
+
+def test_a_model_that_is_preloaded_goes_back_to_the_form_that_it_had(cache: ModelCache) -> None:
+    lose_form(cache)
+    cache.handle(PreloadSuggested(profile("a", 30), required=True), 3.0)
+    assert cache.handle(LoadEnded("a"), 3.0) == (StartExchange(larger("a")),)
+
+
+def test_a_model_that_is_loaded_for_a_request_does_not(cache: ModelCache) -> None:
+    lose_form(cache)
+    cache.request(profile("a", 30), 3.0)
+    assert cache.handle(LoadEnded("a"), 3.0) == ()
+
+
+def test_a_model_that_is_preloaded_stays_as_it_is_if_a_more_useful_one_would_have_to_leave(cache: ModelCache) -> None:
+    lose_form(cache)
+    cache.handle(CapacityChanged(90), 3.0)
+    cache.handle(PreloadSuggested(profile("a", 30), required=True), 3.0)
+    assert cache.handle(LoadEnded("a"), 3.0) == ()

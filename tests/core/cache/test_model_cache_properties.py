@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
-from core_support import assert_accounting_adds_up, cancel_wait, decided, load_ended, load_failed, unload
+from core_support import assert_accounting_adds_up, cancel_wait, decided, load_failed, unload
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -44,6 +44,7 @@ from serve_app.core.cache.events import (
     ExchangeEnded,
     ExchangeSuggested,
     ForwardCostsChanged,
+    LoadEnded,
     ModelsKnown,
     PreloadSuggested,
     RetryAllowed,
@@ -110,6 +111,8 @@ class CacheMachine(RuleBasedStateMachine):
         #: Forms that models in memory have gone over to, and those that they are going over to.
         self.forms: dict[str, ModelProfile] = {}
         self.incoming: dict[str, ModelProfile] = {}
+        #: Forms that models had when they left.
+        self.had: dict[str, ModelProfile] = {}
         #: Models that are loaded again in the form that they were in first: loads that take no slot.
         self.shrinking: set[str] = set()
         #: Models in use that are to leave, because their files have changed.
@@ -200,13 +203,16 @@ class CacheMachine(RuleBasedStateMachine):
         self.look_at_worths()
         form = replace(MODELS[model_id], size_bytes=size_bytes, exec_s=0.05, tier=1)
         actions = self.cache.handle(ExchangeSuggested(form), self.now)
-        if not actions:
-            return
-        assert actions[-1] == StartExchange(form)
+        if actions:
+            assert actions[-1] == StartExchange(form)
+            self.exchange_starts(actions[:-1], form)
+
+    def exchange_starts(self, room: Iterable[Action], form: ModelProfile) -> None:
+        model_id = form.model_id
         assert model_id in self.ready - self.incoming.keys(), "it is in memory, and on its way to no other form"
         assert not self.waiting, "a guess never goes before a request"
         assert len(self.preloading) + len(self.incoming) < self.max_preloads
-        for action in actions[:-1]:
+        for action in room:
             assert isinstance(action, Evict | StartShrink)
             if isinstance(action, StartShrink):
                 assert action.model.model_id != model_id
@@ -394,7 +400,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.wasted += model_id in self.guessed
         for models in (self.ready, self.loading, self.preloading, self.guessed, self.shrinking, self.changed):
             models.discard(model_id)
-        self.forms.pop(model_id, None)
+        if model_id in self.forms:
+            self.had[model_id] = self.forms.pop(model_id)
         del self.uses[model_id]
 
     def used(self, model_id: str) -> None:
@@ -405,11 +412,22 @@ class CacheMachine(RuleBasedStateMachine):
         return len(self.loading - self.preloading - self.shrinking)
 
     def end_load(self, model_id: str) -> None:
+        self.look_at_worths()
+        was_preload = model_id in self.preloading
         self.loading.remove(model_id)
         self.preloading.discard(model_id)
         self.shrinking.discard(model_id)
         self.ready.add(model_id)
-        self.granted(load_ended(self.cache, model_id, self.now))
+        actions = list(self.cache.handle(LoadEnded(model_id), self.now))
+        if not actions or not isinstance(actions[-1], StartExchange):
+            self.settled(actions)
+            return
+        form = actions.pop().model
+        assert was_preload, "for a request it would wait until it has paid"
+        assert form == self.had[model_id], "it goes back to the form that it had"
+        first = next((at for at, action in enumerate(actions) if isinstance(action, Evict | StartShrink)), len(actions))
+        self.settled(actions[:first])
+        self.exchange_starts(actions[first:], form)
 
     def end_use(self, model_id: str) -> None:
         self.uses[model_id] -= 1
