@@ -7,7 +7,9 @@ if wanted, ``accuracy`` (0..1); others are ignored. ``keras_weights_mb``, ``m5_l
 ``default_profiles.csv`` has the 26 torchvision models of the catalog as ``edgeserve publish`` measured them on two
 cores of an x86-64 machine with torch on the CPU. Sizes are weights and the workspace of one inference.
 
-``default_forms.csv`` has the forms of these models, see ``read_forms``.
+``default_forms.csv`` has the forms of 27 models, see ``read_forms``: as published, and compiled for ONNX Runtime, by
+``edgeserve publish``, without workspace; those of OpenVINO were measured in turns with eager executions, and scaled by
+these.
 """
 
 from __future__ import annotations

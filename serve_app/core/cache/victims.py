@@ -7,7 +7,7 @@ from itertools import groupby
 
 from serve_app.core.cache.entries import CacheEntry
 from serve_app.core.catalog import ModelProfile
-from serve_app.core.forms import surplus
+from serve_app.core.forms import Surplus, surplus
 from serve_app.core.lazy_heap import HeapEntry, LazyHeap
 from serve_app.core.policies.base import EvictionPolicy
 
@@ -18,7 +18,8 @@ class VictimRanking:
     A model in a larger form than that in which it was loaded is ranked in two parts, if the first is worth no more per
     byte than the second: the ``Surplus`` of its form, and the model in the smaller form. Otherwise both would leave
     together anyway, and it is ranked whole. So victims are parts of models: a surplus alone means that the model goes
-    over to its smaller form; with the rest, or where there is none, that the model leaves.
+    over to its smaller form; with the rest, or where there is none, that the model leaves. A model that is ranked whole
+    also keeps its smaller form if its surplus makes room enough.
 
     Args:
         entries: of the cache, by model.
@@ -71,7 +72,7 @@ class VictimRanking:
             chosen = _largest_that_suffice(taken, missing_bytes)
         if chosen is not taken:
             self.spare((victim for victim in taken if victim not in chosen), now)
-        return chosen or None
+        return self.without_rest(chosen, missing_bytes) or None
 
     def take_least_useful(
         self, missing_bytes: int, now: float, eligible: Callable[[CacheEntry], bool]
@@ -104,6 +105,19 @@ class VictimRanking:
             self.spare(passed_over, now)
         return taken
 
+    def without_rest(self, victims: list[HeapEntry], missing_bytes: int) -> list[HeapEntry]:
+        """Return the victims, of each model that would leave whole only its surplus where that suffices as well."""
+        freed_bytes = sum(victim.model.size_bytes for victim in victims)
+        for position, victim in enumerate(victims):
+            entry = self._entries[victim.model.model_id]
+            if entry.smaller is None or victim.model is not entry.model:
+                continue
+            part = surplus(entry.model, entry.smaller)
+            if part is not None and freed_bytes - entry.smaller.size_bytes >= missing_bytes:
+                freed_bytes -= entry.smaller.size_bytes
+                victims[position] = HeapEntry(victim.key, victim.order, part)
+        return victims
+
     def spare(self, victims: Iterable[HeapEntry], now: float) -> None:
         """Put victims back on the heap: they are not evicted after all."""
         for victim in victims:
@@ -111,6 +125,9 @@ class VictimRanking:
             if model is self._entries[model.model_id].smaller:
                 # A model without its surplus, which stands for it.
                 continue
+            if isinstance(model, Surplus) and (first := self._first_part(self._entries[model.model_id], now)) != model:
+                # It was to leave whole.
+                victim = HeapEntry(victim.key, victim.order, first)
             self._heap.push_back(victim)
             # The policy may have announced a lower utility while the model was off the heap.
             self._heap.decrease_key(model.model_id, now)

@@ -98,6 +98,7 @@ class WaitQueue:
         """Evict what is idle of the models beyond the capacity, drain the rest, and let requests go on."""
         excess_bytes = self._accounting.excess_bytes
         victims = self._accounting.victims.take_least_useful(excess_bytes, now, idle)
+        victims = self._accounting.victims.without_rest(victims, excess_bytes)
         displaced = self._residents.displace(victims, now)
         if self._accounting.excess_bytes > 0:
             self._drain_victims_for_head(now)

@@ -22,6 +22,7 @@ from serve_app.core.cache.events import (
 )
 from serve_app.core.cache.model_cache import ModelCache
 from serve_app.core.catalog import ModelProfile
+from serve_app.core.forms import Surplus
 from serve_app.core.vocabulary import ModelState
 from serve_app.errors import Conflict
 
@@ -266,3 +267,28 @@ def test_a_model_that_is_preloaded_stays_as_it_is_if_a_more_useful_one_would_hav
     cache.handle(CapacityChanged(90), 3.0)
     cache.handle(PreloadSuggested(profile("a", 30), required=True), 3.0)
     assert cache.handle(LoadEnded("a"), 3.0) == ()
+
+
+class ByBytes(Ranked):
+    """A surplus is worth more per byte than its model, so that both would leave together."""
+
+    def utility(self, model: ModelProfile, now: float) -> float:
+        return super().utility(model, now) * (1 + model.tier) * (2 if isinstance(model, Surplus) else 1)
+
+
+def test_a_model_that_is_ranked_whole_keeps_its_smaller_form_if_that_is_enough() -> None:
+    def full() -> ModelCache:
+        cache = ModelCache(capacity_bytes=100, policy=ByBytes(a=1, b=9, c=9), max_loads=8)
+        for model_id in ("a", "b"):
+            cache.request(profile(model_id, 30), 0.0)
+            load_ended(cache, model_id, 0.0)
+            finish(cache, model_id, 0.0)
+        go_over(cache, larger("a"))
+        return cache
+
+    for size, answer in ((40, Load((), shrunk=(profile("a", 30),))), (41, Load(("a",)))):
+        cache = full()
+        assert cache.request(profile("c", size), 2.0) == answer
+        assert_accounting_adds_up(cache)
+    cache = full()
+    assert cache.handle(CapacityChanged(65), 2.0) == (StartShrink(profile("a", 30)),)
