@@ -21,6 +21,7 @@ from serve_app.store.model_store import ModelStore
 
 CATALOG = Path("deploy/catalog.yaml")
 WEIGHTS = "random:0"
+_TORCHVISION = "torchvision:"
 _PUBLISH_S = 1200.0
 
 
@@ -82,9 +83,18 @@ def prepare(setting: Setting, cache: Path, *, share: float, whole: bool, say: Ca
     folder = cache / setting.name
     folder.mkdir(parents=True, exist_ok=True)
     store, catalog, mapped_catalog = cache / "store", folder / "catalog.yaml", folder / "mapped.yaml"
-    entries = [entry for entry in load_catalog(CATALOG) if entry.model_id not in setting.without]
+    # The others build theirs by name with torchvision.
+    entries = [
+        entry
+        for entry in load_catalog(CATALOG)
+        if entry.builder.startswith(_TORCHVISION) and entry.model_id not in setting.without
+    ]
     models = {
-        _model_id(entry.model_id, setting): {"builder": entry.builder, "weights": WEIGHTS, **_input(setting)}
+        _model_id(entry.model_id, setting): {
+            "builder": entry.builder.partition("@")[0],
+            "weights": WEIGHTS,
+            **_input(setting),
+        }
         for entry in entries
     }
     catalog.write_text(yaml.safe_dump({"models": models}))

@@ -126,6 +126,10 @@ class ModelLoader:
         model = prepared.manifest.model
         return GuardedModel(loaded, files, lambda: self._meanings.get(model_id) is meaning, model.form, model.own_bytes)
 
+    def wait_for_releases(self) -> None:
+        """Block until what unloads so far have freed is back with the kernel."""
+        self._releases.submit(lambda: None).result()
+
     def _prepare_now(self, model_id: str) -> PreparedModel:
         try:
             return registry.prepare(self._manifest(model_id), self._store)

@@ -313,6 +313,7 @@ def test_loads_leave_no_threads_behind(published: ModelStore) -> None:
             model = loader.load(MODEL)
             model.run(inputs())
             model.unload()
+        loader.wait_for_releases()
         return len(list(Path("/proc/self/task").iterdir()))
 
     assert threads_after(3) >= threads_after(10)

