@@ -27,7 +27,6 @@ import json
 import mmap
 import os
 import random
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -37,22 +36,20 @@ from typing import Any
 import click
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
+from loadtests.support.memory_report import print_churn, print_evictions, print_leak
 from loadtests.support.memory_worker import Bench, bench, publish_missing
 from loadtests.testbed.machine import TestbedError, make_cgroup, remove_cgroups
 from serve_app.core.cache.events import ExchangeSuggested
 from serve_app.core.catalog import PublishedModel
 from serve_app.errors import EdgeServeError, StoreError
 from serve_app.models.process_memory import give_back_free_memory, process_memory
-from serve_app.models.profiling.measure_published import FREE_BYTES, FREE_SHARE
 
 _GROUP = "edgeserve-memory"
 _UNLIMITED = 2**50
 _SMALL_S = 0.02
 _SAMPLES = 20
 _WAITING = 32
-_MB = 1e6
 
 
 async def evictions(made: Bench) -> dict[str, Any]:
@@ -282,109 +279,6 @@ def _as_part(part: str, memory: str, catalog: Path | None, cycles: int, seconds:
     click.echo(json.dumps(asyncio.run(run())))
 
 
-# What is printed
-
-
-def _print_evictions(console: Console, found: dict[str, Any]) -> None:
-    rows = found["rows"]
-    console.print(f"evictions of {len(rows)} models")
-    by_runtime = []
-    for runtime in sorted({row["runtime"] for row in rows}):
-        # What is smaller than what a heap may keep has no share of itself.
-        those = [row for row in rows if row["runtime"] == runtime and row["bytes"] > FREE_BYTES]
-        for later, when in ((0, "at once"), (1, "with heap given back")):
-            falls = [(row["fall"] + later * row["later"]) / row["taken"] for row in those]
-            beyond = _beyond(those, [fall - 1 for fall in falls], "taken")
-            by_runtime += [
-                (f"{runtime}: fall of memory {when}, over what the load had taken", "0.95 to 1.05", _range(falls)),
-                ("models beyond that, and 2 MiB", "none", beyond),
-            ]
-        # Models of several sizes, and with tables, count what they take once all of it was used.
-        shares = [row["taken"] / row["bytes"] for row in those]
-        by_runtime += [
-            (f"{runtime}: taken, over what the model counts", "at most 1.05", _range(shares)),
-            ("models beyond that, and 2 MiB", "none", _beyond(those, [max(0.0, each - 1) for each in shares], "bytes")),
-        ]
-    _aims(
-        console,
-        *by_runtime,
-        (
-            "free heap given back later, MB",
-            "",
-            _range([row["later"] / _MB for row in rows]),
-        ),
-        (
-            "of its file left in the page cache, share",
-            "0",
-            _range([row["cached"] / row["bytes"] for row in rows]),
-        ),
-    )
-
-
-def _print_leak(console: Console, found: dict[str, Any], what: str) -> None:
-    # What libraries set up once comes in the first tenth.
-    samples = found["samples"][max(1, len(found["samples"]) // 10) :]
-    cycles, sizes = np.array(samples, float).T
-    per_cycle, _ = np.polyfit(cycles, sizes, 1)
-    console.print(f"{found['samples'][-1][0]} {what} of {found['models']} models")
-    _aims(
-        console,
-        ("slope of resident memory, bytes each", "about 0", f"{per_cycle:+.0f}"),
-        (
-            "resident memory, MB: after a tenth / at the end / range",
-            "",
-            f"{sizes[0] / _MB:.1f} / {sizes[-1] / _MB:.1f} / {(sizes.max() - sizes.min()) / _MB:.1f}",
-        ),
-    )
-
-
-def _print_churn(console: Console, found: dict[str, Any], rate: float) -> None:
-    if "seconds" not in found:
-        console.print(f"churn: the worker ended with {found['exit']} under a limit of {found.get('limit')} bytes")
-        return
-    console.print(
-        f"churn for {found['seconds']:.0f} s under a limit of {found['limit'] / _MB:.0f} MB "
-        f"(capacity {found['capacity'] / _MB:.0f}, base {found['base'] / _MB:.0f})"
-    )
-    _aims(
-        console,
-        ("the worker lives", "yes", "yes" if found["exit"] == 0 else f"no, {found['exit']}"),
-        ("models, runtimes", "", f"{found['models']}, {' '.join(found['runtimes'])}"),
-        ("loads a second", f"{rate:g}", f"{found['loads_per_s']:.1f}"),
-        ("evictions", "", f"{found['evictions']}"),
-        ("background loads a second beside them", "", f"{found['preloads_per_s']:.1f}"),
-        ("inferences a second, failed", "as many as run, 0", f"{found['runs_per_s']:.1f}, {found['failed']}"),
-        ("models ever beyond what they may take", "no", "yes" if found["over_counted"] else "no"),
-        ("most resident memory beyond the base, over capacity", "1", f"{found['peak'] / found['capacity']:.2f}"),
-        ("share of the time above capacity", "0", f"{found['over_share']:.3f}"),
-        ("most that was held back, over capacity", "", f"{found['unaccounted'] / found['capacity']:.2f}"),
-        ("peak of the cgroup, page cache included, over its limit", "1", f"{found['group_peak'] / found['limit']:.2f}"),
-    )
-
-
-def _beyond(rows: Sequence[dict[str, Any]], shares: Sequence[float], of: str) -> str:
-    """Name the rows that miss an aim by more than what every model may."""
-    missed = [
-        f"{row['model']} ({row[of] / _MB:.1f} MB: {share:+.3f})"
-        for row, share in zip(rows, shares, strict=True)
-        if abs(share) * row[of] > max(FREE_SHARE * row[of], FREE_BYTES)
-    ]
-    return ", ".join(missed) or "none"
-
-
-def _range(values: Sequence[float]) -> str:
-    return f"{min(values):.3f} to {max(values):.3f}, median {statistics.median(values):.3f}"
-
-
-def _aims(console: Console, *rows: tuple[str, str, str]) -> None:
-    table = Table(box=None, header_style="bold")
-    for column in ("", "aim", "found"):
-        table.add_column(column)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
 @click.command()
 @click.option("--evictions", "want_evictions", is_flag=True, help="Only how memory falls with evictions.")
 @click.option("--leak", "cycles", type=int, help="Only so many cycles of load, inference and eviction.")
@@ -423,20 +317,20 @@ def main(
         if catalog is not None:
             publish_missing(catalog)
         if everything or want_evictions:
-            _print_evictions(console, _in_process("evictions", common=common, timeout_s=240.0))
+            print_evictions(console, _in_process("evictions", common=common, timeout_s=240.0))
         if cycles is not None:
             found = _in_process("leak", common=common, timeout_s=60 + cycles * 0.1, leak=cycles)
-            _print_leak(console, found, "cycles")
+            print_leak(console, found, "cycles")
         if changes is not None:
             found = _in_process("form_changes", common=common, timeout_s=60 + changes * 0.5, form_changes=changes)
-            _print_leak(console, found, "changes of form")
+            print_leak(console, found, "changes of form")
         if seconds is not None and os.geteuid() != 0:
             console.print("churn needs root: it makes a memory cgroup")
         elif seconds is not None:
             churned = _in_process(
                 "churn", common=common, timeout_s=120 + 2 * seconds, group=True, churn=seconds, rate=rate
             )
-            _print_churn(console, churned, rate)
+            print_churn(console, churned, rate)
     except (EdgeServeError, TestbedError, subprocess.TimeoutExpired) as error:
         raise SystemExit(f"memory: {error}") from None
 
