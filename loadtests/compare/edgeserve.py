@@ -13,6 +13,7 @@ import yaml
 from loadtests.compare.http import Http, Reply, timings_s
 from loadtests.compare.processes import Memory, Processes, SideFailed, free_ports
 from loadtests.compare.zoo import Zoo
+from serve_app.core.versions import split_key
 
 _LOCATION = "edge"
 _UP_S, _DOWN_S = 180.0, 60.0
@@ -81,7 +82,7 @@ class EdgeServe:
             (location,) = json.loads(http.get(f"/{_LOCATION}/v1/locations"))["locations"]
         finally:
             http.close()
-        return sum(self._zoo.sizes[model["model"]] for model in location["resident"])
+        return sum(self._zoo.sizes[split_key(model["model"])[0]] for model in location["resident"])
 
     def stop(self) -> None:
         """``edgeserve down``, and whatever it leaves."""
