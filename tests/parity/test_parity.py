@@ -345,18 +345,23 @@ async def settle() -> None:
 # Both
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("stream", STREAMS)
-@pytest.mark.parametrize("choice", CHOICES)
-async def test_a_worker_decides_as_its_simulation_does(choice: str, stream: str, seed: int) -> None:
-    played = scene(stream, seed)
-    expected = simulated(played, choice)
+async def require_same(played: Scene, choice: str, expected: Recorded) -> None:
+    """Require that a worker decides, holds and counts as its simulation has."""
     live = Live(played.cache(choice), played)
     await live.play(played.trace)
     assert live.cache.decisions == expected.decisions
     assert live.cache.resident() == expected.resident()
     assert live.cache.counters == expected.counters
     await live.close()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("stream", STREAMS)
+@pytest.mark.parametrize("choice", CHOICES)
+async def test_a_worker_decides_as_its_simulation_does(choice: str, stream: str, seed: int) -> None:
+    played = scene(stream, seed)
+    expected = simulated(played, choice)
+    await require_same(played, choice, expected)
 
 
 @pytest.mark.parametrize("stream", STREAMS)
@@ -368,12 +373,7 @@ async def test_a_worker_changes_forms_as_its_simulation_does(choice: str, stream
         type(action) for decision in expected.decisions if isinstance(decision[-1], Load)
         for action in decision[-1].actions(played.profiles[0])
     }  # fmt: skip
-    live = Live(played.cache(choice), played)
-    await live.play(played.trace)
-    assert live.cache.decisions == expected.decisions
-    assert live.cache.resident() == expected.resident()
-    assert live.cache.counters == expected.counters
-    await live.close()
+    await require_same(played, choice, expected)
 
 
 async def test_the_streams_leave_nothing_out() -> None:

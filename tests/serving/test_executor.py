@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -57,6 +58,8 @@ class Doubling:
         self.threads.append(threads)
         if (inputs["x"] < 0).any():
             raise InvalidRequest("negative")
+        if (inputs["x"] > 100).any() and len(inputs["x"]) > 1:
+            sys.exit("foreign code may do so")
         return {"double": inputs["x"] * 2}
 
     def unload(self) -> None:
@@ -174,6 +177,12 @@ async def test_a_bad_request_fails_alone() -> None:
     assert other.result().result.outputs["double"].tolist() == [[6, 6]]
     with pytest.raises(InvalidRequest, match="negative"):
         bad.result()
+
+
+async def test_code_that_exits_in_a_joint_execution_is_run_alone() -> None:
+    async with bench() as b:
+        tasks = await together(b, lambda: b.submit(101), lambda: b.submit(2))
+    assert [task.result().result.outputs["double"].tolist() for task in tasks] == [[[202, 202]], [[4, 4]]]
 
 
 async def test_a_request_that_was_canceled_while_it_waited_is_not_executed() -> None:

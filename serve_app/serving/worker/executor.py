@@ -247,8 +247,8 @@ class InferenceExecutor:
             unanswered = dict(enumerate(jobs))
             try:
                 self._run_together(jobs, others, unanswered)
-            except Exception as error:
-                # Perhaps the fault of one: then only that one fails.
+            except BaseException as error:
+                # Perhaps the fault of one: then only that one fails. Foreign code may also call sys.exit.
                 logger.info("%d requests are executed one by one: %s", len(unanswered), error)
                 for job in unanswered.values():
                     self._run([job], others)
